@@ -1,0 +1,401 @@
+"""RobotContract: the one description of a robot, and the check that a policy fits it.
+
+Knows cameras, state fields, action dimensions, rates, limits and watchdog times, with units and frames.
+Nothing else in the code knows a topic name, a joint count or a gripper sign. Knows no simulator and no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from agent.errors import RatchetError
+
+ControlMode = Literal["ee_delta", "ee_absolute", "joint_delta", "joint_absolute", "joint_velocity"]
+RotationRepr = Literal["none", "axis_angle", "euler_xyz", "quaternion_xyzw"]
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class CameraSpec:
+    """One camera. Pixels reach the policy upright, RGB, at (height, width); the driver applies `rotate` and `mirror`.
+
+    rotate: degrees counter-clockwise that turn the raw image upright: 0, 90, 180 or 270.
+    mirror: True where the raw image must be flipped left-right after the rotation.
+    source: the simulator's camera name or the device's serial; empty where the topic says it all.
+    """
+
+    name: str
+    width: int
+    height: int
+    topic: str = ""
+    source: str = ""
+    encoding: Literal["rgb8", "bgr8"] = "rgb8"
+    rotate: Literal[0, 90, 180, 270] = 0
+    mirror: bool = False
+    calibration_id: str = ""
+
+
+@dataclass(frozen=True)
+class StateField:
+    """One proprioceptive quantity: `size` numbers in `unit`, expressed in `frame`."""
+
+    name: str
+    size: int
+    unit: str
+    frame: str = ""
+    topic: str = ""
+
+
+@dataclass(frozen=True)
+class ActionDim:
+    """One action dimension in physical units.
+
+    low, high: the range the controller accepts for one control step.
+    command_scale: physical units per unit of the driver's own command (0.05 where command 1.0 moves 0.05 m).
+    """
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    command_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class GripperSpec:
+    """Which action dimension is the gripper and what its numbers mean, in the contract's own units.
+
+    binary: True where the hardware knows only open and closed, so that the sign against the middle decides.
+    """
+
+    dim: str
+    open: float
+    closed: float
+    binary: bool = False
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """The action vector: order of `dims` is the order of every action array."""
+
+    control_mode: ControlMode
+    rotation: RotationRepr
+    frame: str
+    dims: tuple[ActionDim, ...]
+    gripper: GripperSpec | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.dims)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that the safety stage enforces, per action dimension unless said otherwise.
+
+    velocity: units/s; acceleration: units/s^2; one value per action dimension (gripper included, inf to exempt).
+    workspace_low, workspace_high: (3,) m in the action frame, box for the end effector; empty for joint modes.
+    position_low, position_high: joint limits in rad for joint modes; empty otherwise.
+    """
+
+    velocity: tuple[float, ...]
+    acceleration: tuple[float, ...]
+    workspace_low: tuple[float, ...] = ()
+    workspace_high: tuple[float, ...] = ()
+    position_low: tuple[float, ...] = ()
+    position_high: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """Ages in seconds beyond which the robot holds, and how long a controlled stop may take."""
+
+    observation_max_age: float
+    action_max_age: float
+    policy_timeout: float
+    stop_time: float
+
+
+@dataclass(frozen=True)
+class SimulatorSpec:
+    """How the simulator realises this contract: which package, and simulator steps per control step."""
+
+    kind: Literal["libero", "metaworld"]
+    steps_per_control: int = 1
+    settle_steps: int = 0
+
+
+@dataclass(frozen=True)
+class RobotContract:
+    """Everything that the rest of the system may assume about one robot. See `robots/*.yaml`."""
+
+    schema: int
+    name: str
+    control_hz: float
+    cameras: tuple[CameraSpec, ...]
+    state: tuple[StateField, ...]
+    action: ActionSpace
+    limits: Limits
+    watchdog: Watchdog
+    simulator: SimulatorSpec | None = None
+    description: str = ""
+
+    @classmethod
+    def load(cls, path: str | Path) -> RobotContract:
+        """Read and validate a contract.
+
+        Raises:
+            RatchetError: contract.missing_file, contract.bad_yaml, contract.unknown_field, contract.missing_field,
+                contract.wrong_type, contract.bad_value; each names file and field.
+        """
+        path = Path(path)
+        if not path.is_file():
+            known = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
+            raise RatchetError(
+                "contract.missing_file", "no such contract", where=str(path), fix=f"contracts there: {known}"
+            )
+        try:
+            raw = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise RatchetError(
+                "contract.bad_yaml", str(error), where=str(path), fix="correct the YAML syntax"
+            ) from None
+        contract: RobotContract = _build(cls, raw, str(path))
+        contract._validate(str(path))
+        return contract
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the contract's content; comments and key order in the YAML do not matter."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def camera(self, name: str) -> CameraSpec:
+        for camera in self.cameras:
+            if camera.name == name:
+                return camera
+        raise RatchetError(
+            "contract.unknown_camera",
+            f"no camera '{name}'",
+            where=self.name,
+            fix=f"cameras: {', '.join(c.name for c in self.cameras)}",
+        )
+
+    def _validate(self, where: str) -> None:
+        def refuse(field_name: str, what: str, fix: str) -> typing.NoReturn:
+            raise RatchetError("contract.bad_value", what, where=f"{where}: {field_name}", fix=fix)
+
+        if self.schema != SCHEMA:
+            refuse("schema", f"schema {self.schema} is not supported", f"this version reads schema {SCHEMA}")
+        if not self.control_hz > 0:
+            refuse("control_hz", f"{self.control_hz} is not a rate", "give the control rate in Hz, above 0")
+        for kind, names in (
+            ("cameras", [c.name for c in self.cameras]),
+            ("state", [s.name for s in self.state]),
+            ("action.dims", [d.name for d in self.action.dims]),
+        ):
+            doubled = {n for n in names if names.count(n) > 1}
+            if doubled:
+                refuse(kind, f"name {sorted(doubled)[0]!r} occurs twice", "names must be unique")
+        for camera in self.cameras:
+            if camera.width <= 0 or camera.height <= 0:
+                refuse(f"cameras.{camera.name}", "width and height must be positive", "give the size in pixels")
+        if not self.action.dims:
+            refuse("action.dims", "no action dimensions", "list at least one")
+        for dim in self.action.dims:
+            if not (math.isfinite(dim.low) and math.isfinite(dim.high) and dim.low < dim.high):
+                refuse(f"action.dims.{dim.name}", f"range [{dim.low}, {dim.high}] is empty or not finite", "low < high")
+            if not dim.command_scale > 0:
+                refuse(f"action.dims.{dim.name}", "command_scale must be positive", "give physical units per command")
+        gripper = self.action.gripper
+        if gripper is not None:
+            if gripper.dim not in [d.name for d in self.action.dims]:
+                refuse("action.gripper.dim", f"no action dimension '{gripper.dim}'", "name one of action.dims")
+            if gripper.open == gripper.closed:
+                refuse("action.gripper", "open and closed are the same value", "give the polarity")
+        for name in ("velocity", "acceleration"):
+            values = getattr(self.limits, name)
+            if len(values) != self.action.size:
+                refuse(f"limits.{name}", f"{len(values)} values for {self.action.size} dimensions", "give one each")
+            if any(not v > 0 for v in values):
+                refuse(f"limits.{name}", "limits must be positive", "use .inf to exempt a dimension")
+        for low, high in (("workspace_low", "workspace_high"), ("position_low", "position_high")):
+            lo, hi = getattr(self.limits, low), getattr(self.limits, high)
+            if len(lo) != len(hi) or any(not a < b for a, b in zip(lo, hi, strict=True)):
+                refuse(f"limits.{low}", f"{low} and {high} do not form a box", "same length, low < high")
+        if self.action.control_mode.startswith("ee") and len(self.limits.workspace_low) != 3:
+            refuse("limits.workspace_low", "a Cartesian contract needs a workspace box", "give 3 values in m")
+        for name in ("observation_max_age", "action_max_age", "policy_timeout", "stop_time"):
+            if not getattr(self.watchdog, name) > 0:
+                refuse(f"watchdog.{name}", "times must be positive", "give seconds")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a policy demands of a robot. Comes with the checkpoint, never guessed.
+
+    cameras: contract camera names in the order of the policy's image inputs.
+    image_size: square input side in pixels after the policy's own preparation.
+    state: state field names in input order; empty where the policy takes no proprioception.
+    action_names: names of its action dimensions in output order.
+    action_units: unit per dimension; the checkpoint's statistics are in these.
+    gripper_open, gripper_closed: the policy's own gripper numbers; None where it has none.
+    chunk: K; control_hz: rate at which the K actions are meant to run.
+    statistics_key: which normalisation statistics are in force.
+    bins: number of action bins per dimension; 0 where the head gives no probabilities.
+    """
+
+    cameras: tuple[str, ...]
+    image_size: int
+    state: tuple[str, ...]
+    state_size: int
+    control_mode: str
+    rotation: str
+    frame: str
+    action_names: tuple[str, ...]
+    action_units: tuple[str, ...]
+    gripper_dim: str | None
+    gripper_open: float | None
+    gripper_closed: float | None
+    chunk: int
+    control_hz: float
+    statistics_key: str
+    bins: int
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One reason why a policy may not drive a robot. `code` is stable; `fatal` False means a warning."""
+
+    code: str
+    message: str
+    fatal: bool = True
+
+
+def compatibility(policy: PolicySpec, contract: RobotContract) -> list[Mismatch]:
+    """Every way in which the policy does not fit the contract; empty when it fits."""
+    found: list[Mismatch] = []
+    names = {c.name for c in contract.cameras}
+    for camera in policy.cameras:
+        if camera not in names:
+            found.append(
+                Mismatch("compat.camera_missing", f"policy needs camera '{camera}', robot has {sorted(names)}")
+            )
+    fields = {s.name: s.size for s in contract.state}
+    for name in policy.state:
+        if name not in fields:
+            found.append(Mismatch("compat.state_missing", f"policy needs state '{name}', robot has {sorted(fields)}"))
+    size = sum(fields.get(n, 0) for n in policy.state)
+    if policy.state and size != policy.state_size and all(n in fields for n in policy.state):
+        found.append(
+            Mismatch("compat.state_size", f"policy takes {policy.state_size} state values, robot gives {size}")
+        )
+    action = contract.action
+    for code, mine, theirs in (
+        ("compat.control_mode", policy.control_mode, action.control_mode),
+        ("compat.rotation", policy.rotation, action.rotation),
+        ("compat.frame", policy.frame, action.frame),
+    ):
+        if mine != theirs:
+            found.append(Mismatch(code, f"policy commands {mine!r}, robot takes {theirs!r}"))
+    dims = tuple(d.name for d in action.dims)
+    if policy.action_names != dims:
+        found.append(
+            Mismatch("compat.action_dims", f"policy gives {list(policy.action_names)}, robot takes {list(dims)}")
+        )
+    else:
+        for dim, unit in zip(action.dims, policy.action_units, strict=True):
+            if dim.unit != unit:
+                found.append(Mismatch("compat.action_unit", f"'{dim.name}' is {unit} in the policy, {dim.unit} here"))
+    theirs_dim = action.gripper.dim if action.gripper else None
+    if policy.gripper_dim != theirs_dim:
+        found.append(Mismatch("compat.gripper", f"policy's gripper is {policy.gripper_dim!r}, robot's {theirs_dim!r}"))
+    elif action.gripper and (policy.gripper_open is None or policy.gripper_open == policy.gripper_closed):
+        found.append(Mismatch("compat.gripper_polarity", "policy does not say which gripper value is open"))
+    if not math.isclose(policy.control_hz, contract.control_hz, rel_tol=1e-3):
+        found.append(
+            Mismatch(
+                "compat.control_hz", f"policy was made for {policy.control_hz} Hz, robot runs {contract.control_hz}"
+            )
+        )
+    return found
+
+
+def require_compatible(policy: PolicySpec, contract: RobotContract) -> list[Mismatch]:
+    """Refuse a misfit before any motion; returns what is worth a warning.
+
+    Raises:
+        RatchetError: compat.refused, listing every fatal mismatch.
+    """
+    found = compatibility(policy, contract)
+    fatal = [m for m in found if m.fatal]
+    if fatal:
+        reasons = "; ".join(f"{m.code}: {m.message}" for m in fatal)
+        raise RatchetError(
+            "compat.refused",
+            f"policy does not fit the robot: {reasons}",
+            where=contract.name,
+            fix="use a checkpoint made for this contract, or the contract that the checkpoint names",
+        )
+    return found
+
+
+def _build(cls: type[Any], raw: Any, where: str) -> Any:
+    """Construct a frozen dataclass from plain YAML data, refusing what it does not know."""
+    if not isinstance(raw, dict):
+        raise RatchetError("contract.wrong_type", f"expected a mapping, got {type(raw).__name__}", where=where)
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known fields: {', '.join(known)}"
+            raise RatchetError("contract.unknown_field", f"unknown field '{key}'", where=where, fix=hint)
+    values: dict[str, Any] = {}
+    for name, spec in known.items():
+        if name in raw:
+            values[name] = _convert(hints[name], raw[name], f"{where}: {name}")
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise RatchetError("contract.missing_field", f"field '{name}' is missing", where=where, fix="add it")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise RatchetError("contract.wrong_type", f"expected a list, got {value!r}", where=where)
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Literal:
+        if value not in args:
+            raise RatchetError(
+                "contract.bad_value",
+                f"{value!r} is not allowed",
+                where=where,
+                fix=f"one of {', '.join(map(str, args))}",
+            )
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type[Any]", hint), value, where)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isnan(value):
+            raise RatchetError("contract.bad_value", "NaN is not a value", where=where, fix="give a number")
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise RatchetError("contract.wrong_type", f"expected {hint.__name__}, got {value!r}", where=where)

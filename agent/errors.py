@@ -1,0 +1,40 @@
+"""The one error type users see.
+
+Knows how a refusal is worded: a stable code, what is wrong, where, and what to do.
+Knows nothing about any subsystem; each subsystem owns the codes it raises.
+"""
+
+from __future__ import annotations
+
+
+class RatchetError(Exception):
+    """A refusal with a stable code, shown to the user as exactly one line.
+
+    Args:
+        code: stable dotted identifier, `<subsystem>.<reason>`, such as `adapter.wrong_base`.
+            Never reworded once released: scripts and tests match on it.
+        what: what is wrong, in one clause.
+        where: file, field, tensor or device concerned; empty if there is none.
+        fix: what the user should do next; empty only where nothing can be done.
+    """
+
+    def __init__(self, code: str, what: str, *, where: str = "", fix: str = "") -> None:
+        self.code = code
+        self.what = what
+        self.where = where
+        self.fix = fix
+        place = f" ({where})" if where else ""
+        remedy = f"; {fix}" if fix else ""
+        super().__init__(f"[{code}] {what}{place}{remedy}".replace("\n", " "))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process borders in the rollout workers; keyword arguments need help.
+        return (_rebuild, (type(self), self.code, self.what, self.where, self.fix))
+
+    def as_dict(self) -> dict[str, str]:
+        """The same facts for `--json` output."""
+        return {"code": self.code, "what": self.what, "where": self.where, "fix": self.fix}
+
+
+def _rebuild(cls: type[RatchetError], code: str, what: str, where: str, fix: str) -> RatchetError:
+    return cls(code, what, where=where, fix=fix)
