@@ -82,9 +82,9 @@ def targets(score: Tensor, group: Tensor, valid: Tensor, config: GrpoConfig) -> 
     else:
         result = leave_one_out(score, group)
 
-    valid_steps = valid.sum(dim=(1, 2))
+    valid_steps = valid.sum(dim=(1, 2)).to(score.dtype)
     kept = result.keep & (valid_steps > 0)
-    weight = torch.where(kept, config.horizon / valid_steps.clamp(min=1), 0.0).to(score.dtype)
+    weight = torch.where(kept, config.horizon / valid_steps.clamp(min=1), 0.0)
     return Targets(
         advantage=result.advantage[:, None].expand(episodes, chunks),
         weight=weight,
