@@ -1,53 +1,85 @@
-"""Off-screen OpenGL: chosen and checked before the first import of mujoco.
+"""Choice of the OpenGL back end for off-screen rendering, settled before MuJoCo is imported.
 
-Knows the two environment variables and the Debian packages behind them. Knows no simulator.
+Knows the two environment variables, the shared libraries behind them and the Debian packages that hold those.
+Knows no simulator and imports none.
 """
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import os
 import sys
 
 from agent.errors import RatchetError
 
 PACKAGES = "libegl1 libgl1 libosmesa6 libgl1-mesa-dri"
-_LIBRARY = {"egl": "EGL", "osmesa": "OSMesa"}
+# Any one name of each group must load; PyOpenGL wants libGL under both back ends.
+_LIBRARIES = {
+    "egl": (("libEGL.so.1", "libEGL.so"), ("libGL.so.1", "libGL.so")),
+    "osmesa": (("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"), ("libGL.so.1", "libGL.so")),
+}
+_checked: set[str] = set()
 
 
-def prepare() -> str:
-    """Make MUJOCO_GL and PYOPENGL_PLATFORM agree (EGL unless the user chose OSMesa) and check that the library is there.
+def configure_gl(backend: str | None = None) -> str:
+    """Set MUJOCO_GL and PYOPENGL_PLATFORM to one back end; call it before the first import of mujoco.
+
+    Args:
+        backend: "egl" or "osmesa"; None takes MUJOCO_GL, then PYOPENGL_PLATFORM, then "egl".
 
     Returns:
-        The backend in force, "egl" or "osmesa".
+        The back end in force.
 
     Raises:
-        RatchetError: sim.gl_mismatch where the two variables disagree, sim.no_gl where the library is missing.
+        RatchetError: sim.bad_gl where the variables name something else or contradict each other or `backend`;
+            sim.gl_too_late where MuJoCo was imported under another setting.
     """
-    mujoco_gl, pyopengl = os.environ.get("MUJOCO_GL"), os.environ.get("PYOPENGL_PLATFORM")
-    backend = mujoco_gl or pyopengl or "egl"
-    if backend not in _LIBRARY:
+    settings = {name: os.environ.get(name, "").strip().lower() for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    wanted = backend or settings["MUJOCO_GL"] or settings["PYOPENGL_PLATFORM"] or "egl"
+    fix = "set MUJOCO_GL and PYOPENGL_PLATFORM both to egl, or both to osmesa"
+    if wanted not in _LIBRARIES:
+        raise RatchetError("sim.bad_gl", f"'{wanted}' is not an off-screen back end", where="MUJOCO_GL", fix=fix)
+    for name, value in settings.items():
+        if value and value != wanted:
+            raise RatchetError("sim.bad_gl", f"{name}={value} contradicts '{wanted}'", where=name, fix=fix)
+    if "mujoco" in sys.modules and not settings["MUJOCO_GL"]:
         raise RatchetError(
-            "sim.gl_mismatch", f"MUJOCO_GL={backend} cannot render off screen", fix="set MUJOCO_GL to egl or osmesa"
+            "sim.gl_too_late",
+            "mujoco was imported before the OpenGL back end was chosen",
+            where="MUJOCO_GL",
+            fix=f"import sim before mujoco, or set MUJOCO_GL={wanted} in the environment",
         )
-    if mujoco_gl and pyopengl and mujoco_gl != pyopengl:
-        raise RatchetError(
-            "sim.gl_mismatch",
-            f"MUJOCO_GL={mujoco_gl} but PYOPENGL_PLATFORM={pyopengl}",
-            fix="set both to egl or both to osmesa",
-        )
-    if ctypes.util.find_library(_LIBRARY[backend]) is None:
-        raise RatchetError(
-            "sim.no_gl",
-            f"lib{_LIBRARY[backend]} is not installed, so no frame can be rendered",
-            where=f"MUJOCO_GL={backend}",
-            fix=f"apt-get install {PACKAGES}",
-        )
-    os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = backend
-    # One software-rasteriser thread per process: workers already occupy every core.
-    os.environ.setdefault("LP_NUM_THREADS", "1")
-    if "mujoco" in sys.modules and not hasattr(sys.modules["mujoco"], "GLContext"):
-        raise RatchetError(
-            "sim.no_gl", "mujoco was imported before the GL backend was chosen", fix="import sim before mujoco"
-        )
-    return backend
+    os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = wanted
+    return wanted
+
+
+def no_gl(backend: str, detail: str) -> RatchetError:
+    """The refusal for a machine on which nothing can be rendered: sim.no_gl."""
+    return RatchetError(
+        "sim.no_gl",
+        f"cannot render with MUJOCO_GL={backend}: {detail}",
+        where="MUJOCO_GL",
+        fix=f"install the Debian packages {PACKAGES}, or try MUJOCO_GL=osmesa with PYOPENGL_PLATFORM=osmesa",
+    )
+
+
+def require_gl(backend: str) -> None:
+    """Check that the back end's shared libraries load.
+
+    Raises:
+        RatchetError: sim.no_gl naming the missing library and the packages that bring it.
+    """
+    if backend in _checked:
+        return
+    for names in _LIBRARIES[backend]:
+        if not any(_loads(name) for name in names):
+            raise no_gl(backend, f"{names[0]} is missing")
+    _checked.add(backend)
+
+
+def _loads(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True

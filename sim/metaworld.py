@@ -8,6 +8,7 @@ thinned to about one vertex per centimetre: at 96 pixels that is below a pixel, 
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from typing import Any
 
@@ -21,7 +22,9 @@ from sim.base import Expert, TaskEnv, TaskInfo
 from sim.metaworld_tasks import INSTRUCTIONS
 from sim.registry import unknown_name
 
-gl.prepare()
+gl.require_gl(gl.configure_gl())
+# One software-rasteriser thread per process: worker processes already occupy every core.
+os.environ.setdefault("LP_NUM_THREADS", "1")
 
 import mujoco  # noqa: E402  (the GL backend must be chosen first)
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402

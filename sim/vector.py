@@ -8,6 +8,7 @@ with the same actions: simulators are deterministic, so nothing of the batch is 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing import shared_memory
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -47,7 +48,7 @@ class _Episode:
 
 
 class ChunkVectorEnv(gymnasium.vector.VectorEnv):
-    """N slots spread over W worker processes. Autoreset is off: reset finished slots with `options={"reset_mask": ...}`.
+    """N slots spread over W worker processes. Autoreset is off: reset finished slots with `reset_mask`.
 
     Observations: {"images": (N, V, H, W, 3) uint8, "state": (N, S) float32}, views of shared memory, valid until the
     slot's next command. Actions: (N, K, D) float32, physical units of the contract.
@@ -61,7 +62,7 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         timeout: seconds for one round of a worker, model compilation included, before it counts as hung.
     """
 
-    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED}
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
 
     def __init__(
         self,
@@ -250,10 +251,8 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
 
     def _send(self, worker: _Worker, command: Command) -> None:
         worker.pending = command
-        try:
+        with contextlib.suppress(OSError):  # a dead worker is found, replaced and its round repeated in `collect`
             worker.connection.send(command)
-        except OSError:
-            pass  # a dead worker is found, replaced and its round repeated in `collect`
 
     def _restore(self, worker: _Worker, command: Command) -> None:
         """Bring a fresh worker to where the lost one was after `command`, by replaying every episode under way."""
@@ -274,11 +273,9 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         worker.process.join()
 
     def _stop(self, worker: _Worker) -> None:
-        try:
+        with contextlib.suppress(OSError):
             worker.connection.send(None)
             worker.process.join(10)
-        except OSError:
-            pass
         if worker.process.is_alive():
             worker.process.kill()
         worker.process.join()
