@@ -157,22 +157,22 @@ def print_matrix(matrix: SuccessMatrix, console: Console | None = None) -> None:
     Where the stages do not fit side by side the table is printed in parts.
     """
     console = Console(width=100) if console is None else console
-    held_out = {task: f"H{i + 1} {task}" for i, task in enumerate(matrix.held_out)}
-    labels = {task: f"{i + 1} {task}" for i, task in enumerate(matrix.tasks)} | held_out
+    numbers = [*map(str, matrix.stages[1:]), *(f"H{i + 1}" for i in range(len(matrix.held_out)))]
     widest = max((len(_short(cell.rate)) for cell in matrix.cells.values()), default=7)
-    # 3 columns of padding and border for each stage; 20 and its border stay for the task's name.
-    fitting = max((min(console.width, 100) - 24) // (max(widest, 7) + 3), 1)
+    # 3 characters of padding and border for each stage; 30 stay for the task's number and name.
+    fitting = max((min(console.width, 100) - 30) // (max(widest, 7) + 3), 1)
     for start in range(0, len(matrix.stages), fitting):
         stages = matrix.stages[start : start + fitting]
         table = Table(title="success in %, with 95 % intervals")
+        table.add_column("", justify="right", no_wrap=True)
         table.add_column("task", overflow="fold", min_width=12)
         for stage in stages:
             table.add_column("base" if stage == 0 else f"stage {stage}", justify="right", no_wrap=True)
-        for task in matrix.columns:
+        for label, task in zip(numbers, matrix.columns, strict=True):
             cells = [matrix.get(stage, task) for stage in stages]
             shown = [_short(cell.rate) if cell else "-" for cell in cells]
             # Text, because a task's name may look like markup.
-            table.add_row(Text(labels[task]), *map(Text, shown), end_section=task == matrix.tasks[-1])
+            table.add_row(label, Text(task), *map(Text, shown), end_section=task == matrix.tasks[-1])
         console.print(table)
     result = _latest_measures(matrix)
     if result is None:

@@ -77,6 +77,8 @@ def diagnostic_curves(updates: Sequence[Update]) -> bytes:
             values = [number(updates[i], key) for i in range(first, last)]
             axes.plot(range(first + 1, last + 1), values, color=LINE, marker="o", markersize=3, lw=1.4)
         axes.set_ylabel(label)
+        if key in ("approx_kl", "clip_fraction"):
+            axes.set_ylim(bottom=0)
         _finish(axes)
     return _png(figure)
 
