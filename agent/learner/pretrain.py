@@ -143,6 +143,7 @@ class Pretrainer:
     def run(self, on_progress: Callable[[Progress], None] = lambda progress: None, every: int = 50) -> None:
         """Train to the last step, from the checkpoint if the folder holds one."""
         self._resume()
+        torch.set_flush_denormal(True)  # the tails of smoothed targets are denormal, which CPUs handle in slow motion
         self.policy.module.train()
         started, first = time.perf_counter(), self.step
         while self.step < self.config.steps:
