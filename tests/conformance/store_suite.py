@@ -24,7 +24,9 @@ def refused(code: str, call: object, *arguments: object) -> RatchetError:
 
 
 def same(one: Adapter, two: Adapter) -> bool:
-    return one.tensors.keys() == two.tensors.keys() and all(torch.equal(one.tensors[n], t) for n, t in two.tensors.items())
+    return one.tensors.keys() == two.tensors.keys() and all(
+        torch.equal(one.tensors[n], t) for n, t in two.tensors.items()
+    )
 
 
 class StoreSuite:

@@ -91,7 +91,7 @@ def test_rank_and_alpha_patterns_and_rslora_compute_what_peft_computes() -> None
 
 
 def test_effect_is_the_relative_norm_of_the_change() -> None:
-    policy, lora = tiny(target_modules=["first", "second", "stem"])
+    _, lora = tiny(target_modules=["first", "second", "stem"])
     lora.load({n: torch.randn(t.shape) for n, t in lora.export().items()})
     effect, total, base = lora.effect(), 0.0, 0.0
     for path, layer in lora.layers.items():
