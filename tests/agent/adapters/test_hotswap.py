@@ -8,6 +8,7 @@ Determinism: outputs are compared bit for bit with ones computed before; threads
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,19 @@ from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
 from tests.agent.adapters.tiny import TinyPolicy, batch, randomised, tiny
 from tests.conformance.store_suite import refused
+from tests.conformance.swap_suite import SwapSuite
 
 Mode = Literal["flip", "copy"]
+
+
+class TestTinyPolicy(SwapSuite):
+    @pytest.fixture
+    def make(self) -> type[TinyPolicy]:
+        return TinyPolicy
+
+    @pytest.fixture
+    def answer(self) -> Callable[[TinyPolicy], torch.Tensor]:
+        return lambda policy: policy.logits(batch())
 
 
 class Bench:
