@@ -214,10 +214,10 @@ class Updater:
         target = torch.zeros(len(feature))
         target[padded.row[padded.present]] = returns[padded.present]
         for _ in range(self.config.value_passes * (5 if first else 1)):
-            for rows in torch.randperm(len(feature), generator=self.generator).split(256):
+            for rows in torch.randperm(len(feature), generator=self.generator).split(256):  # type: ignore[no-untyped-call]
                 loss = ppo.huber(head(feature[rows]) - target[rows], self.config.ppo.huber_delta).mean()
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         # The very first head knows nothing; its fit on this batch is still better than advantages without a baseline.
         return values() if first else value

@@ -1,0 +1,129 @@
+"""A policy in one folder: model.safetensors, config.json (sizes, demands, frozen statistics), tokenizer.json.
+
+Knows files and the published checkpoints' key names. Knows nothing of networks beyond their tensor names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from agent.contract import PolicySpec
+from agent.errors import RatchetError
+from agent.policy.action_tokens import Statistics
+from agent.policy.prismatic import PrismaticConfig, PrismaticPolicy
+from agent.policy.text import load_tokenizer
+from agent.policy.vision import FusedDinoSiglip
+
+FORMAT = 1
+
+
+def save(policy: PrismaticPolicy, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the base (adapters excluded). The folder's files appear whole or not at all, config.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {n: t.detach().cpu().to(dtype).contiguous() for n, t in policy.base_tensors().items()}
+    config = {
+        "format": FORMAT,
+        "model": dataclasses.asdict(policy.config),
+        "policy": dataclasses.asdict(policy.spec),
+        "statistics": policy.statistics.as_dict(),
+    }
+    save_file(tensors, folder / "model.tmp")
+    (folder / "tokenizer.tmp").write_text(policy.tokenizer.to_str())
+    (folder / "config.tmp").write_text(json.dumps(config, indent=1))
+    for name in ("model.tmp", "tokenizer.tmp", "config.tmp"):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    (folder / "model.tmp").rename(folder / "model.safetensors")
+    (folder / "tokenizer.tmp").rename(folder / "tokenizer.json")
+    (folder / "config.tmp").rename(folder / "config.json")
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> PrismaticPolicy:
+    """Read a policy that `save` wrote.
+
+    Raises:
+        RatchetError: policy.bad_checkpoint (missing, truncated, wrong tensors, unknown fields),
+            policy.missing_statistics.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RatchetError(
+            "policy.bad_checkpoint", "no config.json", where=str(folder), fix="name a folder with a policy"
+        )
+    try:
+        raw = json.loads(path.read_text())
+        if raw.get("format") != FORMAT:
+            raise RatchetError(
+                "policy.bad_checkpoint",
+                f"format {raw.get('format')} is not known",
+                where=str(path),
+                fix="update ratchet",
+            )
+        config = PrismaticConfig(**raw["model"])
+        demands: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["policy"].items()}
+        spec = PolicySpec(**demands)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise RatchetError("policy.bad_checkpoint", f"config.json is malformed: {error}", where=str(path)) from None
+    statistics = Statistics.from_dict(raw.get("statistics"), str(path))
+    policy = PrismaticPolicy(config, spec, statistics, load_tokenizer(folder / "tokenizer.json"))
+    load_tensors(policy, read_tensors(folder / "model.safetensors"), str(folder))
+    policy.network.to(device)
+    return policy
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises RatchetError policy.bad_checkpoint where the file is missing, truncated or not safetensors."""
+    if not path.is_file():
+        raise RatchetError("policy.bad_checkpoint", "no weights", where=str(path), fix="add model.safetensors")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except safetensors.SafetensorError as error:
+        raise RatchetError(
+            "policy.bad_checkpoint", f"the weights are broken: {error}", where=str(path), fix="copy the file again"
+        ) from None
+
+
+def load_tensors(policy: PrismaticPolicy, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Fill the network; every tensor must fit. Tensors that no output depends on may be there or not.
+
+    Raises:
+        RatchetError: policy.bad_checkpoint naming missing, extra and misshapen tensors.
+    """
+    tower = policy.network.vision_backbone
+    wanted = policy.network.state_dict()
+    extra = [
+        k for k in tensors if k not in wanted and not (isinstance(tower, FusedDinoSiglip) and tower.unused(f".{k}"))
+    ]
+    missing = [k for k in wanted if k not in tensors]
+    shapes = [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
+    if extra or missing or shapes:
+        parts = [f"{len(v)} {n} ({', '.join(v[:3])}…)" for n, v in _named(missing, extra, shapes) if v]
+        raise RatchetError(
+            "policy.bad_checkpoint", f"tensors do not fit: {'; '.join(parts)}", where=where, fix="check configuration"
+        )
+    bad = [k for k in wanted if not bool(torch.isfinite(tensors[k]).all())]
+    if bad:
+        raise RatchetError("policy.bad_checkpoint", f"not finite: {', '.join(bad[:3])}", where=where)
+    policy.network.load_state_dict({k: tensors[k] for k in wanted})
+    policy.network.float()
+
+
+def _named(missing: list[str], extra: list[str], shapes: list[str]) -> list[tuple[str, list[str]]]:
+    return [("missing", missing), ("extra", extra), ("of another shape", shapes)]
+
+
+def tensor_bytes(policy: PrismaticPolicy) -> int:
+    """Size of the base's tensors in bytes."""
+    return sum(t.numel() * t.element_size() for t in policy.base_tensors().values())

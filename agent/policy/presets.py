@@ -1,0 +1,106 @@
+"""Configurations as data: the published 7B model and the small built-in one; the same class runs both.
+
+Knows sizes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agent.contract import PolicySpec, RobotContract
+from agent.policy.action_tokens import BINS
+from agent.policy.prismatic import PrismaticConfig
+from agent.policy.text import OPENVLA_PROMPT
+
+
+def openvla_oft_7b(attention: str) -> PrismaticConfig:
+    """OpenVLA-OFT, discrete head: fused DINOv2-L and SigLIP-so400m at 224 px, Llama-2 7B."""
+    return PrismaticConfig(
+        vision="fused_dinov2_siglip",
+        vision_options={
+            "image_size": 224,
+            "patch": 14,
+            "dino_width": 1024,
+            "dino_depth": 24,
+            "dino_heads": 16,
+            "dino_hidden": 4096,
+            "registers": 4,
+            "siglip_width": 1152,
+            "siglip_depth": 27,
+            "siglip_heads": 16,
+            "siglip_hidden": 4304,
+        },
+        attention=attention,  # type: ignore[arg-type]
+        placeholders="zero",
+        hidden=4096,
+        layers=32,
+        heads=32,
+        intermediate=11008,
+        vocabulary=32000,
+        padded_vocabulary=32064,
+        projector="mlp3",
+        prompt=OPENVLA_PROMPT,
+        bos=1,
+        pad=32000,
+        end_token=29871,
+        compute_dtype="bfloat16",
+    )
+
+
+def small(
+    *,
+    image_size: int = 96,
+    hidden: int = 192,
+    layers: int = 4,
+    heads: int = 4,
+    channels: Sequence[int] = (32, 64, 96, 128),
+    text_vocabulary: int = 512,
+    prompt_length: int = 16,
+    compute_dtype: str = "bfloat16",
+) -> PrismaticConfig:
+    """The built-in VLA: about 3 million parameters, a chunk in a few milliseconds on a CPU."""
+    return PrismaticConfig(
+        vision="film_conv",
+        vision_options={"image_size": image_size, "channels": list(channels), "text": hidden},
+        attention="bidirectional",
+        placeholders="learned",
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        intermediate=hidden * 8 // 3 // 32 * 32,
+        vocabulary=text_vocabulary + BINS,
+        padded_vocabulary=text_vocabulary + BINS,
+        projector="mlp2",
+        prompt="{instruction}",
+        bos=1,
+        pad=0,
+        end_token=-1,
+        prompt_length=prompt_length,
+        compute_dtype=compute_dtype,  # type: ignore[arg-type]
+    )
+
+
+def spec_for(
+    contract: RobotContract, *, cameras: Sequence[str], state: Sequence[str], chunk: int, statistics_key: str
+) -> PolicySpec:
+    """The demands of a policy that is trained on data of this contract."""
+    fields = {s.name: s.size for s in contract.state}
+    gripper = contract.action.gripper
+    return PolicySpec(
+        cameras=tuple(cameras),
+        image_size=contract.camera(cameras[0]).height,
+        state=tuple(state),
+        state_size=sum(fields[s] for s in state),
+        control_mode=contract.action.control_mode,
+        rotation=contract.action.rotation,
+        frame=contract.action.frame,
+        action_names=tuple(d.name for d in contract.action.dims),
+        action_units=tuple(d.unit for d in contract.action.dims),
+        gripper_dim=gripper.dim if gripper else None,
+        gripper_open=gripper.open if gripper else None,
+        gripper_closed=gripper.closed if gripper else None,
+        chunk=chunk,
+        control_hz=contract.control_hz,
+        statistics_key=statistics_key,
+        bins=BINS,
+    )
