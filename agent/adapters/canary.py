@@ -77,4 +77,4 @@ def canary_input(spec: PolicySpec) -> PolicyInput:
     )
     images = image.to(torch.uint8).expand(1, max(len(spec.cameras), 1), size, size, 3).contiguous()
     state = torch.zeros(1, spec.state_size) if spec.state_size else None
-    return PolicyInput(images, state, ["pick up the object"])
+    return PolicyInput(images, state, ["go"])  # short: small models take few tokens

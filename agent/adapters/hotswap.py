@@ -232,6 +232,8 @@ class HotSwapper:
     def merge(self) -> float:
         """Run the current adapter merged into the base weights, at the base's speed; returns seconds unavailable.
 
+        For deployment: log-probabilities then differ by rounding from the learner's, so do not collect samples merged.
+
         Raises:
             RatchetError: adapter.tied_weights, adapter.not_finite, adapter.busy; nothing has changed then.
         """

@@ -24,7 +24,6 @@ class Merge:
         Raises:
             RatchetError: adapter.tied_weights where an adapted weight is shared with a module that is not adapted.
         """
-        self._lora = lora
         self.weights: dict[str, Tensor] = {}
         owners: dict[int, list[str]] = {}
         for name, parameter in lora.module.named_parameters(remove_duplicate=False):
@@ -43,7 +42,9 @@ class Merge:
             b = arena.views[tensor_name(path, "lora_B")].flatten(1).float()
             delta = (b @ a).reshape(weight.shape) * lora.scaling[path]
             self.weights[path] = (weight.detach().float() + delta).to(weight.dtype)
-        self._base = {path: layer.get_base_layer().weight.data for path, layer in lora.layers.items()}
+        # Looked up now, so that pointing takes no longer than it must.
+        self._layers = [(layer, layer.get_base_layer().weight) for layer in lora.layers.values()]
+        self._base = [weight.data for _, weight in self._layers]
 
     @property
     def finite(self) -> bool:
@@ -52,12 +53,12 @@ class Merge:
 
     def apply(self) -> None:
         """Point the layers at the merged weights."""
-        for path, layer in self._lora.layers.items():
-            layer.get_base_layer().weight.data = self.weights[path]
+        for (layer, weight), merged in zip(self._layers, self.weights.values(), strict=True):
+            weight.data = merged
             layer.merged_adapters = [SLOT]
 
     def revert(self) -> None:
         """Point the layers back at the base."""
-        for path, layer in self._lora.layers.items():
-            layer.get_base_layer().weight.data = self._base[path]
+        for (layer, weight), base in zip(self._layers, self._base, strict=True):
+            weight.data = base
             layer.merged_adapters = []

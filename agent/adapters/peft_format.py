@@ -24,9 +24,9 @@ CONFIG = "adapter_config.json"
 
 def weights_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """The weights file, as PEFT writes it."""
-    data: bytes = safetensors.torch.save(
-        {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, metadata={"format": "pt"}
-    )
+    # safetensors refuses tensors that share memory, such as views of one received buffer.
+    alone = {name: tensor.detach().contiguous().clone() for name, tensor in sorted(tensors.items())}
+    data: bytes = safetensors.torch.save(alone, metadata={"format": "pt"})
     return data
 
 

@@ -259,9 +259,8 @@ class FolderStore:
             self._sweep()
             try:
                 yield scratch
-            except OSError:
+            finally:
                 self._sweep()
-                raise
 
     def _sweep(self) -> None:
         # Under the writers' lock nothing in the scratch folder can still be in use.
