@@ -32,10 +32,6 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from agent.policy.action_tokens import Statistics
-from agent.policy.presets import small, spec_for
-from agent.policy.prismatic import PrismaticPolicy
-from agent.policy.text import train_tokenizer
 from peft.utils.hotswap import hotswap_adapter
 from rich.console import Console
 from rich.table import Table
@@ -45,7 +41,11 @@ from agent.adapters.identity import Adapter, Binding, binding_of
 from agent.adapters.lora import Lora, attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract
+from agent.policy.action_tokens import Statistics
+from agent.policy.presets import small, spec_for
+from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import PolicyInput
+from agent.policy.text import train_tokenizer
 
 GOAL = 1e-3  # s, 99th percentile
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,17 +12,17 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from agent.policy.action_tokens import Statistics
-from agent.policy.presets import small, spec_for
-from agent.policy.prismatic import PrismaticPolicy
-from agent.policy.text import train_tokenizer
 from torch import Tensor
 
 from agent.adapters.identity import binding_of
 from agent.adapters.lora import attach, lora_config
 from agent.adapters.peft_format import export_folder
 from agent.contract import RobotContract
+from agent.policy.action_tokens import Statistics
+from agent.policy.presets import small, spec_for
+from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import PolicyInput
+from agent.policy.text import train_tokenizer
 from tests.conformance.swap_suite import SwapSuite, noise
 
 ROBOT = Path(__file__).parents[3] / "robots" / "metaworld.yaml"

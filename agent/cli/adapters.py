@@ -1,0 +1,144 @@
+"""`ratchet adapters list|show|tag|verify`: what is in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from agent.adapters.store import FolderStore
+
+STORE = Path("runs/demo/adapters")
+
+
+@dataclass
+class List:
+    """All adapters, oldest first, with their tags."""
+
+    store: Path = STORE
+    """Adapter store."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        store = FolderStore(self.store)
+        cards = sorted((store.card(i) for i in store.ids()), key=lambda c: c.created)
+        tags = store.tags()
+        if self.json:
+            print(json.dumps({"adapters": [dataclasses.asdict(c) for c in cards], "tags": tags}, default=dict))
+            return 0
+        table = Table()
+        for column in ("id", "task", "stage", "parent", "effect", "created", "tags"):
+            table.add_column(column)
+        for card in cards:
+            provenance = card.provenance
+            table.add_row(
+                card.id[:12],
+                provenance.task,
+                str(provenance.stage),
+                (provenance.parent or "base")[:12],
+                "" if provenance.effect is None else f"{provenance.effect:.2%}",
+                card.created[:19],
+                ", ".join(t for t, i in sorted(tags.items()) if i == card.id),
+            )
+        Console().print(table)
+        return 0
+
+
+@dataclass
+class Show:
+    """One adapter's card and lineage."""
+
+    adapter: Annotated[str, tyro.conf.Positional]
+    """Id, id prefix or tag."""
+    store: Path = STORE
+    """Adapter store."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        store = FolderStore(self.store)
+        card = dataclasses.asdict(store.card(self.adapter))
+        card["lineage"] = store.lineage(self.adapter)
+        if self.json:
+            print(json.dumps(card, default=dict))
+        else:
+            Console().print_json(json.dumps(card, default=dict))
+        return 0
+
+
+@dataclass
+class Tag:
+    """Point a tag at an adapter."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Tag, such as `active`."""
+    adapter: Annotated[str, tyro.conf.Positional]
+    """Id, id prefix or another tag."""
+    reason: str = ""
+    """Why; kept in the history."""
+    store: Path = STORE
+    """Adapter store."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        move = FolderStore(self.store).tag(self.name, self.adapter, self.reason)
+        if self.json:
+            print(json.dumps(dataclasses.asdict(move)))
+        else:
+            Console().print(f"{move.tag}: {(move.old or 'nothing')[:12]} -> {move.new[:12]}")
+        return 0
+
+
+@dataclass
+class Verify:
+    """Hash every adapter again and check tags and history; exit 1 where something is wrong."""
+
+    store: Path = STORE
+    """Adapter store."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        store = FolderStore(self.store)
+        problems = store.verify()
+        if self.json:
+            print(json.dumps({"adapters": len(store.ids()), "problems": [dataclasses.asdict(p) for p in problems]}))
+        else:
+            console = Console()
+            for problem in problems:
+                console.print(f"[red]{problem.code}[/] {problem.where}: {problem.what}")
+            console.print(f"{len(store.ids())} adapters, {len(problems)} problems")
+        return 1 if any(p.fatal for p in problems) else 0
+
+
+@dataclass
+class Adapters:
+    """Look at and tag the adapters of a store.
+
+    Examples:
+
+        ratchet adapters list --store runs/demo/adapters
+
+        ratchet adapters show candidate --store runs/demo/adapters --json
+
+        ratchet adapters tag active 3f2a --reason "passed on the robot"
+    """
+
+    command: Annotated[
+        Annotated[List, tyro.conf.subcommand("list")]
+        | Annotated[Show, tyro.conf.subcommand("show")]
+        | Annotated[Tag, tyro.conf.subcommand("tag")]
+        | Annotated[Verify, tyro.conf.subcommand("verify")],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self) -> int:
+        return self.command.run()

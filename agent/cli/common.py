@@ -1,0 +1,178 @@
+"""What several verbs share: opening policies with adapters, environments, tables and run folders.
+
+Knows how the parts are put together for one process. Holds no logic of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from agent.adapters.hotswap import HotSwapper, SwapReport
+from agent.adapters.lora import Lora, attach, lora_config
+from agent.adapters.store import FolderStore
+from agent.contract import RobotContract, require_compatible
+from agent.errors import RatchetError
+from agent.policy import checkpoint
+from agent.policy.prismatic import PrismaticPolicy
+from sim import registry
+from sim.base import TaskInfo
+from sim.vector import ChunkVectorEnv
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"metaworld": ROOT / "models" / "small-metaworld"}
+EVERYTHING_LINEAR = r"(projector|language_model\.model|state_projector|language_model\.lm_head).*"
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapter's shape."""
+
+    rank: int = 32
+    """Rank of the low-rank update."""
+    alpha: float = 32.0
+    """Scale: the update is multiplied by alpha / rank."""
+    targets: str = "all-linear"
+    """Layers that carry it: "all-linear" or a regular expression over module names."""
+    seed: int = 0
+    """Seed of the initial values."""
+
+
+@dataclass
+class Running:
+    """A policy that is in use and whose adapter is changed by hot swap only."""
+
+    policy: PrismaticPolicy
+    swapper: HotSwapper
+    swaps: list[SwapReport]
+
+    def serve(self, adapter_id: str) -> PrismaticPolicy:
+        """The policy with this adapter ("" for the base) in force."""
+        wanted = adapter_id or self.swapper.base_id
+        if self.swapper.current_id != wanted:
+            self.swaps.append(self.swapper.swap(wanted))
+        return self.policy
+
+
+def threads(count: int) -> None:
+    """Inference and training threads of this process; workers take the other cores."""
+    torch.set_num_threads(max(1, count))
+    torch.set_flush_denormal(True)
+
+
+def policy_folder(suite: str, given: Path | None) -> Path:
+    """The policy that the user named, or the built-in one of the suite.
+
+    Raises:
+        RatchetError: cli.no_policy.
+    """
+    if given is not None:
+        return given
+    if suite in SMALL:
+        return SMALL[suite]
+    raise RatchetError("cli.no_policy", f"no built-in policy for suite '{suite}'", fix="name one with --policy FOLDER")
+
+
+def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> tuple[PrismaticPolicy, Lora]:
+    """Load a base, check it against the robot, attach an empty adapter."""
+    policy = checkpoint.load(folder)
+    require_compatible(policy.spec, contract)
+    return policy, attach(policy.module, lora_config(options.rank, options.alpha, options.targets), seed=options.seed)
+
+
+def open_running(folder: Path, contract: RobotContract, options: LoraOptions, store: FolderStore | None) -> Running:
+    policy, lora = open_policy(folder, contract, options)
+    return Running(policy, HotSwapper(policy, lora, store=store), [])
+
+
+def make_vector(
+    policy: PrismaticPolicy, suite: str, contract: RobotContract, workers: int, slots: int
+) -> ChunkVectorEnv:
+    return ChunkVectorEnv(
+        suite,
+        cameras=policy.spec.cameras,
+        state_fields=policy.spec.state,
+        chunk=policy.spec.chunk,
+        workers=workers,
+        slots_per_worker=slots,
+        contract=contract,
+    )
+
+
+def find_tasks(suite: str, names: Sequence[str]) -> dict[str, TaskInfo]:
+    """Raises RatchetError sim.unknown_suite, sim.unknown_task."""
+    registry.tasks(suite)
+    return {name: registry.task(suite, name) for name in names}
+
+
+def print_contract(console: Console, contract: RobotContract) -> None:
+    """What the policy is allowed to do, before it does anything."""
+    table = Table(title=f"contract {contract.name}  {contract.control_hz:g} Hz  id {contract.id[:12]}", box=None)
+    for column in ("dimension", "unit", "range per step", "velocity limit", "acceleration limit"):
+        table.add_column(column, justify="left" if column in ("dimension", "unit") else "right")
+    for dim, velocity, acceleration in zip(
+        contract.action.dims, contract.limits.velocity, contract.limits.acceleration, strict=True
+    ):
+        table.add_row(dim.name, dim.unit, f"{dim.low:g} … {dim.high:g}", f"{velocity:g}/s", f"{acceleration:g}/s²")
+    console.print(table)
+    cameras = ", ".join(f"{c.name} {c.width}x{c.height} turned {c.rotate}°" for c in contract.cameras)
+    console.print(
+        f"cameras: {cameras}; workspace {contract.limits.workspace_low} to {contract.limits.workspace_high} m\n"
+    )
+
+
+def describe_run(title: str, command: str, **facts: Any) -> dict[str, Any]:
+    """The contents of run.json: enough to know later what was run, where and with what."""
+    packages = ("torch", "transformers", "peft", "mujoco", "metaworld", "numpy", "gymnasium", "ratchet-vla")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "title": title,
+        "command": command,
+        "started": now(),
+        "host": {"processor": _processor(), "cores": torch.get_num_threads(), "python": platform.python_version()},
+        "versions": versions,
+        **facts,
+    }
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    scratch.rename(path)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    return " ".join(["ratchet", *sys.argv[1:]])
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+Emit = Callable[[str, dict[str, Any]], None]

@@ -1,0 +1,101 @@
+"""`ratchet learn`: sequential fine-tuning by on-policy reinforcement learning."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from agent.cli import common, sequential
+from agent.learner.sequence import SequenceConfig
+from agent.learner.update import UpdateConfig
+
+
+@dataclass
+class Learn:
+    """Fine-tune one adapter on tasks, one after the other, evaluating all of them after each.
+
+    Examples:
+
+        ratchet learn --suite metaworld --tasks faucet-open window-open --out runs/two
+
+        ratchet learn --suite libero_object --policy models/my-oft --tasks ... --update.algorithm grpo
+
+    A run that was stopped goes on when the same command is given again.
+    """
+
+    tasks: tuple[str, ...]
+    """Task names in the order in which they are learned."""
+    suite: str = "metaworld"
+    """Suite of the tasks."""
+    held_out: tuple[str, ...] = ()
+    """Tasks that are evaluated and never trained."""
+    policy: Path | None = None
+    """Folder of the base policy; the built-in one of the suite if absent."""
+    out: Path = Path("runs/learn")
+    """Run folder."""
+    updates: int = 10
+    """Updates per task."""
+    groups: int = 64
+    """Initial states per update."""
+    group_size: int = 8
+    """Episodes from each initial state."""
+    temperature: float = 1.0
+    """Sampling temperature of training episodes."""
+    evaluation_episodes: int = 50
+    """Episodes per task and evaluation."""
+    evaluation: Literal["greedy", "sampled"] = "greedy"
+    """How actions are chosen in evaluations."""
+    train_pool: int = 0
+    """Use only so many training states; 0 uses all."""
+    seed: int = 0
+    """Root of all random numbers."""
+    lora: common.LoraOptions = field(default_factory=common.LoraOptions)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    workers: int = 2
+    """Simulator processes."""
+    slots: int = 12
+    """Episodes at once per simulator process."""
+    threads: int = 1
+    """Threads for the policy."""
+    videos: bool = True
+    """Write before/after GIFs."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        common.threads(self.threads)
+        console = Console(stderr=self.json)
+        config = SequenceConfig(
+            tasks=self.tasks,
+            held_out=self.held_out,
+            updates=self.updates,
+            groups=self.groups,
+            group_size=self.group_size,
+            temperature=self.temperature,
+            evaluation_episodes=self.evaluation_episodes,
+            evaluation_temperature=0.0 if self.evaluation == "greedy" else self.temperature,
+            seed=self.seed,
+            train_pool=self.train_pool,
+            update=self.update,
+        )
+        result = sequential.run(
+            title=f"Sequential fine-tuning on {self.suite}",
+            suite=self.suite,
+            policy_folder=common.policy_folder(self.suite, self.policy),
+            config=config,
+            lora=self.lora,
+            folder=self.out,
+            workers=self.workers,
+            slots=self.slots,
+            videos=self.videos,
+            console=console,
+        )
+        if self.json:
+            print(json.dumps(result.as_dict()))
+        else:
+            console.print(f"report: {result.report}")
+        return 0

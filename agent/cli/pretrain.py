@@ -1,0 +1,188 @@
+"""`ratchet pretrain`: train the small VLA from scratch on expert demonstrations."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agent.cli import common
+from agent.errors import RatchetError
+from agent.learner.pretrain import PretrainConfig, Pretrainer
+from agent.learner.pretrain import Progress as Report
+from agent.policy import checkpoint, presets
+from agent.policy.action_tokens import Statistics
+from agent.policy.prismatic import PrismaticPolicy
+from agent.policy.text import train_tokenizer
+from sim import registry
+from sim.demonstrations import Demonstrations, NoiseConfig, collect
+
+
+@dataclass
+class Pretrain:
+    """Make a small VLA: record expert demonstrations, train by cross-entropy, save one folder.
+
+    Examples:
+
+        ratchet pretrain --suite metaworld --tasks door-open faucet-open --episodes 40 --out models/mine
+
+    A training that was stopped goes on when the same command is given again.
+    """
+
+    tasks: tuple[str, ...]
+    """Tasks to demonstrate."""
+    out: Path
+    """Folder of the new policy; demonstrations and checkpoints go to its subfolder `work`."""
+    suite: str = "metaworld"
+    """Suite of the tasks."""
+    episodes: int = 40
+    """Demonstrations per task, from states that are neither in the training nor in the evaluation set."""
+    first_state: int = -1
+    """First initial state of the demonstrations; -1 takes the suite's own demonstration states."""
+    stride: int = 2
+    """Control steps between samples."""
+    chunk: int = 5
+    """Actions per chunk."""
+    cameras: tuple[str, ...] = ()
+    """Contract cameras the policy sees; the first one if absent."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    train: PretrainConfig = field(default_factory=PretrainConfig)
+    processes: int = 2
+    """Processes that record demonstrations."""
+    threads: int = 2
+    """Threads for training."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        started = time.perf_counter()
+        common.threads(self.threads)
+        console = Console(stderr=self.json)
+        contract = registry.contract_for(self.suite)
+        common.find_tasks(self.suite, self.tasks)
+        cameras = self.cameras or (contract.cameras[0].name,)
+        state = tuple(s.name for s in contract.state)
+        work = self.out / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        demonstrations = self._demonstrations(work / "demonstrations.safetensors", cameras, state, console)
+        spec = presets.spec_for(contract, cameras=cameras, state=state, chunk=self.chunk, statistics_key=self.suite)
+        texts = [info.instruction for info in registry.tasks(self.suite)]
+        config = presets.small(image_size=spec.image_size)
+        torch.manual_seed(self.train.seed)
+        tokenizer = train_tokenizer(texts, config.vocabulary - 256)
+        policy = PrismaticPolicy(config, spec, statistics_of(demonstrations, spec, self.suite), tokenizer)
+        trainer = Pretrainer(policy, list(policy.network.parameters()), demonstrations, self.train, work)
+        history: list[Report] = []
+        columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+            bar = progress.add_task("", total=self.train.steps, note="")
+
+            def show(report: Report) -> None:
+                history.append(report)
+                note = (
+                    f"step {report.step} loss {report.loss:.2f} validation {report.validation_loss:.2f} "
+                    f"({report.samples_per_second:.0f} samples/s)"
+                )
+                progress.update(bar, completed=report.step, note=note)
+
+            trainer.run(show)
+        checkpoint.save(policy, self.out)
+        result = {
+            "folder": str(self.out),
+            "base_hash": policy.base_hash,
+            "parameters": sum(p.numel() for p in policy.network.parameters()),
+            "samples": len(demonstrations),
+            "tasks": list(self.tasks),
+            "command": common.command_line(),
+            "train": asdict(self.train),
+            "noise": asdict(self.noise),
+            "history": [asdict(r) for r in history],
+            "seconds": time.perf_counter() - started,
+        }
+        common.write_json(self.out / "training.json", result)
+        if self.json:
+            print(json.dumps(result))
+        else:
+            console.print(f"saved {self.out}: {result['parameters']} parameters, {result['seconds']:.0f} s")
+        return 0
+
+    def _demonstrations(
+        self, path: Path, cameras: tuple[str, ...], state: tuple[str, ...], console: Console
+    ) -> Demonstrations:
+        if path.exists():
+            found = Demonstrations.load(path)
+            if tuple(found.tasks) != self.tasks:
+                raise RatchetError(
+                    "learn.changed_run",
+                    "the folder holds demonstrations of other tasks",
+                    where=str(path),
+                    fix="use a new folder",
+                )
+            return found
+        states = demonstration_states(self.suite, self.episodes, self.first_state)
+        columns = (TextColumn("recording"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("", total=len(self.tasks), note="")
+            found = collect(
+                self.suite,
+                self.tasks,
+                states,
+                cameras=cameras,
+                state_fields=state,
+                chunk=self.chunk,
+                stride=self.stride,
+                noise=self.noise,
+                seed=self.train.seed,
+                processes=self.processes,
+                progress=lambda name, count: progress.update(bar, advance=1, note=f"{name}: {count} samples"),
+            )
+        found.save(path)
+        return found
+
+
+def demonstration_states(suite: str, episodes: int, first: int) -> range:
+    """Initial states for demonstrations, apart from the evaluation states."""
+    if first >= 0:
+        return range(first, first + episodes)
+    if suite == "metaworld":
+        from sim.metaworld import DEMONSTRATION_STATES
+
+        return range(DEMONSTRATION_STATES[0], DEMONSTRATION_STATES[0] + episodes)
+    return range(min(episodes, len(registry.tasks(suite)[0].train_states)))
+
+
+def statistics_of(demonstrations: Demonstrations, spec: object, key: str) -> Statistics:
+    """Frozen statistics of the pretraining data: 1st and 99th percentile of actions, mean and deviation of the state.
+
+    The gripper passes unnormalised, as in the published models.
+    """
+    from agent.contract import PolicySpec
+
+    assert isinstance(spec, PolicySpec)
+    flat = demonstrations.actions.reshape(-1, demonstrations.actions.shape[-1])
+    q01, q99 = np.quantile(flat, 0.01, axis=0), np.quantile(flat, 0.99, axis=0)
+    mask = tuple(name != spec.gripper_dim for name in spec.action_names)
+    for name, low, high, normalised in zip(spec.action_names, q01, q99, mask, strict=True):
+        if normalised and not low < high:
+            raise RatchetError(
+                "learn.still_dimension",
+                f"'{name}' never moves in the demonstrations, so it cannot be normalised",
+                where=key,
+                fix="demonstrate tasks that use every dimension",
+            )
+    deviation = np.maximum(demonstrations.state.std(0), 1e-4)
+    return Statistics(
+        key=key,
+        units=spec.action_units,
+        q01=tuple(float(v) for v in q01),
+        q99=tuple(float(v) for v in q99),
+        mask=mask,
+        state_mean=tuple(float(v) for v in demonstrations.state.mean(0)),
+        state_std=tuple(float(v) for v in deviation),
+    )

@@ -1,0 +1,60 @@
+"""Recipes as data: what `ratchet demo` runs, per suite.
+
+Knows tasks, sizes and budgets that were measured; the measurements are in LOG.md and benchmarks/results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agent.cli.common import LoraOptions
+from agent.learner.grpo import GrpoConfig
+from agent.learner.ppo import PpoConfig
+from agent.learner.sequence import SequenceConfig
+from agent.learner.update import UpdateConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One demo: tasks in order, held-out tasks and the learner's settings."""
+
+    tasks: tuple[str, ...]
+    held_out: tuple[str, ...]
+    updates: int
+    groups: int
+    group_size: int
+    temperature: float
+    evaluation_episodes: int
+    update: UpdateConfig
+    lora: LoraOptions
+    slots: int = 12
+
+    def sequence(self, seed: int) -> SequenceConfig:
+        return SequenceConfig(
+            tasks=self.tasks,
+            held_out=self.held_out,
+            updates=self.updates,
+            groups=self.groups,
+            group_size=self.group_size,
+            temperature=self.temperature,
+            evaluation_episodes=self.evaluation_episodes,
+            seed=seed,
+            update=self.update,
+        )
+
+
+DEMO: dict[str, Recipe] = {
+    "metaworld": Recipe(
+        tasks=("door-open", "window-open"),
+        held_out=("faucet-close",),
+        updates=10,
+        groups=64,
+        group_size=8,
+        temperature=1.0,
+        evaluation_episodes=100,
+        update=UpdateConfig(
+            algorithm="ppo", learning_rate=5e-4, minibatches=4, grpo=GrpoConfig(horizon=40), ppo=PpoConfig()
+        ),
+        lora=LoraOptions(rank=32, alpha=32.0),
+    ),
+}

@@ -1,0 +1,228 @@
+"""One sequential run from the command line: progress, hot swaps, videos, report.
+
+Knows how `learn` and `demo` present a run. The run itself is `agent.learner.sequence`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from agent.adapters.store import FolderStore
+from agent.cli import common
+from agent.learner.metrics import SuccessMatrix, difference, measures
+from agent.learner.report import print_matrix, video_name, write_report
+from agent.learner.sequence import SequenceConfig, SequentialRun
+from sim import registry
+from sim.video import record
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run leaves behind, for the caller and for `--json`."""
+
+    folder: Path
+    matrix: SuccessMatrix
+    swaps: list[dict[str, Any]]
+    seconds: float
+    report: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        gains = {}
+        for stage, task in enumerate(self.matrix.tasks, 1):
+            before, after = self.matrix.get(0, task), self.matrix.get(stage, task)
+            if before and after:
+                gain = difference(before, after)
+                gains[task] = {"gain": gain.estimate, "low": gain.low, "high": gain.high}
+        return {
+            "folder": str(self.folder),
+            "matrix": self.matrix.to_dict(),
+            "measures": measures(self.matrix).as_dict(),
+            "gains": gains,
+            "swaps": self.swaps,
+            "seconds": self.seconds,
+            "report": str(self.report),
+        }
+
+
+def run(
+    *,
+    title: str,
+    suite: str,
+    policy_folder: Path,
+    config: SequenceConfig,
+    lora: common.LoraOptions,
+    folder: Path,
+    workers: int,
+    slots: int,
+    videos: bool,
+    console: Console,
+) -> Result:
+    """Run (or go on with) a sequential fine-tuning in `folder` and write its report."""
+    started = time.perf_counter()
+    contract = registry.contract_for(suite)
+    tasks = common.find_tasks(suite, [*config.tasks, *config.held_out])
+    policy, adapter = common.open_policy(policy_folder, contract, lora)
+    store = FolderStore(folder / "adapters", create=True)
+    running = common.open_running(policy_folder, contract, lora, store)
+    common.print_contract(console, contract)
+    facts = common.describe_run(
+        title,
+        common.command_line(),
+        suite=suite,
+        method=f"Seq. FT, {config.update.algorithm}",
+        seed=config.seed,
+        contract=f"{contract.name} {contract.id}",
+        base_hash=policy.base_hash,
+        config={"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)},
+    )
+    common.write_json(folder / "run.json", facts)
+    if videos:
+        _videos(running, "", [*config.tasks, *config.held_out], tasks, folder, "before", console)
+    env = common.make_vector(policy, suite, contract, workers, slots)
+    ticking = _Ticker(running, tasks[config.tasks[0]].instruction)
+    try:
+        with _progress(console) as progress:
+            view = _View(progress, console, config)
+            sequence = SequentialRun(
+                policy, adapter, env, tasks, store, running.serve, config, folder / "state", view.event
+            )
+            with ticking:
+                matrix = sequence.run()
+    finally:
+        env.close()
+    if videos:
+        _videos(running, sequence.adapter_ids[-1], [*config.tasks, *config.held_out], tasks, folder, "after", console)
+    for name in ("matrix.json", "updates.jsonl"):
+        source = folder / "state" / name
+        if source.exists():
+            (folder / name).write_bytes(source.read_bytes())
+    cards = [store.card(i) for i in sequence.adapter_ids[1:]]
+    tags: dict[str, list[str]] = {}
+    for tag, identity in store.tags().items():
+        tags.setdefault(identity, []).append(tag)
+    common.write_json(
+        folder / "adapters.json",
+        [
+            {
+                "stage": c.provenance.stage,
+                "task": c.provenance.task,
+                "id": c.id,
+                "parent": c.provenance.parent,
+                "effect": c.provenance.effect,
+                "tags": tags.get(c.id, []),
+            }
+            for c in cards
+        ],
+    )
+    swaps = [
+        {
+            "from": s.old_id[:12],
+            "to": s.new_id[:12],
+            "ready_ms": 1e3 * s.ready,
+            "unavailable_ms": 1e3 * s.unavailable,
+            "warnings": [w.code for w in s.warnings],
+        }
+        for s in running.swaps
+    ]
+    seconds = time.perf_counter() - started
+    facts |= {"finished": common.now(), "seconds": seconds, "swaps": swaps, "forwards_during_run": ticking.count}
+    common.write_json(folder / "run.json", facts)
+    report = write_report(folder)
+    print_matrix(matrix, console)
+    return Result(folder, matrix, swaps, seconds, report)
+
+
+class _Ticker:
+    """Keeps asking the running policy for chunks at 1 Hz, so that every swap happens on a policy in use."""
+
+    def __init__(self, running: common.Running, instruction: str) -> None:
+        self.running, self.instruction = running, instruction
+        self.count = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Ticker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        from agent.adapters.canary import canary_input
+
+        batch = canary_input(self.running.policy.spec)
+        while not self._stop.wait(1.0):
+            with self.running.swapper.running():
+                self.running.policy.predict(batch)
+            self.count += 1
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+class _View:
+    """Turns events of the run into progress bars and lines."""
+
+    def __init__(self, progress: Progress, console: Console, config: SequenceConfig) -> None:
+        self.progress, self.console, self.config = progress, console, config
+        total = len(config.tasks) * config.updates
+        self.bar = progress.add_task("learning", total=total, note="")
+        self.episodes = progress.add_task("episodes", total=1, note="")
+
+    def event(self, kind: str, facts: dict[str, Any]) -> None:
+        if kind == "episode":
+            self.progress.update(
+                self.episodes, completed=facts["done"], total=facts["of"], description=facts["what"], note=""
+            )
+        elif kind == "update":
+            done = (facts["stage"] - 1) * self.config.updates + facts["update"]
+            rate = facts["successes"] / facts["episodes"]
+            note = (
+                f"{facts['task']} {rate:.0%}  KL {facts.get('approx_kl', 0):.3f}  entropy {facts.get('entropy', 0):.2f}"
+            )
+            self.progress.update(self.bar, completed=done, note=note)
+        elif kind == "evaluated":
+            rate = facts["successes"] / facts["trials"]
+            self.console.print(
+                f"stage {facts['stage']}  {facts['task']:28s} {facts['successes']:3d}/{facts['trials']} = {rate:4.0%}"
+                f"   {60 * facts['trials'] / facts['seconds']:5.0f} episodes/min"
+            )
+        elif kind == "stage":
+            self.console.print(
+                f"[bold]learned {facts['task']}[/]: adapter {facts['adapter_id'][:12]}, "
+                f"changes the base by {facts['effect']:.2%}"
+            )
+
+
+def _videos(
+    running: common.Running,
+    adapter_id: str,
+    names: list[str],
+    tasks: dict[str, Any],
+    folder: Path,
+    moment: str,
+    console: Console,
+) -> None:
+    policy = running.serve(adapter_id)
+    for name in names:
+        path = folder / "videos" / video_name(name, moment)
+        if not path.exists():
+            success = record(policy, tasks[name], tasks[name].evaluation_states[0], path)
+            console.print(f"video {moment} {name}: {'success' if success else 'failure'}  {path}")

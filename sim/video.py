@@ -1,0 +1,71 @@
+"""Rollouts to look at: one episode as frames for a person, beside what the policy sees.
+
+Knows one environment and how to draw it larger. Knows no learning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+
+from agent.contract import CameraSpec, RobotContract
+from agent.policy.protocol import Policy, PolicyInput
+from agent.records import UInt8
+from sim import registry
+from sim.base import TaskInfo
+
+VIEWER = "viewer"
+
+
+def with_viewer(contract: RobotContract, size: int) -> RobotContract:
+    """The contract plus a larger copy of its first camera, for people."""
+    first = contract.cameras[0]
+    camera: CameraSpec = dataclasses.replace(first, name=VIEWER, width=size, height=size)
+    return dataclasses.replace(contract, cameras=(*contract.cameras, camera))
+
+
+def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, size: int = 192, every: int = 2) -> bool:
+    """Run one greedy episode and write it as a GIF in real time; returns success.
+
+    every: control steps per frame.
+    """
+    env = registry.make_env(task.suite, task.name, with_viewer(registry.contract_for(task.suite), size))
+    frames: list[UInt8] = []
+    try:
+        env.reset(initial_state)
+        steps = 0
+        while steps < task.horizon and not env.success():
+            state = env.state()
+            batch = PolicyInput(
+                images=np.stack([env.render(c) for c in policy.spec.cameras])[None],
+                state=torch.from_numpy(np.concatenate([state[s] for s in policy.spec.state]))[None]
+                if policy.spec.state
+                else None,
+                instructions=[task.instruction],
+            )
+            for action in policy.predict(batch).actions[0].numpy():
+                if steps % every == 0:
+                    frames.append(env.render(VIEWER))
+                env.step(action)
+                steps += 1
+                if env.success() or steps >= task.horizon:
+                    break
+        frames += [_framed(env.render(VIEWER), env.success())] * 8
+    finally:
+        env.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(path, np.stack(frames), duration=round(1000 * every / env.contract.control_hz), loop=0)
+    return env.success()
+
+
+def _framed(image: UInt8, success: bool) -> UInt8:
+    """The last frame, with a green or red border that says how it ended."""
+    out = image.copy()
+    colour = (40, 160, 60) if success else (190, 40, 40)
+    for edge in (np.s_[:6], np.s_[-6:], np.s_[:, :6], np.s_[:, -6:]):
+        out[edge] = colour
+    return out
