@@ -209,7 +209,7 @@ class LiberoTaskEnv(TaskEnv):
 
 
 def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """(3,) rad from an xyzw quaternion, as robosuite's `quat2axisangle`, which the benchmark's policies are fed with."""
+    """(3,) rad from an xyzw quaternion, as robosuite's `quat2axisangle`, which policies are fed with."""
     w = min(max(float(quaternion[3]), -1.0), 1.0)
     denominator = math.sqrt(1.0 - w * w)
     if math.isclose(denominator, 0.0):
