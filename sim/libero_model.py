@@ -33,7 +33,7 @@ _compiled: dict[tuple[str, str], CompiledTask] = {}
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep robosuite from opening its log file in /tmp and from printing while it is imported or builds a scene."""
     handler = logging.FileHandler
     try:
@@ -89,7 +89,7 @@ class CompiledTask:
 
     def __init__(self, suite: str, task: str) -> None:
         path = bddl_path(suite, task)
-        with _quiet():
+        with quiet():
             from sim.libero_osc import OscLayout
 
             random_state = np.random.get_state()  # noqa: NPY002 (robosuite draws from the global generator)
