@@ -33,6 +33,7 @@ class CameraSpec:
     rotate: degrees counter-clockwise that turn the raw image upright: 0, 90, 180 or 270.
     mirror: True where the raw image must be flipped left-right after the rotation.
     source: the simulator's camera name or the device's serial; empty where the topic says it all.
+    position: (3,) m, world frame, where a simulated camera is moved to; empty leaves it where the model has it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CameraSpec:
     encoding: Literal["rgb8", "bgr8"] = "rgb8"
     rotate: Literal[0, 90, 180, 270] = 0
     mirror: bool = False
+    position: tuple[float, ...] = ()
     calibration_id: str = ""
 
 

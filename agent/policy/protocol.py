@@ -40,11 +40,14 @@ class Chunks:
     actions: (B, K, D) float32, physical units.
     tokens: (B, K, D) int64 in [0, bins); None for policies without tokens.
     log_prob: (B, K, D) float32 under the sampling distribution; zeros for greedy prediction.
+    feature: (B, H) float32, mean of the final hidden states at the action positions, without gradient: what a value
+        head reads. None for policies without one.
     """
 
     actions: Tensor
     tokens: Tensor | None
     log_prob: Tensor | None
+    feature: Tensor | None = None
 
 
 @runtime_checkable

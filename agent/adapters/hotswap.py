@@ -1,0 +1,337 @@
+"""Exchanging the running adapter between two chunks, or refusing to without a trace.
+
+Knows the order of a swap: check everything, stage beside, try it on a canary observation, then flip. Knows no robot, no
+training and no network. The swapper owns the running adapter's tensors: nobody else may write them meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from agent.adapters.arena import Arena
+from agent.adapters.canary import Canary
+from agent.adapters.identity import Adapter, binding_of
+from agent.adapters.lora import Effect, Lora
+from agent.adapters.merge import Merge
+from agent.adapters.protocol import AdapterStore, Problem
+from agent.adapters.turns import NoGap, Turns
+from agent.errors import RatchetError
+from agent.policy.protocol import Policy, PolicyInput
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """An adapter that passed every check and lies in memory beside the running one.
+
+    canary_actions: (1, K, D) float32, physical units, what it answers to the canary observation.
+    load, validate, stage, canary: seconds each part took; 0 where it was not needed.
+    """
+
+    id: str
+    arena: Arena
+    effect: Effect
+    canary_actions: Tensor
+    load: float = 0.0
+    validate: float = 0.0
+    stage: float = 0.0
+    canary: float = 0.0
+
+    @property
+    def ready(self) -> float:
+        """Seconds from the request until it could be flipped to."""
+        return self.load + self.validate + self.stage + self.canary
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a swap did. Times in seconds.
+
+    ready: load + validate + stage + canary; the running policy works on meanwhile.
+    waited: from ready until the forward that was running had ended.
+    unavailable: how long forwards were held off for the flip itself.
+    canary_change: largest difference between the new and the old adapter's canary actions, physical units.
+    warnings: `adapter.no_effect` where the adapter leaves the base as it is; `adapter.partial_effect` where only some
+        layers are changed; `adapter.already_active`.
+    """
+
+    old_id: str
+    new_id: str
+    load: float
+    validate: float
+    stage: float
+    canary: float
+    ready: float
+    waited: float
+    unavailable: float
+    effect: float
+    canary_change: float
+    warnings: tuple[Problem, ...]
+
+
+class HotSwapper:
+    """The one place where the running adapter changes."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        lora: Lora,
+        *,
+        store: AdapterStore | None = None,
+        canary: PolicyInput | None = None,
+        mode: Literal["flip", "copy"] = "flip",
+        keep: int = 3,
+        timeout: float = 5.0,
+    ) -> None:
+        """Take charge of `lora`, attached to `policy.module`.
+
+        store: where references (tags, ids) are looked up; None where only adapters in memory are given.
+        canary: one observation that every adapter must answer with finite actions; None makes a synthetic one.
+        mode: `flip` changes pointers; `copy` writes into the same memory, as a captured CUDA graph needs.
+        keep: adapters kept in memory for immediate use, the running and the previous one included; at least 2.
+        timeout: seconds to wait for a gap between forwards.
+        """
+        self._policy, self._lora, self._store, self._mode = policy, lora, store, mode
+        self._keep, self._timeout = max(keep, 2), timeout
+        self._binding = binding_of(policy)
+        self._canary = Canary(policy, lora, canary)
+        self._turns = Turns()
+        self._staging, self._committing = threading.Lock(), threading.Lock()
+        self._merge: Merge | None = None
+        effect = lora.effect()
+        arena = lora.arena
+        if mode == "copy":
+            arena = lora.new_arena()
+            arena.copy_(lora.arena)
+        name = self.base_id if effect.overall == 0.0 else lora.adapter(self._binding).id
+        self._current = Staged(name, arena, effect, self._canary.actions(arena))
+        self._previous: Staged | None = None
+        self._resident: OrderedDict[str, Staged] = OrderedDict({name: self._current})
+
+    # -- what runs -----------------------------------------------------------------------------------------------
+
+    @property
+    def base_id(self) -> str:
+        """The id under which the base runs alone: its hash."""
+        return self._binding.base_hash
+
+    @property
+    def current_id(self) -> str:
+        """Id of the running adapter at this moment; use `running` to tie it to a forward."""
+        return self._current.id
+
+    @property
+    def previous_id(self) -> str | None:
+        return self._previous.id if self._previous else None
+
+    @property
+    def merged(self) -> bool:
+        return self._merge is not None
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """`with swapper.running() as adapter_id:` run forwards inside; all of them ran under that id.
+
+        On a GPU the results must have reached the host (or been synchronised) before the block ends.
+        """
+        with self._turns.forward():
+            yield self._current.id
+
+    # -- swapping ------------------------------------------------------------------------------------------------
+
+    def stage(
+        self,
+        adapter: Adapter | str,
+        *,
+        expected_id: str | None = None,
+        expected_actions: Tensor | None = None,
+        tolerance: float = 1e-4,
+    ) -> Staged:
+        """Check an adapter and lay it beside the running one, which is neither touched nor held up. Any thread.
+
+        adapter: an adapter, or a reference into the store.
+        expected_id: what the sender said it is.
+        expected_actions: (1, K, D) what the canary observation must give, within `tolerance` (physical units).
+
+        Raises:
+            RatchetError: whatever the store refuses; adapter.hash_mismatch, adapter.wrong_base,
+                adapter.wrong_statistics, adapter.wrong_action_space, adapter.unsupported_config, adapter.missing_keys,
+                adapter.extra_keys, adapter.wrong_dtype, adapter.wrong_shape, adapter.not_finite, adapter.canary_failed.
+        """
+        clock = [time.perf_counter()]
+
+        def lap() -> float:
+            clock.append(time.perf_counter())
+            return clock[-1] - clock[-2]
+
+        found = self._look_up(adapter) if isinstance(adapter, str) else adapter
+        if isinstance(found, Staged):
+            return dataclasses.replace(found, load=lap(), validate=0.0, stage=0.0, canary=0.0)
+        load = lap()
+        scaling: dict[str, float] = {}
+        if found is not None:
+            self._require_identity(found, expected_id)
+            scaling = self._lora.check(found.tensors, found.config)
+        validate = lap()
+        with self._staging:
+            arena = Arena(self._lora.layout, torch.device("cpu"))
+            if found is not None:
+                self._lora.write(arena, found.tensors, scaling)
+            if self._lora.device.type != "cpu":
+                on_device = self._lora.new_arena()
+                on_device.copy_(arena)
+                torch.cuda.synchronize(self._lora.device)
+                arena = on_device
+            effect = self._lora.effect(arena)
+            stage = lap()
+            actions = self._canary.actions(arena, expected_actions, tolerance)
+        name = self.base_id if found is None else found.id
+        return Staged(name, arena, effect, actions, load, validate, stage, lap())
+
+    def commit(self, staged: Staged) -> SwapReport:
+        """Flip to a staged adapter between two forwards.
+
+        Raises:
+            RatchetError: adapter.busy where no forward ended in time, adapter.merged; nothing has changed then.
+        """
+        with self._committing:
+            return self._flip(staged)
+
+    def swap(self, adapter: Adapter | str, *, expected_id: str | None = None) -> SwapReport:
+        """`stage`, then `commit`."""
+        return self.commit(self.stage(adapter, expected_id=expected_id))
+
+    def swap_to_base(self) -> SwapReport:
+        """Run the base alone."""
+        return self.swap(self.base_id)
+
+    def rollback(self) -> SwapReport:
+        """Flip back to the adapter that ran before, which is still in memory.
+
+        Raises:
+            RatchetError: adapter.no_previous, adapter.busy, adapter.merged.
+        """
+        with self._committing:
+            if self._previous is None:
+                raise RatchetError(
+                    "adapter.no_previous", "no adapter ran before this one", fix="swap to the one you want by id or tag"
+                )
+            return self._flip(dataclasses.replace(self._previous, load=0.0, validate=0.0, stage=0.0, canary=0.0))
+
+    # -- merging -------------------------------------------------------------------------------------------------
+
+    def merge(self) -> float:
+        """Run the current adapter merged into the base weights, at the base's speed; returns seconds unavailable.
+
+        Raises:
+            RatchetError: adapter.tied_weights, adapter.not_finite, adapter.busy; nothing has changed then.
+        """
+        with self._committing:
+            if self._merge is not None:
+                return 0.0
+            merge = Merge(self._lora, self._lora.arena)
+            if not merge.finite:
+                raise RatchetError(
+                    "adapter.not_finite", "merged weights overflow the base's dtype", fix="run this adapter unmerged"
+                )
+            held = self._change(merge.apply)
+            self._merge = merge
+            return held
+
+    def unmerge(self) -> float:
+        """Undo `merge`, bit for bit; returns seconds unavailable."""
+        with self._committing:
+            if self._merge is None:
+                return 0.0
+            held = self._change(self._merge.revert)
+            self._merge = None
+            return held
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _flip(self, staged: Staged) -> SwapReport:
+        if self._merge is not None:
+            raise RatchetError(
+                "adapter.merged", "the running adapter is merged into the base", fix="call unmerge() first"
+            )
+        old = self._current
+        began = 0.0
+
+        def flip() -> None:
+            nonlocal began
+            began = time.perf_counter()
+            if self._mode == "flip":
+                self._lora.point_at(staged.arena)
+            else:
+                self._lora.arena.copy_(staged.arena)
+                if self._lora.device.type != "cpu":
+                    torch.cuda.synchronize(self._lora.device)
+            self._current = staged
+
+        asked = time.perf_counter()
+        unavailable = 0.0 if staged.id == old.id else self._change(flip)
+        if staged.id != old.id:
+            self._previous = old
+            self._resident[staged.id] = staged
+            self._resident.move_to_end(old.id)
+            self._resident.move_to_end(staged.id)
+            while len(self._resident) > self._keep:
+                self._resident.popitem(last=False)
+        times = {name: getattr(staged, name) for name in ("load", "validate", "stage", "canary", "ready")}
+        return SwapReport(
+            old_id=old.id,
+            new_id=staged.id,
+            **times,
+            waited=max(began - asked, 0.0),
+            unavailable=unavailable,
+            effect=staged.effect.overall,
+            canary_change=float((staged.canary_actions - old.canary_actions).abs().max()),
+            warnings=self._warnings(staged, old),
+        )
+
+    def _change(self, action: Callable[[], None]) -> float:
+        try:
+            return self._turns.change(action, self._timeout)
+        except NoGap as error:
+            raise RatchetError(
+                "adapter.busy", str(error), fix="the running adapter was kept; try again between forwards"
+            ) from None
+
+    def _look_up(self, reference: str) -> Adapter | Staged | None:
+        """What a reference stands for: an adapter in memory already, one from the store, or None for the base."""
+        if reference == self.base_id:
+            return None
+        if self._store is None:
+            raise RatchetError("adapter.no_store", "no store to look adapters up in", fix="give the swapper a store")
+        name = self._store.resolve(reference)
+        return self._resident.get(name) or self._store.get(name)
+
+    def _require_identity(self, adapter: Adapter, expected_id: str | None) -> None:
+        if expected_id is not None and adapter.id != expected_id:
+            raise RatchetError(
+                "adapter.hash_mismatch",
+                f"content is {adapter.id[:12]}, announced as {expected_id[:12]}",
+                fix="send or copy the adapter again",
+            )
+        self._binding.require(adapter.binding, where=adapter.id[:12])
+
+    def _warnings(self, staged: Staged, old: Staged) -> tuple[Problem, ...]:
+        found = []
+        nil, layers = staged.effect.nil, len(staged.effect.layers)
+        if staged.id == old.id:
+            found.append(Problem("adapter.already_active", staged.id[:12], "this adapter was running already", False))
+        if staged.id != self.base_id and len(nil) == layers:
+            found.append(Problem("adapter.no_effect", staged.id[:12], "it changes no weight: this is the base", False))
+        elif staged.id != self.base_id and nil:
+            text = f"{len(nil)} of {layers} layers are left as the base, first {nil[0]}"
+            found.append(Problem("adapter.partial_effect", staged.id[:12], text, False))
+        return tuple(found)

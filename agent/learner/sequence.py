@@ -1,0 +1,311 @@
+"""Sequential fine-tuning: one adapter through a list of tasks, evaluated on all of them after each stage.
+
+Knows stages, updates, evaluation, checkpoints and resuming. Knows no simulator (environments are an argument) and no
+update rule. Every random number is derived from (seed, what it is for), so a run that was killed and resumed gives the
+numbers of a run that was not. A rollout that was cut off is run again from its first episode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from agent.adapters.identity import binding_of
+from agent.adapters.lora import Lora
+from agent.adapters.protocol import AdapterStore, Provenance
+from agent.errors import RatchetError
+from agent.learner.metrics import Cell, SuccessMatrix
+from agent.learner.rollouts import ChunkEnv, EpisodeSpec, run_episodes
+from agent.learner.update import UpdateConfig, Updater
+from agent.policy.protocol import Policy
+
+
+class Task(Protocol):
+    """What the learner needs to know of a task; `sim.base.TaskInfo` has it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def instruction(self) -> str: ...
+    @property
+    def train_states(self) -> Sequence[int]: ...
+    @property
+    def evaluation_states(self) -> Sequence[int]: ...
+    @property
+    def horizon(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class SequenceConfig:
+    """A sequential run. Defaults follow the published recipe where they do not depend on the size of the model."""
+
+    tasks: tuple[str, ...]
+    """Learned in this order."""
+    held_out: tuple[str, ...] = ()
+    """Never trained on; evaluated for zero-shot success and forgetting."""
+    updates: int = 10
+    """Updates per task."""
+    groups: int = 128
+    """Initial states per update."""
+    group_size: int = 8
+    """Episodes from each initial state."""
+    temperature: float = 1.6
+    """Sampling temperature of training episodes."""
+    evaluation_episodes: int = 50
+    """Episodes per task and evaluation, at most one per evaluation state."""
+    evaluation_temperature: float = 0.0
+    """0 evaluates greedily; the published code evaluates at its sampling temperature."""
+    seed: int = 0
+    """Root of every random number of the run."""
+    train_pool: int = 0
+    """Use only the first so many training states; 0 uses all."""
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+
+
+class Stop(Exception):
+    """Raised inside an event handler to end a run early, as a kill would; resume continues it."""
+
+
+Event = Callable[[str, dict[str, Any]], None]
+
+
+def derive_seed(*parts: object) -> int:
+    """63-bit seed that depends on every part and on nothing else."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class SequentialRun:
+    """One run in one folder. Call `run`; call it again after a crash to go on.
+
+    Args:
+        policy: the learner's policy, its module carrying `lora`.
+        env: where episodes run.
+        tasks: by name, at least those of the configuration.
+        store: receives one adapter per stage.
+        serve: given an adapter id (or "" for the base), returns the policy that runs it; this is where the caller hot
+            swaps, and what is evaluated is what it returns.
+        on_event: called with ("evaluated" | "update" | "stage", facts).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        lora: Lora,
+        env: ChunkEnv,
+        tasks: Mapping[str, Task],
+        store: AdapterStore,
+        serve: Callable[[str], Policy],
+        config: SequenceConfig,
+        folder: Path,
+        on_event: Event = lambda kind, facts: None,
+    ) -> None:
+        for name in (*config.tasks, *config.held_out):
+            if name not in tasks:
+                raise RatchetError("learn.unknown_task", f"no task '{name}'", fix=f"tasks: {', '.join(sorted(tasks))}")
+        self.policy, self.lora, self.env, self.tasks = policy, lora, env, tasks
+        self.store, self.serve, self.config, self.folder = store, serve, config, folder
+        self.on_event = on_event
+        self.matrix = SuccessMatrix(tuple(config.tasks), tuple(config.held_out))
+        self.stage = 0  # tasks finished
+        self.update = 0  # updates finished in the current stage
+        self.adapter_ids: list[str] = [""]  # by stage
+        self.updater: Updater | None = None
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def run(self) -> SuccessMatrix:
+        """Go from wherever the folder is to the end of the list."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint_path.exists():
+            self._resume()
+        else:
+            self.lora.reset(derive_seed(self.config.seed, "lora") % 2**31)
+        self._evaluate_stage()
+        while self.stage < len(self.config.tasks):
+            self._learn(self.config.tasks[self.stage])
+            self._finish_stage()
+            self._evaluate_stage()
+        return self.matrix
+
+    def _learn(self, name: str) -> None:
+        if self.updater is None:
+            self.updater = self._new_updater()
+        while self.update < self.config.updates:
+            started = time.perf_counter()
+            current = self._current_id()
+            specs = self._training_specs(name)
+            outcomes, batch = run_episodes(
+                self.policy, self.env, specs, temperature=self.config.temperature, adapter_id=current
+            )
+            assert batch is not None
+            facts: dict[str, Any] = {
+                "task": name,
+                "stage": self.stage + 1,
+                "update": self.update + 1,
+                "episodes": len(specs),
+                "successes": int(outcomes.success.sum()),
+                "adapter_id": current,
+                "seconds_rollout": outcomes.seconds,
+                "decisions": len(batch.tokens),
+            }
+            if batch.adapter_id != self._current_id():
+                raise RatchetError("learn.off_policy", "episodes of another adapter", where=batch.adapter_id)
+            try:
+                facts |= self.updater.update(batch)
+            except RatchetError as error:
+                if error.code != "learner.no_samples":
+                    raise
+                facts |= {"skipped": error.what}  # every group was unanimous: nothing to learn, nothing changed
+            self.update += 1
+            facts["seconds"] = time.perf_counter() - started
+            self._log(facts)
+            self._save()
+            self.on_event("update", facts)
+
+    def _finish_stage(self) -> None:
+        if len(self.adapter_ids) > self.stage + 1:
+            return  # resumed between storing the adapter and evaluating it
+        task = self.config.tasks[self.stage]
+        parent = self.adapter_ids[-1] or None
+        adapter = self.lora.adapter(binding_of(self.policy))
+        effect = self.lora.effect().overall
+        card = self.store.put(adapter, Provenance(parent=parent, task=task, stage=self.stage + 1, effect=effect))
+        self.store.tag("candidate", card.id, reason=f"after {task}")
+        self.adapter_ids.append(card.id)
+        self.stage += 1
+        self.update = 0
+        self.updater = None
+        self._save()
+        self.on_event("stage", {"task": task, "stage": self.stage, "adapter_id": card.id, "effect": effect})
+
+    def _evaluate_stage(self) -> None:
+        for name in (*self.config.tasks, *self.config.held_out):
+            if self.matrix.get(self.stage, name) is not None:
+                continue
+            policy = self.serve(self.adapter_ids[self.stage])
+            task = self.tasks[name]
+            states = task.evaluation_states[: self.config.evaluation_episodes]
+            specs = [
+                EpisodeSpec(
+                    name, task.instruction, s, task.horizon, derive_seed(self.config.seed, "evaluation", name, s)
+                )
+                for s in states
+            ]
+            outcomes, _ = run_episodes(
+                policy, self.env, specs, temperature=self.config.evaluation_temperature, keep=False
+            )
+            cell = Cell.of({f"state-{s}": bool(ok) for s, ok in zip(states, outcomes.success, strict=True)})
+            self.matrix.record(self.stage, name, cell)
+            self.matrix.save(self.folder / "matrix.json")
+            self._save()
+            self.on_event(
+                "evaluated",
+                {
+                    "stage": self.stage,
+                    "task": name,
+                    "successes": cell.successes,
+                    "trials": cell.trials,
+                    "seconds": outcomes.seconds,
+                },
+            )
+
+    def _training_specs(self, name: str) -> list[EpisodeSpec]:
+        task, config = self.tasks[name], self.config
+        pool = list(task.train_states[: config.train_pool] if config.train_pool else task.train_states)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "states", self.stage, self.update))
+        order = torch.cat(
+            [torch.randperm(len(pool), generator=generator) for _ in range(-(-config.groups // len(pool)))]
+        )
+        return [
+            EpisodeSpec(
+                name,
+                task.instruction,
+                pool[int(order[g])],
+                task.horizon,
+                derive_seed(config.seed, "train", self.stage, self.update, g, i),
+                group=g,
+            )
+            for g in range(config.groups)
+            for i in range(config.group_size)
+        ]
+
+    def _new_updater(self) -> Updater:
+        seed = derive_seed(self.config.seed, "shuffle", self.stage)
+        return Updater(self.policy, self.lora.trainable(), self.config.update, torch.Generator().manual_seed(seed))
+
+    def _current_id(self) -> str:
+        return self.lora.adapter(binding_of(self.policy)).id
+
+    def _log(self, facts: Mapping[str, Any]) -> None:
+        with (self.folder / "updates.jsonl").open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _fingerprint(self) -> str:
+        """What must not change between the start of a run and its resumption."""
+        facts = {"config": dataclasses.asdict(self.config), "base": self.policy.base_hash}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _save(self) -> None:
+        state = {
+            "fingerprint": self._fingerprint(),
+            "stage": self.stage,
+            "update": self.update,
+            "adapter_ids": self.adapter_ids,
+            "lora": self.lora.export(),
+            "updater": self.updater.state_dict() if self.updater else None,
+            "matrix": self.matrix.to_dict(),
+        }
+        scratch = self.checkpoint_path.with_suffix(".tmp")
+        with scratch.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.rename(self.checkpoint_path)
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint_path, weights_only=True)
+        if state["fingerprint"] != self._fingerprint():
+            raise RatchetError(
+                "learn.changed_run",
+                "this folder holds a run with another configuration or base model",
+                where=str(self.folder),
+                fix="use a new folder, or the same options as before",
+            )
+        self.stage, self.update = state["stage"], state["update"]
+        self.adapter_ids = list(state["adapter_ids"])
+        self.lora.load(state["lora"])
+        self.matrix = SuccessMatrix.from_dict(state["matrix"])
+        if state["updater"] is not None:
+            self.updater = self._new_updater()
+            self.updater.load_state_dict(state["updater"])
+        self._drop_log_lines_after_checkpoint()
+
+    def _drop_log_lines_after_checkpoint(self) -> None:
+        """An update that was logged but not checkpointed is run again and must not stand twice."""
+        path = self.folder / "updates.jsonl"
+        if not path.exists():
+            return
+        done = (self.stage + (self.updater is not None), self.update)
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                facts = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # torn by the kill
+            if facts["stage"] <= self.stage or (facts["stage"], facts["update"]) <= done:
+                kept.append(line)
+        path.write_text("".join(line + "\n" for line in kept))

@@ -1,0 +1,258 @@
+"""Meta-World V3 as TaskEnv: all 50 tasks, benchmark physics and predicate, cheap frames.
+
+Knows Meta-World's seeding, its controller units and its cameras. Knows no workers and no learning.
+Physics runs on the benchmark's own compiled model. Frames come from a copy of it in which the arm's visual meshes are
+thinned to about one vertex per centimetre: at 96 pixels that is below a pixel, and a frame costs 2 ms instead of 16-84.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+from agent.records import Float32, UInt8
+from sim import gl
+from sim.base import Expert, TaskEnv, TaskInfo
+from sim.metaworld_tasks import INSTRUCTIONS
+from sim.registry import unknown_name
+
+gl.require_gl(gl.configure_gl())
+# One software-rasteriser thread per process: worker processes already occupy every core.
+os.environ.setdefault("LP_NUM_THREADS", "1")
+
+import mujoco  # noqa: E402  (the GL backend must be chosen first)
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
+from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
+
+SUITE = "metaworld"
+# Meta-World has no list of initial states; its seeds are the ids. The two ranges never meet.
+EVALUATION_STATES = tuple(range(100))
+TRAIN_STATES = tuple(range(1000, 1400))
+DEMONSTRATION_STATES = tuple(range(10_000, 11_000))
+MAX_STATE = 1_000_000
+HORIZON = 40  # control steps at 20 Hz; the experts of these tasks need 9-25
+LONG_HORIZON = 80
+LONG_TASKS = frozenset(
+    {
+        *("assembly", "basketball", "bin-picking", "box-close", "coffee-pull", "coffee-push", "disassemble", "hammer"),
+        *("hand-insert", "handle-pull", "handle-pull-side", "lever-pull", "peg-insert-side", "peg-unplug-side"),
+        *("pick-out-of-hole", "pick-place", "pick-place-wall", "push", "push-back", "push-wall", "shelf-place"),
+        *("soccer", "stick-pull", "stick-push", "sweep", "sweep-into", "plate-slide-back"),
+    }
+)
+VERTEX_SPACING = 0.01  # m, grid on which the visual meshes are thinned
+
+
+def task_infos() -> list[TaskInfo]:
+    """All 50 tasks; builds nothing."""
+    return [
+        TaskInfo(
+            suite=SUITE,
+            name=name,
+            instruction=text,
+            train_states=TRAIN_STATES,
+            evaluation_states=EVALUATION_STATES,
+            horizon=LONG_HORIZON if name in LONG_TASKS else HORIZON,
+        )
+        for name, text in INSTRUCTIONS.items()
+    ]
+
+
+class MetaWorldTaskEnv(TaskEnv):
+    """One Meta-World task under `robots/metaworld.yaml`.
+
+    Args:
+        task: name without the version suffix, such as "door-open".
+        contract: the robot's contract; cameras are rendered at its sizes.
+        thin_meshes: False renders the benchmark's full meshes.
+    """
+
+    def __init__(self, task: str, contract: RobotContract, *, thin_meshes: bool = True) -> None:
+        if task not in INSTRUCTIONS:
+            raise unknown_name("task", task, INSTRUCTIONS, "sim.unknown_task")
+        self.info = next(i for i in task_infos() if i.name == task)
+        self.contract = contract
+        self._repeat = contract.simulator.steps_per_control if contract.simulator else 1
+        self._scale = np.array([d.command_scale for d in contract.action.dims], np.float32)
+        self._thin = thin_meshes
+        env: Any = _compiled_once(task)()
+        env._set_task_called = True
+        env._freeze_rand_vec = False
+        env.seeded_rand_vec = True
+        env._partially_observable = False
+        env.__dict__.pop("sawyer_observation_space", None)  # cached with the goal hidden
+        env.max_path_length = np.inf  # the horizon is the caller's
+        self.env = env
+        self._success = False
+        self.last_observation = np.zeros(39)
+        self._frames: _Frames | None = None
+
+    def reset(self, initial_state: int) -> None:
+        if not 0 <= initial_state < MAX_STATE:
+            raise RatchetError(
+                "sim.unknown_state",
+                f"no initial state {initial_state}",
+                where=f"{SUITE}/{self.info.name}",
+                fix=f"use 0..{MAX_STATE - 1}",
+            )
+        self.env.seed(initial_state)
+        self.last_observation, _ = self.env.reset()
+        self._success = False
+
+    def step(self, action: Float32) -> None:
+        command = np.clip(np.asarray(action, np.float32) / self._scale, -1.0, 1.0)
+        for _ in range(self._repeat):
+            if self._success:
+                return  # an episode ends at its first success
+            self.last_observation, _, _, _, info = self.env.step(command)
+            self._success = bool(info["success"])
+
+    def success(self) -> bool:
+        return self._success
+
+    def state(self) -> dict[str, Float32]:
+        observation = self.last_observation
+        return {
+            "hand": observation[:3].astype(np.float32),
+            "gripper": observation[3:4].astype(np.float32),
+        }
+
+    def render(self, camera: str) -> UInt8:
+        if self._frames is None:
+            self._frames = _shared_frames(self.info.name, self.env.model, self.contract, self._thin)
+        image: UInt8 = self._frames.render(camera, self.env)
+        return image
+
+    def simulator_state(self) -> np.ndarray:
+        model, data = self.env.model, self.env.data
+        state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
+        mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        return state
+
+    def close(self) -> None:
+        self._frames = None
+        self.env.close()
+
+
+class _Frames:
+    """The visual model of one task and its renderers, shared by all environments of that task in a process."""
+
+    # What a reset may change in the physics model and a viewer would see.
+    SYNCED = ("geom_rgba", "geom_size", "geom_pos", "geom_quat", "site_rgba", "site_size", "site_pos")
+
+    def __init__(self, model: mujoco.MjModel, contract: RobotContract, thin: bool) -> None:
+        self.contract = contract
+        self.thin = thin
+        self.model = copy.copy(model)
+        if thin:
+            thin_meshes(self.model, VERTEX_SPACING)
+            self.model.vis.quality.offsamples = 0
+        self.renderers: dict[str, mujoco.Renderer] = {}
+
+    def render(self, camera: str, env: Any) -> UInt8:
+        spec = self.contract.camera(camera)
+        if camera not in self.renderers:
+            renderer = mujoco.Renderer(self.model, spec.height, spec.width)
+            if self.thin:
+                for name in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE"):
+                    renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{name}")] = 0
+            self.renderers[camera] = renderer
+        for name in self.SYNCED:
+            getattr(self.model, name)[:] = getattr(env.model, name)
+        if spec.position:
+            # The pose that drawing uses lies in the data; it feeds back into nothing.
+            env.data.cam_xpos[env.model.camera(spec.source).id] = spec.position
+        renderer = self.renderers[camera]
+        renderer.update_scene(env.data, spec.source)
+        image: UInt8 = renderer.render()
+        if spec.rotate:
+            image = np.rot90(image, spec.rotate // 90)
+        if spec.mirror:
+            image = image[:, ::-1]
+        return np.ascontiguousarray(image)
+
+
+_FRAMES: dict[tuple[str, str, bool], _Frames] = {}
+_CLASSES: dict[str, type] = {}
+
+
+def _shared_frames(task: str, model: mujoco.MjModel, contract: RobotContract, thin: bool) -> _Frames:
+    key = (task, contract.id, thin)
+    if key not in _FRAMES:
+        if len(_FRAMES) >= 64:  # every entry holds a GL context
+            _FRAMES.pop(next(iter(_FRAMES)))
+        _FRAMES[key] = _Frames(model, contract, thin)
+    return _FRAMES[key]
+
+
+def _compiled_once(task: str) -> type:
+    """The task's class, compiling its model on first use and copying the compiled model afterwards."""
+    if task not in _CLASSES:
+        base: Any = ALL_V3_ENVIRONMENTS[f"{task}-v3"]
+        compiled: list[mujoco.MjModel] = []
+
+        def initialize(self: Any) -> tuple[mujoco.MjModel, mujoco.MjData]:
+            if not compiled:
+                compiled.append(mujoco.MjModel.from_xml_path(self.fullpath))
+            model = copy.copy(compiled[0])
+            model.vis.global_.offwidth, model.vis.global_.offheight = self.width, self.height
+            return model, mujoco.MjData(model)
+
+        _CLASSES[task] = type(base.__name__, (base,), {"_initialize_simulation": initialize})
+    return _CLASSES[task]
+
+
+def thin_meshes(model: mujoco.MjModel, spacing: float) -> None:
+    """Collapse the faces of large meshes onto about one vertex per `spacing` metres, in place.
+
+    Vertex clustering (Rossignac and Borrel 1993): each grid cell keeps the vertex nearest to its mean. Vertices stay
+    where they are, only the list of drawn faces becomes shorter, so positions and materials are untouched.
+    For models used for rendering only: mesh collision would see the thinned faces.
+    """
+    for i in range(model.nmesh):
+        faces = int(model.mesh_facenum[i])
+        if faces < 300:
+            continue
+        first_vertex, vertices = model.mesh_vertadr[i], model.mesh_vertnum[i]
+        start = model.mesh_faceadr[i]
+        points = model.mesh_vert[first_vertex : first_vertex + vertices].astype(np.float64)
+        triangles = model.mesh_face[start : start + faces].copy()
+        _, cell = np.unique(np.floor(points / spacing).astype(np.int64), axis=0, return_inverse=True)
+        cell = cell.ravel()
+        mean = np.stack([np.bincount(cell, points[:, k]) for k in range(3)], 1) / np.bincount(cell)[:, None]
+        order = np.lexsort((np.linalg.norm(points - mean[cell], axis=1), cell))
+        keeper = order[np.searchsorted(cell[order], np.arange(cell.max() + 1))]
+        moved = keeper[cell[triangles]]
+        whole = (moved[:, 0] != moved[:, 1]) & (moved[:, 1] != moved[:, 2]) & (moved[:, 0] != moved[:, 2])
+        _, unique = np.unique(np.sort(moved[whole], axis=1), axis=0, return_index=True)
+        kept = np.flatnonzero(whole)[np.sort(unique)]
+        model.mesh_face[start : start + len(kept)] = moved[kept]
+        model.mesh_facenormal[start : start + len(kept)] = model.mesh_facenormal[start + kept]
+        model.mesh_facenum[i] = len(kept)
+
+
+class MetaWorldExpert(Expert):
+    """Meta-World's own scripted policy for a task, at the contract's control rate."""
+
+    def __init__(self, task: str) -> None:
+        if f"{task}-v3" not in ENV_POLICY_MAP:
+            raise unknown_name("task", task, INSTRUCTIONS, "sim.unknown_task")
+        self._make = ENV_POLICY_MAP[f"{task}-v3"]
+        self._policy = self._make()
+
+    def reset(self, env: TaskEnv) -> None:
+        self._policy = self._make()
+
+    def act(self, env: TaskEnv) -> Float32:
+        assert isinstance(env, MetaWorldTaskEnv)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            command = self._policy.get_action(env.last_observation)
+        scale = np.array([d.command_scale for d in env.contract.action.dims], np.float32)
+        return (np.clip(command, -1.0, 1.0) * scale).astype(np.float32)

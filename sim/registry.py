@@ -1,0 +1,85 @@
+"""Suites by name: which tasks there are and how to build one.
+
+Knows names, contracts and constructors; imports a simulator only when a task of it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+from sim.base import Expert, TaskEnv, TaskInfo
+
+ROBOTS = Path(__file__).resolve().parent.parent / "robots"
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], code: str) -> RatchetError:
+    """The refusal for a name that does not exist, with the closest ones that do."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:8]
+    return RatchetError(code, f"no {kind} '{name}'", fix=f"did you mean {', '.join(close)}?")
+
+
+def suites() -> list[str]:
+    """Names of all suites."""
+    from sim.libero_suites import libero_suites
+
+    return ["metaworld", *libero_suites()]
+
+
+def tasks(suite: str) -> list[TaskInfo]:
+    """All tasks of a suite, in the benchmark's order; builds nothing.
+
+    Raises:
+        RatchetError: sim.unknown_suite.
+    """
+    if suite == "metaworld":
+        from sim.metaworld import task_infos
+
+        return task_infos()
+    if suite not in suites():
+        raise unknown_name("suite", suite, suites(), "sim.unknown_suite")
+    from sim.libero_suites import libero_task_infos
+
+    return libero_task_infos(suite)
+
+
+def task(suite: str, name: str) -> TaskInfo:
+    """One task by name. Raises RatchetError sim.unknown_task."""
+    found = tasks(suite)
+    for info in found:
+        if info.name == name:
+            return info
+    raise unknown_name("task", name, [i.name for i in found], "sim.unknown_task")
+
+
+def contract_for(suite: str) -> RobotContract:
+    """The contract that the suite's robot is described by."""
+    return RobotContract.load(ROBOTS / ("metaworld.yaml" if suite == "metaworld" else "libero.yaml"))
+
+
+def make_env(suite: str, name: str, contract: RobotContract | None = None) -> TaskEnv:
+    """Build one task's environment in this process (compiles its model)."""
+    task(suite, name)
+    contract = contract or contract_for(suite)
+    if suite == "metaworld":
+        from sim.metaworld import MetaWorldTaskEnv
+
+        return MetaWorldTaskEnv(name, contract)
+    from sim.libero import LiberoTaskEnv
+
+    return LiberoTaskEnv(suite, name, contract)
+
+
+def make_expert(suite: str, name: str) -> Expert:
+    """The scripted expert of a task. Raises RatchetError sim.no_expert where none exists."""
+    if suite == "metaworld":
+        from sim.metaworld import MetaWorldExpert
+
+        return MetaWorldExpert(name)
+    from sim.experts.libero import make_libero_expert
+
+    return make_libero_expert(suite, name)

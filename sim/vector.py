@@ -1,0 +1,282 @@
+"""ChunkVectorEnv: many episodes at once over worker processes, as a gymnasium vector environment.
+
+Knows slots, workers, shared memory, recycling and recovery. Knows no policy and no learning.
+A step takes one action chunk per slot, runs it open loop and renders only the frame that the next decision needs.
+A worker that dies, hangs or has served long enough is replaced, and its episodes are replayed from their initial state
+with the same actions: simulators are deterministic, so nothing of the batch is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import shared_memory
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+from sim import registry
+from sim.base import TaskEnv
+from sim.worker import Command, Layout, Reset, WorkerConfig, worker_main
+
+
+@dataclass
+class _Worker:
+    slots: range
+    process: BaseProcess
+    connection: Connection
+    pending: Command | None = None
+    episodes: int = 0
+
+
+@dataclass
+class _Episode:
+    task: str
+    initial_state: int
+    horizon: int
+    chunks: list[np.ndarray] = field(default_factory=list)
+
+
+class ChunkVectorEnv(gymnasium.vector.VectorEnv):
+    """N slots spread over W worker processes. Autoreset is off: reset finished slots with `reset_mask`.
+
+    Observations: {"images": (N, V, H, W, 3) uint8, "state": (N, S) float32}, views of shared memory, valid until the
+    slot's next command. Actions: (N, K, D) float32, physical units of the contract.
+
+    Args:
+        suite: a suite of `sim.registry`.
+        slots_per_worker, workers: N = slots_per_worker * workers.
+        cameras, state_fields: what the policy consumes, in its order; nothing else is rendered.
+        chunk: K.
+        recycle_after: episodes after which a worker is replaced; long-lived simulators leak.
+        timeout: seconds for one round of a worker, model compilation included, before it counts as hung.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
+
+    def __init__(
+        self,
+        suite: str,
+        *,
+        cameras: Sequence[str],
+        state_fields: Sequence[str],
+        chunk: int,
+        workers: int = 2,
+        slots_per_worker: int = 8,
+        contract: RobotContract | None = None,
+        recycle_after: int = 2000,
+        timeout: float = 300.0,
+        make_env: Callable[[str, str, RobotContract], TaskEnv] = registry.make_env,
+    ) -> None:
+        self.suite = suite
+        self.contract = contract or registry.contract_for(suite)
+        self.tasks = {info.name: info for info in registry.tasks(suite)}
+        sizes = {(self.contract.camera(c).height, self.contract.camera(c).width) for c in cameras}
+        if len(sizes) != 1:
+            raise RatchetError("sim.camera_sizes", "all cameras of a policy must share one size", where=suite)
+        fields = {s.name: s.size for s in self.contract.state}
+        unknown = [name for name in state_fields if name not in fields]
+        if unknown:
+            raise registry.unknown_name("state field", unknown[0], fields, "contract.unknown_state")
+        height, width = sizes.pop()
+        self.num_envs = workers * slots_per_worker
+        self.chunk = chunk
+        layout = Layout(
+            self.num_envs,
+            len(cameras),
+            height,
+            width,
+            sum(fields[s] for s in state_fields),
+            chunk,
+            self.contract.action.size,
+        )
+        self._memory = shared_memory.SharedMemory(create=True, size=layout.nbytes)
+        self.arrays = layout.views(self._memory)
+        self._config = WorkerConfig(
+            suite,
+            self.contract,
+            tuple(cameras),
+            tuple(state_fields),
+            layout,
+            self._memory.name,
+            make_env,
+            {k: os.environ[k] for k in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if k in os.environ},
+        )
+        self._recycle_after = recycle_after
+        self._timeout = timeout
+        self._episodes: list[_Episode | None] = [None] * self.num_envs
+        self.restarts = 0
+        self.recycled = 0
+        self.single_observation_space = spaces.Dict(
+            {
+                "images": spaces.Box(0, 255, layout.fields()["images"][0][1:], np.uint8),
+                "state": spaces.Box(-np.inf, np.inf, (layout.state,), np.float32),
+            }
+        )
+        low = np.array([d.low for d in self.contract.action.dims], np.float32)
+        high = np.array([d.high for d in self.contract.action.dims], np.float32)
+        self.single_action_space = spaces.Box(np.tile(low, (chunk, 1)), np.tile(high, (chunk, 1)), dtype=np.float32)
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, self.num_envs)
+        self._context = multiprocessing.get_context("spawn")
+        self.groups = [range(w * slots_per_worker, (w + 1) * slots_per_worker) for w in range(workers)]
+        self._workers = [self._start(slots) for slots in self.groups]
+
+    # The asynchronous interface: one round of one group at a time, groups overlapping.
+
+    def submit(self, group: int, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, np.ndarray]) -> None:
+        """Start a round of one group (worker): resets (slot -> task, initial state, horizon), then chunks.
+
+        steps: slot -> (K, D) float32. A slot may not be in both. Collect the round with `collect`.
+        """
+        worker = self._workers[group]
+        if worker.pending is not None:
+            raise RatchetError("sim.busy", "this group's last round was not collected", where=f"group {group}")
+        commands = []
+        for slot, (task, state, horizon) in resets.items():
+            if task not in self.tasks:
+                raise registry.unknown_name("task", task, self.tasks, "sim.unknown_task")
+            self._episodes[slot] = _Episode(task, state, horizon)
+            commands.append(Reset(slot, task, state, horizon))
+            worker.episodes += 1
+        for slot, chunk in steps.items():
+            episode = self._episodes[slot]
+            if episode is None:
+                raise RatchetError("sim.not_reset", "step before reset", where=f"slot {slot}")
+            self.arrays["actions"][slot] = chunk
+            episode.chunks.append(np.array(chunk, np.float32))
+        if resets and worker.episodes > self._recycle_after:
+            self._stop(worker)
+            worker = self._workers[group] = self._start(worker.slots)
+            self.recycled += 1
+            self._restore(worker, Command(tuple(commands), tuple(steps)))
+            return
+        self._send(worker, Command(tuple(commands), tuple(steps)))
+
+    def collect(self, group: int) -> None:
+        """Wait for the group's round; results are in `arrays` (images, state, steps_run, done, success)."""
+        for attempt in range(3):
+            worker = self._workers[group]
+            if worker.pending is None:
+                raise RatchetError("sim.idle", "no round was submitted", where=f"group {group}")
+            try:
+                if not worker.connection.poll(self._timeout):
+                    raise EOFError(f"no answer in {self._timeout} s")
+                answer = worker.connection.recv()
+            except (EOFError, OSError) as error:
+                command = worker.pending
+                self._kill(worker)
+                self.restarts += 1
+                if attempt == 2:
+                    raise RatchetError(
+                        "sim.worker_lost",
+                        f"a simulator worker died three times in one round: {error}",
+                        where=self.suite,
+                    ) from None
+                self._workers[group] = self._start(worker.slots)
+                self._restore(self._workers[group], command)
+                continue
+            worker.pending = None
+            if isinstance(answer, BaseException):
+                raise answer
+            return
+
+    # The gymnasium interface, synchronous over all slots.
+
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start episodes. options: "task" (one name or N names), "initial_state" (one id or N ids), optional "horizon"
+        and "reset_mask" ((N,) bool, which slots). Initial states are ids, so `seed` must stay None."""
+        if seed is not None:
+            raise RatchetError("sim.seed", "initial states are chosen by id", fix='pass options={"initial_state": …}')
+        if not options or "task" not in options or "initial_state" not in options:
+            raise RatchetError("sim.options", "reset needs options with 'task' and 'initial_state'", where=self.suite)
+        n = self.num_envs
+        names = [options["task"]] * n if isinstance(options["task"], str) else list(options["task"])
+        states = np.broadcast_to(np.asarray(options["initial_state"]), (n,))
+        mask = np.asarray(options.get("reset_mask", np.ones(n, bool)))
+        for g, slots in enumerate(self.groups):
+            resets = {}
+            for s in slots:
+                if mask[s]:
+                    if names[s] not in self.tasks:
+                        raise registry.unknown_name("task", names[s], self.tasks, "sim.unknown_task")
+                    horizon = int(options.get("horizon", self.tasks[names[s]].horizon))
+                    resets[s] = (names[s], int(states[s]), horizon)
+            self.submit(g, resets, {})
+        for g in range(len(self.groups)):
+            self.collect(g)
+        return self._observation(), {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Run one chunk in every slot that is not done. Reward 1 where the chunk brought success."""
+        live = ~self.arrays["done"].copy()
+        for g, slots in enumerate(self.groups):
+            self.submit(g, {}, {s: actions[s] for s in slots if live[s]})
+        for g in range(len(self.groups)):
+            self.collect(g)
+        success, done = self.arrays["success"].copy(), self.arrays["done"].copy()
+        info = {"steps_run": np.where(live, self.arrays["steps_run"], 0), "live": live}
+        return self._observation(), (success & live).astype(np.float64), success, done & ~success, info
+
+    def close_extras(self, **_: Any) -> None:
+        for worker in self._workers:
+            self._stop(worker)
+        self.arrays = {}
+        self._memory.close()
+        self._memory.unlink()
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {"images": self.arrays["images"].copy(), "state": self.arrays["state"].copy()}
+
+    def _start(self, slots: range) -> _Worker:
+        mine, theirs = self._context.Pipe()
+        process = self._context.Process(target=worker_main, args=(theirs, self._config), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(slots, process, mine)
+
+    def _send(self, worker: _Worker, command: Command) -> None:
+        worker.pending = command
+        with contextlib.suppress(OSError):  # a dead worker is found, replaced and its round repeated in `collect`
+            worker.connection.send(command)
+
+    def _restore(self, worker: _Worker, command: Command) -> None:
+        """Bring a fresh worker to where the lost one was after `command`, by replaying every episode under way."""
+        fresh = {r.slot for r in command.resets}
+        resets = list(command.resets)
+        for slot in worker.slots:
+            episode = self._episodes[slot]
+            if episode is None or slot in fresh:
+                continue
+            replay = np.stack(episode.chunks) if episode.chunks else None
+            resets.append(Reset(slot, episode.task, episode.initial_state, episode.horizon, replay))
+        # Chunks of this round are part of the history already, so nothing is left to step.
+        self._send(worker, Command(tuple(resets), ()))
+
+    def _kill(self, worker: _Worker) -> None:
+        worker.connection.close()
+        worker.process.kill()
+        worker.process.join()
+
+    def _stop(self, worker: _Worker) -> None:
+        with contextlib.suppress(OSError):
+            worker.connection.send(None)
+            worker.process.join(10)
+        if worker.process.is_alive():
+            worker.process.kill()
+        worker.process.join()
+        worker.connection.close()

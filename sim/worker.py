@@ -1,0 +1,183 @@
+"""A worker process: hosts task environments in slots and answers commands through shared memory.
+
+Knows slots, tasks and chunks of actions. Knows no policy, no torch and nothing of episodes beyond the current one.
+The protocol with the parent is in `Command` and `SlotState`; arrays travel through shared memory, never a pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import shared_memory
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import numpy as np
+
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+from sim.base import TaskEnv
+
+
+class Layout(NamedTuple):
+    """Shapes of the shared block: N slots, V cameras, K actions of D dimensions, S state values."""
+
+    slots: int
+    cameras: int
+    height: int
+    width: int
+    state: int
+    chunk: int
+    action: int
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        n = self.slots
+        return {
+            "images": ((n, self.cameras, self.height, self.width, 3), np.dtype(np.uint8)),
+            "state": ((n, self.state), np.dtype(np.float32)),
+            "actions": ((n, self.chunk, self.action), np.dtype(np.float32)),
+            "steps_run": ((n,), np.dtype(np.int32)),
+            "done": ((n,), np.dtype(np.bool_)),
+            "success": ((n,), np.dtype(np.bool_)),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_aligned(int(np.prod(shape)) * dtype.itemsize) for shape, dtype in self.fields().values())
+
+    def views(self, memory: shared_memory.SharedMemory) -> dict[str, np.ndarray]:
+        views, offset = {}, 0
+        for name, (shape, dtype) in self.fields().items():
+            views[name] = np.ndarray(shape, dtype, buffer=memory.buf, offset=offset)
+            offset += _aligned(int(np.prod(shape)) * dtype.itemsize)
+        return views
+
+
+def _aligned(size: int) -> int:
+    return (size + 63) // 64 * 64
+
+
+class Reset(NamedTuple):
+    """Put a slot at the start of an episode; `replay` restores an episode already under way, action by action."""
+
+    slot: int
+    task: str
+    initial_state: int
+    horizon: int
+    replay: np.ndarray | None = None  # (M, K, D) chunks executed so far
+
+
+class Command(NamedTuple):
+    """One round of work for a worker: resets first, then one chunk for each slot in `steps`; frames at the end."""
+
+    resets: tuple[Reset, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass
+class WorkerConfig:
+    """What a worker must know to start; crosses the process border."""
+
+    suite: str
+    contract: RobotContract
+    cameras: tuple[str, ...]
+    state_fields: tuple[str, ...]
+    layout: Layout
+    memory_name: str
+    make_env: Callable[[str, str, RobotContract], TaskEnv]
+    environ: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Slot:
+    env: TaskEnv
+    horizon: int
+    steps: int = 0
+
+
+class _Host:
+    def __init__(self, config: WorkerConfig, views: dict[str, np.ndarray]) -> None:
+        self.config = config
+        self.views = views
+        self.envs: dict[tuple[int, str], TaskEnv] = {}
+        self.slots: dict[int, _Slot] = {}
+
+    def run(self, command: Command) -> None:
+        for reset in command.resets:
+            self._reset(reset)
+        for slot in command.steps:
+            self._step(slot, self.views["actions"][slot])
+        for slot in {*(r.slot for r in command.resets), *command.steps}:
+            self._publish(slot)
+
+    def _reset(self, reset: Reset) -> None:
+        key = (reset.slot, reset.task)
+        if key not in self.envs:
+            self.envs[key] = self.config.make_env(self.config.suite, reset.task, self.config.contract)
+        env = self.envs[key]
+        env.reset(reset.initial_state)
+        self.slots[reset.slot] = _Slot(env, reset.horizon)
+        self.views["done"][reset.slot] = False
+        self.views["success"][reset.slot] = False
+        self.views["steps_run"][reset.slot] = 0
+        if reset.replay is not None:
+            for chunk in reset.replay:
+                self._step(reset.slot, chunk)
+
+    def _step(self, index: int, chunk: np.ndarray) -> None:
+        slot = self.slots[index]
+        ran = 0
+        for action in chunk:
+            if slot.steps >= slot.horizon or slot.env.success():
+                break
+            slot.env.step(action)
+            slot.steps += 1
+            ran += 1
+        success = slot.env.success()
+        self.views["steps_run"][index] = ran
+        self.views["success"][index] = success
+        self.views["done"][index] = success or slot.steps >= slot.horizon
+
+    def _publish(self, index: int) -> None:
+        """Frames and state for the next decision; a finished episode needs none."""
+        if self.views["done"][index]:
+            return
+        env = self.slots[index].env
+        for v, camera in enumerate(self.config.cameras):
+            self.views["images"][index, v] = env.render(camera)
+        if self.config.state_fields:
+            state = env.state()
+            self.views["state"][index] = np.concatenate([state[name] for name in self.config.state_fields])
+
+
+def worker_main(connection: Connection, config: WorkerConfig) -> None:
+    """Entry point of the process: answer commands until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    os.environ.update(config.environ)
+    memory = shared_memory.SharedMemory(name=config.memory_name)
+    try:
+        host = _Host(config, config.layout.views(memory))
+        while True:
+            try:
+                command = connection.recv()
+            except EOFError:
+                return
+            if command is None:
+                return
+            try:
+                host.run(command)
+                connection.send(None)
+            except RatchetError as error:
+                connection.send(error)
+            except Exception:
+                connection.send(
+                    RatchetError("sim.worker_error", traceback.format_exc(limit=4).strip(), where=config.suite)
+                )
+    finally:
+        for env in host.envs.values():
+            env.close()
+        host.views.clear()
+        memory.close()
