@@ -17,7 +17,8 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import Float32, UInt8
 from sim.base import TaskEnv, TaskInfo
-from sim.libero_model import CONTROL_HZ, INTEGRATION, CompiledTask, acquire, mujoco, release
+from sim.libero_import import mujoco
+from sim.libero_model import CONTROL_HZ, INTEGRATION, CompiledTask, acquire, release
 from sim.libero_osc import ObservationClock, Osc
 from sim.libero_suites import initial_states, libero_suites, libero_task_info, libero_task_infos
 

@@ -6,22 +6,15 @@ Holds no episode: simulator data, controller and gripper belong to `LiberoTaskEn
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from agent.records import UInt8
 from sim.gl import configure_gl, no_gl, require_gl
+from sim.libero_import import mujoco, quiet
+from sim.libero_osc import OscLayout
 from sim.libero_suites import bddl_path
-
-configure_gl()
-
-import mujoco  # noqa: E402  (the back end must be chosen before the first import)
 
 # Fixtures (cabinet, stove) are placed at random by a reset and are not part of an initial state. The seed is the one
 # that the published evaluation scripts set (`env.seed(0)`), so that an initial state always means the same scene.
@@ -30,20 +23,6 @@ CONTROL_HZ = 20.0
 # Integration state: everything from which MuJoCo continues, the solver's warm start and the controls included.
 INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
 _compiled: dict[tuple[str, str], CompiledTask] = {}
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep robosuite from opening its log file in /tmp and from printing while it is imported or builds a scene."""
-    handler = logging.FileHandler
-    try:
-        if "robosuite" not in sys.modules:
-            logging.FileHandler = lambda *_, **__: logging.NullHandler()  # type: ignore[assignment,misc]
-            logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.FileHandler = handler  # type: ignore[misc]
 
 
 class _Undrawn:
@@ -90,8 +69,6 @@ class CompiledTask:
     def __init__(self, suite: str, task: str) -> None:
         path = bddl_path(suite, task)
         with quiet():
-            from sim.libero_osc import OscLayout
-
             random_state = np.random.get_state()  # noqa: NPY002 (robosuite draws from the global generator)
             try:
                 env = _build(str(path))

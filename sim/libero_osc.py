@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import mujoco
 import numpy as np
+
+from sim.libero_import import mujoco
+
+# isort: split
 from robosuite.utils.control_utils import (
     nullspace_torques,
     opspace_matrices,

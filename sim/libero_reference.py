@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from agent.records import UInt8
-from sim.libero_model import INTEGRATION, SCENE_SEED, mujoco, quiet
+from sim.libero_import import mujoco, quiet
+from sim.libero_model import INTEGRATION, SCENE_SEED
 from sim.libero_suites import bddl_path, initial_states
 
 SETTLE_STEPS = 10

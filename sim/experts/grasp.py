@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import mujoco
 import numpy as np
+
+from sim.libero_import import mujoco
 
 # The open hand in the frame of robosuite's grip site, measured from the model's collision geometry: x is the axis along
 # which the fingers open, z points down.

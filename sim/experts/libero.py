@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import mujoco
 import numpy as np
 
 from agent.errors import RatchetError
@@ -16,6 +15,7 @@ from agent.records import Float32
 from sim.base import Expert, TaskEnv
 from sim.experts.grasp import Grasp, Shapes, grasps, rotation
 from sim.libero import LiberoTaskEnv
+from sim.libero_import import mujoco
 
 _GAIN = 1.5
 _STEP, _TURN = 0.05, 0.3
@@ -126,7 +126,7 @@ class LiberoExpert(Expert):
         position, place = self._position(env), self._place(env)
         if np.linalg.norm(position[:2] - place[:2]) < 0.012:
             self._enter("lower")
-        goal = np.array([*(place[:2] if position[2] > self._height - 0.05 else position[:2]), self._height])
+        goal = np.array([*(place[:2] if position[2] > self._height - 0.03 else position[:2]), self._height])
         return self._move(env, goal, grasp.yaw, _CLOSED)
 
     def _lower(self, env: LiberoTaskEnv) -> Float32:
@@ -196,7 +196,7 @@ class LiberoExpert(Expert):
     def _carry_height(self, env: LiberoTaskEnv, position: np.ndarray, place: np.ndarray) -> float:
         points = self._shapes.points(env.data, env.bodies[self._object])
         hanging = float(position[2] - points[:, 2].min())
-        clear = self._clearance(env, position, place, {self._object}) + max(hanging, 0.01) + 0.02
+        clear = self._clearance(env, position, place, {self._object}) + max(hanging, 0.01) + 0.05
         return max(clear, float(place[2]) + 0.03)
 
     def _clearance(self, env: LiberoTaskEnv, start: np.ndarray, end: np.ndarray, skip: set[str]) -> float:
@@ -278,3 +278,20 @@ def _libero(env: TaskEnv) -> LiberoTaskEnv:
     if not isinstance(env, LiberoTaskEnv):
         raise RatchetError("expert.wrong_env", f"{type(env).__name__} is not a LIBERO task", fix="use LiberoTaskEnv")
     return env
+
+
+# Suites whose every goal is one object in or on one place, perturbed versions included.
+_SUPPORTED = ("libero_object", "libero_spatial")
+
+
+def make_libero_expert(suite: str, name: str) -> LiberoExpert:
+    """The expert of a task of LIBERO-Object or LIBERO-Spatial, or of a perturbed version of these.
+
+    Raises:
+        RatchetError: sim.no_expert for other suites.
+    """
+    if not suite.startswith(_SUPPORTED):
+        raise RatchetError(
+            "sim.no_expert", f"no scripted expert for {suite}/{name}", fix=f"experts cover {', '.join(_SUPPORTED)}"
+        )
+    return LiberoExpert()

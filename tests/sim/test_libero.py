@@ -8,6 +8,7 @@ resets that leave numpy's global generator alone, camera sizes from the contract
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -194,6 +195,10 @@ def test_missing_gl_library_names_the_packages(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RatchetError, match=r"libegl1 libgl1 libosmesa6 libgl1-mesa-dri.*MUJOCO_GL") as refused:
         gl.require_gl("egl")
     assert refused.value.code == "sim.no_gl"
+
+
+def test_robosuite_writes_no_log_file() -> None:
+    assert not [h for h in logging.getLogger("robosuite_logs").handlers if isinstance(h, logging.FileHandler)]
 
 
 def test_contradicting_gl_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
