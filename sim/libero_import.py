@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 from sim.gl import configure_gl
@@ -33,7 +34,8 @@ def _import_robosuite() -> None:
     logging.FileHandler = lambda *_, **__: logging.NullHandler()  # type: ignore[assignment,misc]
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             import robosuite  # noqa: F401
     finally:
         logging.FileHandler = handler  # type: ignore[misc]
