@@ -1,0 +1,1 @@
+"""Scripted experts that stand in for a teleoperator in simulation."""

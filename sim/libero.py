@@ -1,0 +1,247 @@
+"""LiberoTaskEnv: one LIBERO task behind the TaskEnv interface, with resets that do not recompile the model.
+
+Knows the simulator's episode state: physics, controller, gripper, sampling clock. What it shows and computes is
+bitwise the benchmark's own `OffScreenRenderEnv` after `seed(0)`, `reset()` and `set_init_state()`; it only leaves out
+work that nobody reads. Knows no policy and no vectorisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+from agent.records import Float32, UInt8
+from sim.base import TaskEnv, TaskInfo
+from sim.libero_import import mujoco
+from sim.libero_model import CONTROL_HZ, INTEGRATION, CompiledTask, acquire, release
+from sim.libero_osc import ObservationClock, Osc
+from sim.libero_suites import initial_states, libero_suites, libero_task_info, libero_task_infos
+
+__all__ = ["CONTRACT", "LiberoTaskEnv", "libero_suites", "libero_task_info", "libero_task_infos", "with_image_size"]
+
+CONTRACT = Path(__file__).resolve().parent.parent / "robots" / "libero.yaml"
+_STATE = {"eef_position": 3, "eef_rotation": 3, "gripper": 2}
+_COMMANDS = 7
+
+
+def with_image_size(contract: RobotContract, width: int, height: int) -> RobotContract:
+    """The same contract with every camera at width x height pixels."""
+    cameras = tuple(dataclasses.replace(camera, width=width, height=height) for camera in contract.cameras)
+    return dataclasses.replace(contract, cameras=cameras)
+
+
+class LiberoTaskEnv(TaskEnv):
+    """One task of one suite.
+
+    The model is compiled once per task and process, whatever the number of environments. `state` and `render` give
+    what the benchmark's observation holds after the same steps, sampled as there up to a few milliseconds before the
+    control step ends; `success` and `simulator_state` are of the end of the step. A frame is drawn when asked for.
+
+    Args:
+        suite, task: names as listed by `libero_suites` and `libero_task_infos`.
+        contract: describes cameras, units and settle steps; None loads robots/libero.yaml.
+        published_horizon: see `libero_task_infos`.
+
+    Raises:
+        RatchetError: sim.unknown_suite, sim.unknown_task, sim.suite_without_files, sim.contract_mismatch,
+            sim.missing_package.
+    """
+
+    def __init__(
+        self, suite: str, task: str, contract: RobotContract | None = None, *, published_horizon: bool = False
+    ) -> None:
+        self.info: TaskInfo = libero_task_info(suite, task, published_horizon=published_horizon)
+        self.contract = contract if contract is not None else RobotContract.load(CONTRACT)
+        self._settle = _check_contract(self.contract)
+        dims = self.contract.action.dims
+        self._low = np.array([d.low for d in dims], dtype=np.float32)
+        self._high = np.array([d.high for d in dims], dtype=np.float32)
+        # Division in float32: 0.05 m is then exactly command 1.0.
+        self._scale = np.array([d.command_scale for d in dims], dtype=np.float32)
+        gripper = self.contract.action.gripper
+        assert gripper is not None  # _check_contract
+        self._gripper_middle = (gripper.open + gripper.closed) / 2
+        self._gripper_polarity = math.copysign(1.0, gripper.closed - gripper.open)
+        self._states = initial_states(suite, task)
+        self._compiled: CompiledTask | None = acquire(suite, task)
+        compiled = self._compiled
+        self._data = mujoco.MjData(compiled.model)
+        self._osc = Osc(compiled.osc, self._data)
+        self._clock = ObservationClock(1.0 / CONTROL_HZ, compiled.timestep)
+        self._frame = mujoco.MjData(compiled.model)
+        self._cameras = {c.name: _camera_id(compiled.model, c.source) for c in self.contract.cameras}
+        self._frames: dict[str, UInt8] = {}
+        self.reset(0)
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """The compiled model, shared: read only."""
+        return self._open().model
+
+    @property
+    def data(self) -> mujoco.MjData:
+        """The true simulator state, for experts and tests: read only."""
+        self._open()
+        return self._data
+
+    @property
+    def bodies(self) -> dict[str, int]:
+        """Body id of every object and fixture of the task by its name in the BDDL file."""
+        return self._open().object_body
+
+    @property
+    def goal(self) -> list[list[str]]:
+        """The goal's predicates, such as [["in", "alphabet_soup_1", "basket_1_contain_region"]]."""
+        return self._open().goal
+
+    def reset(self, initial_state: int) -> None:
+        compiled, data = self._open(), self._data
+        if not 0 <= initial_state < len(self._states):
+            raise RatchetError(
+                "sim.unknown_state",
+                f"no initial state {initial_state}",
+                where=f"{self.info.suite}/{self.info.name}",
+                fix=f"ids go from 0 to {len(self._states) - 1}",
+            )
+        model, state = compiled.model, self._states[initial_state]
+        mujoco.mj_resetData(model, data)
+        mujoco.mj_setState(model, data, compiled.start, INTEGRATION)
+        data.time = state[0]
+        data.qpos[:] = state[1 : 1 + model.nq]
+        data.qvel[:] = state[1 + model.nq :]
+        mujoco.mj_forward(model, data)
+        self._osc.reset()
+        self._clock.reset()
+        self._site_rgba = compiled.lights(data, compiled.site_rgba)
+        self._sample(data.qpos.copy(), self._site_rgba)
+        rest = np.zeros(_COMMANDS)
+        rest[-1] = -1.0
+        for _ in range(self._settle):
+            self._advance(rest)
+
+    def step(self, action: Float32) -> None:
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape != (_COMMANDS,) or not np.isfinite(action).all():
+            raise RatchetError(
+                "sim.bad_action",
+                f"expected {_COMMANDS} finite values, got {action.tolist()}",
+                where=self.info.name,
+                fix="give one value per action dimension of the contract",
+            )
+        command = (np.clip(action, self._low, self._high) / self._scale).astype(np.float64)
+        command[-1] = np.sign(float(action[-1]) - self._gripper_middle) * self._gripper_polarity
+        self._advance(command)
+
+    def success(self) -> bool:
+        return self._open().succeeded(self._data)
+
+    def state(self) -> dict[str, Float32]:
+        values = {
+            "eef_position": self._eef_position,
+            "eef_rotation": _axis_angle(self._eef_quaternion),
+            "gripper": self._fingers,
+        }
+        return {field.name: values[field.name].astype(np.float32) for field in self.contract.state}
+
+    def render(self, camera: str) -> UInt8:
+        spec = self.contract.camera(camera)
+        compiled = self._open()
+        if camera not in self._frames:
+            if not self._frames:
+                # Only what is drawn is recomputed, from the positions at the sampled instant.
+                self._frame.qpos[:] = self._frame_qpos
+                mujoco.mj_kinematics(compiled.model, self._frame)
+                mujoco.mj_comPos(compiled.model, self._frame)
+                mujoco.mj_camlight(compiled.model, self._frame)
+            raw = compiled.render(self._cameras[camera], spec.width, spec.height, self._frame, self._frame_rgba)
+            upright = np.rot90(raw, spec.rotate // 90)
+            self._frames[camera] = np.ascontiguousarray(upright[:, ::-1] if spec.mirror else upright)
+        return self._frames[camera].copy()
+
+    def simulator_state(self) -> np.ndarray:
+        """MuJoCo's integration state: time, positions, velocities, warm start, controls and applied forces."""
+        model = self._open().model
+        state = np.zeros(mujoco.mj_stateSize(model, INTEGRATION))
+        mujoco.mj_getState(model, self._data, state, INTEGRATION)
+        return state
+
+    def close(self) -> None:
+        if self._compiled is not None:
+            self._compiled = None
+            del self._data, self._frame, self._osc
+            release(self.info.suite, self.info.name)
+
+    def _open(self) -> CompiledTask:
+        if self._compiled is None:
+            raise RatchetError("sim.closed", "the environment was closed", where=self.info.name, fix="build a new one")
+        return self._compiled
+
+    def _advance(self, command: np.ndarray) -> None:
+        """One control step of the benchmark. command: (7,) float64 in the controller's own units."""
+        compiled, data, osc, clock = self._open(), self._data, self._osc, self._clock
+        model, gripper = compiled.model, float(np.sign(command[-1]))
+        for substep in range(compiled.physics_steps):
+            mujoco.mj_step1(model, data)
+            mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_VEL, 1)
+            if substep == 0:
+                osc.set_goal(command[:-1])
+            osc.control(gripper)
+            if clock.tick():
+                # The benchmark samples after the step, when positions of bodies are still those before it.
+                before = data.qpos.copy()
+                mujoco.mj_step2(model, data)
+                self._sample(before, self._site_rgba)
+            else:
+                mujoco.mj_step2(model, data)
+        self._site_rgba = compiled.lights(data, self._site_rgba)
+
+    def _sample(self, qpos_drawn: np.ndarray, site_rgba: np.ndarray) -> None:
+        compiled, data = self._open(), self._data
+        self._eef_position = data.site_xpos[compiled.osc.site].copy()
+        self._eef_quaternion = data.xquat[compiled.hand_body][[1, 2, 3, 0]]
+        self._fingers = data.qpos[compiled.finger_qpos].copy()
+        self._frame_qpos, self._frame_rgba = qpos_drawn, site_rgba
+        self._frames.clear()
+
+
+def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """(3,) rad from an xyzw quaternion, as robosuite's `quat2axisangle`, which policies are fed with."""
+    w = min(max(float(quaternion[3]), -1.0), 1.0)
+    denominator = math.sqrt(1.0 - w * w)
+    if math.isclose(denominator, 0.0):
+        return np.zeros(3)
+    return quaternion[:3] * 2.0 * math.acos(w) / denominator
+
+
+def _camera_id(model: mujoco.MjModel, source: str) -> int:
+    found = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, source)
+    if found < 0:
+        known = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, i) for i in range(model.ncam)]
+        raise _mismatch(f"the simulator has no camera '{source}'", f"cameras: {', '.join(known)}")
+    return int(found)
+
+
+def _check_contract(contract: RobotContract) -> int:
+    """Refuse a contract that this simulator does not realise; returns the number of settle steps."""
+    action, simulator = contract.action, contract.simulator
+    if simulator is None or simulator.kind != "libero" or simulator.steps_per_control != 1:
+        raise _mismatch(f"contract '{contract.name}' is not LIBERO's", "use robots/libero.yaml")
+    if contract.control_hz != CONTROL_HZ:
+        raise _mismatch(f"LIBERO runs at {CONTROL_HZ} Hz, not {contract.control_hz}", "set control_hz")
+    if action.control_mode != "ee_delta" or action.rotation != "axis_angle" or action.size != _COMMANDS:
+        raise _mismatch("LIBERO takes 7 dimensions: position and axis-angle deltas, gripper", "correct `action`")
+    if action.gripper is None or action.gripper.dim != action.dims[-1].name or not action.gripper.binary:
+        raise _mismatch("LIBERO's gripper is binary and the last dimension", "correct `action.gripper`")
+    for field in contract.state:
+        if _STATE.get(field.name) != field.size:
+            raise _mismatch(f"LIBERO has no state '{field.name}' of size {field.size}", f"fields: {_STATE}")
+    return simulator.settle_steps
+
+
+def _mismatch(what: str, fix: str) -> RatchetError:
+    return RatchetError("sim.contract_mismatch", what, where="robots/libero.yaml", fix=fix)

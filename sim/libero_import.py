@@ -1,0 +1,46 @@
+"""The one place that imports MuJoCo and robosuite for LIBERO: back end chosen first, no log file, no chatter.
+
+Knows what those packages do on import. Knows no task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+from sim.gl import configure_gl
+
+configure_gl()
+# One software-rasteriser thread per process: worker processes already occupy every core.
+os.environ.setdefault("LP_NUM_THREADS", "1")
+
+import mujoco  # noqa: E402  (the back end must be chosen before the first import)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Swallow what the benchmark prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _import_robosuite() -> None:
+    """robosuite opens /tmp/robosuite.log when imported, which fails on a machine shared with another user."""
+    handler = logging.FileHandler
+    logging.FileHandler = lambda *_, **__: logging.NullHandler()  # type: ignore[assignment,misc]
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import robosuite  # noqa: F401
+    finally:
+        logging.FileHandler = handler  # type: ignore[misc]
+
+
+_import_robosuite()
+
+__all__ = ["mujoco", "quiet"]
