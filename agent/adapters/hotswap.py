@@ -24,7 +24,7 @@ from agent.adapters.identity import Adapter, binding_of
 from agent.adapters.lora import Effect, Lora
 from agent.adapters.merge import Merge
 from agent.adapters.protocol import AdapterStore, Problem
-from agent.adapters.turns import NoGap, Turns
+from agent.adapters.turns import Held, NoGap, Turns
 from agent.errors import RatchetError
 from agent.policy.protocol import Policy, PolicyInput
 
@@ -59,6 +59,7 @@ class SwapReport:
     ready: load + validate + stage + canary; the running policy works on meanwhile.
     waited: from ready until the forward that was running had ended.
     unavailable: how long forwards were held off for the flip itself.
+    preempted: another process took the core during the flip, so that `unavailable` tells of the host's load.
     canary_change: largest difference between the new and the old adapter's canary actions, physical units.
     warnings: `adapter.no_effect` where the adapter leaves the base as it is; `adapter.partial_effect` where only some
         layers are changed; `adapter.already_active`.
@@ -73,6 +74,7 @@ class SwapReport:
     ready: float
     waited: float
     unavailable: float
+    preempted: bool
     effect: float
     canary_change: float
     warnings: tuple[Problem, ...]
@@ -247,7 +249,7 @@ class HotSwapper:
                 )
             held = self._change(merge.apply)
             self._merge = merge
-            return held
+            return held.seconds
 
     def unmerge(self) -> float:
         """Undo `merge`, bit for bit; returns seconds unavailable."""
@@ -256,7 +258,7 @@ class HotSwapper:
                 return 0.0
             held = self._change(self._merge.revert)
             self._merge = None
-            return held
+            return held.seconds
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -280,7 +282,7 @@ class HotSwapper:
             self._current = staged
 
         asked = time.perf_counter()
-        unavailable = 0.0 if staged.id == old.id else self._change(flip)
+        held = Held(0.0, False) if staged.id == old.id else self._change(flip)
         if staged.id != old.id:
             self._previous = old
             self._resident[staged.id] = staged
@@ -294,13 +296,14 @@ class HotSwapper:
             new_id=staged.id,
             **times,
             waited=max(began - asked, 0.0),
-            unavailable=unavailable,
+            unavailable=held.seconds,
+            preempted=held.preempted,
             effect=staged.effect.overall,
             canary_change=float((staged.canary_actions - old.canary_actions).abs().max()),
             warnings=self._warnings(staged, old),
         )
 
-    def _change(self, action: Callable[[], None]) -> float:
+    def _change(self, action: Callable[[], None]) -> Held:
         try:
             return self._turns.change(action, self._timeout)
         except NoGap as error:

@@ -1,7 +1,7 @@
 """Tags: small files that point at adapter ids, and the append-only log of their moves.
 
-Knows names, moves and their order. Knows no adapter: ids are just text here. The tag's file is the truth and carries
-its own latest move; the log is completed from it before the next move, so that a crash between the two loses nothing.
+Knows names, moves and their order. Knows no adapter: ids are just text here. A tag's file holds its latest move and is
+the truth; the log takes that move over before the next one replaces it, so that no crash between the two loses one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tags:
         return move.new if move else None
 
     def move(self, name: str, new: str, action: str, reason: str) -> TagMove:
-        """Write a tag and log the move; the rename is the moment at which it happens."""
+        """Write a tag. The rename is the moment at which it happens; nothing that could fail comes after it."""
         if not _NAME.fullmatch(name) or _ID_LIKE.fullmatch(name):
             raise RatchetError(
                 "adapter.bad_tag",
@@ -49,15 +49,13 @@ class Tags:
         sequence = max((m.sequence for m in moves), default=0) + 1
         time = datetime.now(UTC).isoformat(timespec="seconds")
         move = TagMove(sequence, name, action, self.get(name), new, reason, time)
-        line = _line(move)
         scratch = self._scratch / f"tag-{sequence}"
-        self._files.create(scratch, line)
+        self._files.create(scratch, _line(move))
         self._files.rename(scratch, self._folder / name)
-        self._files.append(self._log, line)
         return move
 
     def history(self, name: str | None = None) -> list[TagMove]:
-        """Logged moves, oldest first, with any that a crash kept out of the log."""
+        """Moves, oldest first: the log's and the latest one of each tag."""
         moves = {move.sequence: move for move in self._logged()[0]}
         moves.update({move.sequence: move for move in self._current().values()})
         return [moves[s] for s in sorted(moves) if name in (None, moves[s].tag)]
@@ -119,7 +117,7 @@ class Tags:
         return moves, good, len(data)
 
     def _complete_log(self) -> list[TagMove]:
-        """Cut a torn last line and append moves that happened without being logged."""
+        """Cut a torn last line and append the tags' latest moves, before one of them is replaced."""
         moves, good, size = self._logged()
         if good < size:
             self._files.truncate(self._log, good)

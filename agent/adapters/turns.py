@@ -6,15 +6,24 @@ the thread that ends it, at that very moment: nobody is woken up first, and a bu
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 class NoGap(Exception):
     """A change could not happen: a forward is running and does not end."""
+
+
+class Held(NamedTuple):
+    """How long a change held forwards off, in seconds, and whether another process took the core meanwhile."""
+
+    seconds: float
+    preempted: bool
 
 
 @dataclass(eq=False)
@@ -22,7 +31,7 @@ class _Change:
     action: Callable[[], None]
     done: bool = False
     error: BaseException | None = None
-    held: float = 0.0
+    held: Held = field(default_factory=lambda: Held(0.0, False))
 
 
 class Turns:
@@ -56,8 +65,8 @@ class Turns:
                         self._run_waiting()
                         self._condition.notify_all()
 
-    def change(self, action: Callable[[], None], timeout: float) -> float:
-        """Run `action` while no forward runs; returns the seconds for which forwards were held off.
+    def change(self, action: Callable[[], None], timeout: float) -> Held:
+        """Run `action` while no forward runs.
 
         Raises:
             NoGap: none within `timeout` seconds, or asked from inside this thread's own forward; `action` was not run
@@ -82,10 +91,15 @@ class Turns:
         """With the condition held and no forward running."""
         while self._waiting:
             change = self._waiting.pop(0)
-            start = time.perf_counter()
+            switches, start = _preemptions(), time.perf_counter()
             try:
                 change.action()
             except BaseException as error:  # handed to the thread that asked for the change, not to the forward's
                 change.error = error
-            change.held = time.perf_counter() - start
+            change.held = Held(time.perf_counter() - start, _preemptions() > switches)
             change.done = True
+
+
+def _preemptions() -> int:
+    """Involuntary context switches of this thread; waiting for a lock, the interpreter's included, is not one."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
