@@ -73,9 +73,13 @@ class LiberoTaskEnv(TaskEnv):
         self._data = mujoco.MjData(compiled.model)
         self._osc = Osc(compiled.osc, self._data)
         self._clock = ObservationClock(1.0 / CONTROL_HZ, compiled.timestep)
-        self._cameras = {c.name: _camera_id(compiled.model, c.source) for c in self.contract.cameras}
         self._frames: dict[str, UInt8] = {}
-        self.reset(0)
+        try:
+            self._cameras = {c.name: _camera_id(compiled.model, c.source) for c in self.contract.cameras}
+            self.reset(0)
+        except RatchetError:
+            self.close()
+            raise
 
     @property
     def model(self) -> mujoco.MjModel:
@@ -151,7 +155,7 @@ class LiberoTaskEnv(TaskEnv):
         spec = self.contract.camera(camera)
         compiled = self._open()
         if camera not in self._frames:
-            raw = compiled.render(self._cameras[camera], spec.width, spec.height, self._frame_qpos, self._frame_rgba)
+            raw = compiled.render(spec, self._cameras[camera], self._frame_qpos, self._frame_rgba)
             upright = np.rot90(raw, spec.rotate // 90)
             self._frames[camera] = np.ascontiguousarray(upright[:, ::-1] if spec.mirror else upright)
         return self._frames[camera].copy()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from agent.contract import CameraSpec
 from agent.records import UInt8
 from sim.gl import configure_gl, no_gl, require_gl
 from sim.libero_import import mujoco, quiet, trim_memory
@@ -107,8 +108,9 @@ class CompiledTask:
         self._domain._post_process()
         return self.model.site_rgba.copy()
 
-    def render(self, camera: int, width: int, height: int, qpos: np.ndarray, site_rgba: np.ndarray) -> UInt8:
+    def render(self, spec: CameraSpec, camera: int, qpos: np.ndarray, site_rgba: np.ndarray) -> UInt8:
         """(H, W, 3) uint8 as OpenGL delivers it, of positions qpos: (nq,). Raises RatchetError sim.no_gl."""
+        width, height = spec.width, spec.height
         if self._tracked:
             self.model.site_rgba[:] = site_rgba
         if self._renderer is None:
@@ -119,6 +121,8 @@ class CompiledTask:
         mujoco.mj_kinematics(self.model, self._posed)
         mujoco.mj_comPos(self.model, self._posed)
         mujoco.mj_camlight(self.model, self._posed)
+        if spec.position:
+            self._posed.cam_xpos[camera] = spec.position
         return self._renderer.render(camera, width, height, self._posed)
 
     def free(self) -> None:
