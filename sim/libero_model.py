@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from agent.contract import CameraSpec
 from agent.records import UInt8
 from sim.gl import configure_gl, no_gl, require_gl
-from sim.libero_import import mujoco, quiet
+from sim.libero_import import mujoco, quiet, trim_memory
 from sim.libero_osc import OscLayout
 from sim.libero_suites import bddl_path
 
@@ -107,13 +108,22 @@ class CompiledTask:
         self._domain._post_process()
         return self.model.site_rgba.copy()
 
-    def render(self, camera: int, width: int, height: int, data: mujoco.MjData, site_rgba: np.ndarray) -> UInt8:
-        """(H, W, 3) uint8 as OpenGL delivers it. Raises RatchetError sim.no_gl."""
+    def render(self, spec: CameraSpec, camera: int, qpos: np.ndarray, site_rgba: np.ndarray) -> UInt8:
+        """(H, W, 3) uint8 as OpenGL delivers it, of positions qpos: (nq,). Raises RatchetError sim.no_gl."""
+        width, height = spec.width, spec.height
         if self._tracked:
             self.model.site_rgba[:] = site_rgba
         if self._renderer is None:
             self._renderer = Renderer(self.model, width, height)
-        return self._renderer.render(camera, width, height, data)
+            self._posed = mujoco.MjData(self.model)
+        # Only what is drawn is computed, in data of its own: no episode may notice that a frame was taken.
+        self._posed.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self._posed)
+        mujoco.mj_comPos(self.model, self._posed)
+        mujoco.mj_camlight(self.model, self._posed)
+        if spec.position:
+            self._posed.cam_xpos[camera] = spec.position
+        return self._renderer.render(camera, width, height, self._posed)
 
     def free(self) -> None:
         if self._renderer is not None:
@@ -126,6 +136,7 @@ def acquire(suite: str, task: str) -> CompiledTask:
     key = (suite, task)
     if key not in _compiled:
         _compiled[key] = CompiledTask(suite, task)
+        trim_memory()
     _compiled[key].users += 1
     return _compiled[key]
 
@@ -136,7 +147,8 @@ def release(suite: str, task: str) -> None:
     compiled.users -= 1
     if compiled.users == 0:
         compiled.free()
-        del _compiled[(suite, task)]
+        del _compiled[(suite, task)], compiled
+        trim_memory()
 
 
 class Renderer:

@@ -5,6 +5,7 @@ Knows `OffScreenRenderEnv` and nothing of how Ratchet avoids its costs. Not used
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -71,3 +72,5 @@ class ReferenceLibero:
         if context is not None:
             context.gl_ctx.make_current()
         self.env.close()
+        del context
+        gc.collect()  # robosuite frees its context in a destructor, too late when the process ends first
