@@ -19,7 +19,7 @@ class Demo:
     Evaluates the base, learns task A then task B with one adapter, hot-swaps every new adapter into a running policy,
     evaluates all tasks again after each, writes a report with curves and videos.
 
-    Examples:
+    Commands to copy:
 
         ratchet demo
 
@@ -65,8 +65,9 @@ class Demo:
             assert after is not None
             gain = difference(before, after)
             verdict = "larger than its interval" if gain.low > 0 else "NOT larger than its interval"
+            rates = f"{before.rate.estimate:.0%} -> {after.rate.estimate:.0%}"
             console.print(
-                f"{task}: {before.rate.estimate:.0%} -> {after.rate.estimate:.0%}, gain {100 * gain.estimate:+.0f} points "
+                f"{task}: {rates}, gain {100 * gain.estimate:+.0f} points "
                 f"[{100 * gain.low:+.0f}, {100 * gain.high:+.0f}], {verdict}"
             )
         for swap in result.swaps:

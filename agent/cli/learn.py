@@ -18,7 +18,7 @@ from agent.learner.update import UpdateConfig
 class Learn:
     """Fine-tune one adapter on tasks, one after the other, evaluating all of them after each.
 
-    Examples:
+    Commands to copy:
 
         ratchet learn --suite metaworld --tasks faucet-open window-open --out runs/two
 

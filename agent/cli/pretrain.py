@@ -28,7 +28,7 @@ from sim.demonstrations import Demonstrations, NoiseConfig, collect
 class Pretrain:
     """Make a small VLA: record expert demonstrations, train by cross-entropy, save one folder.
 
-    Examples:
+    Commands to copy:
 
         ratchet pretrain --suite metaworld --tasks door-open faucet-open --episodes 40 --out models/mine
 
