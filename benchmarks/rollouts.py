@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             per_minute[side].append(60 * len(todo) / seconds)
             processor[side].append(cpu / len(todo))
             print(
-                f"round {index + 1}, {side}: {per_minute[side][-1]:.2f} episodes/min, {processor[side][-1]:.2f} CPU s each",
+                f"round {index + 1}, {side}: {per_minute[side][-1]:.2f} episodes/min, {processor[side][-1]:.2f} CPU s",
                 file=sys.stderr,
                 flush=True,
             )

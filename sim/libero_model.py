@@ -40,8 +40,9 @@ class _Undrawn:
 def _build(bddl: str) -> Any:
     """The benchmark's environment in the state that `seed(SCENE_SEED)` and `reset()` give a fresh one.
 
-    A hard reset repeats what construction does, so one construction from the seed is enough. Every forward pass of
-    the original stays in: the constraint solver's warm start depends on their number.
+    A hard reset repeats what construction does, so one construction from the seed is enough, with one exception: every
+    reset appends the samplers of doors and knobs once more, and their draws shift all that follow. Tasks that have any
+    are reset in earnest. Every forward pass of the original stays in: the solver's warm start depends on their number.
     """
     import robosuite.environments.base as base
     from libero.libero.envs.env_wrapper import ControlEnv
@@ -57,10 +58,14 @@ def _build(bddl: str) -> Any:
                 break
             except RandomizationError:
                 continue  # as `ControlEnv.reset` does: draw another placement
+        if env.env.object_property_initializers:
+            env.seed(SCENE_SEED)
+            env.reset()
+        else:
+            env.env.sim.forward()
+            env.env.visualize(dict.fromkeys(env.env._visualizations, False))
     finally:
         base.MjRenderContextOffscreen = context
-    env.env.sim.forward()
-    env.env.visualize(dict.fromkeys(env.env._visualizations, False))
     return env
 
 
