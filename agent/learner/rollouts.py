@@ -212,8 +212,8 @@ def chunk_noise(generator: np.random.Generator, shape: tuple[int, int], correlat
 
     Each token keeps exactly its own distribution and log-probability; only how tokens vary together changes.
     Independent noise averages out over a chunk and explores little; shared noise moves the arm somewhere else. The
-    gradient built from the tokens' own log-probabilities is then, to first order in the noise, the policy gradient times
-    the noise's correlation matrix, which is positive definite: still an ascent direction, with a larger share of signal.
+    gradient built from the tokens' own log-probabilities is then, to first order in the noise, the policy gradient
+    times the noise's correlation matrix, which is positive definite: still an ascent direction, with more signal in it.
     """
     if correlation == 0.0:
         return generator.random(shape, np.float32)
