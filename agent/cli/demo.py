@@ -63,7 +63,7 @@ class Demo:
             before, after = result.matrix.get(0, task), result.matrix.get(stage, task)
             assert before is not None
             assert after is not None
-            gain = difference(before, after)
+            gain = difference(after, before)
             verdict = "larger than its interval" if gain.low > 0 else "NOT larger than its interval"
             rates = f"{before.rate.estimate:.0%} -> {after.rate.estimate:.0%}"
             console.print(

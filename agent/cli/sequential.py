@@ -38,7 +38,7 @@ class Result:
         for stage, task in enumerate(self.matrix.tasks, 1):
             before, after = self.matrix.get(0, task), self.matrix.get(stage, task)
             if before and after:
-                gain = difference(before, after)
+                gain = difference(after, before)
                 gains[task] = {"gain": gain.estimate, "low": gain.low, "high": gain.high}
         return {
             "folder": str(self.folder),
