@@ -1,4 +1,4 @@
-"""Meta-World carries the demo and the study: did cheap frames or fast resets change its physics, every figure would lie.
+"""Meta-World carries the demo and the study: had cheap frames or fast resets changed its physics, every figure lies.
 
 Pinned: physics bitwise equal to the benchmark's own environment, resets that leak nothing, frames close to the full
 meshes, experts that succeed. Determinism: initial states are seeds.

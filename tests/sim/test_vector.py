@@ -1,8 +1,8 @@
 """Rollouts run for hours over processes that leak, hang and die; a lost batch or a swapped frame would poison learning.
 
 Pinned: results do not depend on the number of workers; a worker killed, hung or recycled in the middle of episodes
-changes nothing, bit for bit; errors come back coded; nothing is left behind. Determinism: actions come from a seeded generator,
-faults are injected between two rounds, never by timing.
+changes nothing, bit for bit; errors come back coded; nothing is left behind.
+Determinism: actions come from a seeded generator, faults are injected between two rounds, never by timing.
 """
 
 from __future__ import annotations
