@@ -1,6 +1,6 @@
 """The one place where weights change: a sign error here un-learns quietly.
 
-Pinned: an update makes the tokens of successful episodes likelier than those of failed ones, micro-batches change memory
+Pinned: an update makes the tokens of successful episodes likelier than those of failed ones; micro-batches change memory
 and not the result, refusals leave the adapter bit-identical. Determinism: fixed policy and episodes, seeded order.
 """
 
