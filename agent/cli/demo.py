@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from agent.cli import common, sequential
+from agent.errors import RatchetError
 from agent.learner.metrics import difference
 
 
@@ -46,6 +47,12 @@ class Demo:
 
         common.threads(self.threads)
         console = Console(stderr=self.json)
+        if self.suite not in DEMO:
+            raise RatchetError(
+                "cli.no_recipe",
+                f"no measured demo recipe for suite '{self.suite}'",
+                fix=f"suites with one: {', '.join(DEMO)}; for others use ratchet learn with a policy of your own",
+            )
         recipe = DEMO[self.suite]
         result = sequential.run(
             title=f"Ratchet demo on {self.suite}",

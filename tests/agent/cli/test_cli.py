@@ -34,6 +34,7 @@ def test_help_has_a_command_to_copy(verb: str, capsys: pytest.CaptureFixture[str
         (["eval", "--suite", "libero_object", "--policy", "nowhere"], "policy.bad_checkpoint", "nowhere"),
         (["adapters", "list", "--store", "nowhere"], "adapter.no_store", "nowhere"),
         (["report", "nowhere"], "report.no_run", "nowhere"),
+        (["demo", "--suite", "libero_object"], "cli.no_recipe", "metaworld"),
     ],
 )
 def test_refusals_are_one_line_with_a_code(
