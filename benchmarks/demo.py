@@ -1,7 +1,7 @@
 """Whether the demo really improves: gain on both tasks over several seeds, each against its own 95 % interval.
 
-Runs `ratchet demo` once per seed in a process of its own, or reads finished run folders, and counts the seeds in which the
-gain on task A (after stage 1) and on task B (after stage 2) are both larger than their intervals.
+Runs `ratchet demo` once per seed in a process of its own, or reads finished run folders, and counts the seeds in which
+the gain on task A (after stage 1) and on task B (after stage 2) are both larger than their intervals.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one place where weights change: a sign error here un-learns quietly.
 
 Pinned: an update makes the tokens of successful episodes likelier than those of failed ones; micro-batches change
-memory and not the result, refusals leave the adapter bit-identical. Determinism: fixed policy and episodes, seeded order.
+memory and not the result; refusals leave the adapter bit-identical. Determinism: fixed policy, seeded order.
 """
 
 from __future__ import annotations
