@@ -132,7 +132,15 @@ def run(
         for s in running.swaps
     ]
     seconds = time.perf_counter() - started
-    facts |= {"finished": common.now(), "seconds": seconds, "swaps": swaps, "forwards_during_run": ticking.count}
+    facts |= {
+        "finished": common.now(),
+        "seconds": round(seconds, 1),
+        "hot swaps": "; ".join(
+            f"{s['from']} -> {s['to']}: ready in {s['ready_ms']:.0f} ms, unavailable {s['unavailable_ms']:.3f} ms"
+            for s in swaps
+        ),
+        "forwards of the running policy meanwhile": ticking.count,
+    }
     common.write_json(folder / "run.json", facts)
     report = write_report(folder)
     print_matrix(matrix, console)
