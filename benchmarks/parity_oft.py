@@ -7,7 +7,8 @@ tokens. Error: norm of the difference over the norm of the published values.
 
     python benchmarks/parity_oft.py [FOLDER...] [--quick]
 
-The check takes seconds, so `--quick` changes nothing. Exit 1 where a quantity misses the goal or a greedy token differs.
+The check takes seconds, so `--quick` changes nothing. Exit 1 where a quantity misses the goal or a greedy token
+differs.
 """
 
 from __future__ import annotations
