@@ -9,6 +9,7 @@ A bin here is t - (vocabulary - 256), in [0, 256): bin 255 is the lowest action,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,6 +61,9 @@ class Statistics:
             )
         if any(not s > 0 for s in self.state_std):
             raise RatchetError("policy.missing_statistics", "state_std must be positive", where=self.key)
+        numbers = (*self.q01, *self.q99, *self.state_mean, *self.state_std)
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
+            raise RatchetError("policy.missing_statistics", "statistics must be finite numbers", where=self.key)
 
     def as_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -77,7 +81,7 @@ class Statistics:
         try:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return cls(**fields)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise RatchetError("policy.missing_statistics", f"statistics are malformed: {error}", where=where) from None
 
 
