@@ -14,12 +14,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from agent.errors import RatchetError
 
 BINS = 256
+# numpy's edges, as published: torch.linspace rounds some of them differently.
+_EDGES = torch.from_numpy(np.linspace(-1.0, 1.0, BINS))
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,7 @@ class Statistics:
 
 def centres() -> Tensor:
     """(255,) float64, the action of each pair of neighbouring edges, ascending."""
-    edges = torch.linspace(-1.0, 1.0, BINS, dtype=torch.float64)
-    return (edges[:-1] + edges[1:]) / 2
+    return (_EDGES[:-1] + _EDGES[1:]) / 2
 
 
 def decode(bins: Tensor) -> Tensor:
@@ -97,8 +99,16 @@ def decode(bins: Tensor) -> Tensor:
 
 
 def encode(normalised: Tensor) -> Tensor:
-    """Normalised actions (…,) -> bins (…,) int64; values outside [-1, 1] take the outermost bin."""
-    edges = torch.linspace(-1.0, 1.0, BINS, dtype=torch.float64, device=normalised.device)
+    """Normalised actions (…,) -> bins (…,) int64; values outside [-1, 1] take the outermost bin.
+
+    The published `vocabulary - numpy.digitize(clip(action, -1, 1), edges)`, less the first action id.
+
+    Raises:
+        RatchetError: policy.bad_input for NaN, which would otherwise become the highest action.
+    """
+    if bool(normalised.isnan().any()):
+        raise RatchetError("policy.bad_input", "an action is NaN", fix="remove the sample from the data")
+    edges = _EDGES.to(normalised.device)
     digit = torch.bucketize(normalised.double().clamp(-1.0, 1.0), edges, right=True)  # 1..256, as numpy.digitize
     return BINS - digit
 
