@@ -9,16 +9,20 @@ A bin here is t - (vocabulary - 256), in [0, 256): bin 255 is the lowest action,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from agent.errors import RatchetError
 
 BINS = 256
+# numpy's edges, as published: torch.linspace rounds some of them differently.
+_EDGES = torch.from_numpy(np.linspace(-1.0, 1.0, BINS))
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ class Statistics:
             )
         if any(not s > 0 for s in self.state_std):
             raise RatchetError("policy.missing_statistics", "state_std must be positive", where=self.key)
+        numbers = (*self.q01, *self.q99, *self.state_mean, *self.state_std)
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
+            raise RatchetError("policy.missing_statistics", "statistics must be finite numbers", where=self.key)
 
     def as_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -77,14 +84,13 @@ class Statistics:
         try:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return cls(**fields)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise RatchetError("policy.missing_statistics", f"statistics are malformed: {error}", where=where) from None
 
 
 def centres() -> Tensor:
     """(255,) float64, the action of each pair of neighbouring edges, ascending."""
-    edges = torch.linspace(-1.0, 1.0, BINS, dtype=torch.float64)
-    return (edges[:-1] + edges[1:]) / 2
+    return (_EDGES[:-1] + _EDGES[1:]) / 2
 
 
 def decode(bins: Tensor) -> Tensor:
@@ -93,8 +99,16 @@ def decode(bins: Tensor) -> Tensor:
 
 
 def encode(normalised: Tensor) -> Tensor:
-    """Normalised actions (…,) -> bins (…,) int64; values outside [-1, 1] take the outermost bin."""
-    edges = torch.linspace(-1.0, 1.0, BINS, dtype=torch.float64, device=normalised.device)
+    """Normalised actions (…,) -> bins (…,) int64; values outside [-1, 1] take the outermost bin.
+
+    The published `vocabulary - numpy.digitize(clip(action, -1, 1), edges)`, less the first action id.
+
+    Raises:
+        RatchetError: policy.bad_input for NaN, which would otherwise become the highest action.
+    """
+    if bool(normalised.isnan().any()):
+        raise RatchetError("policy.bad_input", "an action is NaN", fix="remove the sample from the data")
+    edges = _EDGES.to(normalised.device)
     digit = torch.bucketize(normalised.double().clamp(-1.0, 1.0), edges, right=True)  # 1..256, as numpy.digitize
     return BINS - digit
 

@@ -73,7 +73,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PrismaticPol
         config = PrismaticConfig(**raw["model"])
         demands: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["policy"].items()}
         spec = PolicySpec(**demands)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RatchetError("policy.bad_checkpoint", f"config.json is malformed: {error}", where=str(path)) from None
     statistics = Statistics.from_dict(raw.get("statistics"), str(path))
     policy = PrismaticPolicy(config, spec, statistics, load_tokenizer(folder / "tokenizer.json"))
@@ -118,6 +118,7 @@ def load_tensors(policy: PrismaticPolicy, tensors: Mapping[str, Tensor], where: 
         raise RatchetError("policy.bad_checkpoint", f"not finite: {', '.join(bad[:3])}", where=where)
     policy.network.load_state_dict({k: tensors[k] for k in wanted})
     policy.network.float()
+    policy.base_changed()
 
 
 def _named(missing: list[str], extra: list[str], shapes: list[str]) -> list[tuple[str, list[str]]]:

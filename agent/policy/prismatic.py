@@ -1,11 +1,9 @@
 """The discrete VLA: OpenVLA-OFT's architecture, from 7 billion parameters down to 3 million, as one class.
 
-Knows the network, its attention mask, sampling and log-probabilities. Knows no file (checkpoint.py), no adapter and no
-robot. A chunk of K actions of D dimensions is decoded in ONE forward: K x D placeholder positions after the prompt, 256
-action tokens each. Sequence: first prompt token, image patches, rest of the prompt, [state,] placeholders. (The
-published code appends a stop token that nothing attends to; it is left out.)
-Logits are computed at the action positions and over the 256 action rows of the head alone.
-Source: OpenVLA-OFT (arXiv 2502.19645), discrete variant of arXiv 2603.11653.
+Knows prompts, statistics, sampling and log-probabilities around the network (network.py). Knows no file
+(checkpoint.py), no adapter and no robot. A chunk of K actions of D dimensions is decoded in ONE forward: K x D
+placeholder positions, each with one distribution over 256 action tokens. Logits are computed at these positions and for
+these tokens alone.
 """
 
 from __future__ import annotations
@@ -13,109 +11,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
+from contextlib import AbstractContextManager
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import LlamaConfig, LlamaModel
 
 from agent.contract import PolicySpec
 from agent.errors import RatchetError
 from agent.policy.action_tokens import BINS, Statistics, decode, encode, normalise, unnormalise
+from agent.policy.network import PrismaticConfig, PrismaticNetwork
 from agent.policy.protocol import Chunks, PolicyInput
 from agent.policy.text import Prompt
-from agent.policy.vision import make_tower
 
-
-@dataclass(frozen=True)
-class PrismaticConfig:
-    """Sizes and conventions of one checkpoint; all of it is part of the base's hash.
-
-    vision, vision_options: name and arguments of the tower (vision.py).
-    attention: which mask the checkpoint was trained with; there is no default, because the wrong one changes a quarter
-        of the tokens without an error.
-    placeholders: "zero" embeddings as published, or "learned" ones.
-    vocabulary: ids of the text model before padding; the last 256 are action tokens.
-    padded_vocabulary: rows of the head.
-    projector: "mlp3" as published for fused towers, "mlp2" for single ones.
-    prompt, bos, pad, end_token, prompt_length: see text.py.
-    compute_dtype: "float32", or "bfloat16" for autocast of everything but the log-softmax.
-    """
-
-    vision: str
-    vision_options: Mapping[str, Any]
-    attention: Literal["bidirectional", "causal"]
-    placeholders: Literal["zero", "learned"]
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    vocabulary: int
-    padded_vocabulary: int
-    projector: Literal["mlp2", "mlp3"]
-    prompt: str
-    bos: int
-    pad: int
-    end_token: int
-    prompt_length: int = 0
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class Projector(nn.Module):
-    """Patch features -> token embeddings, under the published parameter names."""
-
-    def __init__(self, features: int, hidden: int, kind: str) -> None:
-        super().__init__()
-        middle = 4 * features if kind == "mlp3" else hidden
-        self.fc1 = nn.Linear(features, middle)
-        self.fc2 = nn.Linear(middle, hidden)
-        self.fc3 = nn.Linear(hidden, hidden) if kind == "mlp3" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(functional.gelu(self.fc1(x)))
-        return x if self.fc3 is None else self.fc3(functional.gelu(x))
-
-
-class LanguageModel(nn.Module):
-    """transformers' Llama with its head, under the published parameter names."""
-
-    def __init__(self, config: PrismaticConfig) -> None:
-        super().__init__()
-        llama = LlamaConfig(
-            vocab_size=config.padded_vocabulary,
-            hidden_size=config.hidden,
-            intermediate_size=config.intermediate,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            # Plain matrix products beat the fused kernel on a CPU at a hundred tokens: 1.5 times in training.
-            attn_implementation="sdpa" if config.hidden >= 1024 else "eager",
-        )
-        self.model = LlamaModel(llama)
-        self.lm_head = nn.Linear(config.hidden, config.padded_vocabulary, bias=False)
-
-
-class PrismaticNetwork(nn.Module):
-    """Everything with parameters; the module that adapters attach to."""
-
-    def __init__(self, config: PrismaticConfig, actions: int, state: int) -> None:
-        super().__init__()
-        self.vision_backbone = make_tower(config.vision, config.vision_options)
-        self.projector = Projector(self.vision_backbone.features, config.hidden, config.projector)
-        self.language_model = LanguageModel(config)
-        if state:
-            self.state_projector = nn.Linear(state, config.hidden)
-        if config.placeholders == "learned":
-            self.placeholders = nn.Parameter(torch.randn(actions, config.hidden) * 0.02)
+__all__ = ["PrismaticConfig", "PrismaticNetwork", "PrismaticPolicy"]
 
 
 class PrismaticPolicy:
@@ -123,6 +34,10 @@ class PrismaticPolicy:
 
     Construct with `checkpoint.load(folder)`, or from parts: `PrismaticPolicy(config, spec, statistics, tokenizer)`,
     with random weights. `presets.py` has the 7B and the small configuration.
+
+    Raises:
+        RatchetError: policy.no_probabilities, policy.missing_statistics, policy.wrong_statistics, policy.bad_config,
+            policy.unknown_vision_tower.
     """
 
     def __init__(self, config: PrismaticConfig, spec: PolicySpec, statistics: Statistics, tokenizer: Tokenizer) -> None:
@@ -138,6 +53,23 @@ class PrismaticPolicy:
                 f"the policy takes {spec.state_size} state values, statistics have {len(statistics.state_mean)}",
                 where=statistics.key,
                 fix="add state_mean and state_std of the training data",
+            )
+        for name, theirs, mine in (
+            ("key", statistics.key, spec.statistics_key),
+            ("units", statistics.units, spec.action_units),
+        ):
+            if theirs != mine:
+                raise RatchetError(
+                    "policy.wrong_statistics",
+                    f"the statistics' {name} is {theirs!r}, the policy's actions have {mine!r}",
+                    where=statistics.key,
+                    fix="take the statistics that the checkpoint was trained with",
+                )
+        if tokenizer.get_vocab_size() > config.padded_vocabulary:
+            raise RatchetError(
+                "policy.bad_config",
+                f"the tokenizer has {tokenizer.get_vocab_size()} ids, the model {config.padded_vocabulary}",
+                fix="use the tokenizer that the checkpoint came with",
             )
         self.config, self.statistics, self.tokenizer = config, statistics, tokenizer
         self._spec = spec
@@ -167,7 +99,10 @@ class PrismaticPolicy:
 
     @property
     def base_hash(self) -> str:
-        """SHA-256 over configuration, statistics, tokenizer and base tensors; adapters attached later do not count."""
+        """SHA-256 over configuration, statistics, tokenizer and base tensors; adapters attached later do not count.
+
+        Computed once: whoever changes the base's tensors afterwards calls `base_changed`.
+        """
         if not self._base_hash:
             digest = hashlib.sha256()
             facts = {
@@ -187,12 +122,25 @@ class PrismaticPolicy:
         return self._base_hash
 
     def base_tensors(self) -> dict[str, Tensor]:
-        """The base's own tensors by their published names, with or without adapters attached."""
+        """The base's own tensors by their published names, with or without adapters attached.
+
+        Raises:
+            RatchetError: policy.merged while an adapter is merged into them.
+        """
+        merged = [n for n, m in self.network.named_modules() if isinstance(m, LoraLayer) and m.merged]
+        if merged:
+            raise RatchetError(
+                "policy.merged", "an adapter is merged into the base's tensors", where=merged[0], fix="unmerge it first"
+            )
         return {
             name.replace(".base_layer.", "."): tensor
             for name, tensor in self.network.state_dict().items()
             if ".lora_" not in name
         }
+
+    def base_changed(self) -> None:
+        """Tell that the base's tensors were written: its hash is computed anew."""
+        self._base_hash = ""
 
     # What the Policy protocol asks for.
 
@@ -200,15 +148,18 @@ class PrismaticPolicy:
     def predict(self, batch: PolicyInput) -> Chunks:
         hidden = self._hidden(batch)
         tokens = self._logits(hidden).argmax(-1)
-        return Chunks(self.actions_of(tokens), tokens, torch.zeros(tokens.shape), hidden.float().mean(1))
+        return Chunks(
+            self.actions_of(tokens), tokens, torch.zeros(tokens.shape, device=tokens.device), hidden.float().mean(1)
+        )
 
     @torch.no_grad()
     def sample(self, batch: PolicyInput, temperature: float, noise: Tensor) -> Chunks:
         self._require_temperature(temperature)
+        self._require_shape("noise", noise, len(batch))
         hidden = self._hidden(batch)
         log_prob = (self._logits(hidden) / temperature).log_softmax(-1)
         # Inverse CDF in float64: rounding must never select a bin of probability zero beyond the last one.
-        cumulative = log_prob.double().exp().cumsum(-1)
+        cumulative = log_prob.exp().double().cumsum(-1)
         threshold = noise.to(cumulative)[..., None] * cumulative[..., -1:]
         tokens = (cumulative <= threshold).sum(-1).clamp(max=BINS - 1)
         chosen = log_prob.gather(-1, tokens[..., None])[..., 0]
@@ -216,6 +167,9 @@ class PrismaticPolicy:
 
     def log_prob(self, batch: PolicyInput, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         self._require_temperature(temperature)
+        self._require_shape("tokens", tokens, len(batch))
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < BINS:
+            raise RatchetError("policy.bad_input", f"tokens are not all in [0, {BINS})", fix="give bins, not token ids")
         log_prob = (self.logits(batch) / temperature).log_softmax(-1)
         entropy = -(log_prob.exp() * log_prob).sum(-1)
         return log_prob.gather(-1, tokens.to(log_prob.device)[..., None])[..., 0], entropy
@@ -235,69 +189,46 @@ class PrismaticPolicy:
         return encode(normalise(actions, self.statistics))
 
     def hidden_states(self, pixels: Tensor, ids: Tensor, mask: Tensor, state: Tensor | None = None) -> Tensor:
-        """(B, K*D, hidden): final hidden states from which the action tokens are read.
+        """(B, K*D, hidden): final hidden states from which the action tokens are read, with gradient.
 
         pixels: as the tower's `prepare` gives them. ids, mask: (B, L) prompt ids and True where not padding.
         state: (B, S) normalised; None where the policy takes none.
         """
-        net, config = self.network, self.config
-        model = net.language_model.model
-        embedded = model.embed_tokens(ids)
-        weight = mask[..., None].to(embedded.dtype)
-        weight[:, 0] = 0  # the first token says nothing about the task
-        text = (embedded * weight).sum(1) / weight.sum(1).clamp(min=1)
-        patches = net.projector(net.vision_backbone(pixels, text)).to(embedded.dtype)
-        batch, count = patches.shape[:2]
-        if config.placeholders == "learned":
-            slots = net.placeholders.expand(batch, -1, -1)
-        else:
-            slots = embedded.new_zeros(batch, self.actions, config.hidden)
-        parts = [embedded[:, :1], patches, embedded[:, 1:]]
-        if state is not None:
-            parts.append(net.state_projector(state)[:, None].to(embedded.dtype))
-        sequence = torch.cat([*parts, slots], 1)
-        seen = torch.cat([mask[:, :1], mask.new_ones(batch, count), mask[:, 1:]], 1)
-        seen = functional.pad(seen, (0, sequence.shape[1] - seen.shape[1]), value=True)
-        hidden = model(
-            inputs_embeds=sequence,
-            attention_mask=self._attention(seen, sequence.dtype),
-            position_ids=(seen.long().cumsum(1) - 1).clamp(min=0),  # padding takes no position
-            use_cache=False,
-        ).last_hidden_state
-        # The token of a position is read one position earlier, as in any language model.
-        out: Tensor = hidden[:, -self.actions - 1 : -1]
+        out: Tensor = self.network(pixels, ids, mask, state, self._dtype)
         return out
 
     def action_logits(self, hidden: Tensor) -> Tensor:
         """(…, hidden) -> (…, 256) float32: the head's action rows alone, also under an adapter."""
-        rows = slice(self.config.vocabulary - BINS, self.config.vocabulary)
-        return linear_rows(self.network.language_model.lm_head, hidden, rows).float()
+        return self.network.action_logits(hidden)
 
     def normalised_state(self, state: Tensor) -> Tensor:
         """(B, S) physical -> (B, S) in standard deviations of the training data."""
         mean = torch.tensor(self.statistics.state_mean, device=state.device)
         return (state - mean) / torch.tensor(self.statistics.state_std, device=state.device)
 
-    def _attention(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
-        batch, length = seen.shape
-        allowed = seen[:, None, None, :].expand(batch, 1, length, length)
-        if self.config.attention == "causal":
-            allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
-        # A row that may see nothing would be NaN: let every position see at least itself.
-        allowed = allowed | torch.eye(length, dtype=torch.bool, device=seen.device)
-        return torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill(~allowed, torch.finfo(dtype).min)
-
     def _hidden(self, batch: PolicyInput) -> Tensor:
         images, state = self._check(batch)
-        ids, mask = (t.to(self.device) for t in self.prompt(batch.instructions))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16"):
+        ids, mask = self.prompt(batch.instructions)
+        if self.device.type == "cpu":
+            # Padding that all rows share changes nothing but the time; a GPU prefers one shape for all batches.
+            shared = mask.any(0)
+            ids, mask = ids[:, shared], mask[:, shared]
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with self._autocast():
             pixels = self.network.vision_backbone.prepare(images)
             return self.hidden_states(pixels, ids, mask, None if state is None else self.normalised_state(state))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16"):
+        with self._autocast():
             logits = self.action_logits(hidden)
         return logits.reshape(len(logits), self._spec.chunk, len(self._spec.action_names), BINS)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.compute_dtype == "bfloat16" else torch.float32
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
 
     def _check(self, batch: PolicyInput) -> tuple[Tensor, Tensor | None]:
         images = torch.as_tensor(batch.images)
@@ -310,6 +241,8 @@ class PrismaticPolicy:
                 where=f"cameras {', '.join(self._spec.cameras)}",
                 fix="give every camera in the policy's order, at its image size",
             )
+        if not len(batch):
+            raise RatchetError("policy.bad_input", "the batch is empty", fix="give at least one observation")
         if not self._spec.state:
             return images.to(self.device), None
         if batch.state is None or tuple(batch.state.shape) != (len(batch), self._spec.state_size):
@@ -323,25 +256,12 @@ class PrismaticPolicy:
             raise RatchetError("policy.bad_input", "the state is not finite", where=", ".join(self._spec.state))
         return images.to(self.device), batch.state.to(self.device, torch.float32)
 
+    def _require_shape(self, name: str, tensor: Tensor, rows: int) -> None:
+        expected = (rows, self._spec.chunk, len(self._spec.action_names))
+        if tuple(tensor.shape) != expected:
+            raise RatchetError("policy.bad_input", f"{name} is {tuple(tensor.shape)}, expected {expected}", where=name)
+
     @staticmethod
     def _require_temperature(temperature: float) -> None:
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise RatchetError("policy.bad_temperature", f"temperature {temperature} is not above 0", fix="use predict")
-
-
-def linear_rows(layer: nn.Module, x: Tensor, rows: slice) -> Tensor:
-    """Some output rows of a linear layer: plain, or wrapped by PEFT's LoRA (merged or not).
-
-    Equal to `layer(x)[..., rows]` without computing the other rows.
-    """
-    if not isinstance(layer, LoraLinear):
-        assert isinstance(layer, nn.Linear)
-        return functional.linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
-    out = linear_rows(layer.get_base_layer(), x, rows)
-    if layer.disable_adapters or layer.merged:
-        return out
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            low = functional.linear(x.to(layer.lora_A[name].weight.dtype), layer.lora_A[name].weight)
-            out = out + functional.linear(low, layer.lora_B[name].weight[rows]) * layer.scaling[name]
-    return out

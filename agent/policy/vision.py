@@ -224,9 +224,12 @@ TOWERS: dict[str, type[VisionTower]] = {"fused_dinov2_siglip": FusedDinoSiglip, 
 
 
 def make_tower(kind: str, options: Mapping[str, Any]) -> VisionTower:
-    """Raises RatchetError policy.unknown_vision_tower."""
+    """Raises RatchetError policy.unknown_vision_tower, policy.bad_config for options that the tower does not have."""
     if kind not in TOWERS:
         raise RatchetError(
             "policy.unknown_vision_tower", f"no vision tower '{kind}'", fix=f"one of {', '.join(TOWERS)}"
         )
-    return TOWERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    try:
+        return TOWERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    except TypeError as error:
+        raise RatchetError("policy.bad_config", f"vision_options: {error}", where=kind) from None
