@@ -73,10 +73,13 @@ class LiberoTaskEnv(TaskEnv):
         self._data = mujoco.MjData(compiled.model)
         self._osc = Osc(compiled.osc, self._data)
         self._clock = ObservationClock(1.0 / CONTROL_HZ, compiled.timestep)
-        self._frame = mujoco.MjData(compiled.model)
-        self._cameras = {c.name: _camera_id(compiled.model, c.source) for c in self.contract.cameras}
         self._frames: dict[str, UInt8] = {}
-        self.reset(0)
+        try:
+            self._cameras = {c.name: _camera_id(compiled.model, c.source) for c in self.contract.cameras}
+            self.reset(0)
+        except RatchetError:
+            self.close()
+            raise
 
     @property
     def model(self) -> mujoco.MjModel:
@@ -152,13 +155,7 @@ class LiberoTaskEnv(TaskEnv):
         spec = self.contract.camera(camera)
         compiled = self._open()
         if camera not in self._frames:
-            if not self._frames:
-                # Only what is drawn is recomputed, from the positions at the sampled instant.
-                self._frame.qpos[:] = self._frame_qpos
-                mujoco.mj_kinematics(compiled.model, self._frame)
-                mujoco.mj_comPos(compiled.model, self._frame)
-                mujoco.mj_camlight(compiled.model, self._frame)
-            raw = compiled.render(self._cameras[camera], spec.width, spec.height, self._frame, self._frame_rgba)
+            raw = compiled.render(spec, self._cameras[camera], self._frame_qpos, self._frame_rgba)
             upright = np.rot90(raw, spec.rotate // 90)
             self._frames[camera] = np.ascontiguousarray(upright[:, ::-1] if spec.mirror else upright)
         return self._frames[camera].copy()
@@ -173,7 +170,7 @@ class LiberoTaskEnv(TaskEnv):
     def close(self) -> None:
         if self._compiled is not None:
             self._compiled = None
-            del self._data, self._frame, self._osc
+            del self._data, self._osc
             release(self.info.suite, self.info.name)
 
     def _open(self) -> CompiledTask:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from agent.contract import CameraSpec
 from agent.records import UInt8
 from sim.gl import configure_gl, no_gl, require_gl
-from sim.libero_import import mujoco, quiet
+from sim.libero_import import mujoco, quiet, trim_memory
 from sim.libero_osc import OscLayout
 from sim.libero_suites import bddl_path
 
@@ -39,8 +40,9 @@ class _Undrawn:
 def _build(bddl: str) -> Any:
     """The benchmark's environment in the state that `seed(SCENE_SEED)` and `reset()` give a fresh one.
 
-    A hard reset repeats what construction does, so one construction from the seed is enough. Every forward pass of
-    the original stays in: the constraint solver's warm start depends on their number.
+    A hard reset repeats what construction does, so one construction from the seed is enough, with one exception: every
+    reset appends the samplers of doors and knobs once more, and their draws shift all that follow. Tasks that have any
+    are reset in earnest. Every forward pass of the original stays in: the solver's warm start depends on their number.
     """
     import robosuite.environments.base as base
     from libero.libero.envs.env_wrapper import ControlEnv
@@ -56,10 +58,14 @@ def _build(bddl: str) -> Any:
                 break
             except RandomizationError:
                 continue  # as `ControlEnv.reset` does: draw another placement
+        if env.env.object_property_initializers:
+            env.seed(SCENE_SEED)
+            env.reset()
+        else:
+            env.env.sim.forward()
+            env.env.visualize(dict.fromkeys(env.env._visualizations, False))
     finally:
         base.MjRenderContextOffscreen = context
-    env.env.sim.forward()
-    env.env.visualize(dict.fromkeys(env.env._visualizations, False))
     return env
 
 
@@ -107,13 +113,22 @@ class CompiledTask:
         self._domain._post_process()
         return self.model.site_rgba.copy()
 
-    def render(self, camera: int, width: int, height: int, data: mujoco.MjData, site_rgba: np.ndarray) -> UInt8:
-        """(H, W, 3) uint8 as OpenGL delivers it. Raises RatchetError sim.no_gl."""
+    def render(self, spec: CameraSpec, camera: int, qpos: np.ndarray, site_rgba: np.ndarray) -> UInt8:
+        """(H, W, 3) uint8 as OpenGL delivers it, of positions qpos: (nq,). Raises RatchetError sim.no_gl."""
+        width, height = spec.width, spec.height
         if self._tracked:
             self.model.site_rgba[:] = site_rgba
         if self._renderer is None:
             self._renderer = Renderer(self.model, width, height)
-        return self._renderer.render(camera, width, height, data)
+            self._posed = mujoco.MjData(self.model)
+        # Only what is drawn is computed, in data of its own: no episode may notice that a frame was taken.
+        self._posed.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self._posed)
+        mujoco.mj_comPos(self.model, self._posed)
+        mujoco.mj_camlight(self.model, self._posed)
+        if spec.position:
+            self._posed.cam_xpos[camera] = spec.position
+        return self._renderer.render(camera, width, height, self._posed)
 
     def free(self) -> None:
         if self._renderer is not None:
@@ -126,6 +141,7 @@ def acquire(suite: str, task: str) -> CompiledTask:
     key = (suite, task)
     if key not in _compiled:
         _compiled[key] = CompiledTask(suite, task)
+        trim_memory()
     _compiled[key].users += 1
     return _compiled[key]
 
@@ -136,7 +152,8 @@ def release(suite: str, task: str) -> None:
     compiled.users -= 1
     if compiled.users == 0:
         compiled.free()
-        del _compiled[(suite, task)]
+        del _compiled[(suite, task)], compiled
+        trim_memory()
 
 
 class Renderer:

@@ -36,11 +36,8 @@ class ReferenceLibero:
         self.observation: dict[str, np.ndarray] = {}
 
     def reset(self, initial_state: int) -> None:
-        """Seed, reset (a recompile), write the initial state, settle. The old GL context is freed by hand, because
-        robosuite would leave it to the garbage collector and break the context that is current then."""
-        context = self.env.sim._render_context_offscreen
-        if context is not None:
-            context.gl_ctx.make_current()
+        """Seed, reset (a recompile), write the initial state, settle."""
+        self._make_current()
         with quiet():
             self.env.seed(SCENE_SEED)
             self.env.reset()
@@ -50,6 +47,7 @@ class ReferenceLibero:
 
     def step(self, command: np.ndarray) -> None:
         """command: (7,) in the controller's units, [-1, 1]."""
+        self._make_current()
         self.observation, _, _, _ = self.env.step(command)
 
     def success(self) -> bool:
@@ -67,7 +65,10 @@ class ReferenceLibero:
         return state
 
     def close(self) -> None:
-        context = self.env.sim._render_context_offscreen
-        if context is not None:
-            context.gl_ctx.make_current()
+        self._make_current()
         self.env.close()
+
+    def _make_current(self) -> None:
+        """robosuite draws into, and frees, whichever GL context is current: without this, another environment's.
+        No reference to the context may stay behind, or it is freed after its successor became current."""
+        self.env.sim._render_context_offscreen.gl_ctx.make_current()

@@ -177,6 +177,11 @@ class _Frames:
             image = image[:, ::-1]
         return np.ascontiguousarray(image)
 
+    def close(self) -> None:
+        for renderer in self.renderers.values():
+            renderer.close()
+        self.renderers.clear()
+
 
 _FRAMES: dict[tuple[str, str, bool], _Frames] = {}
 _CLASSES: dict[str, type] = {}
@@ -185,8 +190,8 @@ _CLASSES: dict[str, type] = {}
 def _shared_frames(task: str, model: mujoco.MjModel, contract: RobotContract, thin: bool) -> _Frames:
     key = (task, contract.id, thin)
     if key not in _FRAMES:
-        if len(_FRAMES) >= 64:  # every entry holds a GL context
-            _FRAMES.pop(next(iter(_FRAMES)))
+        if len(_FRAMES) >= 6:  # every entry holds a copy of the model and a GL context
+            _FRAMES.pop(next(iter(_FRAMES))).close()
         _FRAMES[key] = _Frames(model, contract, thin)
     return _FRAMES[key]
 

@@ -21,6 +21,8 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from sim.base import TaskEnv
 
+TASKS_PER_SLOT = 3  # environments kept per slot; a compiled scene takes tens to hundreds of megabytes
+
 
 class Layout(NamedTuple):
     """Shapes of the shared block: N slots, V cameras, K actions of D dimensions, S state values."""
@@ -115,7 +117,12 @@ class _Host:
 
     def _reset(self, reset: Reset) -> None:
         key = (reset.slot, reset.task)
-        if key not in self.envs:
+        if key in self.envs:
+            self.envs[key] = self.envs.pop(key)  # dictionaries keep their order: the slot's oldest task comes first
+        else:
+            mine = [k for k in self.envs if k[0] == reset.slot]
+            if len(mine) >= TASKS_PER_SLOT:
+                self.envs.pop(mine[0]).close()
             self.envs[key] = self.config.make_env(self.config.suite, reset.task, self.config.contract)
         env = self.envs[key]
         env.reset(reset.initial_state)

@@ -123,7 +123,7 @@ class Verify:
 class Adapters:
     """Look at and tag the adapters of a store.
 
-    Examples:
+    Commands to copy:
 
         ratchet adapters list --store runs/demo/adapters
 

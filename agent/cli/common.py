@@ -68,7 +68,6 @@ class Running:
 def threads(count: int) -> None:
     """Inference and training threads of this process; workers take the other cores."""
     torch.set_num_threads(max(1, count))
-    torch.set_flush_denormal(True)
 
 
 def policy_folder(suite: str, given: Path | None) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from agent.cli import common, sequential
+from agent.errors import RatchetError
 from agent.learner.metrics import difference
 
 
@@ -19,7 +20,7 @@ class Demo:
     Evaluates the base, learns task A then task B with one adapter, hot-swaps every new adapter into a running policy,
     evaluates all tasks again after each, writes a report with curves and videos.
 
-    Examples:
+    Commands to copy:
 
         ratchet demo
 
@@ -46,6 +47,12 @@ class Demo:
 
         common.threads(self.threads)
         console = Console(stderr=self.json)
+        if self.suite not in DEMO:
+            raise RatchetError(
+                "cli.no_recipe",
+                f"no measured demo recipe for suite '{self.suite}'",
+                fix=f"suites with one: {', '.join(DEMO)}; for others use ratchet learn with a policy of your own",
+            )
         recipe = DEMO[self.suite]
         result = sequential.run(
             title=f"Ratchet demo on {self.suite}",
@@ -63,10 +70,11 @@ class Demo:
             before, after = result.matrix.get(0, task), result.matrix.get(stage, task)
             assert before is not None
             assert after is not None
-            gain = difference(before, after)
+            gain = difference(after, before)
             verdict = "larger than its interval" if gain.low > 0 else "NOT larger than its interval"
+            rates = f"{before.rate.estimate:.0%} -> {after.rate.estimate:.0%}"
             console.print(
-                f"{task}: {before.rate.estimate:.0%} -> {after.rate.estimate:.0%}, gain {100 * gain.estimate:+.0f} points "
+                f"{task}: {rates}, gain {100 * gain.estimate:+.0f} points "
                 f"[{100 * gain.low:+.0f}, {100 * gain.high:+.0f}], {verdict}"
             )
         for swap in result.swaps:

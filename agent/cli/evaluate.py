@@ -22,7 +22,7 @@ from sim import registry
 class Eval:
     """Run a policy on tasks from their evaluation states and report success with 95 % intervals.
 
-    Examples:
+    Commands to copy:
 
         ratchet eval --suite metaworld --tasks door-open faucet-open
 
@@ -45,8 +45,6 @@ class Eval:
     """Sampling temperature; 0 acts greedily."""
     seed: int = 0
     """Seed of sampled actions."""
-    lora: common.LoraOptions | None = None
-    """Shape of the adapter's layers; taken from the adapter if absent."""
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
@@ -109,8 +107,9 @@ class Eval:
         return 0
 
     def _lora(self, store: FolderStore | None) -> common.LoraOptions:
-        if self.lora is not None or store is None:
-            return self.lora or common.LoraOptions()
+        """The shape of the adapter's layers, as its configuration says."""
+        if store is None:
+            return common.LoraOptions()
         config = store.get(self.adapter).config
         targets = config["target_modules"]
         return common.LoraOptions(

@@ -18,7 +18,7 @@ from agent.learner.update import UpdateConfig
 class Learn:
     """Fine-tune one adapter on tasks, one after the other, evaluating all of them after each.
 
-    Examples:
+    Commands to copy:
 
         ratchet learn --suite metaworld --tasks faucet-open window-open --out runs/two
 
@@ -45,6 +45,8 @@ class Learn:
     """Episodes from each initial state."""
     temperature: float = 1.0
     """Sampling temperature of training episodes."""
+    noise_correlation: float = 0.0
+    """Correlation of the sampling noise within a chunk; small policies explore better with 0.9."""
     evaluation_episodes: int = 50
     """Episodes per task and evaluation."""
     evaluation: Literal["greedy", "sampled"] = "greedy"
@@ -76,6 +78,7 @@ class Learn:
             groups=self.groups,
             group_size=self.group_size,
             temperature=self.temperature,
+            noise_correlation=self.noise_correlation,
             evaluation_episodes=self.evaluation_episodes,
             evaluation_temperature=0.0 if self.evaluation == "greedy" else self.temperature,
             seed=self.seed,

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog="ratchet",
             description="Run a VLA on an arm and let it get better between sessions without losing what it could do.",
             args=given,
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff),
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
         return int(command.run())
     except RatchetError as error:

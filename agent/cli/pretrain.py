@@ -28,7 +28,7 @@ from sim.demonstrations import Demonstrations, NoiseConfig, collect
 class Pretrain:
     """Make a small VLA: record expert demonstrations, train by cross-entropy, save one folder.
 
-    Examples:
+    Commands to copy:
 
         ratchet pretrain --suite metaworld --tasks door-open faucet-open --episodes 40 --out models/mine
 
@@ -45,6 +45,8 @@ class Pretrain:
     """Demonstrations per task, from states that are neither in the training nor in the evaluation set."""
     first_state: int = -1
     """First initial state of the demonstrations; -1 takes the suite's own demonstration states."""
+    start: Path | None = None
+    """Folder of a policy whose weights, statistics and tokenizer are the starting point; random weights if absent."""
     stride: int = 2
     """Control steps between samples."""
     chunk: int = 5
@@ -72,11 +74,21 @@ class Pretrain:
         work.mkdir(parents=True, exist_ok=True)
         demonstrations = self._demonstrations(work / "demonstrations.safetensors", cameras, state, console)
         spec = presets.spec_for(contract, cameras=cameras, state=state, chunk=self.chunk, statistics_key=self.suite)
-        texts = [info.instruction for info in registry.tasks(self.suite)]
-        config = presets.small(image_size=spec.image_size)
-        torch.manual_seed(self.train.seed)
-        tokenizer = train_tokenizer(texts, config.vocabulary - 256)
-        policy = PrismaticPolicy(config, spec, statistics_of(demonstrations, spec, self.suite), tokenizer)
+        if self.start is not None:
+            policy = checkpoint.load(self.start)
+            if policy.spec != spec:
+                raise RatchetError(
+                    "learn.changed_spec",
+                    "the starting policy was made for other cameras, state, actions or chunk",
+                    where=str(self.start),
+                    fix="give the same options as when it was made",
+                )
+        else:
+            texts = [info.instruction for info in registry.tasks(self.suite)]
+            config = presets.small(image_size=spec.image_size)
+            torch.manual_seed(self.train.seed)
+            tokenizer = train_tokenizer(texts, config.vocabulary - 256)
+            policy = PrismaticPolicy(config, spec, statistics_of(demonstrations, spec, self.suite), tokenizer)
         trainer = Pretrainer(policy, list(policy.network.parameters()), demonstrations, self.train, work)
         history: list[Report] = []
         columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[note]}"))

@@ -24,6 +24,7 @@ class Recipe:
     groups: int
     group_size: int
     temperature: float
+    noise_correlation: float
     evaluation_episodes: int
     update: UpdateConfig
     lora: LoraOptions
@@ -37,6 +38,7 @@ class Recipe:
             groups=self.groups,
             group_size=self.group_size,
             temperature=self.temperature,
+            noise_correlation=self.noise_correlation,
             evaluation_episodes=self.evaluation_episodes,
             seed=seed,
             update=self.update,
@@ -45,16 +47,21 @@ class Recipe:
 
 DEMO: dict[str, Recipe] = {
     "metaworld": Recipe(
-        tasks=("door-open", "window-open"),
-        held_out=("faucet-close",),
-        updates=10,
-        groups=64,
+        tasks=("button-press", "handle-press"),
+        held_out=("button-press-wall",),
+        updates=12,
+        groups=32,
         group_size=8,
         temperature=1.0,
+        noise_correlation=0.9,
         evaluation_episodes=100,
         update=UpdateConfig(
-            algorithm="ppo", learning_rate=5e-4, minibatches=4, grpo=GrpoConfig(horizon=40), ppo=PpoConfig()
+            algorithm="ppo",
+            learning_rate=6e-3,
+            minibatches=2,
+            grpo=GrpoConfig(horizon=40),
+            ppo=PpoConfig(lam=0.9),
         ),
-        lora=LoraOptions(rank=32, alpha=32.0),
+        lora=LoraOptions(rank=4, alpha=4.0),
     ),
 }

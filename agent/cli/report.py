@@ -17,7 +17,7 @@ from agent.learner.report import load_run, print_matrix, write_report
 class Report:
     """Write the HTML report of a run folder and print its success matrix.
 
-    Example:
+    Commands to copy:
 
         ratchet report runs/demo
     """

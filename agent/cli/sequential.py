@@ -38,7 +38,7 @@ class Result:
         for stage, task in enumerate(self.matrix.tasks, 1):
             before, after = self.matrix.get(0, task), self.matrix.get(stage, task)
             if before and after:
-                gain = difference(before, after)
+                gain = difference(after, before)
                 gains[task] = {"gain": gain.estimate, "low": gain.low, "high": gain.high}
         return {
             "folder": str(self.folder),
@@ -132,7 +132,15 @@ def run(
         for s in running.swaps
     ]
     seconds = time.perf_counter() - started
-    facts |= {"finished": common.now(), "seconds": seconds, "swaps": swaps, "forwards_during_run": ticking.count}
+    facts |= {
+        "finished": common.now(),
+        "seconds": round(seconds, 1),
+        "hot swaps": "; ".join(
+            f"{s['from']} -> {s['to']}: ready in {s['ready_ms']:.0f} ms, unavailable {s['unavailable_ms']:.3f} ms"
+            for s in swaps
+        ),
+        "forwards of the running policy meanwhile": ticking.count,
+    }
     common.write_json(folder / "run.json", facts)
     report = write_report(folder)
     print_matrix(matrix, console)

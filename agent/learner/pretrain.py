@@ -143,7 +143,15 @@ class Pretrainer:
     def run(self, on_progress: Callable[[Progress], None] = lambda progress: None, every: int = 50) -> None:
         """Train to the last step, from the checkpoint if the folder holds one."""
         self._resume()
-        torch.set_flush_denormal(True)  # the tails of smoothed targets are denormal, which CPUs handle in slow motion
+        # The tails of smoothed targets are denormal, which CPUs handle in slow motion; the setting is the process's.
+        torch.set_flush_denormal(True)
+        try:
+            self._train(on_progress, every)
+        finally:
+            torch.set_flush_denormal(False)
+            self.policy.module.eval()
+
+    def _train(self, on_progress: Callable[[Progress], None], every: int) -> None:
         self.policy.module.train()
         started, first = time.perf_counter(), self.step
         while self.step < self.config.steps:
@@ -155,7 +163,6 @@ class Pretrainer:
                 on_progress(Progress(self.step, loss, *validation, rate))
             if self.folder and (self.step % self.config.save_every == 0 or self.step == self.config.steps):
                 self._save()
-        self.policy.module.eval()
 
     def _batch(self, rows: Int64, generator: torch.Generator | None) -> PolicyInput:
         images = torch.from_numpy(self.samples.images[rows])

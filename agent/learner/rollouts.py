@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.special import ndtr
 
 from agent.errors import RatchetError
 from agent.policy.protocol import Policy, PolicyInput
@@ -123,12 +124,14 @@ def run_episodes(
     temperature: float,
     adapter_id: str = "",
     keep: bool = True,
+    noise_correlation: float = 0.0,
     progress: Callable[[int, bool], None] | None = None,
 ) -> tuple[Outcomes, RolloutBatch | None]:
     """Run every episode to its end.
 
     temperature: sampling temperature; 0.0 acts greedily (and then `keep` must be False: nothing to learn from).
     keep: return the decisions too.
+    noise_correlation: in [0, 1), of the sampling noise between the K actions of a chunk, see `chunk_noise`.
     progress: called with (episodes finished, success) after each episode.
 
     Raises:
@@ -184,7 +187,13 @@ def run_episodes(
                     progress(finished, bool(success[run.index]))
         live = [s for s in env.groups[g] if s in running]
         chunks = _decide(
-            policy, env, [(s, running[s], specs[running[s].index]) for s in live], temperature, keep, store
+            policy,
+            env,
+            [(s, running[s], specs[running[s].index]) for s in live],
+            temperature,
+            noise_correlation,
+            keep,
+            store,
         )
         again = resets(g, free)
         pending[g] = live
@@ -198,11 +207,28 @@ def run_episodes(
     return outcomes, _flatten(store, rows_of, specs, success, steps, temperature, adapter_id, seconds)
 
 
+def chunk_noise(generator: np.random.Generator, shape: tuple[int, int], correlation: float) -> Float32:
+    """(K, D) uniform in [0, 1), Gaussian copula: any two actions of the chunk correlate, dimensions do not.
+
+    Each token keeps exactly its own distribution and log-probability; only how tokens vary together changes.
+    Independent noise averages out over a chunk and explores little; shared noise moves the arm somewhere else. The
+    gradient built from the tokens' own log-probabilities is then, to first order in the noise, the policy gradient
+    times the noise's correlation matrix, which is positive definite: still an ascent direction, with more signal in it.
+    """
+    if correlation == 0.0:
+        return generator.random(shape, np.float32)
+    shared, own = generator.standard_normal((1, shape[1])), generator.standard_normal(shape)
+    mixed = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+    uniform: Float32 = ndtr(mixed).astype(np.float32).clip(0.0, np.float32(1 - 2**-24))
+    return uniform
+
+
 def _decide(
     policy: Policy,
     env: ChunkEnv,
     live: list[tuple[int, _Running, EpisodeSpec]],
     temperature: float,
+    noise_correlation: float,
     keep: bool,
     store: _Store,
 ) -> dict[int, Float32]:
@@ -218,7 +244,7 @@ def _decide(
     )
     if temperature > 0:
         shape = (env.chunk, len(policy.spec.action_names))
-        noise = np.stack([r.noise.random(shape, np.float32) for _, r, _ in live if r.noise is not None])
+        noise = np.stack([chunk_noise(r.noise, shape, noise_correlation) for _, r, _ in live if r.noise is not None])
         chunks = policy.sample(batch, temperature, torch.from_numpy(noise))
     else:
         chunks = policy.predict(batch)

@@ -60,6 +60,8 @@ class SequenceConfig:
     """Episodes from each initial state."""
     temperature: float = 1.6
     """Sampling temperature of training episodes."""
+    noise_correlation: float = 0.0
+    """Correlation of the sampling noise within a chunk, in [0, 1); see `rollouts.chunk_noise`."""
     evaluation_episodes: int = 50
     """Episodes per task and evaluation, at most one per evaluation state."""
     evaluation_temperature: float = 0.0
@@ -147,7 +149,13 @@ class SequentialRun:
             current = self._current_id()
             specs = self._training_specs(name)
             outcomes, batch = run_episodes(
-                self.policy, self.env, specs, temperature=self.config.temperature, adapter_id=current
+                self.policy,
+                self.env,
+                specs,
+                temperature=self.config.temperature,
+                noise_correlation=self.config.noise_correlation,
+                adapter_id=current,
+                progress=self._watch(f"{name} episodes", len(specs)),
             )
             assert batch is not None
             facts: dict[str, Any] = {
@@ -204,7 +212,12 @@ class SequentialRun:
                 for s in states
             ]
             outcomes, _ = run_episodes(
-                policy, self.env, specs, temperature=self.config.evaluation_temperature, keep=False
+                policy,
+                self.env,
+                specs,
+                temperature=self.config.evaluation_temperature,
+                keep=False,
+                progress=self._watch(f"evaluating {name}", len(specs)),
             )
             cell = Cell.of({f"state-{s}": bool(ok) for s, ok in zip(states, outcomes.success, strict=True)})
             self.matrix.record(self.stage, name, cell)
@@ -220,6 +233,9 @@ class SequentialRun:
                     "seconds": outcomes.seconds,
                 },
             )
+
+    def _watch(self, what: str, total: int) -> Callable[[int, bool], None]:
+        return lambda done, ok: self.on_event("episode", {"done": done, "of": total, "success": ok, "what": what})
 
     def _training_specs(self, name: str) -> list[EpisodeSpec]:
         task, config = self.tasks[name], self.config

@@ -128,6 +128,7 @@ class Updater:
         means["value_loss"] /= max(steps, 1)
         return {
             **means,
+            "loss": means["policy_loss"],
             "optimizer_steps": steps,
             "gradient_norm": float(np.mean(norms)),
             "masked_groups": masked_share,

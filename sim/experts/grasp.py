@@ -118,7 +118,7 @@ def _centre_grasps(points: np.ndarray, current_yaw: float) -> Iterable[Grasp]:
         width = most[0] - least[0]
         if width <= APERTURE:
             xy = axes @ ((least + most) / 2)
-            turn = _turn(yaw, current_yaw)
+            turn = abs(yaw - current_yaw)
             yield Grasp(np.array([xy[0], xy[1], z]), yaw, 0.02 * turn + 0.5 * max(width - 0.055, 0.0), "centre")
 
 
@@ -134,15 +134,11 @@ def _rim_grasps(points: np.ndarray, current_yaw: float) -> Iterable[Grasp]:
         rim = sector & (points[:, 2] > top - 0.006)
         distance = float(np.median(radius[rim]))
         direction = np.array([math.cos(angle), math.sin(angle)])
-        # The finger axis is radial; world y is yaw 0 and the fingers are alike, so yaw is taken modulo pi.
-        yaw = (angle - math.pi / 2 + math.pi / 2) % math.pi - math.pi / 2
+        # The finger axis is radial; yaw 0 is world y, and the fingers are alike, so that a half turn changes nothing.
+        yaw = angle % math.pi - math.pi / 2
         xy = centre + direction * (distance - 0.004)
         z = max(top - _RIM_DEPTH, points[sector, 2].min() + TIP_BELOW + _FLOOR_GAP)
-        yield Grasp(np.array([xy[0], xy[1], z]), yaw, 0.02 * _turn(yaw, current_yaw) + 0.002 * abs(angle), "rim")
-
-
-def _turn(yaw: float, current: float) -> float:
-    return abs(yaw - current)
+        yield Grasp(np.array([xy[0], xy[1], z]), yaw, 0.02 * abs(yaw - current_yaw) + 0.002 * abs(angle), "rim")
 
 
 def _hits(obstacles: np.ndarray, grasp: Grasp) -> int:

@@ -189,6 +189,28 @@ def test_a_contract_that_is_not_liberos_is_refused() -> None:
         assert refused.value.code == "sim.contract_mismatch"
 
 
+def test_a_camera_that_the_simulator_lacks_is_refused_and_frees_the_model() -> None:
+    contract = RobotContract.load(CONTRACT)
+    wrong = dataclasses.replace(contract, cameras=(dataclasses.replace(contract.cameras[0], source="ceiling"),))
+    task = "pick_up_the_butter_and_place_it_in_the_basket"
+    with pytest.raises(RatchetError, match="frontview") as refused:
+        LiberoTaskEnv(SUITE, task, wrong)
+    assert refused.value.code == "sim.contract_mismatch"
+    assert (SUITE, task) not in _compiled
+
+
+def test_a_camera_can_be_moved_by_the_contract(env: LiberoTaskEnv) -> None:
+    contract = with_image_size(RobotContract.load(CONTRACT), 64, 48)
+    moved = dataclasses.replace(contract.cameras[0], position=(0.7, 0.3, 0.8))
+    other = LiberoTaskEnv(SUITE, TASK, dataclasses.replace(contract, cameras=(moved, contract.cameras[1])))
+    env.reset(0)
+    other.reset(0)
+    assert not np.array_equal(other.render("agentview"), env.render("agentview"))
+    np.testing.assert_array_equal(other.render("wrist"), env.render("wrist"))
+    np.testing.assert_array_equal(other.simulator_state(), env.simulator_state())
+    other.close()
+
+
 def test_missing_gl_library_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gl, "_checked", set())
     monkeypatch.setattr(gl, "_loads", lambda name: False)

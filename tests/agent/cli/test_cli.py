@@ -1,0 +1,66 @@
+"""The command line is what people meet first: a typo must cost one clear line and exit code 2, never a traceback.
+
+Pinned: every verb has help with a command to copy, refusals name what would have been right, `--json` refuses in JSON.
+Determinism: no simulator is started; every case ends before an environment is built.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agent.adapters.store import FolderStore
+from agent.cli.main import main
+
+VERBS = ["demo", "learn", "eval", "pretrain", "adapters", "report"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_a_command_to_copy(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.count(f"ratchet {verb}") >= 2  # the usage line and at least one example
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "hint"),
+    [
+        (["eval", "--tasks", "door-opn"], "sim.unknown_task", "door-open"),
+        (["eval", "--suite", "libero_objct"], "sim.unknown_suite", "libero_object"),
+        (["learn", "--tasks", "door-opn"], "sim.unknown_task", "door-open"),
+        (["eval", "--suite", "libero_object", "--policy", "nowhere"], "policy.bad_checkpoint", "nowhere"),
+        (["adapters", "list", "--store", "nowhere"], "adapter.no_store", "nowhere"),
+        (["report", "nowhere"], "report.no_run", "nowhere"),
+        (["demo", "--suite", "libero_object"], "cli.no_recipe", "metaworld"),
+    ],
+)
+def test_refusals_are_one_line_with_a_code(
+    arguments: list[str],
+    code: str,
+    hint: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err.strip()
+    assert code in err
+    assert hint in err
+    assert "\n" not in err
+
+
+def test_refusals_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--suite", "libero_objct", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "sim.unknown_suite"
+
+
+def test_an_empty_store_lists_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FolderStore(tmp_path / "store", create=True)
+    assert main(["adapters", "list", "--store", str(tmp_path / "store"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"adapters": [], "tags": {}}
+    assert main(["adapters", "verify", "--store", str(tmp_path / "store"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []

@@ -1,0 +1,123 @@
+"""A learner that lies after a crash costs more than one that stops: resumed runs must give the uninterrupted numbers.
+
+Pinned: matrix, adapter ids and update log equal those of an undisturbed run, after an exception at any event and after
+a real SIGKILL; a changed configuration is refused.
+Determinism: every random number derives from the seed; the killed process is stopped at an event that it announces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.adapters.store import FolderStore
+from agent.errors import RatchetError
+from agent.learner.sequence import SequentialRun, Stop, derive_seed
+from tests.agent.learner.runs import CONFIG, ROOT, start
+
+TIMES = {"seconds", "seconds_rollout", "seconds_update"}
+
+
+def quiet(kind: str, facts: dict[str, Any]) -> None:
+    """Nobody watches."""
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / "state" / "updates.jsonl").read_text().splitlines()]
+    return {
+        "matrix": json.loads((folder / "state" / "matrix.json").read_text()),
+        "updates": [{k: v for k, v in line.items() if k not in TIMES} for line in lines],
+        "adapters": sorted(FolderStore(folder / "adapters").ids()),
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[str]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    events: list[str] = []
+    start(folder, lambda kind, facts: events.append(kind) if kind != "episode" else None)
+    return outcome(folder), events
+
+
+def test_a_run_has_every_stage_and_adapter(undisturbed: tuple[dict[str, Any], list[str]]) -> None:
+    result, events = undisturbed
+    assert events == [*["evaluated"] * 3, *(["update"] * 2 + ["stage"] + ["evaluated"] * 3) * 2]
+    assert len(result["adapters"]) == 2
+    assert [u["update"] for u in result["updates"]] == [1, 2, 1, 2]
+    assert any("optimizer_steps" in u for u in result["updates"]), "no update found anything to learn from"
+
+
+@pytest.mark.parametrize("at", range(0, 15, 2))
+def test_stopped_at_any_event_and_resumed(
+    at: int, undisturbed: tuple[dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    seen = 0
+
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        nonlocal seen
+        if kind == "episode":
+            return
+        if seen == at:
+            raise Stop
+        seen += 1
+
+    with pytest.raises(Stop):
+        start(tmp_path, stop)
+    start(tmp_path, quiet)
+    assert outcome(tmp_path) == undisturbed[0]
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_killed_and_resumed(at: int, undisturbed: tuple[dict[str, Any], list[str]], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.agent.learner.runs", str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for _ in range(at):
+        assert process.stdout.readline()
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert process.stdout.readline()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    start(tmp_path, quiet)
+    assert outcome(tmp_path) == undisturbed[0]
+
+
+def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "update":
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(tmp_path, stop)
+    with pytest.raises(RatchetError, match=r"learn\.changed_run"):
+        start(tmp_path, quiet, dataclasses.replace(CONFIG, updates=3))
+
+
+def test_a_finished_run_does_nothing_more(undisturbed: tuple[dict[str, Any], list[str]], tmp_path: Path) -> None:
+    start(tmp_path, quiet)
+    events: list[str] = []
+    again = start(tmp_path, lambda kind, facts: events.append(kind))
+    assert events == []
+    assert isinstance(again, SequentialRun)
+    assert outcome(tmp_path) == undisturbed[0]
+
+
+def test_seeds_depend_on_every_part() -> None:
+    seeds = {derive_seed(a, b, c) for a in range(4) for b in ("x", "y") for c in range(4)}
+    assert len(seeds) == 32
+    assert all(0 <= s < 2**63 for s in seeds)

@@ -1,0 +1,148 @@
+"""Rollouts run for hours over processes that leak, hang and die; a lost batch or a swapped frame would poison learning.
+
+Pinned: results do not depend on the number of workers; a worker killed, hung or recycled in the middle of episodes
+changes nothing, bit for bit; errors come back coded; nothing is left behind.
+Determinism: actions come from a seeded generator, faults are injected between two rounds, never by timing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.errors import RatchetError
+from sim.vector import ChunkVectorEnv
+from tests import fakes
+
+OPTIONS: dict[str, Any] = {"cameras": ("corner2",), "state_fields": ("hand", "gripper"), "chunk": 4}
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., ChunkVectorEnv]]:
+    made: list[ChunkVectorEnv] = []
+
+    def build(**options: Any) -> ChunkVectorEnv:
+        env = ChunkVectorEnv("metaworld", **{**OPTIONS, "make_env": fakes.make_fake, **options})
+        made.append(env)
+        return env
+
+    yield build
+    for env in made:
+        env.close()
+
+
+def actions(round_: int, slots: int = 4) -> np.ndarray:
+    return np.random.default_rng(round_).uniform(-0.01, 0.02, (slots, 4, 4)).astype(np.float32)
+
+
+def play(env: ChunkVectorEnv, fault: Callable[[int], None] = lambda round_: None) -> list[np.ndarray]:
+    observation, _ = env.reset(options={"task": "door-open", "initial_state": np.arange(4), "horizon": 20})
+    seen = [observation["images"], observation["state"]]
+    for round_ in range(4):
+        fault(round_)
+        observation, reward, success, truncated, info = env.step(actions(round_))
+        seen += [observation["images"], observation["state"], reward, success, truncated, info["steps_run"]]
+    return seen
+
+
+def assert_equal(first: list[np.ndarray], second: list[np.ndarray]) -> None:
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("workers", "slots"), [(2, 2), (4, 1)])
+def test_workers_do_not_change_the_result(make: Callable[..., ChunkVectorEnv], workers: int, slots: int) -> None:
+    assert_equal(play(make(workers=1, slots_per_worker=4)), play(make(workers=workers, slots_per_worker=slots)))
+
+
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_a_killed_worker_costs_nothing(make: Callable[..., ChunkVectorEnv], when: int) -> None:
+    undisturbed = play(make(workers=2, slots_per_worker=2))
+    env = make(workers=2, slots_per_worker=2)
+
+    def kill(round_: int) -> None:
+        if round_ == when:
+            process = env._workers[1].process
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+
+    assert_equal(undisturbed, play(env, kill))
+    assert env.restarts == 1
+
+
+def test_a_killed_simulator_costs_nothing(make: Callable[..., ChunkVectorEnv]) -> None:
+    from sim.registry import make_env
+
+    undisturbed = play(make(workers=2, slots_per_worker=2, make_env=make_env))
+    env = make(workers=2, slots_per_worker=2, make_env=make_env)
+
+    def kill(round_: int) -> None:
+        if round_ == 2:
+            process = env._workers[0].process
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+
+    assert_equal(undisturbed, play(env, kill))
+
+
+def test_recycling_costs_nothing(make: Callable[..., ChunkVectorEnv]) -> None:
+    env = make(workers=1, slots_per_worker=4, recycle_after=5)
+    first = play(env)
+    assert env.recycled == 0
+    assert_equal(first, play(env))
+    assert env.recycled == 1
+
+
+def test_a_hung_worker_is_replaced(
+    make: Callable[..., ChunkVectorEnv], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_HANG_MARKER", str(tmp_path / "hung"))
+    env = make(workers=1, slots_per_worker=4, make_env=fakes.make_hanging, timeout=4.0)
+    assert_equal(play(make(workers=1, slots_per_worker=4)), play(env))
+    assert env.restarts == 1
+
+
+def test_an_error_in_a_worker_is_coded(make: Callable[..., ChunkVectorEnv]) -> None:
+    env = make(workers=1, slots_per_worker=4, make_env=fakes.make_broken)
+    env.reset(options={"task": "door-open", "initial_state": 0})
+    with pytest.raises(RatchetError, match=r"sim\.worker_error.*unstable"):
+        env.step(actions(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"task": "door-opn", "initial_state": 0}, "sim.unknown_task"),
+        ({"task": "door-open"}, "sim.options"),
+        (None, "sim.options"),
+    ],
+)
+def test_bad_resets_are_refused(make: Callable[..., ChunkVectorEnv], options: dict[str, Any] | None, code: str) -> None:
+    with pytest.raises(RatchetError) as refused:
+        make(workers=1, slots_per_worker=1).reset(options=options)
+    assert refused.value.code == code
+
+
+def test_nothing_is_left_behind(make: Callable[..., ChunkVectorEnv]) -> None:
+    env = make(workers=2, slots_per_worker=1)
+    processes, name = [w.process for w in env._workers], env._memory.name
+    env.close()
+    assert not any(p.is_alive() for p in processes)
+    with pytest.raises(FileNotFoundError):
+        shared_memory.SharedMemory(name=name)
+
+
+def test_spaces_contain_what_the_environment_gives(make: Callable[..., ChunkVectorEnv]) -> None:
+    env = make(workers=1, slots_per_worker=4)
+    observation, _ = env.reset(options={"task": "door-open", "initial_state": np.arange(4)})
+    assert env.observation_space.contains(observation)
+    assert env.action_space.contains(actions(0))
