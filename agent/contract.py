@@ -334,7 +334,7 @@ def compatibility(policy: PolicySpec, contract: RobotContract) -> list[Mismatch]
         policy.gripper_open is None or policy.gripper_closed is None or policy.gripper_open == policy.gripper_closed
     ):
         found.append(
-            Mismatch("compat.gripper_polarity", "policy does not say which gripper value is open and which closed")
+            Mismatch("compat.gripper_polarity", "policy does not say which gripper values are open and closed")
         )
     if not math.isclose(policy.control_hz, contract.control_hz, rel_tol=1e-3):
         found.append(
