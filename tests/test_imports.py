@@ -18,7 +18,7 @@ LAYERS = {
     "agent.cli": 0,
     "ros2_ws": 0,
     "launch": 0,
-    "benchmarks": 0,
+    "benchmarks": -1,
     "sim": 1,
     "agent.learner": 1,
     "agent.runtime": 1,

@@ -108,7 +108,6 @@ def test_killed_and_resumed(at: int, undisturbed: tuple[dict[str, Any], list[str
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -117,7 +116,7 @@ def test_killed_and_resumed(at: int, undisturbed: tuple[dict[str, Any], list[str
         process.stdin.write("\n")
         process.stdin.flush()
     assert process.stdout.readline()
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
     start(tmp_path, quiet)
     assert outcome(tmp_path) == undisturbed[0]

@@ -1,0 +1,37 @@
+"""The README's tree is how a new reader finds the way; a module that is not in it might as well be hidden.
+
+Pinned: every module of agent, sim and benchmarks has its line, no line names a file that is gone, and every
+dependency of the project has its reason in the table.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tree_is_the_tree() -> None:
+    listed = set(re.findall(r"^((?:agent|sim|benchmarks)/\S+\.py) ", README, re.MULTILINE))
+    there = {
+        str(path.relative_to(ROOT))
+        for top in ("agent", "sim", "benchmarks")
+        for path in (ROOT / top).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert listed == there
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["sim"],
+        *project["optional-dependencies"]["dev"],
+    ]
+    names = {re.split(r"[<>=\[]", w)[0].strip().lower() for w in wanted}
+    table = README[README.index("## Dependencies") :].lower()
+    assert {n for n in names if n not in table} == set()
