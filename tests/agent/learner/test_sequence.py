@@ -1,7 +1,7 @@
 """A learner that lies after a crash costs more than one that stops: resumed runs must give the uninterrupted numbers.
 
 Pinned: matrix, adapter ids and update log equal those of an undisturbed run, after an exception at any event or between
-any two durable writes and after a real SIGKILL; a changed configuration is refused.
+any two durable writes and after a real SIGKILL, which leaves no simulators behind; a changed configuration is refused.
 Determinism: every random number derives from the seed; the killed process is stopped at an event that it announces.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -116,8 +117,12 @@ def test_killed_and_resumed(at: int, undisturbed: tuple[dict[str, Any], list[str
         process.stdin.write("\n")
         process.stdin.flush()
     assert process.stdout.readline()
+    simulators = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    assert simulators
+    _, alive = psutil.wait_procs(simulators, timeout=60)
+    assert alive == [], "a killed learner must not leave simulators running"
     start(tmp_path, quiet)
     assert outcome(tmp_path) == undisturbed[0]
 
