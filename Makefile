@@ -26,11 +26,12 @@ system:
 	  else echo "missing Debian libraries: run  sudo apt-get install$$missing" >&2; exit 1; fi; fi
 
 $(STAMP): requirements.lock pyproject.toml | system
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11: install Python 3.11 and put it first in PATH" >&2; exit 1; }
 	@test -x $(PY) || python3 -m venv $(VENV)
 	@echo "installing the locked packages into $(VENV) (about two minutes the first time)"
-	@$(PY) -m pip install -q --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	@$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock "$$(grep '^torch==' requirements.lock)"
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps -r requirements.lock
-	@$(PY) -m pip install -q --disable-pip-version-check --no-deps -e .
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 demo: setup

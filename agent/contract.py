@@ -200,7 +200,7 @@ class RobotContract:
 
         if self.schema != SCHEMA:
             refuse("schema", f"schema {self.schema} is not supported", f"this version reads schema {SCHEMA}")
-        if not self.control_hz > 0:
+        if not 0 < self.control_hz < math.inf:
             refuse("control_hz", f"{self.control_hz} is not a rate", "give the control rate in Hz, above 0")
         for kind, names in (
             ("cameras", [c.name for c in self.cameras]),
@@ -213,19 +213,24 @@ class RobotContract:
         for camera in self.cameras:
             if camera.width <= 0 or camera.height <= 0:
                 refuse(f"cameras.{camera.name}", "width and height must be positive", "give the size in pixels")
+            if len(camera.position) not in (0, 3) or not all(map(math.isfinite, camera.position)):
+                refuse(f"cameras.{camera.name}", "position is not a point", "give 3 values in m, or none")
+        for field in self.state:
+            if field.size <= 0:
+                refuse(f"state.{field.name}", "size must be positive", "give how many numbers it has")
         if not self.action.dims:
             refuse("action.dims", "no action dimensions", "list at least one")
         for dim in self.action.dims:
             if not (math.isfinite(dim.low) and math.isfinite(dim.high) and dim.low < dim.high):
                 refuse(f"action.dims.{dim.name}", f"range [{dim.low}, {dim.high}] is empty or not finite", "low < high")
-            if not dim.command_scale > 0:
+            if not 0 < dim.command_scale < math.inf:
                 refuse(f"action.dims.{dim.name}", "command_scale must be positive", "give physical units per command")
         gripper = self.action.gripper
         if gripper is not None:
             if gripper.dim not in [d.name for d in self.action.dims]:
                 refuse("action.gripper.dim", f"no action dimension '{gripper.dim}'", "name one of action.dims")
-            if gripper.open == gripper.closed:
-                refuse("action.gripper", "open and closed are the same value", "give the polarity")
+            if gripper.open == gripper.closed or not (math.isfinite(gripper.open) and math.isfinite(gripper.closed)):
+                refuse("action.gripper", "open and closed must be two finite numbers", "give the polarity")
         for name in ("velocity", "acceleration"):
             values = getattr(self.limits, name)
             if len(values) != self.action.size:
@@ -239,8 +244,10 @@ class RobotContract:
         if self.action.control_mode.startswith("ee") and len(self.limits.workspace_low) != 3:
             refuse("limits.workspace_low", "a Cartesian contract needs a workspace box", "give 3 values in m")
         for name in ("observation_max_age", "action_max_age", "policy_timeout", "stop_time"):
-            if not getattr(self.watchdog, name) > 0:
-                refuse(f"watchdog.{name}", "times must be positive", "give seconds")
+            if not 0 < getattr(self.watchdog, name) < math.inf:
+                refuse(f"watchdog.{name}", "times must be positive and finite", "give seconds")
+        if self.simulator and (self.simulator.steps_per_control < 1 or self.simulator.settle_steps < 0):
+            refuse("simulator", "at least one step per control step, and no negative settling", "give whole numbers")
 
 
 @dataclass(frozen=True)
@@ -323,8 +330,12 @@ def compatibility(policy: PolicySpec, contract: RobotContract) -> list[Mismatch]
     theirs_dim = action.gripper.dim if action.gripper else None
     if policy.gripper_dim != theirs_dim:
         found.append(Mismatch("compat.gripper", f"policy's gripper is {policy.gripper_dim!r}, robot's {theirs_dim!r}"))
-    elif action.gripper and (policy.gripper_open is None or policy.gripper_open == policy.gripper_closed):
-        found.append(Mismatch("compat.gripper_polarity", "policy does not say which gripper value is open"))
+    elif action.gripper and (
+        policy.gripper_open is None or policy.gripper_closed is None or policy.gripper_open == policy.gripper_closed
+    ):
+        found.append(
+            Mismatch("compat.gripper_polarity", "policy does not say which gripper values are open and closed")
+        )
     if not math.isclose(policy.control_hz, contract.control_hz, rel_tol=1e-3):
         found.append(
             Mismatch(
@@ -384,7 +395,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise RatchetError("contract.wrong_type", f"expected a list, got {value!r}", where=where)
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
-        if value not in args:
+        if not any(value == a and type(value) is type(a) for a in args):
             raise RatchetError(
                 "contract.bad_value",
                 f"{value!r} is not allowed",

@@ -25,7 +25,7 @@ class RatchetError(Exception):
         self.fix = fix
         place = f" ({where})" if where else ""
         remedy = f"; {fix}" if fix else ""
-        super().__init__(f"[{code}] {what}{place}{remedy}".replace("\n", " "))
+        super().__init__(" ".join(f"[{code}] {what}{place}{remedy}".splitlines()))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders in the rollout workers; keyword arguments need help.

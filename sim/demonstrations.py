@@ -98,6 +98,7 @@ def demonstrate(
     low = np.array([d.low for d in env.contract.action.dims], np.float32)
     high = np.array([d.high for d in env.contract.action.dims], np.float32)
     names = [d.name for d in env.contract.action.dims]
+    middle = (low + high) / 2
     grip = names.index(env.contract.action.gripper.dim) if env.contract.action.gripper else None
     for initial in states:
         rng = np.random.default_rng([seed, initial])
@@ -126,7 +127,7 @@ def demonstrate(
             if burst:
                 executed = np.clip(action + push, low, high)
                 if grip is not None:
-                    executed[grip] = -action[grip] if flip else action[grip]
+                    executed[grip] = 2 * middle[grip] - action[grip] if flip else action[grip]
                 burst -= 1
             env.step(executed)
             if env.success():

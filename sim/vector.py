@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import shared_memory
 from multiprocessing.connection import Connection
@@ -138,21 +138,20 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         """Start a round of one group (worker): resets (slot -> task, initial state, horizon), then chunks.
 
         steps: slot -> (K, D) float32. A slot may not be in both. Collect the round with `collect`.
+
+        Raises:
+            RatchetError: sim.busy, sim.unknown_task, sim.not_reset, sim.bad_action; nothing was started then.
         """
+        self._check(group, resets, steps)
         worker = self._workers[group]
-        if worker.pending is not None:
-            raise RatchetError("sim.busy", "this group's last round was not collected", where=f"group {group}")
         commands = []
         for slot, (task, state, horizon) in resets.items():
-            if task not in self.tasks:
-                raise registry.unknown_name("task", task, self.tasks, "sim.unknown_task")
             self._episodes[slot] = _Episode(task, state, horizon)
             commands.append(Reset(slot, task, state, horizon))
             worker.episodes += 1
         for slot, chunk in steps.items():
             episode = self._episodes[slot]
-            if episode is None:
-                raise RatchetError("sim.not_reset", "step before reset", where=f"slot {slot}")
+            assert episode is not None
             self.arrays["actions"][slot] = chunk
             episode.chunks.append(np.array(chunk, np.float32))
         if resets and worker.episodes > self._recycle_after:
@@ -164,7 +163,12 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         self._send(worker, Command(tuple(commands), tuple(steps)))
 
     def collect(self, group: int) -> None:
-        """Wait for the group's round; results are in `arrays` (images, state, steps_run, done, success)."""
+        """Wait for the group's round; results are in `arrays` (images, state, steps_run, done, success).
+
+        Raises:
+            RatchetError: sim.idle; sim.worker_lost, sim.worker_error or the task's own, after which the round's
+                episodes are over and their slots must be reset.
+        """
         for attempt in range(3):
             worker = self._workers[group]
             if worker.pending is None:
@@ -177,17 +181,19 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
                 command = worker.pending
                 self._kill(worker)
                 self.restarts += 1
+                self._workers[group] = self._start(worker.slots)
                 if attempt == 2:
+                    self._forget(worker.slots)
                     raise RatchetError(
                         "sim.worker_lost",
                         f"a simulator worker died three times in one round: {error}",
                         where=self.suite,
                     ) from None
-                self._workers[group] = self._start(worker.slots)
                 self._restore(self._workers[group], command)
                 continue
-            worker.pending = None
+            command, worker.pending = worker.pending, None
             if isinstance(answer, BaseException):
+                self._forget([*(r.slot for r in command.resets), *command.steps])
                 raise answer
             return
 
@@ -206,17 +212,12 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         names = [options["task"]] * n if isinstance(options["task"], str) else list(options["task"])
         states = np.broadcast_to(np.asarray(options["initial_state"]), (n,))
         mask = np.asarray(options.get("reset_mask", np.ones(n, bool)))
-        for g, slots in enumerate(self.groups):
-            resets = {}
-            for s in slots:
-                if mask[s]:
-                    if names[s] not in self.tasks:
-                        raise registry.unknown_name("task", names[s], self.tasks, "sim.unknown_task")
-                    horizon = int(options.get("horizon", self.tasks[names[s]].horizon))
-                    resets[s] = (names[s], int(states[s]), horizon)
-            self.submit(g, resets, {})
-        for g in range(len(self.groups)):
-            self.collect(g)
+        resets = {}
+        for s in np.flatnonzero(mask):
+            if names[s] not in self.tasks:
+                raise registry.unknown_name("task", names[s], self.tasks, "sim.unknown_task")
+            resets[int(s)] = (names[s], int(states[s]), int(options.get("horizon", self.tasks[names[s]].horizon)))
+        self._round(resets, {})
         return self._observation(), {}
 
     def step(
@@ -224,10 +225,7 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Run one chunk in every slot that is not done. Reward 1 where the chunk brought success."""
         live = ~self.arrays["done"].copy()
-        for g, slots in enumerate(self.groups):
-            self.submit(g, {}, {s: actions[s] for s in slots if live[s]})
-        for g in range(len(self.groups)):
-            self.collect(g)
+        self._round({}, {int(s): actions[s] for s in np.flatnonzero(live)})
         success, done = self.arrays["success"].copy(), self.arrays["done"].copy()
         info = {"steps_run": np.where(live, self.arrays["steps_run"], 0), "live": live}
         return self._observation(), (success & live).astype(np.float64), success, done & ~success, info
@@ -238,6 +236,44 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         self.arrays = {}
         self._memory.close()
         self._memory.unlink()
+
+    def _round(self, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, np.ndarray]) -> None:
+        """One round of all groups; every group is collected, also where one of them refuses."""
+        parts = [
+            ({s: resets[s] for s in slots if s in resets}, {s: steps[s] for s in slots if s in steps})
+            for slots in self.groups
+        ]
+        for g, part in enumerate(parts):
+            self._check(g, *part)
+        for g, part in enumerate(parts):
+            self.submit(g, *part)
+        refused: list[RatchetError] = []
+        for g in range(len(parts)):
+            try:
+                self.collect(g)
+            except RatchetError as error:
+                refused.append(error)
+        if refused:
+            raise refused[0]
+
+    def _check(self, group: int, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, np.ndarray]) -> None:
+        if self._workers[group].pending is not None:
+            raise RatchetError("sim.busy", "this group's last round was not collected", where=f"group {group}")
+        for task, _, _ in resets.values():
+            if task not in self.tasks:
+                raise registry.unknown_name("task", task, self.tasks, "sim.unknown_task")
+        expected = self.single_action_space.shape
+        for slot, chunk in steps.items():
+            where = f"slot {slot}"
+            if self._episodes[slot] is None or slot in resets:
+                raise RatchetError("sim.not_reset", "step before reset", where=where, fix="reset the slot first")
+            if np.shape(chunk) != expected or not np.isfinite(chunk).all():
+                what = f"a chunk must be {expected} finite numbers, got {np.shape(chunk)}"
+                raise RatchetError("sim.bad_action", what, where=where, fix="nothing was sent")
+
+    def _forget(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._episodes[slot] = None
 
     def _observation(self) -> dict[str, np.ndarray]:
         return {"images": self.arrays["images"].copy(), "state": self.arrays["state"].copy()}

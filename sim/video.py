@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from agent.contract import CameraSpec, RobotContract
+from agent.policy.commands import robot_actions
 from agent.policy.protocol import Policy, PolicyInput
 from agent.records import UInt8
 from sim import registry
@@ -33,7 +34,8 @@ def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, si
 
     every: control steps per frame.
     """
-    env = registry.make_env(task.suite, task.name, with_viewer(registry.contract_for(task.suite), size))
+    contract = with_viewer(registry.contract_for(task.suite), size)
+    env = registry.make_env(task.suite, task.name, contract)
     frames: list[UInt8] = []
     try:
         env.reset(initial_state)
@@ -47,19 +49,21 @@ def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, si
                 else None,
                 instructions=[task.instruction],
             )
-            for action in policy.predict(batch).actions[0].numpy():
+            chunk = policy.predict(batch).actions[0].float().cpu().numpy()
+            for action in robot_actions(chunk, policy.spec, contract):
                 if steps % every == 0:
                     frames.append(env.render(VIEWER))
                 env.step(action)
                 steps += 1
                 if env.success() or steps >= task.horizon:
                     break
-        frames += [_framed(env.render(VIEWER), env.success())] * 8
+        success = env.success()
+        frames += [_framed(env.render(VIEWER), success)] * 8
     finally:
         env.close()
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, np.stack(frames), duration=round(1000 * every / env.contract.control_hz), loop=0)
-    return env.success()
+    imageio.imwrite(path, np.stack(frames), duration=round(1000 * every / contract.control_hz), loop=0)
+    return success
 
 
 def _framed(image: UInt8, success: bool) -> UInt8:

@@ -12,6 +12,7 @@ import time
 import numpy as np
 
 from agent.contract import RobotContract
+from agent.errors import RatchetError
 from agent.records import Float32, UInt8
 from sim.base import TaskEnv, TaskInfo
 
@@ -84,3 +85,24 @@ class FakeBrokenEnv(FakeTaskEnv):
 
 def make_broken(suite: str, task: str, contract: RobotContract) -> TaskEnv:
     return FakeBrokenEnv(suite, task, contract)
+
+
+FORBIDDEN_STATE = 13
+
+
+class FakeChoosyEnv(FakeTaskEnv):
+    """Refuses one initial state, as a task does that lacks it."""
+
+    def reset(self, initial_state: int) -> None:
+        if initial_state == FORBIDDEN_STATE:
+            raise RatchetError("sim.unknown_state", f"no initial state {initial_state}")
+        super().reset(initial_state)
+
+
+def make_choosy(suite: str, task: str, contract: RobotContract) -> TaskEnv:
+    return FakeChoosyEnv(suite, task, contract)
+
+
+def make_fatal(suite: str, task: str, contract: RobotContract) -> TaskEnv:
+    """Takes the whole worker process down, as a crash inside a simulator does."""
+    os._exit(1)

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from scipy.special import ndtr
 
+from agent.contract import RobotContract
 from agent.errors import RatchetError
+from agent.policy.commands import robot_actions
 from agent.policy.protocol import Policy, PolicyInput
 from agent.records import Bool, Float32, Int64, UInt8
 
@@ -29,6 +31,9 @@ class ChunkEnv(Protocol):
     groups: Sequence[Sequence[int]]
     arrays: Mapping[str, Any]
     chunk: int
+
+    @property
+    def contract(self) -> RobotContract: ...
 
     def submit(self, group: int, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, Float32]) -> None: ...
 
@@ -82,7 +87,7 @@ class RolloutBatch:
         """The observations of some decisions, as the policy takes them."""
         return PolicyInput(
             images=self.images[rows],
-            state=torch.from_numpy(self.state[rows]),
+            state=torch.from_numpy(self.state[rows]) if self.state.shape[1] else None,
             instructions=[self.instructions[i] for i in self.instruction[rows]],
         )
 
@@ -135,8 +140,10 @@ def run_episodes(
     progress: called with (episodes finished, success) after each episode.
 
     Raises:
-        RatchetError: rollout.greedy_batch, rollout.not_finite.
+        RatchetError: rollout.no_episodes, rollout.greedy_batch, rollout.not_finite, and those of the environment.
     """
+    if not specs:
+        raise RatchetError("rollout.no_episodes", "the list of episodes is empty", fix="ask for at least one")
     if keep and temperature <= 0:
         raise RatchetError("rollout.greedy_batch", "greedy episodes have no log-probabilities to learn from")
     started = time.perf_counter()
@@ -264,7 +271,8 @@ def _decide(
             store.log_prob.append(log_prob[i])
             store.feature.append(feature[i])
             store.valid.append(np.zeros(env.chunk, bool))  # known when the chunk has run
-    return {slot: actions[i] for i, slot in enumerate(slots)}
+    commands = robot_actions(actions, policy.spec, env.contract)
+    return {slot: commands[i] for i, slot in enumerate(slots)}
 
 
 def _flatten(

@@ -183,8 +183,6 @@ class SequentialRun:
             self.on_event("update", facts)
 
     def _finish_stage(self) -> None:
-        if len(self.adapter_ids) > self.stage + 1:
-            return  # resumed between storing the adapter and evaluating it
         task = self.config.tasks[self.stage]
         parent = self.adapter_ids[-1] or None
         adapter = self.lora.adapter(binding_of(self.policy))
@@ -291,6 +289,7 @@ class SequentialRun:
             file.flush()
             os.fsync(file.fileno())
         scratch.rename(self.checkpoint_path)
+        _sync_folder(self.folder)
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint_path, weights_only=True)
@@ -324,4 +323,19 @@ class SequentialRun:
                 continue  # torn by the kill
             if facts["stage"] <= self.stage or (facts["stage"], facts["update"]) <= done:
                 kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
+        scratch = path.with_suffix(".tmp")
+        with scratch.open("w") as file:
+            file.write("".join(line + "\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.rename(path)
+        _sync_folder(self.folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the folder's renames survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

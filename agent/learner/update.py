@@ -106,7 +106,8 @@ class Updater:
         """Change the adapter once; returns what to log.
 
         Raises:
-            RatchetError: learner.no_samples where nothing distinguishes the episodes, learner.not_finite.
+            RatchetError: learner.no_samples where nothing distinguishes the episodes (nothing was changed then);
+                learner.not_finite, after which earlier steps of this update stand: go back to a checkpoint.
         """
         started = time.perf_counter()
         padded = pad(batch)
@@ -230,6 +231,7 @@ class Updater:
             rows = padded.row[micro.index[:, 0], micro.index[:, 1]].numpy()
             tokens = torch.from_numpy(batch.tokens[rows])
             log_prob, entropy = self.policy.log_prob(batch.policy_input(rows), tokens, batch.temperature)
+            log_prob, entropy = log_prob.cpu(), entropy.cpu()  # the batch's own numbers live there; these are as small
             if self.config.algorithm == "grpo":
                 loss, diagnostics = grpo.loss(log_prob, entropy, micro, self.config.grpo)
             else:
@@ -241,9 +243,9 @@ class Updater:
         if not np.isfinite(norm):
             raise RatchetError(
                 "learner.not_finite",
-                "the gradient is not finite; the adapter was left as it was",
+                "the gradient is not finite; this optimiser step was not taken",
                 where=self.config.algorithm,
-                fix="lower the learning rate or look at the batch that was dumped",
+                fix="go back to the last checkpoint and lower the learning rate",
             )
         self.optimizer.step()
         return total, norm

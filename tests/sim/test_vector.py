@@ -106,8 +106,19 @@ def test_a_hung_worker_is_replaced(
     make: Callable[..., ChunkVectorEnv], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_HANG_MARKER", str(tmp_path / "hung"))
-    env = make(workers=1, slots_per_worker=4, make_env=fakes.make_hanging, timeout=4.0)
-    assert_equal(play(make(workers=1, slots_per_worker=4)), play(env))
+    env = make(workers=1, slots_per_worker=4, make_env=fakes.make_hanging)
+    start = env._start
+
+    def patient_start(slots: range) -> Any:
+        env._timeout = 300.0  # only the round that hangs is waited for briefly, never a process that starts slowly
+        return start(slots)
+
+    def hurry(round_: int) -> None:
+        if round_ == 0:
+            env._timeout = 4.0
+            monkeypatch.setattr(env, "_start", patient_start)
+
+    assert_equal(play(make(workers=1, slots_per_worker=4)), play(env, hurry))
     assert env.restarts == 1
 
 
@@ -130,6 +141,97 @@ def test_bad_resets_are_refused(make: Callable[..., ChunkVectorEnv], options: di
     with pytest.raises(RatchetError) as refused:
         make(workers=1, slots_per_worker=1).reset(options=options)
     assert refused.value.code == code
+
+
+def test_an_error_in_one_worker_leaves_the_others_usable(make: Callable[..., ChunkVectorEnv]) -> None:
+    """A refused initial state in one group must not leave another group's round uncollected, nor run an old episode."""
+    env = make(workers=2, slots_per_worker=2, make_env=fakes.make_choosy)
+    start = {"task": "door-open", "initial_state": np.arange(4), "horizon": 20}
+    env.reset(options=start)
+    with pytest.raises(RatchetError, match=r"sim\.unknown_state"):
+        env.reset(options={**start, "initial_state": np.array([0, fakes.FORBIDDEN_STATE, 2, 3])})
+    with pytest.raises(RatchetError, match=r"sim\.not_reset"):
+        env.step(actions(0))
+    assert_equal(play(make(workers=1, slots_per_worker=4)), play(env))
+
+
+@pytest.mark.parametrize(
+    ("chunk", "code"),
+    [
+        (np.zeros((4, 4), np.float32), "sim.bad_action"),  # one action per slot would otherwise fill the whole chunk
+        (np.zeros((4, 3, 4), np.float32), "sim.bad_action"),
+        (np.full((4, 4, 4), np.nan, np.float32), "sim.bad_action"),
+    ],
+)
+def test_bad_actions_start_nothing(make: Callable[..., ChunkVectorEnv], chunk: np.ndarray, code: str) -> None:
+    env = make(workers=2, slots_per_worker=2)
+    env.reset(options={"task": "door-open", "initial_state": np.arange(4), "horizon": 20})
+    before = env.arrays["state"].copy()
+    with pytest.raises(RatchetError) as refused:
+        env.step(chunk)
+    assert refused.value.code == code
+    np.testing.assert_array_equal(env.arrays["state"], before)
+    assert_equal(play(make(workers=1, slots_per_worker=4)), play(env))
+
+
+def test_a_misspelt_task_starts_nothing(make: Callable[..., ChunkVectorEnv]) -> None:
+    env = make(workers=2, slots_per_worker=1)
+    with pytest.raises(RatchetError, match=r"sim\.unknown_task"):
+        env.reset(options={"task": ["door-open", "door-opn"], "initial_state": 0})
+    env.reset(options={"task": "door-open", "initial_state": 0})
+
+
+def test_rounds_out_of_order_are_refused(make: Callable[..., ChunkVectorEnv]) -> None:
+    env = make(workers=1, slots_per_worker=2)
+    with pytest.raises(RatchetError, match=r"sim\.idle"):
+        env.collect(0)
+    with pytest.raises(RatchetError, match=r"sim\.not_reset"):
+        env.submit(0, {}, {0: actions(0)[0]})
+    env.submit(0, {0: ("door-open", 0, 20)}, {})
+    with pytest.raises(RatchetError, match=r"sim\.busy"):
+        env.submit(0, {1: ("door-open", 0, 20)}, {})
+    env.collect(0)
+    with pytest.raises(RatchetError, match=r"sim\.not_reset"):
+        env.submit(0, {0: ("door-open", 1, 20)}, {0: actions(0)[0]})
+
+
+def test_a_worker_that_dies_every_time_is_given_up(make: Callable[..., ChunkVectorEnv]) -> None:
+    env = make(workers=1, slots_per_worker=1, make_env=fakes.make_fatal)
+    with pytest.raises(RatchetError, match=r"sim\.worker_lost.*three times"):
+        env.reset(options={"task": "door-open", "initial_state": 0})
+    assert env.restarts == 3
+    with pytest.raises(RatchetError, match=r"sim\.not_reset"):
+        env.step(actions(0, 1))
+
+
+def test_masked_resets_leave_the_other_episodes_alone(make: Callable[..., ChunkVectorEnv]) -> None:
+    env = make(workers=2, slots_per_worker=2)
+    first = play(env)
+    mask = np.array([False, True, False, False])
+    before, _ = env.reset(options={"task": "door-open", "initial_state": np.full(4, 2), "horizon": 20})
+    env.step(actions(0))
+    after, _ = env.reset(options={"task": "door-open", "initial_state": np.full(4, 3), "reset_mask": mask})
+    assert after["images"][1, 0, 0, 0, 0] == 3
+    assert after["images"][1, 0, 0, 1, 0] == 0
+    assert (after["images"][~mask, 0, 0, 0, 0] == 2).all()
+    assert (after["images"][~mask, 0, 0, 1, 0] == 4).all()
+    assert (before["images"][:, 0, 0, 1, 0] == 0).all(), "observations handed out must not change afterwards"
+    assert first[0].shape == env.observation_space["images"].shape
+
+
+def test_success_and_horizon_end_an_episode_inside_a_chunk(make: Callable[..., ChunkVectorEnv]) -> None:
+    env = make(workers=1, slots_per_worker=2)
+    env.reset(options={"task": "door-open", "initial_state": 0, "horizon": 6})
+    chunks = np.zeros((2, 4, 4), np.float32)
+    chunks[0, :, 0] = 0.04  # beyond 0.2 with the sixth motion
+    totals = np.zeros(2)
+    for expected in ([4, 4], [2, 2], [0, 0]):
+        _, reward, success, truncated, info = env.step(chunks)
+        assert info["steps_run"].tolist() == expected
+        totals += reward
+    assert totals.tolist() == [1.0, 0.0]
+    assert success.tolist() == [True, False]
+    assert truncated.tolist() == [False, True]
 
 
 def test_nothing_is_left_behind(make: Callable[..., ChunkVectorEnv]) -> None:

@@ -7,6 +7,8 @@ Determinism: frames encode initial state and step, noise comes from the episode'
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,44 @@ def test_greedy_episodes_cannot_be_learned_from() -> None:
         env.close()
     assert nothing is None
     assert (outcomes.steps > 0).all()
+
+
+def test_an_empty_list_is_refused() -> None:
+    env = fake_env()
+    try:
+        with pytest.raises(RatchetError, match=r"rollout\.no_episodes"):
+            run_episodes(tiny_policy(), env, [], temperature=1.0)
+    finally:
+        env.close()
+
+
+def test_actions_that_are_not_finite_never_reach_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy()
+    monkeypatch.setattr(policy, "actions_of", lambda tokens: torch.full((*tokens.shape,), torch.nan))
+    env = fake_env()
+    try:
+        with pytest.raises(RatchetError, match=r"rollout\.not_finite"):
+            run_episodes(policy, env, specs(2), temperature=1.0)
+        assert not env.arrays["actions"].any()
+    finally:
+        env.close()
+
+
+def test_commands_are_in_the_robots_gripper_numbers(batch: RolloutBatch) -> None:
+    """The same tokens, from a policy that calls open 0 and closed 1 where the robot says -1 and 1."""
+    policy = tiny_policy()
+    policy._spec = dataclasses.replace(policy.spec, gripper_open=0.0, gripper_closed=1.0)
+    env = fake_env(1, 1)
+    try:
+        _, other = run_episodes(policy, env, specs(1), temperature=1.0)
+        sent = env.arrays["actions"][0].copy()
+    finally:
+        env.close()
+    assert other is not None
+    np.testing.assert_array_equal(other.tokens, batch.tokens[batch.episode == 0])
+    own = policy.actions_of(torch.from_numpy(other.tokens[-1])).numpy()
+    np.testing.assert_allclose(sent[:, 3], 2 * own[:, 3] - 1, atol=1e-6)
+    np.testing.assert_array_equal(sent[:, :3], own[:, :3])
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])

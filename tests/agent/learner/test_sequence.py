@@ -1,7 +1,7 @@
 """A learner that lies after a crash costs more than one that stops: resumed runs must give the uninterrupted numbers.
 
-Pinned: matrix, adapter ids and update log equal those of an undisturbed run, after an exception at any event and after
-a real SIGKILL; a changed configuration is refused.
+Pinned: matrix, adapter ids and update log equal those of an undisturbed run, after an exception at any event or between
+any two durable writes and after a real SIGKILL, which leaves no simulators behind; a changed configuration is refused.
 Determinism: every random number derives from the seed; the killed process is stopped at an event that it announces.
 """
 
@@ -13,15 +13,23 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
+from agent.adapters.lora import Lora
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
+from agent.learner.metrics import SuccessMatrix
 from agent.learner.sequence import SequentialRun, Stop, derive_seed
-from tests.agent.learner.runs import CONFIG, ROOT, start
+from agent.learner.update import Updater
+from agent.policy.prismatic import PrismaticPolicy
+from tests.agent.learner import runs
+from tests.agent.learner.runs import CONFIG, ROOT, start, tiny_with_adapter
 
 TIMES = {"seconds", "seconds_rollout", "seconds_update"}
 
@@ -75,6 +83,24 @@ def test_stopped_at_any_event_and_resumed(
     assert outcome(tmp_path) == undisturbed[0]
 
 
+@pytest.mark.parametrize("episode", [1, 20, 37])
+def test_stopped_in_the_middle_of_a_rollout_and_resumed(
+    episode: int, undisturbed: tuple[dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    seen = 0
+
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += kind == "episode"
+        if seen == episode:
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(tmp_path, stop)
+    start(tmp_path, quiet)
+    assert outcome(tmp_path) == undisturbed[0]
+
+
 @pytest.mark.parametrize("at", [4, 6])
 def test_killed_and_resumed(at: int, undisturbed: tuple[dict[str, Any], list[str]], tmp_path: Path) -> None:
     process = subprocess.Popen(
@@ -91,8 +117,77 @@ def test_killed_and_resumed(at: int, undisturbed: tuple[dict[str, Any], list[str
         process.stdin.write("\n")
         process.stdin.flush()
     assert process.stdout.readline()
+    simulators = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    assert simulators
+    _, alive = psutil.wait_procs(simulators, timeout=60)
+    assert alive == [], "a killed learner must not leave simulators running"
+    start(tmp_path, quiet)
+    assert outcome(tmp_path) == undisturbed[0]
+
+
+def cut(owner: type, name: str, *, after: bool, on: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """Stop right before or after the n-th call of a method: the instants between two durable writes."""
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, name)
+        calls = 0
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == on and not after:
+                raise Stop
+            result = original(*args, **options)
+            if calls == on:
+                raise Stop
+            return result
+
+        patch.setattr(owner, name, wrapped)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "install",
+    [
+        pytest.param(cut(SequentialRun, "_save", after=False, on=1), id="evaluated, not saved"),
+        pytest.param(cut(SequentialRun, "_save", after=False, on=4), id="updated and logged, not saved"),
+        pytest.param(cut(SequentialRun, "_log", after=False, on=2), id="updated, not logged"),
+        pytest.param(cut(SequentialRun, "_finish_stage", after=False, on=1), id="learned, not stored"),
+        pytest.param(cut(FolderStore, "put", after=True, on=1), id="stored, not tagged"),
+        pytest.param(cut(FolderStore, "tag", after=True, on=2), id="tagged, not saved"),
+        pytest.param(cut(SuccessMatrix, "save", after=False, on=5), id="evaluated, matrix not written"),
+        pytest.param(cut(SuccessMatrix, "save", after=True, on=5), id="matrix written, not saved"),
+        pytest.param(cut(Path, "rename", after=False, on=3), id="checkpoint written, not in place"),
+        pytest.param(cut(Updater, "update", after=True, on=3), id="adapter changed, nothing written"),
+    ],
+)
+def test_stopped_between_two_writes_and_resumed(
+    install: Callable[[pytest.MonkeyPatch], None],
+    undisturbed: tuple[dict[str, Any], list[str]],
+    tmp_path: Path,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        with pytest.raises(Stop):
+            start(tmp_path, quiet)
+    start(tmp_path, quiet)
+    assert outcome(tmp_path) == undisturbed[0]
+    tags = FolderStore(tmp_path / "adapters").tags()
+    assert tags["candidate"] in undisturbed[0]["adapters"]
+
+
+def test_a_torn_log_line_is_dropped(undisturbed: tuple[dict[str, Any], list[str]], tmp_path: Path) -> None:
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "update":
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(tmp_path, stop)
+    with (tmp_path / "state" / "updates.jsonl").open("a") as file:
+        file.write('{"task": "door-open", "stage": 1, "upd')
     start(tmp_path, quiet)
     assert outcome(tmp_path) == undisturbed[0]
 
@@ -106,6 +201,32 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
         start(tmp_path, stop)
     with pytest.raises(RatchetError, match=r"learn\.changed_run"):
         start(tmp_path, quiet, dataclasses.replace(CONFIG, updates=3))
+
+
+def test_another_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "evaluated":
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(tmp_path, stop)
+    monkeypatch.setattr(runs, "tiny_with_adapter", other_policy)
+    with pytest.raises(RatchetError, match=r"learn\.changed_run"):
+        start(tmp_path, quiet)
+
+
+def other_policy() -> tuple[PrismaticPolicy, Lora]:
+    policy, lora = tiny_with_adapter()
+    with torch.no_grad():
+        next(iter(policy.base_tensors().values())).add_(1.0)
+    policy.base_changed()
+    return policy, lora
+
+
+def test_an_unknown_task_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RatchetError, match=r"learn\.unknown_task.*door-open"):
+        start(tmp_path, quiet, dataclasses.replace(CONFIG, tasks=("door-opn",)))
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_finished_run_does_nothing_more(undisturbed: tuple[dict[str, Any], list[str]], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ memory and not the result; refusals leave the adapter bit-identical. Determinism
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -75,6 +76,43 @@ def test_unanimous_groups_change_nothing(batch: RolloutBatch) -> None:
     with pytest.raises(RatchetError, match=r"learner\.no_samples"):
         updater.update(failures)
     assert lora.adapter(binding_of(policy)).id == before
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_an_interrupted_optimiser_goes_on_where_it_was(batch: RolloutBatch, algorithm: str) -> None:
+    grouped = dataclasses.replace(batch, group=np.zeros(len(batch.success), np.int64))
+    config = UpdateConfig(algorithm=algorithm, learning_rate=1e-3, minibatches=2)  # type: ignore[arg-type]
+    policy, lora = tiny_with_adapter()
+    updater = Updater(policy, lora.trainable(), config, torch.Generator().manual_seed(0))
+    updater.update(grouped)
+    tensors = {n: t.clone() for n, t in lora.export().items()}
+    state = copy.deepcopy(updater.state_dict())
+    updater.update(grouped)
+
+    policy_after, lora_after = tiny_with_adapter()
+    lora_after.load(tensors)
+    resumed = Updater(policy_after, lora_after.trainable(), config, torch.Generator())
+    resumed.load_state_dict(state)
+    resumed.update(grouped)
+    assert lora_after.adapter(binding_of(policy_after)).id == lora.adapter(binding_of(policy)).id
+
+
+def test_a_gradient_that_is_not_finite_takes_no_step(batch: RolloutBatch) -> None:
+    policy, lora = tiny_with_adapter()
+    before = lora.adapter(binding_of(policy)).id
+    config = UpdateConfig(algorithm="ppo", minibatches=1)
+    broken = dataclasses.replace(batch, log_prob=np.full_like(batch.log_prob, np.nan))
+    with pytest.raises(RatchetError, match=r"learner\.not_finite"):
+        Updater(policy, lora.trainable(), config, torch.Generator().manual_seed(0)).update(broken)
+    assert lora.adapter(binding_of(policy)).id == before
+
+
+def test_target_kl_stops_the_pass(batch: RolloutBatch) -> None:
+    grouped = dataclasses.replace(batch, group=np.zeros(len(batch.success), np.int64))
+    config = UpdateConfig(learning_rate=1e-2, minibatches=4, passes=3, target_kl=1e-6)
+    _, logged, _ = updated(grouped, config)
+    # The first step sees the sampling policy itself, so its KL is rounding; a later one sees a moved policy.
+    assert logged["optimizer_steps"] < 12
 
 
 def test_nothing_to_train_is_refused() -> None:
