@@ -1,4 +1,4 @@
-"""What flows through the system: observations, action chunks, steps, episodes.
+"""What flows through the system: observations, action chunks, steps, control ticks, episodes.
 
 Knows shapes, units and frames. Knows nothing of models, robots, files or networks.
 All images are upright (the contract's orientation is already applied) and RGB.
@@ -7,6 +7,7 @@ All actions are in the contract's physical units, never normalised.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,66 @@ class Step:
     reward: float
     done: bool
     steps_run: int
+
+
+class Mark(enum.IntFlag):
+    """What became of a sampled action on its way to the robot; NONE means that it was sent exactly as sampled.
+
+    CLIPPED: a safety limit changed it. SKIPPED: it was too old and never sent. BLENDED: mixed with the previous chunk.
+    HUMAN: a person's command replaced it. HELD: nothing fit was available and the robot held its pose.
+    RAMPED: approached from the measured pose at a start, after a hold or after a hand-back.
+    """
+
+    NONE = 0
+    CLIPPED = 1
+    SKIPPED = 2
+    BLENDED = 4
+    HUMAN = 8
+    HELD = 16
+    RAMPED = 32
+
+
+@dataclass(frozen=True)
+class SafetyEvent:
+    """One intervention of the safety stage, with its numbers.
+
+    stamp: seconds, robot's monotonic clock.
+    code: stable dotted identifier such as `safety.velocity`; dim: action dimension or field concerned, empty if none.
+    value, limit: what was asked and what is allowed, in the unit that `message` names.
+    latched: True where motion stays stopped until a person clears it.
+    """
+
+    stamp: float
+    code: str
+    message: str
+    dim: str = ""
+    value: float = 0.0
+    limit: float = 0.0
+    latched: bool = False
+
+
+@dataclass(frozen=True)
+class ControlTick:
+    """One period of the control loop: what the policy asked for and what the robot was sent.
+
+    stamp: seconds, robot's monotonic clock, when the command was sent; deadline: when it was due.
+    index: counts ticks within an episode, from 0.
+    sampled: (D,) float32, physical units, the policy's action before safety; None where the policy had none.
+    command: (D,) float32, physical units, what the robot was sent; None where it was told to hold.
+    chunk_sequence, chunk_offset: `ActionChunk.observation_sequence` and index of the action within it; -1 for none.
+    state: measured state at this tick, as in `Observation.state`.
+    """
+
+    stamp: float
+    deadline: float
+    index: int
+    sampled: Float32 | None
+    command: Float32 | None
+    marks: Mark
+    chunk_sequence: int
+    chunk_offset: int
+    adapter_id: str
+    state: dict[str, Float32]
 
 
 @dataclass
