@@ -7,6 +7,7 @@ thinned to about one vertex per centimetre: at 96 pixels that is below a pixel, 
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
 import warnings
@@ -184,6 +185,16 @@ class _Frames:
 
 
 _FRAMES: dict[tuple[str, str, bool], _Frames] = {}
+
+
+@atexit.register
+def _close_frames() -> None:
+    """GL contexts must go before the interpreter takes the GL library apart."""
+    for frames in _FRAMES.values():
+        frames.close()
+    _FRAMES.clear()
+
+
 _CLASSES: dict[str, type] = {}
 
 

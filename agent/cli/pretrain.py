@@ -158,15 +158,16 @@ class Pretrain:
         return found
 
 
-def demonstration_states(suite: str, episodes: int, first: int) -> range:
-    """Initial states for demonstrations, apart from the evaluation states."""
+def demonstration_states(suite: str, episodes: int, first: int) -> tuple[int, ...]:
+    """Initial states for demonstrations, apart from the evaluation states; LIBERO's few are used in turn."""
     if first >= 0:
-        return range(first, first + episodes)
+        return tuple(range(first, first + episodes))
     if suite == "metaworld":
         from sim.metaworld import DEMONSTRATION_STATES
 
-        return range(DEMONSTRATION_STATES[0], DEMONSTRATION_STATES[0] + episodes)
-    return range(min(episodes, len(registry.tasks(suite)[0].train_states)))
+        return tuple(range(DEMONSTRATION_STATES[0], DEMONSTRATION_STATES[0] + episodes))
+    states = registry.tasks(suite)[0].train_states
+    return tuple(states[i % len(states)] for i in range(episodes))
 
 
 def statistics_of(demonstrations: Demonstrations, spec: object, key: str) -> Statistics:

@@ -29,6 +29,7 @@ class Recipe:
     update: UpdateConfig
     lora: LoraOptions
     slots: int = 12
+    horizon: int = 0
 
     def sequence(self, seed: int) -> SequenceConfig:
         return SequenceConfig(
@@ -40,6 +41,7 @@ class Recipe:
             temperature=self.temperature,
             noise_correlation=self.noise_correlation,
             evaluation_episodes=self.evaluation_episodes,
+            horizon=self.horizon,
             seed=seed,
             update=self.update,
         )

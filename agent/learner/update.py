@@ -34,6 +34,9 @@ class UpdateConfig:
     """AdamW weight decay of the adapter."""
     adam_epsilon: float = 1e-8
     """AdamW epsilon."""
+    warmup_steps: int = 0
+    """Optimiser steps over which a task's learning rate rises linearly to its value. Adam's first steps have full size
+    whatever the gradient's, so without it the first update of a task moves the policy most."""
     gradient_clip: float = 1.0
     """Largest gradient norm over all adapter parameters."""
     minibatches: int = 8
@@ -99,6 +102,9 @@ class Updater:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.adam_epsilon
         )
+        self.schedule = torch.optim.lr_scheduler.LinearLR(
+            self.optimizer, 1 / (config.warmup_steps + 1), total_iters=config.warmup_steps
+        )
         self.value_head: ppo.ValueHead | None = None
         self.value_optimizer: torch.optim.AdamW | None = None
 
@@ -141,6 +147,7 @@ class Updater:
         """Everything but the adapter's own tensors that the next update depends on."""
         return {
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "generator": self.generator.get_state(),
             "value_head": self.value_head.state_dict() if self.value_head else None,
             "value_optimizer": self.value_optimizer.state_dict() if self.value_optimizer else None,
@@ -148,6 +155,7 @@ class Updater:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
         if state["value_head"] is not None:
             self._make_value_head(state["value_head"]["norm.weight"].shape[0])
@@ -248,4 +256,5 @@ class Updater:
                 fix="go back to the last checkpoint and lower the learning rate",
             )
         self.optimizer.step()
+        self.schedule.step()
         return total, norm
