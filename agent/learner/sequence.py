@@ -69,8 +69,8 @@ class SequenceConfig:
     seed: int = 0
     """Root of every random number of the run."""
     horizon: int = 0
-    """Longest episode in control steps, in training and evaluation; 0 takes each task's own. A shorter one saves the time that
-    lost episodes take, and makes success harder than the benchmark's."""
+    """Longest episode in control steps, in training and evaluation; 0 takes each task's own. A shorter one saves the
+    time that lost episodes take, and makes success harder than the benchmark's."""
     train_pool: int = 0
     """Use only the first so many training states; 0 uses all."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
