@@ -41,6 +41,8 @@ class Eval:
     """Adapter store."""
     episodes: int = 50
     """Episodes per task, from the first so many evaluation states."""
+    horizon: int = 0
+    """Longest episode in control steps; 0 takes each task's own."""
     temperature: float = 0.0
     """Sampling temperature; 0 acts greedily."""
     seed: int = 0
@@ -74,7 +76,13 @@ class Eval:
                 info = tasks[name]
                 states = info.evaluation_states[: self.episodes]
                 specs = [
-                    EpisodeSpec(name, info.instruction, s, info.horizon, derive_seed(self.seed, "evaluation", name, s))
+                    EpisodeSpec(
+                        name,
+                        info.instruction,
+                        s,
+                        self.horizon or info.horizon,
+                        derive_seed(self.seed, "evaluation", name, s),
+                    )
                     for s in states
                 ]
                 with running.swapper.running():

@@ -206,6 +206,8 @@ class _View:
                 f"{facts['task']} {rate:.0%}  KL {facts.get('approx_kl', 0):.3f}  entropy {facts.get('entropy', 0):.2f}"
             )
             self.progress.update(self.bar, completed=done, note=note)
+            if not self.console.is_terminal:
+                self.console.print(f"update {facts['update']:3d}  {note}  {facts['seconds']:.0f} s")
         elif kind == "evaluated":
             rate = facts["successes"] / facts["trials"]
             self.console.print(
