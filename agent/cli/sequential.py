@@ -27,6 +27,7 @@ from sim.video import record
 class Result:
     """What a run leaves behind, for the caller and for `--json`."""
 
+    suite: str
     folder: Path
     matrix: SuccessMatrix
     swaps: list[dict[str, Any]]
@@ -144,7 +145,7 @@ def run(
     common.write_json(folder / "run.json", facts)
     report = write_report(folder)
     print_matrix(matrix, console)
-    return Result(folder, matrix, swaps, seconds, report)
+    return Result(suite, folder, matrix, swaps, seconds, report)
 
 
 class _Ticker:
