@@ -68,6 +68,8 @@ class Learn:
     lora: common.LoraOptions = field(default_factory=common.LoraOptions)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     warm: warmstart.Options = field(default_factory=warmstart.Options)
+    rollouts: str = "local"
+    """Where the simulators run: "local", "local-ray", or the address of a Ray cluster such as ray://head:10001."""
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
@@ -121,6 +123,7 @@ class Learn:
             slots=self.slots,
             videos=self.videos,
             console=console,
+            rollouts=self.rollouts,
         )
         if self.json:
             print(json.dumps(result.as_dict()))
