@@ -188,9 +188,19 @@ class RobotContract:
             raise RatchetError(
                 "contract.bad_yaml", str(error), where=str(path), fix="correct the YAML syntax"
             ) from None
-        contract: RobotContract = _build(cls, raw, str(path))
-        contract._validate(str(path))
+        return cls.from_dict(raw, str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str = "contract") -> RobotContract:
+        """Validate plain data, such as `to_dict` gives or YAML holds; raises like `load`."""
+        contract: RobotContract = _build(cls, raw, where)
+        contract._validate(where)
         return contract
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with lists for tuples; limits may be infinite."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
 
     @property
     def id(self) -> str:

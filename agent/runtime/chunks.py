@@ -105,9 +105,7 @@ class _Executor:
     def _propose(self, offset: int, action: Float32, due: float, marks: Mark = Mark.NONE) -> Proposal:
         assert self._plan is not None
         chunk = self._plan.chunk
-        return Proposal(
-            action, chunk.actions[offset], due, chunk.observation_sequence, offset, chunk.adapter_id, marks
-        )
+        return Proposal(action, chunk.actions[offset], due, chunk.observation_sequence, offset, chunk.adapter_id, marks)
 
 
 class CollectExecutor(_Executor):

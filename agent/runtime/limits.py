@@ -53,9 +53,9 @@ class Limiter:
         moved = [i for i in range(action.size) if i != self.gripper]
         cartesian = action.control_mode.startswith("ee")
         turns = {"none": 0, "quaternion_xyzw": 4}.get(action.rotation, 3) if cartesian else 0
-        self._linear = moved[: len(moved) - turns]
+        self.linear = moved[: len(moved) - turns]
         self._turning = moved[len(moved) - turns :]
-        if cartesian and len(self._linear) != 3:
+        if cartesian and len(self.linear) != 3:
             raise RatchetError(
                 "safety.unknown_action",
                 f"{len(moved)} dimensions beside the gripper do not make a position and rotation {action.rotation!r}",
@@ -66,12 +66,12 @@ class Limiter:
         self.absolute = action.control_mode.endswith("absolute")
         # Orientation targets and quaternion steps are no vectors: they are limited as rotations from the last command.
         self._as_rotation = bool(turns) and (self.absolute or turns == 4)
-        self._position_field = self._find(limits.position_state, (len(self._linear),), "position")
-        self._rotation_field = self._find(limits.rotation_state, (3, 4), "rotation") if self._as_rotation else ""
+        self.position_field = self._find(limits.position_state, (len(self.linear),), "position")
+        self.rotation_field = self._find(limits.rotation_state, (3, 4), "rotation") if self._as_rotation else ""
         self._gripper_field = self._gripper_state()
         self.axes = self._make_axes()
         self._require_stop()
-        self.names = [names[i] for i in self._linear]
+        self.names = [names[i] for i in self.linear]
         self.names += [f"rotation_{a}" for a in "xyz"] if self._as_rotation else [names[i] for i in self._turning]
         self.names += [names[self.gripper]] if self.gripper >= 0 else []
         self.motion = [Motion() for _ in self.axes]
@@ -91,10 +91,10 @@ class Limiter:
             if values is None or np.shape(values) != (field.size,) or not np.isfinite(values).all():
                 what = "is missing" if values is None else f"is {np.asarray(values).tolist()}"
                 raise RatchetError("safety.state", f"state field {what}", where=field.name, fix="check the driver")
-        position = np.asarray(state[self._position_field], np.float64)
+        position = np.asarray(state[self.position_field], np.float64)
         orientation = np.full(4, np.nan)
-        if self._rotation_field:
-            values = np.asarray(state[self._rotation_field], np.float64)
+        if self.rotation_field:
+            values = np.asarray(state[self.rotation_field], np.float64)
             euler = self.contract.action.rotation == "euler_xyz"
             form = "quaternion_xyzw" if len(values) == 4 else "euler_xyz" if euler else "axis_angle"
             orientation = rotation.to_quaternion(values, form)
@@ -106,7 +106,7 @@ class Limiter:
     def start(self, measured: Measured) -> None:
         """The arm stands still at the measured pose; what was commanded before is forgotten, the gripper's aside."""
         self.motion = [Motion() for _ in self.axes]
-        self._command[self._linear] = measured.position
+        self._command[self.linear] = measured.position
         self._orientation = measured.orientation.copy()
         if self.gripper >= 0 and math.isnan(self._command[self.gripper]):
             self._command[self.gripper] = measured.gripper
@@ -141,8 +141,6 @@ class Limiter:
             if cut is not None:
                 cuts.append((self.names[i], cut))
             speeds[i], self.motion[i] = v, Motion(v, a)
-        if self.delta and dt < self.period:
-            cuts.append(("", Cut("rate", dt, self.period)))
         if not cuts:
             out = np.array(action, np.float32)
             self._keep(out)
@@ -162,7 +160,7 @@ class Limiter:
 
     def target(self) -> Vector:
         """(3,) or (J,): the last commanded position in absolute modes; the measured start elsewhere."""
-        return self._command[self._linear]
+        return self._command[self.linear]
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -184,21 +182,21 @@ class Limiter:
 
     def _wishes(self, wanted: Vector, dt: float) -> list[float]:
         """Wanted velocity per axis."""
-        linear = wanted[self._linear]
+        linear = wanted[self.linear]
         if self.delta:
-            speeds = linear / self.period
+            speeds = linear / dt
         elif self.absolute:
-            speeds = (linear - self._command[self._linear]) / dt
+            speeds = (linear - self._command[self.linear]) / dt
         else:
             speeds = linear
         if self._as_rotation:
             turn = rotation.to_quaternion(wanted[self._turning], self.contract.action.rotation)
             if self.delta:
-                angular = rotation.to_vector(turn) / self.period
+                angular = rotation.to_vector(turn) / dt
             else:
                 angular = rotation.to_vector(rotation.product(turn, rotation.inverse(self._orientation))) / dt
         else:
-            angular = wanted[self._turning] / self.period if self.delta else wanted[self._turning]
+            angular = wanted[self._turning] / dt if self.delta else wanted[self._turning]
         wishes: list[float] = [*speeds.tolist(), *angular.tolist()]
         if self.gripper >= 0:
             last = self._command[self.gripper]
@@ -210,7 +208,7 @@ class Limiter:
     def _shorten(self, wishes: list[float], share: float) -> list[tuple[str, Cut]]:
         """Bring linear and angular wishes into the velocity limits by one factor each, so that the way stays straight."""
         cuts = []
-        count = len(self._linear)
+        count = len(self.linear)
         for first, last in ((0, count), (count, self._moving)):
             factor = 1.0
             for i in range(first, last):
@@ -224,19 +222,19 @@ class Limiter:
         return cuts
 
     def _places(self, measured: Measured) -> list[float]:
-        linear = self._command[self._linear] if self.absolute else measured.position
-        places = [float(p) for p in linear] + [math.nan] * (self._moving - len(self._linear))
+        linear = self._command[self.linear] if self.absolute else measured.position
+        places = [float(p) for p in linear] + [math.nan] * (self._moving - len(self.linear))
         return places + ([math.nan] if self.gripper >= 0 else [])
 
     def _compose(self, speeds: Vector, dt: float) -> Float32:
         """Velocities back to an action of the contract's mode."""
-        count = len(self._linear)
+        count = len(self.linear)
         linear, angular = speeds[:count], speeds[count : self._moving]
         out = np.zeros(self.contract.action.size)
         if self.absolute:
-            out[self._linear] = self._command[self._linear] + linear * dt
+            out[self.linear] = self._command[self.linear] + linear * dt
         else:
-            out[self._linear] = linear * dt if self.delta else linear
+            out[self.linear] = linear * dt if self.delta else linear
         if self._as_rotation:
             turn = rotation.from_vector(angular * dt)
             form = self.contract.action.rotation
@@ -258,7 +256,7 @@ class Limiter:
 
     def _keep(self, sent: Float32) -> None:
         if self.absolute:
-            self._command[self._linear] = sent[self._linear]
+            self._command[self.linear] = sent[self.linear]
             if self._as_rotation:
                 self._command[self._turning] = sent[self._turning]
                 self._orientation = rotation.to_quaternion(
@@ -285,17 +283,17 @@ class Limiter:
     def _make_axes(self) -> list[Axis]:
         limits, dims = self.contract.limits, self.contract.action.dims
         jerk = limits.jerk or (INF,) * len(dims)
-        low = limits.position_low or limits.workspace_low or (-INF,) * len(self._linear)
-        high = limits.position_high or limits.workspace_high or (INF,) * len(self._linear)
-        if len(low) != len(self._linear):
+        low = limits.position_low or limits.workspace_low or (-INF,) * len(self.linear)
+        high = limits.position_high or limits.workspace_high or (INF,) * len(self.linear)
+        if len(low) != len(self.linear):
             raise RatchetError(
                 "safety.bad_box",
-                f"the box has {len(low)} values, {len(self._linear)} dimensions move",
+                f"the box has {len(low)} values, {len(self.linear)} dimensions move",
                 where=self.contract.name,
                 fix="give one value per dimension that is not the gripper",
             )
         axes = []
-        for n, i in enumerate(self._linear):
+        for n, i in enumerate(self.linear):
             slow, fast = self._speeds(i, self.delta, self.contract.action.control_mode.endswith("velocity"))
             bottom, top = low[n], high[n]
             if self.absolute:
@@ -328,7 +326,7 @@ class Limiter:
     def _find(self, chosen: str, sizes: tuple[int, ...], what: str) -> str:
         unit = "m" if self.contract.action.control_mode.startswith("ee") and what == "position" else "rad"
         if what == "position" and unit == "rad":
-            unit = self.contract.action.dims[self._linear[0]].unit.split("/")[0]
+            unit = self.contract.action.dims[self.linear[0]].unit.split("/")[0]
         if chosen:
             fits = [s.name for s in self.contract.state if s.name == chosen and s.size in sizes]
         else:

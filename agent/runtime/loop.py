@@ -23,7 +23,7 @@ from agent.runtime.chunks import ChunkExecutor
 from agent.runtime.clock import Clock, MonotonicClock
 from agent.runtime.robot import Robot
 from agent.runtime.safety import Proposal, SafetyFilter, SafetyState, Verdict
-from agent.runtime.sink import NoSink, TickSink
+from agent.runtime.sink import GuardedSink, NoSink, TickSink
 from agent.runtime.source import ChunkSource, PolicyFault
 
 
@@ -84,8 +84,8 @@ class EpisodeEnd:
 class ControlLoop:
     """One arm under control. `run_episode` for a task, or `begin`, `tick` …, `end` where somebody else keeps the order.
 
-    lock_step: simulated time stands still while the policy thinks: the loop waits for each answer (at most
-        `contract.watchdog.policy_timeout` + `patience` real seconds) and the clock advances by periods only.
+    lock_step: simulated time stands still while the policy thinks: the loop waits for each answer (at most `patience`
+        real seconds), the clock advances by periods only, and what is observed is by definition of this moment.
     All methods belong to one thread, except `cancel` and `human`, which are safe from any.
     """
 
@@ -102,7 +102,7 @@ class ControlLoop:
         patience: float = 30.0,
     ) -> None:
         self.robot, self.source, self.safety, self.executor = robot, source, safety, executor
-        self.sink: TickSink = sink or NoSink()
+        self.sink: TickSink = GuardedSink(sink) if sink is not None else NoSink()
         self.clock: Clock = clock or MonotonicClock()
         self.period = safety.period
         self.timing = Timing()
@@ -227,11 +227,8 @@ class ControlLoop:
             seen = self._observe(cameras=False)
             self._answers(self.source.poll(), now)
         self._check_age(now)
-        human = self._human
-        proposal = self._propose(human, deadline, now)
-        verdict = self.safety.step(
-            proposal, seen.state, seen.stamp, now, expected=self.executor.expecting or self._pausing(human)
-        )
+        proposal = self._propose(self._human, deadline, now)
+        verdict = self.safety.step(proposal, seen.state, seen.stamp, now, expected=self.executor.expecting)
         sent = self._send(verdict)
         after = self.clock.now()
         tick = self._account(proposal, verdict, sent, seen, after, deadline)
@@ -249,10 +246,6 @@ class ControlLoop:
         if self.safety.state in (SafetyState.STOPPING, SafetyState.LATCHED, SafetyState.IDLE):
             return None
         return self.executor.next(deadline)
-
-    @staticmethod
-    def _pausing(human: tuple[Float32, float] | None) -> bool:
-        return human is not None
 
     def _send(self, verdict: Verdict) -> bool:
         """Command the robot; a refusal is a fault, and the arm holds."""
@@ -332,7 +325,10 @@ class ControlLoop:
         seen = self._ask(self._deadline, now)
         if seen is None:
             return self._observe(cameras=False)
-        self._answers(self.source.wait(self.safety.contract.watchdog.policy_timeout + self._patience), now)
+        replies = self.source.wait(self._patience)
+        if not replies:
+            self.safety.fail("safety.policy_timeout", f"no chunk after {self._patience} real seconds")
+        self._answers(replies, now)
         return seen
 
     def _answers(self, replies: list[ActionChunk | PolicyFault], now: float) -> None:
@@ -358,7 +354,7 @@ class ControlLoop:
         if not self._lock_step and self._asked_at is not None and now - self._asked_at > watchdog.policy_timeout:
             waited = now - self._asked_at
             self.safety.fail("safety.policy_timeout", f"no chunk after {waited:.3g} s ({watchdog.policy_timeout} s)")
-        if self._frames is not None and self._was_moving:
+        if self._frames is not None:
             age = now - self._frames.frames_stamp()
             if age > watchdog.observation_max_age:
                 text = f"the newest frames are {age:.3g} s old, allowed {watchdog.observation_max_age} s"
@@ -376,7 +372,8 @@ class ControlLoop:
             self.sink.outcome(outcome)
 
     def _observe(self, cameras: bool) -> Observation:
-        return self.robot.observe(cameras)
+        seen = self.robot.observe(cameras)
+        return dataclasses.replace(seen, stamp=self.clock.now()) if self._lock_step else seen
 
     def _tell(self, event: SafetyEvent) -> None:
         self._events += 1

@@ -51,7 +51,7 @@ class SafetyFilter:
         self._pending: list[tuple[str, str]] = []  # (code, message) of faults reported from outside
         self._dead_man_stamp = -math.inf
         self._moving_since = 0.0
-        self._stopping_since = 0.0
+        self._stopping_since, self._stop_steps = 0.0, 0
         self._last_now = self._effective = -math.inf
         self._stuck = 0
         self._last_order = (-1, -1)
@@ -224,7 +224,7 @@ class SafetyFilter:
         self._state = SafetyState.RAMPING if self.contract.limits.ramp_time > 0 else SafetyState.RUNNING
 
     def _brake_then(self, then: SafetyState, cause: str) -> None:
-        self._stopping_since = self._last_now
+        self._stopping_since, self._stop_steps = self._last_now, 0
         self._state, self._after_stop, self._cause = SafetyState.STOPPING, then, cause
         self._resume_asked = False
 
@@ -284,7 +284,9 @@ class SafetyFilter:
             axis = self.limiter.axes[i]
             allowed = self.config.jump_factor * max(axis.fast, -axis.slow) * elapsed
             if abs(new - old) > allowed:
-                text = f"{self.limiter.names[i]} measured {new - old:+.3g} from one state to the next, limit {allowed:.3g}"
+                text = (
+                    f"{self.limiter.names[i]} measured {new - old:+.3g} from one state to the next, limit {allowed:.3g}"
+                )
                 return "safety.state_jump", text
         return None
 
@@ -368,7 +370,11 @@ class SafetyFilter:
         return not self._blocked and (self.config.resume == "automatic" or self._resume_asked)
 
     def _brake(self, measured: Measured, dt: float, now: float, events: list[SafetyEvent]) -> Verdict:
-        overdue = now - self._stopping_since > self.contract.watchdog.stop_time + self.period
+        self._stop_steps += 1
+        allowed = self.contract.watchdog.stop_time + 2 * self.period
+        overdue = now - self._stopping_since > allowed or self._stop_steps * self.period > allowed
+        if self._cause == "safety.clock":
+            dt = self.period  # the clock cannot be asked; braking must go on
         if self.limiter.resting or overdue:
             self.limiter.halt()
             self._state = self._after_stop

@@ -5,6 +5,7 @@ Knows the protocol only. A sink must return at once (hand over to a thread or a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -111,3 +112,43 @@ class MemorySink:
 
     def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
         self.episodes.append(("end", reason, str(success), source))
+
+
+class GuardedSink:
+    """Passes everything on until the sink fails once; then drops it, so that a broken recorder never stops an arm.
+
+    error: what it failed with; None while it works. `wrapped` is the sink itself.
+    """
+
+    def __init__(self, wrapped: TickSink) -> None:
+        self.wrapped = wrapped
+        self.error: Exception | None = None
+
+    def begin(self, task: str, instruction: str, now: float) -> None:
+        self._pass(lambda: self.wrapped.begin(task, instruction, now))
+
+    def observation(self, observation: Observation) -> None:
+        self._pass(lambda: self.wrapped.observation(observation))
+
+    def chunk(self, chunk: ActionChunk) -> None:
+        self._pass(lambda: self.wrapped.chunk(chunk))
+
+    def tick(self, tick: ControlTick) -> None:
+        self._pass(lambda: self.wrapped.tick(tick))
+
+    def event(self, event: SafetyEvent) -> None:
+        self._pass(lambda: self.wrapped.event(event))
+
+    def outcome(self, outcome: ChunkOutcome) -> None:
+        self._pass(lambda: self.wrapped.outcome(outcome))
+
+    def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
+        self._pass(lambda: self.wrapped.end(reason, success, source, now))
+
+    def _pass(self, call: Callable[[], None]) -> None:
+        if self.error is not None:
+            return
+        try:
+            call()
+        except Exception as error:  # whatever a recorder raises: told in `error`, the arm goes on
+            self.error = error
