@@ -1,19 +1,16 @@
 """The fixed-rate control loop: observe, decide, check, command, once per period, on absolute deadlines.
 
-Knows the order of a tick and how time is kept. Knows no model, no process, no ROS: robot, chunk source, executor, safety
-stage, sink and clock are arguments. Requests to the policy never hold a tick up; in lock-step they do, on purpose.
+Knows the order of a tick and how time is kept. Knows no model, no process, no ROS: robot, chunk source, executor,
+safety stage, sink and clock are arguments. Requests to the policy never hold a tick up; in lock-step they do, on
+purpose.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import gc
 import threading
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,64 +18,13 @@ from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent
 from agent.runtime.chunks import ChunkExecutor
 from agent.runtime.clock import Clock, MonotonicClock
+from agent.runtime.outcome import EpisodeEnd, FrameStamped, Termination, Timing
 from agent.runtime.robot import Robot
 from agent.runtime.safety import Proposal, SafetyFilter, SafetyState, Verdict
 from agent.runtime.sink import GuardedSink, NoSink, TickSink
 from agent.runtime.source import ChunkSource, PolicyFault
 
-
-class Termination(str, enum.Enum):
-    """Why an episode ended; whether the task was solved is another question (`EpisodeEnd.success`)."""
-
-    SUCCESS = "success"
-    HORIZON = "horizon"
-    CANCELLED = "cancelled"
-    FAULT = "fault"
-    HOLD_TIMEOUT = "hold_timeout"
-
-
-@runtime_checkable
-class FrameStamped(Protocol):
-    """A robot that can tell how old its frames are without fetching them. Real ones can; the loop then checks it."""
-
-    def frames_stamp(self) -> float:
-        """Seconds, acquisition time of the oldest of the newest frames of all cameras."""
-        ...
-
-
-@dataclass
-class Timing:
-    """How well the loop kept time. Seconds; `jitter` is command time minus deadline, one value per tick.
-
-    missed: periods in which no tick ran because the one before took too long; overruns: ticks that caused it.
-    """
-
-    jitter: array[float] = field(default_factory=lambda: array("d"))
-    work: array[float] = field(default_factory=lambda: array("d"))
-    missed: int = 0
-    overruns: int = 0
-
-    def percentiles(self) -> dict[str, float]:
-        """p50, p99 and largest jitter and work per tick, in seconds."""
-        out = {}
-        for name in ("jitter", "work"):
-            values = np.frombuffer(getattr(self, name), np.float64)
-            p50, p99 = np.percentile(values, [50, 99]) if len(values) else (0.0, 0.0)
-            out |= {f"{name}_p50": float(p50), f"{name}_p99": float(p99)}
-            out[f"{name}_max"] = float(values.max()) if len(values) else 0.0
-        return out
-
-
-@dataclass(frozen=True)
-class EpisodeEnd:
-    """How one episode went. success: None where nobody judged it. ticks: control periods that ran."""
-
-    termination: Termination
-    success: bool | None
-    ticks: int
-    seconds: float
-    events: int
-    reason: str = ""
+__all__ = ["ControlLoop", "EpisodeEnd", "FrameStamped", "Termination", "Timing"]
 
 
 class ControlLoop:
@@ -114,6 +60,7 @@ class ControlLoop:
         self._index = 0
         self._sequence = 0
         self._asked_at: float | None = None
+        self._waiting_since: float | None = None
         self._moved_at = -np.inf
         self._events = 0
         self._was_moving = False
@@ -133,7 +80,7 @@ class ControlLoop:
         self.executor.retired()
         self.source.forget()
         self._cancel.clear()
-        self._human, self._asked_at = None, None
+        self._human = self._asked_at = self._waiting_since = None
         self._index = self._sequence = self._events = 0
         self._moved_at, self._was_moving = -np.inf, True
         self._deadline = now
@@ -269,6 +216,10 @@ class ControlLoop:
         if not self.safety.resting:
             self._moved_at = after
         moving = verdict.state in (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
+        if verdict.state is not SafetyState.WAITING:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = deadline
         if self._was_moving and not moving:
             self._drop_plan()
         self._was_moving = moving
@@ -354,6 +305,8 @@ class ControlLoop:
         if not self._lock_step and self._asked_at is not None and now - self._asked_at > watchdog.policy_timeout:
             waited = now - self._asked_at
             self.safety.fail("safety.policy_timeout", f"no chunk after {waited:.3g} s ({watchdog.policy_timeout} s)")
+        elif self._waiting_since is not None and now - self._waiting_since > watchdog.policy_timeout:
+            self.safety.fail("safety.policy_timeout", f"nothing to execute for {now - self._waiting_since:.3g} s")
         if self._frames is not None:
             age = now - self._frames.frames_stamp()
             if age > watchdog.observation_max_age:
