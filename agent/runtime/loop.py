@@ -23,6 +23,7 @@ from agent.runtime.robot import Robot
 from agent.runtime.safety import Proposal, SafetyFilter, SafetyState, Verdict
 from agent.runtime.sink import GuardedSink, NoSink, TickSink
 from agent.runtime.source import ChunkSource, PolicyFault
+from agent.runtime.watchdog import Watchdog
 
 __all__ = ["ControlLoop", "EpisodeEnd", "FrameStamped", "Termination", "Timing"]
 
@@ -32,6 +33,7 @@ class ControlLoop:
 
     lock_step: simulated time stands still while the policy thinks: the loop waits for each answer (at most `patience`
         real seconds), the clock advances by periods only, and what is observed is by definition of this moment.
+    frozen_after: see `Watchdog`; seconds, 0 to not look for cameras that repeat themselves.
     All methods belong to one thread, except `cancel` and `human`, which are safe from any.
     """
 
@@ -46,11 +48,13 @@ class ControlLoop:
         clock: Clock | None = None,
         lock_step: bool = False,
         patience: float = 30.0,
+        frozen_after: float = 0.0,
     ) -> None:
         self.robot, self.source, self.safety, self.executor = robot, source, safety, executor
         self.sink: TickSink = GuardedSink(sink) if sink is not None else NoSink()
         self.clock: Clock = clock or MonotonicClock()
         self.period = safety.period
+        self.watchdog = Watchdog(safety.contract.watchdog, frozen_after)
         self.timing = Timing()
         self._lock_step, self._patience = lock_step, patience
         self._frames = robot if isinstance(robot, FrameStamped) else None
@@ -59,8 +63,6 @@ class ControlLoop:
         self._deadline = 0.0
         self._index = 0
         self._sequence = 0
-        self._asked_at: float | None = None
-        self._waiting_since: float | None = None
         self._moved_at = -np.inf
         self._events = 0
         self._was_moving = False
@@ -80,7 +82,8 @@ class ControlLoop:
         self.executor.retired()
         self.source.forget()
         self._cancel.clear()
-        self._human = self._asked_at = self._waiting_since = None
+        self._human = None
+        self.watchdog.forget()
         self._index = self._sequence = self._events = 0
         self._moved_at, self._was_moving = -np.inf, True
         self._deadline = now
@@ -146,7 +149,7 @@ class ControlLoop:
         self.executor.reset()
         self._settle()
         self.source.forget()
-        self._asked_at = None
+        self.watchdog.forget()
 
     def cancel(self) -> None:
         """End `run_episode` after the current tick, with a controlled stop. Any thread."""
@@ -173,7 +176,7 @@ class ControlLoop:
         else:
             seen = self._observe(cameras=False)
             self._answers(self.source.poll(), now)
-        self._check_age(now)
+        self._watch(now)
         proposal = self._propose(self._human, deadline, now)
         verdict = self.safety.step(proposal, seen.state, seen.stamp, now, expected=self.executor.expecting)
         sent = self._send(verdict)
@@ -187,7 +190,7 @@ class ControlLoop:
 
     def _propose(self, human: tuple[Float32, float] | None, deadline: float, now: float) -> Proposal | None:
         if human is not None:
-            if self._asked_at is not None or not self.executor.wants(now):
+            if self.watchdog.asked or not self.executor.wants(now):
                 self._drop_plan()
             return Proposal(human[0], None, human[1], -1, -1, "", Mark.HUMAN)
         if self.safety.state in (SafetyState.STOPPING, SafetyState.LATCHED, SafetyState.IDLE):
@@ -216,10 +219,7 @@ class ControlLoop:
         if not self.safety.resting:
             self._moved_at = after
         moving = verdict.state in (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
-        if verdict.state is not SafetyState.WAITING:
-            self._waiting_since = None
-        elif self._waiting_since is None:
-            self._waiting_since = deadline
+        self.watchdog.waiting(verdict.state is SafetyState.WAITING, deadline)
         if self._was_moving and not moving:
             self._drop_plan()
         self._was_moving = moving
@@ -260,13 +260,15 @@ class ControlLoop:
         if not (allowed and self._human is None and self.source.ready and self.executor.wants(deadline)):
             return None
         seen = self._observe(cameras=True)
-        age = self.clock.now() - seen.stamp
-        if age > self.safety.contract.watchdog.observation_max_age:
-            return None  # `_check_age` and the safety stage tell; nothing is decided on an old observation
+        problem = self.watchdog.frozen(seen.images, now, not self.safety.resting)
+        problem = problem or self.watchdog.old(seen.stamp, self.clock.now())
+        if problem is not None:
+            self.safety.fail(*problem)  # nothing is decided on such an observation
+            return None
         seen = dataclasses.replace(seen, sequence=self._sequence)
         self.source.request(seen, self.executor.ahead(deadline))
         self._sequence += 1
-        self._asked_at = now
+        self.watchdog.request(now)
         self.executor.asked(deadline)
         self.sink.observation(seen)
         return seen
@@ -285,12 +287,12 @@ class ControlLoop:
     def _answers(self, replies: list[ActionChunk | PolicyFault], now: float) -> None:
         for reply in replies:
             if isinstance(reply, PolicyFault):
-                self._asked_at = None
+                self.watchdog.answered()
                 self.safety.fail(reply.code, reply.message)
                 continue
-            if self._asked_at is None:
+            if not self.watchdog.asked:
                 continue  # nobody waits for it any more
-            self._asked_at = None
+            self.watchdog.answered()
             admitted, events = self.safety.admit(reply, now)
             for event in events:
                 self._tell(event)
@@ -300,25 +302,19 @@ class ControlLoop:
             else:
                 self._drop_plan()
 
-    def _check_age(self, now: float) -> None:
-        watchdog = self.safety.contract.watchdog
-        if not self._lock_step and self._asked_at is not None and now - self._asked_at > watchdog.policy_timeout:
-            waited = now - self._asked_at
-            self.safety.fail("safety.policy_timeout", f"no chunk after {waited:.3g} s ({watchdog.policy_timeout} s)")
-        elif self._waiting_since is not None and now - self._waiting_since > watchdog.policy_timeout:
-            self.safety.fail("safety.policy_timeout", f"nothing to execute for {now - self._waiting_since:.3g} s")
-        if self._frames is not None:
-            age = now - self._frames.frames_stamp()
-            if age > watchdog.observation_max_age:
-                text = f"the newest frames are {age:.3g} s old, allowed {watchdog.observation_max_age} s"
-                self.safety.fail("safety.observation_age", text)
+    def _watch(self, now: float) -> None:
+        problem = None if self._lock_step else self.watchdog.late(now)
+        if problem is None and self._frames is not None:
+            problem = self.watchdog.old(self._frames.frames_stamp(), now)
+        if problem is not None:
+            self.safety.fail(*problem)
 
     def _drop_plan(self) -> None:
         """Nothing that was planned or asked for fits any more."""
         self.executor.reset()
-        if self._asked_at is not None:
+        if self.watchdog.asked:
             self.source.forget()
-            self._asked_at = None
+            self.watchdog.answered()
 
     def _settle(self) -> None:
         for outcome in self.executor.retired():
