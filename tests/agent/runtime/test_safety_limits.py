@@ -164,7 +164,7 @@ def test_straight_lines_stay_straight_when_shortened() -> None:
 
 
 def test_commands_in_a_burst_get_only_the_time_that_passed() -> None:
-    """Forty commands at once, as a delayed network delivers them: the sum of displacements stays under V (w + 1.25 T)."""
+    """Forty commands at once, as a delayed network delivers them: together they move at most V (w + 1.25 T)."""
     contract = arm("ee_delta", rotation="none")
     stage = SafetyFilter(contract)
     state = state_at(contract, np.zeros(3))
