@@ -8,6 +8,7 @@ comes back. A sample's K labels never span a burst.
 from __future__ import annotations
 
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -92,6 +93,7 @@ def demonstrate(
 ) -> Demonstrations:
     """Run the expert from each initial state and cut samples from the attempts that succeeded.
 
+    states: a state that is named again is run again with other noise.
     stride: control steps between samples; frames are rendered for these alone.
     """
     samples: dict[str, list[np.ndarray]] = {"images": [], "state": [], "actions": [], "start": []}
@@ -100,8 +102,10 @@ def demonstrate(
     names = [d.name for d in env.contract.action.dims]
     middle = (low + high) / 2
     grip = names.index(env.contract.action.gripper.dim) if env.contract.action.gripper else None
+    runs: Counter[int] = Counter()
     for initial in states:
-        rng = np.random.default_rng([seed, initial])
+        rng = np.random.default_rng([seed, initial, *([runs[initial]] if runs[initial] else [])])
+        runs[initial] += 1
         env.reset(initial)
         expert.reset(env)
         frames: dict[int, tuple[np.ndarray, np.ndarray]] = {}

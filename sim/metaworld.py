@@ -7,9 +7,11 @@ thinned to about one vertex per centimetre: at 96 pixels that is below a pixel, 
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -159,6 +161,7 @@ class _Frames:
         spec = self.contract.camera(camera)
         if camera not in self.renderers:
             renderer = mujoco.Renderer(self.model, spec.height, spec.width)
+            _close_frames_at_exit()
             if self.thin:
                 for name in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE"):
                     renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{name}")] = 0
@@ -184,6 +187,21 @@ class _Frames:
 
 
 _FRAMES: dict[tuple[str, str, bool], _Frames] = {}
+
+
+@cache
+def _close_frames_at_exit() -> None:
+    """GL contexts must go before the display does. MuJoCo has the display closed by an exit handler that it registers
+    with its first context, and handlers run in reverse order: so this is called after that context was made."""
+
+    def close() -> None:
+        for frames in _FRAMES.values():
+            frames.close()
+        _FRAMES.clear()
+
+    atexit.register(close)
+
+
 _CLASSES: dict[str, type] = {}
 
 

@@ -47,6 +47,8 @@ class Pretrain:
     """First initial state of the demonstrations; -1 takes the suite's own demonstration states."""
     start: Path | None = None
     """Folder of a policy whose weights, statistics and tokenizer are the starting point; random weights if absent."""
+    demonstrations: Path | None = None
+    """File of demonstrations to use instead of recording: `work/demonstrations.safetensors` of an earlier training."""
     stride: int = 2
     """Control steps between samples."""
     chunk: int = 5
@@ -72,7 +74,12 @@ class Pretrain:
         state = tuple(s.name for s in contract.state)
         work = self.out / "work"
         work.mkdir(parents=True, exist_ok=True)
-        demonstrations = self._demonstrations(work / "demonstrations.safetensors", cameras, state, console)
+        file = self.demonstrations or work / "demonstrations.safetensors"
+        if self.demonstrations is not None and not file.is_file():
+            raise RatchetError(
+                "learn.no_demonstrations", "no such file", where=str(file), fix="name the file, or record"
+            )
+        demonstrations = self._demonstrations(file, cameras, state, console)
         spec = presets.spec_for(contract, cameras=cameras, state=state, chunk=self.chunk, statistics_key=self.suite)
         if self.start is not None:
             policy = checkpoint.load(self.start)
@@ -102,6 +109,8 @@ class Pretrain:
                     f"({report.samples_per_second:.0f} samples/s)"
                 )
                 progress.update(bar, completed=report.step, note=note)
+                if not console.is_terminal:
+                    console.print(note)
 
             trainer.run(show)
         checkpoint.save(policy, self.out)
@@ -141,6 +150,12 @@ class Pretrain:
         columns = (TextColumn("recording"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("", total=len(self.tasks), note="")
+
+            def show(name: str, count: int) -> None:
+                progress.update(bar, advance=1, note=f"{name}: {count} samples")
+                if not console.is_terminal:
+                    console.print(f"recorded {name}: {count} samples")
+
             found = collect(
                 self.suite,
                 self.tasks,
@@ -152,21 +167,22 @@ class Pretrain:
                 noise=self.noise,
                 seed=self.train.seed,
                 processes=self.processes,
-                progress=lambda name, count: progress.update(bar, advance=1, note=f"{name}: {count} samples"),
+                progress=show,
             )
         found.save(path)
         return found
 
 
-def demonstration_states(suite: str, episodes: int, first: int) -> range:
-    """Initial states for demonstrations, apart from the evaluation states."""
+def demonstration_states(suite: str, episodes: int, first: int) -> tuple[int, ...]:
+    """Initial states for demonstrations, apart from the evaluation states; LIBERO's few are used in turn."""
     if first >= 0:
-        return range(first, first + episodes)
+        return tuple(range(first, first + episodes))
     if suite == "metaworld":
         from sim.metaworld import DEMONSTRATION_STATES
 
-        return range(DEMONSTRATION_STATES[0], DEMONSTRATION_STATES[0] + episodes)
-    return range(min(episodes, len(registry.tasks(suite)[0].train_states)))
+        return tuple(range(DEMONSTRATION_STATES[0], DEMONSTRATION_STATES[0] + episodes))
+    states = registry.tasks(suite)[0].train_states
+    return tuple(states[i % len(states)] for i in range(episodes))
 
 
 def statistics_of(demonstrations: Demonstrations, spec: object, key: str) -> Statistics:

@@ -68,6 +68,9 @@ class SequenceConfig:
     """0 evaluates greedily; the published code evaluates at its sampling temperature."""
     seed: int = 0
     """Root of every random number of the run."""
+    horizon: int = 0
+    """Longest episode in control steps, in training and evaluation; 0 takes each task's own. A shorter one saves the
+    time that lost episodes take, and makes success harder than the benchmark's."""
     train_pool: int = 0
     """Use only the first so many training states; 0 uses all."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -205,7 +208,11 @@ class SequentialRun:
             states = task.evaluation_states[: self.config.evaluation_episodes]
             specs = [
                 EpisodeSpec(
-                    name, task.instruction, s, task.horizon, derive_seed(self.config.seed, "evaluation", name, s)
+                    name,
+                    task.instruction,
+                    s,
+                    self.config.horizon or task.horizon,
+                    derive_seed(self.config.seed, "evaluation", name, s),
                 )
                 for s in states
             ]
@@ -247,7 +254,7 @@ class SequentialRun:
                 name,
                 task.instruction,
                 pool[int(order[g])],
-                task.horizon,
+                config.horizon or task.horizon,
                 derive_seed(config.seed, "train", self.stage, self.update, g, i),
                 group=g,
             )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from agent.errors import RatchetError
 from agent.learner import grpo, ppo
+from agent.learner.distributed import Ranks
 from agent.learner.minibatch import Diagnostics, Minibatch, flatten
 from agent.learner.rollouts import RolloutBatch
 from agent.policy.protocol import Policy
@@ -34,6 +35,9 @@ class UpdateConfig:
     """AdamW weight decay of the adapter."""
     adam_epsilon: float = 1e-8
     """AdamW epsilon."""
+    warmup_steps: int = 0
+    """Optimiser steps over which a task's learning rate rises linearly to its value. Adam's first steps have full size
+    whatever the gradient's, so without it the first update of a task moves the policy most."""
     gradient_clip: float = 1.0
     """Largest gradient norm over all adapter parameters."""
     minibatches: int = 8
@@ -85,19 +89,29 @@ class Updater:
         policy: its trainable parameters are the adapter's.
         parameters: the adapter's tensors.
         generator: order of samples; part of the resumable state.
+        ranks: the processes that share each optimiser step; all get the same batches. None for one process.
     """
 
     def __init__(
-        self, policy: Policy, parameters: Sequence[nn.Parameter], config: UpdateConfig, generator: torch.Generator
+        self,
+        policy: Policy,
+        parameters: Sequence[nn.Parameter],
+        config: UpdateConfig,
+        generator: torch.Generator,
+        ranks: Ranks | None = None,
     ) -> None:
         if not parameters:
             raise RatchetError("learner.no_parameters", "nothing to train", fix="attach an adapter first")
         self.policy = policy
+        self.ranks = ranks
         self.parameters = list(parameters)
         self.config = config
         self.generator = generator
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.adam_epsilon
+        )
+        self.schedule = torch.optim.lr_scheduler.LinearLR(
+            self.optimizer, 1 / (config.warmup_steps + 1), total_iters=config.warmup_steps
         )
         self.value_head: ppo.ValueHead | None = None
         self.value_optimizer: torch.optim.AdamW | None = None
@@ -141,6 +155,7 @@ class Updater:
         """Everything but the adapter's own tensors that the next update depends on."""
         return {
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "generator": self.generator.get_state(),
             "value_head": self.value_head.state_dict() if self.value_head else None,
             "value_optimizer": self.value_optimizer.state_dict() if self.value_optimizer else None,
@@ -148,6 +163,7 @@ class Updater:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
         if state["value_head"] is not None:
             self._make_value_head(state["value_head"]["norm.weight"].shape[0])
@@ -227,7 +243,8 @@ class Updater:
     def _step(self, batch: RolloutBatch, padded: Padded, part: Minibatch) -> tuple[Diagnostics, float]:
         total = Diagnostics()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in part.micro(self.config.micro_size):
+        parts = list(part.micro(self.config.micro_size))
+        for micro, factor in self.ranks.share(parts) if self.ranks else [(m, 1.0) for m in parts]:
             rows = padded.row[micro.index[:, 0], micro.index[:, 1]].numpy()
             tokens = torch.from_numpy(batch.tokens[rows])
             log_prob, entropy = self.policy.log_prob(batch.policy_input(rows), tokens, batch.temperature)
@@ -237,8 +254,12 @@ class Updater:
             else:
                 assert micro.old_value is not None
                 loss, diagnostics = ppo.loss(log_prob, entropy, micro.old_value, micro, self.config.ppo)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = total + diagnostics
+            (loss * factor).backward()  # type: ignore[no-untyped-call]
+            if factor:
+                total = total + diagnostics
+        if self.ranks:
+            self.ranks.add_gradients(self.parameters)
+            total = self.ranks.add(total)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip))
         if not np.isfinite(norm):
             raise RatchetError(
@@ -248,4 +269,5 @@ class Updater:
                 fix="go back to the last checkpoint and lower the learning rate",
             )
         self.optimizer.step()
+        self.schedule.step()
         return total, norm

@@ -63,6 +63,13 @@ def test_a_run_has_every_stage_and_adapter(undisturbed: tuple[dict[str, Any], li
     assert any("optimizer_steps" in u for u in result["updates"]), "no update found anything to learn from"
 
 
+def test_a_shorter_horizon_holds_in_every_episode(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, horizon=4, updates=1, tasks=CONFIG.tasks[:1])  # one chunk
+    start(tmp_path, quiet, config)
+    (update,) = outcome(tmp_path)["updates"]
+    assert update["decisions"] == update["episodes"]
+
+
 @pytest.mark.parametrize("at", range(0, 15, 2))
 def test_stopped_at_any_event_and_resumed(
     at: int, undisturbed: tuple[dict[str, Any], list[str]], tmp_path: Path

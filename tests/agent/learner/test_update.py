@@ -81,7 +81,7 @@ def test_unanimous_groups_change_nothing(batch: RolloutBatch) -> None:
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_an_interrupted_optimiser_goes_on_where_it_was(batch: RolloutBatch, algorithm: str) -> None:
     grouped = dataclasses.replace(batch, group=np.zeros(len(batch.success), np.int64))
-    config = UpdateConfig(algorithm=algorithm, learning_rate=1e-3, minibatches=2)  # type: ignore[arg-type]
+    config = UpdateConfig(algorithm=algorithm, learning_rate=1e-3, minibatches=2, warmup_steps=6)  # type: ignore[arg-type]
     policy, lora = tiny_with_adapter()
     updater = Updater(policy, lora.trainable(), config, torch.Generator().manual_seed(0))
     updater.update(grouped)
@@ -95,6 +95,18 @@ def test_an_interrupted_optimiser_goes_on_where_it_was(batch: RolloutBatch, algo
     resumed.load_state_dict(state)
     resumed.update(grouped)
     assert lora_after.adapter(binding_of(policy_after)).id == lora.adapter(binding_of(policy)).id
+
+
+def test_warm_up_makes_the_first_step_smaller_by_its_factor(batch: RolloutBatch) -> None:
+    grouped = dataclasses.replace(batch, group=np.zeros(len(batch.success), np.int64))
+    moved = {}
+    for warmup in (0, 3):
+        policy, lora = tiny_with_adapter()
+        before = {n: t.clone() for n, t in lora.export().items()}
+        config = UpdateConfig(learning_rate=1e-3, minibatches=1, weight_decay=0.0, warmup_steps=warmup)
+        Updater(policy, lora.trainable(), config, torch.Generator().manual_seed(0)).update(grouped)
+        moved[warmup] = sum(float((t - before[n]).abs().sum()) for n, t in lora.export().items())
+    assert moved[3] == pytest.approx(moved[0] / 4, rel=1e-3)
 
 
 def test_a_gradient_that_is_not_finite_takes_no_step(batch: RolloutBatch) -> None:
