@@ -15,7 +15,7 @@ import pytest
 from agent.contract import RobotContract
 from agent.records import Mark, Observation
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
-from agent.runtime.clock import ManualClock
+from agent.runtime.clock import ExternalClock, ManualClock
 from agent.runtime.fake_arm import FakeArm
 from agent.runtime.loop import ControlLoop, Termination
 from agent.runtime.safety import SafetyConfig, SafetyFilter, SafetyState
@@ -283,6 +283,26 @@ def test_a_camera_that_repeats_itself_while_the_arm_moves_is_noticed() -> None:
     rig.robot._pictures = lambda: pictures  # type: ignore[method-assign]
     rig.run(20)
     assert "safety.frozen_frame" in rig.codes
+
+
+def test_a_told_clock_that_stops_ends_in_a_latched_hold() -> None:
+    clock = ExternalClock(stall_timeout=0.01)
+    clock.update(100.0)
+    robot = FakeArm(CONTRACT, clock)
+    robot.connect()
+    safety = SafetyFilter(CONTRACT)
+    loop = ControlLoop(
+        robot, FakeSource(clock, numbered), safety, CollectExecutor(CONTRACT), sink=MemorySink(), clock=clock
+    )
+    loop.begin("task", "move")
+    for k in range(6):
+        clock.update(100.0 + k * T)
+        loop.tick()
+    assert safety.state is SafetyState.RUNNING
+    for _ in range(12):  # nobody tells the time any more
+        loop.tick()
+    assert (safety.state, safety.cause) == (SafetyState.LATCHED, "safety.clock")
+    assert robot.commands[-1][1] is None
 
 
 def test_episodes_end_for_a_reason_apart_from_success() -> None:
