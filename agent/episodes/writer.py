@@ -255,14 +255,14 @@ class EpisodeWriter:
     ) -> tuple[str, EpisodeEnding]:
         """Complete the file under its final name; returns the episode's id and how it ended.
 
-        facts: `recovered` and `lost_bytes` of the ending, where they apply.
+        facts: `ended` (now, if absent), `recovered` and `lost_bytes` of the ending, where they apply.
         """
+        facts.setdefault("ended", datetime.now(UTC).isoformat(timespec="milliseconds"))
         topics = {t for group in self.info.topics.values() for t in group.values()}
         ending = EpisodeEnding(
             success=success,
             success_source=source,
             reason=reason,
-            ended=datetime.now(UTC).isoformat(timespec="milliseconds"),
             seconds=max(self._last - self._first, 0.0) if self.counts else 0.0,
             steps=self.counts[fmt.STEP],
             ticks=self.counts[fmt.TICK],
@@ -383,7 +383,7 @@ def write_episode(
     try:
         _write_records(writer, episode)
         ended = "success" if episode.success else "failure" if episode.success is False else "unjudged"
-        digest, _ = writer.finish(episode.success, episode.success_source, ended)
+        digest, _ = writer.finish(episode.success, episode.success_source, ended, ended=info.created)
     except BaseException:
         writer.discard()
         raise
