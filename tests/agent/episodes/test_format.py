@@ -100,9 +100,8 @@ def test_other_readers_see_standard_messages(tmp_path: Path) -> None:
     write_episode(tmp_path / "a.mcap", written, CONTRACT, created="2026-01-01T00:00:00+00:00", clock_offset=1.7e9)
     reader = EpisodeReader(tmp_path / "a.mcap")
     topics = [t for cameras in reader.info.topics.values() for t in cameras.values()]
-    bag = bag_of(tmp_path / "a.mcap")
     store = get_typestore(Stores.EMPTY)
-    with Reader(bag) as messages:
+    with Reader(tmp_path / "a.mcap") as messages:
         for connection in messages.connections:
             store.register(get_types_from_msg(connection.msgdef.data, connection.msgtype))
         types = {c.topic: c.msgtype for c in messages.connections}
@@ -119,20 +118,6 @@ def test_other_readers_see_standard_messages(tmp_path: Path) -> None:
     sent = [t.command for t in written.ticks if t.command is not None]
     assert [m.data.astype(np.float32).tobytes() for m in seen[fmt.COMMAND]] == [c.tobytes() for c in sent]
     assert seen["/state/eef_position"][0].layout.dim[0].label == "eef_position"
-
-
-def bag_of(path: Path) -> Path:
-    """The folder that rosbag2 readers expect around a file."""
-    folder = path.parent / "bag"
-    folder.mkdir()
-    (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "metadata.yaml").write_text(
-        "rosbag2_bagfile_information:\n  version: 9\n  storage_identifier: mcap\n  relative_file_paths: [a.mcap]\n"
-        "  duration: {nanoseconds: 0}\n  starting_time: {nanoseconds_since_epoch: 0}\n  message_count: 0\n"
-        "  topics_with_message_count: []\n  compression_format: ''\n  compression_mode: ''\n"
-        "  files: []\n  custom_data: {}\n  ros_distro: jazzy\n"
-    )
-    return folder
 
 
 def test_the_contract_travels_with_the_episode(tmp_path: Path) -> None:
