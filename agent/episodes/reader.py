@@ -5,6 +5,7 @@ Knows finished and cut-off files; a cut-off one is read up to its last whole chu
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from typing import Any, cast
 import numpy as np
 from mcap.exceptions import McapError
 from mcap.records import Channel, DataEnd, Message, Metadata, Schema
-from mcap.stream_reader import CRCValidationError, StreamReader
+from mcap.stream_reader import StreamReader
 from mcap_ros2.decoder import DecoderFactory
+from zstandard import ZstdError
 
 from agent.episodes import format as fmt
 from agent.episodes.disk import file_hash
@@ -25,6 +27,8 @@ from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Episode, Float32, Mark, Observation, SafetyEvent, Step, UInt8
 
 RECORD_LIMIT = 1 << 30
+# What the libraries raise on bytes that are cut off or changed.
+TORN = (McapError, ZstdError, struct.error, ValueError, LookupError, TypeError, EOFError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ class EpisodeReader:
                             decode = decoders.decoder_for(channel.message_encoding, schemas[channel.schema_id])
                             if decode is not None:
                                 yield Item(channel.topic, index, record.log_time, decode(record.data))
-        except (McapError, CRCValidationError, ValueError, KeyError, MemoryError) as error:
+        except TORN as error:
             scan.torn = str(error) or type(error).__name__
         if not whole and not scan.torn:
             scan.torn = "the file ends early"
