@@ -24,3 +24,9 @@ def real_time(level: int = 20) -> str:
     except PermissionError:
         return "normal scheduling: no permission for SCHED_FIFO (grant rtprio to the user)"
     return f"SCHED_FIFO {level}"
+
+
+def normal() -> None:
+    """Back to the ordinary scheduler."""
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
