@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from agent.cli import adapters, demo, evaluate, learn, pretrain, report
+from agent.cli import adapters, demo, evaluate, learn, pretrain, report, run
 from agent.errors import RatchetError
 
 
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretrain": pretrain.Pretrain,
         "adapters": adapters.Adapters,
         "report": report.Report,
+        "run": run.Run,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(

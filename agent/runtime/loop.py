@@ -291,12 +291,13 @@ class ControlLoop:
                 self.watchdog.answered()
                 self.safety.fail(reply.code, reply.message)
                 continue
-            if not self.watchdog.asked:
-                continue  # nobody waits for it any more
-            self.watchdog.answered()
+            asked = self.watchdog.asked
             admitted, events = self.safety.admit(reply, now)
             for event in events:
                 self._tell(event)
+            if not asked:
+                continue  # a repetition, or nobody waits for it any more
+            self.watchdog.answered()
             if admitted:
                 self.sink.chunk(reply)
                 self.executor.offer(reply, self._deadline, self._moved_at < reply.observation_stamp)

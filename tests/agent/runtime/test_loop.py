@@ -17,11 +17,11 @@ from agent.records import Mark, Observation
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from agent.runtime.clock import ExternalClock, ManualClock
 from agent.runtime.fake_arm import FakeArm
+from agent.runtime.fake_contract import arm
 from agent.runtime.loop import ControlLoop, Termination
 from agent.runtime.safety import SafetyConfig, SafetyFilter, SafetyState
 from agent.runtime.sink import MemorySink
 from agent.runtime.source import PolicyFault
-from tests.agent.runtime.contracts import arm
 from tests.agent.runtime.sources import FakeSource
 
 T = 0.05
