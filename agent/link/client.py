@@ -27,7 +27,7 @@ from agent.link.upload import Uploads
 
 log = logging.getLogger("ratchet.link")
 SILENCE = 5.0  # seconds without a word from the learner after which the link counts as down
-_FAILED = {
+_FAILED: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the learner does not let this key in",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed: is it the right learner's key, and is it a learner?",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the handshake failed: keys on one side only, or no learner at that address",
@@ -161,7 +161,7 @@ class LinkClient:
                 heard=heard,
                 error="" if heard < SILENCE else self._error,
                 waiting=len(self._outbox),
-                waiting_bytes=self._outbox.bytes,
+                waiting_bytes=self._outbox.size,
                 delivered=done.pop("stored", 0),
                 refused=done,
                 fetching=self._fetcher.missing() if self._fetcher else [],
@@ -182,7 +182,7 @@ class LinkClient:
         while True:
             now = time.monotonic()
             due = self._work(now)
-            ready = dict(poller.poll(max(0.0, due - time.monotonic()) * 1000))
+            ready = dict(poller.poll(int(max(0.0, due - time.monotonic()) * 1000) + 1))
             if self._wake in ready and self._wake.recv() == b"stop":
                 return
             if self._monitor in ready:

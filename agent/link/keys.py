@@ -1,7 +1,7 @@
 """CURVE keys on disk: who a robot or a learner is, and whom a learner lets in.
 
-Knows pyzmq's certificate files (`<name>.key` public, `<name>.key_secret` private) and the allow list, a folder of public
-keys whose file names are the robots' names. Knows no message and no socket.
+Knows pyzmq's certificate files (`<name>.key` public, `<name>.key_secret` private) and the allow list, a folder of
+public keys whose file names are the robots' names. Knows no message and no socket.
 """
 
 from __future__ import annotations

@@ -90,10 +90,10 @@ class Outbox:
                 size = len(content) if isinstance(content, bytes) else content.stat().st_size
                 if size > FILE_LIMIT:
                     raise RatchetError("link.too_large", f"{size} bytes, limit {FILE_LIMIT}", where=key)
-                if self.bytes + size > self.limit:
+                if self.size + size > self.limit:
                     raise RatchetError(
                         "link.outbox_full",
-                        f"{len(self._items)} files, {self.bytes} bytes wait for the learner, limit {self.limit}",
+                        f"{len(self._items)} files, {self.size} bytes wait for the learner, limit {self.limit}",
                         where=str(self.root),
                         fix="bring the learner back, or raise the limit",
                     )
@@ -134,7 +134,7 @@ class Outbox:
         self._finish(item, code, self.root / "refused" / item.sha)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         with self._lock:
             return sum(item.size for item in self._items.values())
 

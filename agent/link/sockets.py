@@ -1,4 +1,4 @@
-"""ZeroMQ sockets set up the one allowed way: CURVE on both sides, or plain on loopback; size limits before anything else.
+"""ZeroMQ sockets set up the one allowed way: CURVE on both sides, or plain on loopback; size limits first.
 
 Knows socket options and addresses. Knows no message.
 """
@@ -57,7 +57,7 @@ def listen(context: zmq.Context[Any], address: str, keys: KeyPair | None) -> zmq
         RatchetError: link.bad_address, link.plain, link.address_in_use.
     """
     require_allowed(address, keys)
-    router = context.socket(zmq.ROUTER)
+    router: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     _common(router)
     router.setsockopt(zmq.BACKLOG, BACKLOG)
     if keys is not None:
@@ -83,7 +83,7 @@ def dial(context: zmq.Context[Any], address: str, keys: KeyPair | None, learner:
         RatchetError: link.bad_address, link.plain.
     """
     require_allowed(address, keys)
-    dealer = context.socket(zmq.DEALER)
+    dealer: zmq.Socket[Any] = context.socket(zmq.DEALER)
     _common(dealer)
     # Nothing is queued for a learner that is not there: what waits, waits on the disk.
     dealer.setsockopt(zmq.IMMEDIATE, 1)
@@ -100,7 +100,7 @@ def dial(context: zmq.Context[Any], address: str, keys: KeyPair | None, learner:
 
 
 def authenticator(context: zmq.Context[Any], allow: AllowList) -> ThreadAuthenticator:
-    """Answers libzmq's question who may connect, for every socket of this context; `stop` it before the context ends."""
+    """Answers libzmq's question who may connect, for all sockets of a context; `stop` it before the context ends."""
     zap = ThreadAuthenticator(context)
     zap.start()
     zap.configure_curve_callback(domain="ratchet", credentials_provider=allow)

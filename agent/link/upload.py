@@ -38,7 +38,7 @@ class _Upload:
 
 
 class Uploads:
-    """The head of an outbox. Files are finished strictly in its order: the learner sees a robot's files as they came."""
+    """The head of an outbox. Files are finished strictly in its order: the learner gets them as they were made."""
 
     def __init__(self, outbox: Outbox, robot: str, send: Send, patience: float) -> None:
         self._outbox, self._robot, self._send, self._patience = outbox, robot, send, patience

@@ -57,7 +57,7 @@ def _flag(value: Any) -> bool:
 
 
 def plain(value: Any, depth: int = DEPTH) -> bool:
-    """Whether a value is data that any reader understands: None, bool, int64, finite float, text, lists, str-keyed maps."""
+    """Whether any reader understands a value: None, bool, int64, finite float, text, lists, maps with text keys."""
     if value is None or isinstance(value, bool | str):
         return True
     if isinstance(value, int):
