@@ -89,6 +89,32 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def training_specs(
+    task: Task, *, seed: int, stage: int, update: int, groups: int, group_size: int, horizon: int = 0, pool: int = 0
+) -> list[EpisodeSpec]:
+    """The episodes of one update: `groups` initial states, drawn without repetition as far as they reach, each
+    `group_size` times. A function of its arguments alone, so that two machines agree on them.
+
+    stage, update: counted from 0. horizon: control steps, 0 takes the task's. pool: the first so many training states,
+    0 takes all.
+    """
+    states = list(task.train_states[:pool] if pool else task.train_states)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "states", stage, update))
+    order = torch.cat([torch.randperm(len(states), generator=generator) for _ in range(-(-groups // len(states)))])
+    return [
+        EpisodeSpec(
+            task.name,
+            task.instruction,
+            states[int(order[g])],
+            horizon or task.horizon,
+            derive_seed(seed, "train", stage, update, g, i),
+            group=g,
+        )
+        for g in range(groups)
+        for i in range(group_size)
+    ]
+
+
 class SequentialRun:
     """One run in one folder. Call `run`; call it again after a crash to go on.
 
@@ -243,24 +269,17 @@ class SequentialRun:
         return lambda done, ok: self.on_event("episode", {"done": done, "of": total, "success": ok, "what": what})
 
     def _training_specs(self, name: str) -> list[EpisodeSpec]:
-        task, config = self.tasks[name], self.config
-        pool = list(task.train_states[: config.train_pool] if config.train_pool else task.train_states)
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, "states", self.stage, self.update))
-        order = torch.cat(
-            [torch.randperm(len(pool), generator=generator) for _ in range(-(-config.groups // len(pool)))]
+        config = self.config
+        return training_specs(
+            self.tasks[name],
+            seed=config.seed,
+            stage=self.stage,
+            update=self.update,
+            groups=config.groups,
+            group_size=config.group_size,
+            horizon=config.horizon,
+            pool=config.train_pool,
         )
-        return [
-            EpisodeSpec(
-                name,
-                task.instruction,
-                pool[int(order[g])],
-                config.horizon or task.horizon,
-                derive_seed(config.seed, "train", self.stage, self.update, g, i),
-                group=g,
-            )
-            for g in range(config.groups)
-            for i in range(config.group_size)
-        ]
 
     def _new_updater(self) -> Updater:
         seed = derive_seed(self.config.seed, "shuffle", self.stage)
