@@ -65,6 +65,7 @@ class LearnerHost:
         files: Files | None = None,
         pause: float = PAUSE,
         on_step: Callable[[LearnerHost], None] = lambda host: None,
+        tamper: Callable[[list[Any]], list[list[Any]]] | None = None,
     ) -> None:
         self.folder, self.config, self._limits, self._pause = folder, config, limits or Limits(), pause
         self._on_step = on_step
@@ -82,7 +83,7 @@ class LearnerHost:
                 files=files,
             )  # fmt: skip
             self.server = LinkServer(
-                address, inbox, AdapterShelf(self.store), keys=keys, allow=allow, on_change=self.wake
+                address, inbox, AdapterShelf(self.store), keys=keys, allow=allow, on_change=self.wake, tamper=tamper
             )
         except BaseException:
             self.journal.close()

@@ -1,7 +1,7 @@
 """What the learner shows: metrics as JSON lines and in TensorBoard, one status file, alerts, and the story in words.
 
-Knows the ledger's figures and how to present them. Knows no socket and decides nothing. All of it can be made again from
-the journal; a crash leaves no line twice.
+Knows the ledger's figures and how to present them. Knows no socket and decides nothing. All of it can be made again
+from the journal; a crash leaves no line twice.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Recorder:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before the first update
 
-            self._writer = SummaryWriter(str(self._board), purge_step=fresh[0][0])  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(self._board), purge_step=fresh[0][0])
         for step, event in fresh:
             line = update_line(event)
             for name, value in line.items():
@@ -190,7 +190,8 @@ def story(events: Iterable[Event]) -> list[str]:
         data = event.data
         text = ""
         if event.kind == "run":
-            text = f"run {data['fingerprint'][:12]} on base {data['base'][:12]}, tasks {', '.join(data['config']['tasks'])}"
+            names = ", ".join(data["config"]["tasks"])
+            text = f"run {data['fingerprint'][:12]} on base {data['base'][:12]}, tasks {names}"
         elif event.kind == "ordered":
             text = f"collecting {data['task']} under {data['adapter'][:12]} (update {data['update'] + 1})"
         elif event.kind == "ruled":
@@ -208,7 +209,8 @@ def story(events: Iterable[Event]) -> list[str]:
         elif event.kind == "promoted":
             text = f"{data['adapter'][:12]} is active, by {data['by']}"
         elif event.kind == "finished":
-            text = f"{data['task']} {'learned' if data['learned'] else 'given up'}, active {data['adapter'][:12] or 'base'}"
+            how = "learned" if data["learned"] else "given up"
+            text = f"{data['task']} {how}, active {data['adapter'][:12] or 'base'}"
         elif event.kind == "moved":
             text = f"active was set to {data['adapter'][:12]} by {data['by']}"
         elif event.kind == "started":

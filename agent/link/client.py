@@ -60,6 +60,7 @@ class LinkClient:
         on_state: called with each new state of the learner, from the link's thread: return at once.
         beat: seconds between two reports.
         patience: seconds without progress after which something is asked again.
+        tamper: for fault injection: what really goes out in place of each message (none, twice, another one later).
     """
 
     def __init__(
@@ -74,12 +75,14 @@ class LinkClient:
         on_state: Callable[[dict[str, Any]], None] = lambda state: None,
         beat: float = 1.0,
         patience: float = 3.0,
+        tamper: Callable[[list[Any]], list[list[Any]]] | None = None,
     ) -> None:
         if not wire.is_name(robot):
             raise RatchetError("link.bad_name", f"{robot!r} cannot be a robot's name", fix="letters, digits, . _ -")
         sockets.require_allowed(address, keys)
         self._address, self._robot, self._keys, self._learner = address, robot, keys, learner
         self._outbox, self._fetcher, self._on_state, self._beat = outbox, fetcher, on_state, beat
+        self._tamper = tamper
         self._uploads = Uploads(outbox, robot, self._send, patience)
         if fetcher is not None:
             fetcher.connect(robot, self._send, patience)
@@ -129,6 +132,11 @@ class LinkClient:
         """The learner's latest state that arrived here; empty before the first."""
         with self._changed:
             return self._state
+
+    @property
+    def version(self) -> str:
+        """Of `state`; equal states have one version."""
+        return self._version
 
     def report(self, table: Mapping[str, Any]) -> None:
         """What to tell the learner of this robot with the next beat: small plain data.
@@ -267,8 +275,10 @@ class LinkClient:
 
     def _send(self, kind: str, fields: Mapping[str, Any], payload: bytes | None = None) -> bool:
         """False where it cannot be sent now: nobody is connected, or the learner is slower than this side."""
+        frames = wire.encode(kind, fields, payload)
         try:
-            self._dealer.send_multipart(wire.encode(kind, fields, payload), zmq.DONTWAIT, copy=payload is None)
+            for out in [frames] if self._tamper is None else self._tamper(frames):
+                self._dealer.send_multipart(out, zmq.DONTWAIT, copy=payload is None)
         except zmq.Again:
             return False
         return True

@@ -77,6 +77,7 @@ class LinkServer:
         address: such as tcp://0.0.0.0:5544; port `*` picks one, see `address` afterwards.
         keys, allow: the learner's keys and its folder of allowed robots; both None for plain on loopback.
         on_change: called from the server's thread after a robot appeared or reported.
+        tamper: for fault injection, as in `LinkClient`.
     """
 
     def __init__(
@@ -88,13 +89,14 @@ class LinkServer:
         keys: KeyPair | None = None,
         allow: Path | None = None,
         on_change: Callable[[], None] = lambda: None,
+        tamper: Callable[[list[Any]], list[list[Any]]] | None = None,
     ) -> None:
         if (keys is None) != (allow is None):
             raise RatchetError("link.no_key", "keys and allow list belong together", fix="name both, or neither")
         sockets.require_allowed(address, keys)
         self._asked, self._inbox, self._shelf, self._keys = address, inbox, shelf, keys
         self._allow = AllowList(allow) if allow is not None else None
-        self._on_change = on_change
+        self._on_change, self._tamper = on_change, tamper
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {}
         self._version = version_of({})
@@ -286,6 +288,8 @@ class LinkServer:
 
     def _send(self, routing: bytes, kind: str, fields: Mapping[str, Any], payload: bytes | None = None) -> None:
         try:
-            self._router.send_multipart([routing, *wire.encode(kind, fields, payload)], zmq.DONTWAIT)
+            frames = [routing, *wire.encode(kind, fields, payload)]
+            for out in [frames] if self._tamper is None else self._tamper(frames):
+                self._router.send_multipart(out, zmq.DONTWAIT)
         except zmq.ZMQError:
             log.info("an answer was dropped: the robot is gone or takes nothing; it will ask again")
