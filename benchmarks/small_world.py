@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import platform
 import random
 import signal
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import zmq
 
 from agent.adapters.files import Files
 from agent.adapters.hotswap import HotSwapper
@@ -82,7 +84,9 @@ def tiny_policy() -> tuple[PrismaticPolicy, Lora]:
     config = presets.small(hidden=32, layers=1, heads=2, channels=(8, 8, 8, 16), compute_dtype="float32")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        policy = PrismaticPolicy(config, spec, statistics, train_tokenizer([t.instruction for t in TASKS.values()], 300))
+        policy = PrismaticPolicy(
+            config, spec, statistics, train_tokenizer([t.instruction for t in TASKS.values()], 300)
+        )
     return policy, attach(policy.module, lora_config(4, 4.0))
 
 
@@ -134,7 +138,7 @@ class FakeChunkEnv:
         self._round = ({}, {})
 
 
-# -- a small exact episode file --------------------------------------------------------------------------------------
+# -- a small exact episode file --------------------------------------------------------------------------------
 
 
 def write_episode(path: Path, episode: Episode) -> None:
@@ -143,7 +147,15 @@ def write_episode(path: Path, episode: Episode) -> None:
     steps = episode.steps
     cameras, fields = sorted(steps[0].observation.images), sorted(steps[0].observation.state)
     head["steps"] = [
-        [s.observation.stamp, s.observation.sequence, s.chunk.adapter_id, s.chunk.temperature, s.reward, s.done, s.steps_run]
+        [
+            s.observation.stamp,
+            s.observation.sequence,
+            s.chunk.adapter_id,
+            s.chunk.temperature,
+            s.reward,
+            s.done,
+            s.steps_run,
+        ]
         for s in steps
     ]
     head["cameras"], head["fields"] = cameras, fields
@@ -172,7 +184,9 @@ def read_episode(path: Path) -> Episode:
                 stamp,
                 sequence,
             )
-            chunk = ActionChunk(a["actions"][i], a["tokens"][i], a["log_prob"][i], adapter, temperature, stamp, sequence)
+            chunk = ActionChunk(
+                a["actions"][i], a["tokens"][i], a["log_prob"][i], adapter, temperature, stamp, sequence
+            )
             episode.steps.append(Step(seen, chunk, a["executed"][i], reward, done, ran))
     except Exception as error:
         raise RatchetError("fake.unreadable", f"{type(error).__name__}: {error}", where=str(path)) from None
@@ -184,8 +198,8 @@ def read_episode(path: Path) -> Episode:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong in one process's life. kind: kill, torn, full, clock, weather or foreign; at: the step (system
-    call or phase) at which it strikes; seed: of its details."""
+    """What goes wrong in a process. kind: kill, torn, full, clock, weather or foreign; at: how many steps (system calls
+    or phases) after the one before, or after the process began; seed: of its details."""
 
     kind: str
     at: int
@@ -193,40 +207,68 @@ class Fault:
 
 
 class FaultyFiles(Files):
-    """Counts steps and lets the fault strike at its own."""
+    """Counts steps and lets one fault after the other strike. What strikes is first written to `struck`, so that the
+    next life of the process goes on with the faults that are left."""
 
-    def __init__(self, fault: Fault | None, mark: Callable[[str], None] = lambda what: None) -> None:
-        self.fault, self.count, self._mark = fault, 0, mark
-        self._full = 0
+    def __init__(self, faults: Sequence[Fault], struck: Path | None = None) -> None:
+        self._faults, self._struck = list(faults), struck
+        self._count = self._full = 0
+        self._durable: dict[Path, int] = {}
+        self.weather = Weather(0, 0)
+        self.foreign: list[int] = []
 
     def step(self, call: str, path: Path) -> None:
-        self.count += 1
-        fault = self.fault
+        self._count += 1
+        if call == "open":
+            self._durable[path] = path.stat().st_size if path.exists() else 0
         if self._full and call in ("write", "open", "mkdir"):
             self._full -= 1
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        if fault is None or self.count < fault.at or fault.kind not in ("kill", "torn", "full"):
+        if not self._faults or self._count < self._faults[0].at:
             return
+        fault = self._faults[0]
         if fault.kind == "torn" and (call != "fsync" or not path.is_file()):
             return  # waits for the next file that is written and not yet durable
-        self.fault = None
-        self._mark(f"{fault.kind} at step {self.count}: {call} {path.name}")
-        if fault.kind == "full":
-            self._full = 1 + fault.seed % 5
-            if call in ("write", "open", "mkdir"):
-                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        if fault.kind == "full" and call not in ("write", "open"):
             return
-        if fault.kind == "torn":
-            # A power cut before the data were forced out: the name may be there, the bytes are not.
-            os.truncate(path, random.Random(fault.seed).randrange(max(path.stat().st_size, 1)))
-        os.kill(os.getpid(), signal.SIGKILL)
+        self._faults.pop(0)
+        self._count = 0
+        self._tell(fault, f"{call} {path.name}")
+        if fault.kind == "full":
+            self._full = fault.seed % 4
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        if fault.kind == "clock":
+            jump(fault.seed)
+        elif fault.kind == "weather":
+            self.weather = Weather(fault.seed)
+        elif fault.kind == "foreign":
+            self.foreign.append(fault.seed)
+        else:
+            if fault.kind == "torn":
+                # A power cut before the data were forced out: the name may be there, the last bytes are not.
+                durable = self._durable.get(path, 0)
+                size = path.stat().st_size
+                os.truncate(path, durable + random.Random(fault.seed).randrange(max(size - durable, 1)))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def tamper(self, frames: list[Any]) -> list[list[Any]]:
+        """What a link gets as its `tamper`."""
+        return self.weather(frames)
+
+    def _tell(self, fault: Fault, where: str) -> None:
+        if self._struck is None:
+            return
+        handle = os.open(self._struck, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        os.write(handle, (json.dumps([fault.kind, fault.at, fault.seed, where]) + "\n").encode())
+        os.close(handle)
 
 
 class Weather:
     """Drops, doubles and reorders messages at random for a while."""
 
     def __init__(self, seed: int, messages: int = 60) -> None:
-        self._random, self._left, self._late = random.Random(seed), messages, list[list[Any]]()
+        self._random, self._left = random.Random(seed), messages
+        self._late: list[list[Any]] = []
 
     def __call__(self, frames: list[Any]) -> list[list[Any]]:
         out: list[list[Any]] = []
@@ -250,7 +292,7 @@ def jump(seed: int) -> None:
     time.time = lambda: real() + offset
 
 
-# -- processes -----------------------------------------------------------------------------------------------------------
+# -- processes ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -382,7 +424,7 @@ def foreign_episode(order: Mapping[str, Any], seed: int) -> Episode:
     """An episode that must never enter an update: another adapter, however well everything else fits."""
     draw = np.random.default_rng(seed)
     camera = contract().camera("corner2")
-    adapter = "%064x" % int.from_bytes(draw.bytes(32), "big")
+    adapter = draw.bytes(32).hex()
     image = np.zeros((camera.height, camera.width, 3), np.uint8)
     state = {"hand": np.zeros(3, np.float32), "gripper": np.zeros(1, np.float32)}
     seen = Observation({"corner2": image}, state, order["instruction"], 0.0, 0)
@@ -397,7 +439,7 @@ def foreign_episode(order: Mapping[str, Any], seed: int) -> Episode:
     return episode
 
 
-def summary(folder: Path, journal: Sequence[Any]) -> dict[str, Any]:
+def summary(journal: Sequence[Any]) -> dict[str, Any]:
     """What must be equal with and without faults: adapters of all updates, verdicts, and each update's episodes."""
     received = {e.data["sha"]: e.data["key"] for e in journal if e.kind == "received"}
     return {
@@ -406,4 +448,16 @@ def summary(folder: Path, journal: Sequence[Any]) -> dict[str, Any]:
         "verdicts": [(e.data["candidate"], e.data["decision"]) for e in journal if e.kind == "gated"],
         "promoted": [e.data["adapter"] for e in journal if e.kind == "promoted"],
         "finished": [(e.data["task"], e.data["learned"]) for e in journal if e.kind == "finished"],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, for the results file."""
+    return {
+        "platform": platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "zmq": zmq.zmq_version(),
     }

@@ -22,6 +22,7 @@ from agent.learner.rollouts import ChunkEnv, run_episodes
 from agent.learner.samples import to_episodes
 from agent.learner.sequence import Task, training_specs
 from agent.link.client import LinkClient
+from agent.link.disk import disk_errors
 from agent.link.outbox import Outbox
 from agent.policy.protocol import Policy
 from agent.records import Episode
@@ -99,20 +100,21 @@ class Collector:
     ) -> None:
         self._client, self._outbox, self._serve, self._stored = client, outbox, serve, stored
         self._env, self._tasks, self._write, self._spool = env, tasks, write, spool
-        self._meta, self._idle, self._on_episode = meta, idle, on_episode
+        self._meta, self.idle, self._on_episode = meta, idle, on_episode
         self._files = files or Files()
         self._stopping = False
         self._over: set[str] = set()
         self.doing = "starting"
         self.error = ""
-        self._files.folder(spool)
-        for path in spool.iterdir():
-            self._files.remove(path)  # written by a process that is gone, never accepted by the outbox
+        with disk_errors(spool):
+            self._files.folder(spool)
+            for path in spool.iterdir():
+                self._files.remove(path)  # written by a process that is gone, never accepted by the outbox
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Follow orders until `stop` is called or `until` holds between two of them."""
         while not self._stopping and not until():
-            self._idle()
+            self.idle()
             order = self._next()
             if order is None:
                 self._tell("waiting for an order")
@@ -183,8 +185,9 @@ class Collector:
                 continue
             episode.meta.update(extra, order=order.id, slot=slot)
             path = self._spool / f"{slot}.episode"
-            self._files.remove(path)
-            self._write(path, episode)
+            with disk_errors(path):
+                self._files.remove(path)
+                self._write(path, episode)
             meta = {**extra, "order": order.id, "slot": slot, "adapter": order.adapter, "task": order.task}
             item = self._outbox.put(path, "episode", keys[slot], {**meta, "success": bool(episode.success)})
             if item is not None:

@@ -224,7 +224,7 @@ class LinkClient:
                 self._fetcher.restart()
         elif event in _FAILED:
             self._fail(_FAILED[event])
-        else:
+        elif self._error not in _FAILED.values():
             self._fail("the connection broke")
 
     def _take(self, frames: list[memoryview]) -> None:

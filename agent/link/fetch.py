@@ -113,10 +113,23 @@ class Fetcher:
         return fetch.due
 
     def take(self, message: Message, now: float) -> None:
-        """`files` or `data`."""
+        """`files` or `data`.
+
+        Raises:
+            RatchetError: link.disk_full, link.io, adapter.disk_full …; what is on the disk is continued later.
+        """
         fetch = self._fetch
         if fetch is None or message["adapter"] != fetch.adapter:
             return
+        try:
+            self._receive(fetch, message, now)
+        except RatchetError:
+            self._close(fetch)
+            delay = min(max(2 * fetch.delay, 1.0), 30.0)
+            self._fetch = _Fetch(fetch.adapter, due=now + delay, delay=delay)
+            raise
+
+    def _receive(self, fetch: _Fetch, message: Message, now: float) -> None:
         if message.kind == "files":
             if not fetch.files:
                 self._list(fetch, message["files"], now)
