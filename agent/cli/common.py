@@ -28,7 +28,7 @@ from agent.policy import checkpoint
 from agent.policy.prismatic import PrismaticPolicy
 from sim import registry
 from sim.base import TaskInfo
-from sim.vector import ChunkVectorEnv
+from sim.vector import ChunkVectorEnv, Launcher, local_process
 
 ROOT = Path(__file__).resolve().parents[2]
 # By the start of the suite's name: LIBERO-PRO's perturbed suites share their original's policy.
@@ -112,8 +112,14 @@ def open_running(folder: Path, contract: RobotContract, options: LoraOptions, st
 
 
 def make_vector(
-    policy: PrismaticPolicy, suite: str, contract: RobotContract, workers: int, slots: int
+    policy: PrismaticPolicy, suite: str, contract: RobotContract, workers: int, slots: int, rollouts: str = "local"
 ) -> ChunkVectorEnv:
+    """rollouts: where the simulators run, "local" processes, or Ray: "local-ray" or the address of a cluster."""
+    launch: Launcher = local_process
+    if rollouts != "local":
+        from sim.ray_workers import RayLauncher
+
+        launch = RayLauncher(rollouts)
     return ChunkVectorEnv(
         suite,
         cameras=policy.spec.cameras,
@@ -122,6 +128,7 @@ def make_vector(
         workers=workers,
         slots_per_worker=slots,
         contract=contract,
+        launch=launch,
     )
 
 
