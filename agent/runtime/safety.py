@@ -21,7 +21,7 @@ from agent.runtime.measured import Measured
 from agent.runtime.pacing import Pacer
 from agent.runtime.safety_types import Proposal, SafetyConfig, SafetyState, Verdict
 
-__all__ = ["Proposal", "SafetyConfig", "SafetyFilter", "SafetyState", "Verdict"]
+__all__ = ["MOVING", "Proposal", "SafetyConfig", "SafetyFilter", "SafetyState", "Verdict"]
 
 MOVING = (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
 
