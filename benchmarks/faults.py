@@ -98,7 +98,7 @@ def start_robot(world: World, faults: list[Fault]) -> int:
                 except RatchetError as error:  # another fault: the disk is full
                     print(error, flush=True)
 
-        robot.collector.idle = slip_in
+        robot.collector.pulse = slip_in
         robot.run(robot.over)
 
     return forked(work, world.root / "robot.log")

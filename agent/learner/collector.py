@@ -7,7 +7,6 @@ is not sent twice.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from agent.learner.sequence import Task, training_specs
 from agent.link.client import LinkClient
 from agent.link.disk import disk_errors
 from agent.link.outbox import Outbox
+from agent.link.parcels import EPISODE
 from agent.policy.protocol import Policy
 from agent.records import Episode
 
@@ -79,7 +79,8 @@ class Collector:
         write: writes an episode's file.
         spool: folder for episodes that are being written; on the outbox's file system.
         meta: what to say with each episode, such as session and contract; asked anew for each order.
-        idle: called when there is nothing to run, and between orders.
+        paused: whether nothing should be collected now, such as outside a session; asked between episodes.
+        pulse: called between orders, between episodes and about once a second where there is nothing to run.
     """
 
     def __init__(
@@ -94,13 +95,13 @@ class Collector:
         spool: Path,
         *,
         meta: Callable[[], dict[str, Any]] = dict,
-        idle: Callable[[], None] = lambda: None,
-        on_episode: Callable[[str, str], None] = lambda key, sha: None,
+        paused: Callable[[], bool] = lambda: False,
+        pulse: Callable[[], None] = lambda: None,
         files: Files | None = None,
     ) -> None:
         self._client, self._outbox, self._serve, self._stored = client, outbox, serve, stored
         self._env, self._tasks, self._write, self._spool = env, tasks, write, spool
-        self._meta, self.idle, self._on_episode = meta, idle, on_episode
+        self._meta, self._paused, self.pulse = meta, paused, pulse
         self._files = files or Files()
         self._stopping = False
         self._over: set[str] = set()
@@ -114,10 +115,10 @@ class Collector:
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Follow orders until `stop` is called or `until` holds between two of them."""
         while not self._stopping and not until():
-            self.idle()
+            self.pulse()
             order = self._next()
             if order is None:
-                self._tell("waiting for an order")
+                self._tell("paused" if self._paused() else "waiting for an order")
                 seen = self._client.status().version
                 self._client.wait(lambda seen=seen: self._stopping or self._news(seen), LOOK)  # type: ignore[misc]
                 continue
@@ -166,7 +167,8 @@ class Collector:
 
         def progress(done: int, success: bool) -> None:
             self._files.step("phase", self._spool / "rollout")
-            if self._stopping or not self._wanted(order):
+            self.pulse()
+            if self._stopping or self._paused() or not self._wanted(order):
                 raise Abandoned
 
         _, batch = run_episodes(
@@ -184,14 +186,12 @@ class Collector:
             if self._outbox.knows(keys[slot]):
                 continue
             episode.meta.update(extra, order=order.id, slot=slot)
-            path = self._spool / f"{slot}.episode"
+            path = self._spool / f"{slot}.mcap"
             with disk_errors(path):
                 self._files.remove(path)
                 self._write(path, episode)
             meta = {**extra, "order": order.id, "slot": slot, "adapter": order.adapter, "task": order.task}
-            item = self._outbox.put(path, "episode", keys[slot], {**meta, "success": bool(episode.success)})
-            if item is not None:
-                self._on_episode(item.key, item.sha)
+            self._outbox.put(path, EPISODE, keys[slot], {**meta, "success": bool(episode.success)})
         self._over.add(order.id)
         rate = float(np.mean(batch.success))
         log.info("order %s: %d episodes, success %.0f %%, %.0f s", order.id, len(specs), 100 * rate, batch.seconds)
@@ -201,7 +201,7 @@ class Collector:
     def _next(self) -> Order | None:
         """The learner's order, if it is not done and its adapter is here."""
         order = Order.of(self._client.state)
-        if order is None or order.id in self._over:
+        if order is None or order.id in self._over or self._paused():
             return None
         if not self._stored(order.adapter):
             self._client.want([order.adapter])
@@ -227,20 +227,3 @@ class Collector:
                 "error": self.error[:300],
             }
         )
-
-
-def session_parcel(session: str, ended: bool, manifest: Mapping[str, Any]) -> bytes:
-    """The file that tells the learner of a session; sent after its episodes, so that its end comes after them too."""
-    return (json.dumps({"session": session, "ended": ended, "manifest": dict(manifest)}) + "\n").encode()
-
-
-def label_parcel(episode: str, success: bool, person: str, note: str = "") -> bytes:
-    """The file that tells the learner what a person saw. episode: SHA-256 of the episode's file.
-
-    Raises:
-        RatchetError: robot.no_name without a person's name: an unnamed verdict is none.
-    """
-    if not person.strip():
-        raise RatchetError("robot.no_name", "a verdict needs a person's name", fix="say who watched the episode")
-    source = f"human:{person.strip()}"
-    return (json.dumps({"episode": episode, "success": success, "source": source, "note": note}) + "\n").encode()

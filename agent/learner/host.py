@@ -114,6 +114,11 @@ class LearnerHost:
             self._pending = True
             self._changed.notify_all()
 
+    def told(self) -> bool:
+        """Whether every robot that is present has the state as it is now."""
+        now = time.monotonic()
+        return all(p.version == self.server.version for p in self.server.peers() if p.present(now))
+
     def stop(self) -> None:
         """End `run` after the step that it is in. Any thread, and signal handlers' threads too."""
         self._stopping = True

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,8 @@ class LearnerService:
                 "noise_correlation": config.noise_correlation,
                 "stage": ledger.stage,
                 "update": ledger.update + ledger.attempt * config.updates,
-                "groups": config.groups,
-                "group_size": config.group_size,
+                "groups": config.groups if config.slots else config.batch,
+                "group_size": config.group_size if config.slots else 1,
                 "horizon": config.horizon or task.horizon,
                 "seed": config.seed,
                 "slots": config.slots,
@@ -306,7 +307,8 @@ class LearnerService:
         repeated."""
         if self.config.mode == "simulation":
             return [a.slot // self.config.group_size for a in arrivals]
-        return [max(e.initial_state, -1) for e in episodes]
+        repeated = Counter(e.initial_state for e in episodes if e.initial_state >= 0)
+        return [e.initial_state if repeated[e.initial_state] > 1 else -1 for e in episodes]
 
     def _ask(self) -> None:
         """The gate. It keeps its own measurements, so one that was cut off goes on."""

@@ -4,7 +4,7 @@ Knows files, their hashes, keys and order. Knows no socket and no meaning of a f
 
     data/<sha256>                 contents
     queue/<sequence>-<sha>.json   what is still to be delivered; its appearance is the moment of acceptance
-    done.jsonl                    what was delivered or refused: sequence, key, sha, answer
+    done.jsonl                    what was delivered or refused: the item and the answer
     refused/<sha>                 contents that the learner will never take, kept for a person
 """
 
@@ -182,7 +182,7 @@ class Outbox:
         with self._lock, disk_errors(self.root):
             if item.sequence not in self._items:
                 return
-            line = {"sequence": item.sequence, "key": item.key, "sha": item.sha, "answer": answer}
+            line = {**asdict(item), "answer": answer}
             self._append_done((json.dumps(line) + "\n").encode())
             self._files.remove(self._entry(item))
             del self._items[item.sequence]
@@ -265,10 +265,28 @@ class Outbox:
         return {int(json.loads(line)["sequence"]) for line in path.read_bytes().splitlines()}
 
 
+def history(root: Path) -> list[Item]:
+    """Everything that an outbox ever accepted, oldest first, each once; also while another process has it open."""
+    found: dict[int, Item] = {}
+    path = root / "done.jsonl"
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            raw = json.loads(line)
+            raw.pop("answer")
+            found[int(raw["sequence"])] = Item(**raw)
+        except (ValueError, KeyError, TypeError):
+            break  # being written at this moment
+    for entry in sorted((root / "queue").glob("*.json")):
+        item = _parse(entry)
+        if item is not None:
+            found[item.sequence] = item
+    return [found[s] for s in sorted(found)]
+
+
 def _parse(path: Path) -> Item | None:
     try:
         raw = json.loads(path.read_bytes())
         item = Item(**raw)
-    except (ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None
     return item if is_hash(item.sha) and path.name == f"{item.sequence:012d}-{item.sha}.json" else None

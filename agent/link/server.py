@@ -48,6 +48,7 @@ class Peer:
     report: dict[str, Any] = field(default_factory=dict)
     software: str = ""
     routing: bytes = b""
+    version: str = ""  # of the state that it has
 
     def present(self, now: float) -> bool:
         return now - self.seen < PRESENT
@@ -139,9 +140,14 @@ class LinkServer:
             self._ring(b"state")
             return self._version
 
+    @property
+    def version(self) -> str:
+        """Of the state that is published now."""
+        return self._version
+
     def peers(self) -> list[Peer]:
         with self._lock:
-            return [Peer(p.name, p.seen, dict(p.report), p.software) for p in self._peers.values()]
+            return [Peer(p.name, p.seen, dict(p.report), p.software, b"", p.version) for p in self._peers.values()]
 
     def stop(self) -> None:
         """Close the socket; safe to call more than once."""
@@ -228,8 +234,8 @@ class LinkServer:
                 peer = self._peers[robot] = Peer(robot, now)
             peer.seen, peer.routing = now, routing
             if message.kind == "beat":
-                new = new or peer.report != message["report"]
-                peer.report = dict(message["report"])
+                new = new or peer.report != message["report"] or peer.version != message["have"]
+                peer.report, peer.version = dict(message["report"]), message["have"]
             elif message.kind == "hello":
                 peer.software = message["software"]
         if new:
