@@ -89,6 +89,33 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def training_specs(
+    task: Task, *, seed: int, stage: int, update: int, groups: int, group_size: int, horizon: int = 0, pool: int = 0
+) -> list[EpisodeSpec]:
+    """The episodes of one update: `groups` initial states, drawn without repetition as far as they reach, each
+    `group_size` times. A function of its arguments alone, so that two machines agree on them.
+
+    stage, update: counted from 0. horizon: control steps, 0 takes the task's. pool: the first so many training states,
+    0 takes all.
+    """
+    states = list(task.train_states[:pool] if pool else task.train_states)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "states", stage, update))
+    rounds = -(-groups // len(states))
+    order = [int(i) for _ in range(rounds) for i in torch.randperm(len(states), generator=generator)]
+    return [
+        EpisodeSpec(
+            task.name,
+            task.instruction,
+            states[order[g]],
+            horizon or task.horizon,
+            derive_seed(seed, "train", stage, update, g, i),
+            group=g,
+        )
+        for g in range(groups)
+        for i in range(group_size)
+    ]
+
+
 class SequentialRun:
     """One run in one folder. Call `run`; call it again after a crash to go on.
 
@@ -262,28 +289,21 @@ class SequentialRun:
         return lambda done, ok: self.on_event("episode", {"done": done, "of": total, "success": ok, "what": what})
 
     def _training_specs(self) -> list[EpisodeSpec]:
-        """Groups from random training states, spread evenly over the stage's tasks."""
+        """The update's episodes, spread evenly over the stage's tasks."""
         config, specs = self.config, []
         names = self.method.tasks_of(self.stage)
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, "states", self.stage, self.update))
         for index, name in enumerate(names):
-            task = self.tasks[name]
-            numbers = range(index, config.groups, len(names))
-            pool = list(task.train_states[: config.train_pool] if config.train_pool else task.train_states)
-            rounds = -(-len(numbers) // len(pool))
-            order = [int(i) for _ in range(rounds) for i in torch.randperm(len(pool), generator=generator)]
-            specs += [
-                EpisodeSpec(
-                    name,
-                    task.instruction,
-                    pool[order[i]],
-                    config.horizon or task.horizon,
-                    derive_seed(config.seed, "train", self.stage, self.update, g, k),
-                    group=g,
-                )
-                for i, g in enumerate(numbers)
-                for k in range(config.group_size)
-            ]
+            part = training_specs(
+                self.tasks[name],
+                seed=config.seed if len(names) == 1 else derive_seed(config.seed, name),
+                stage=self.stage,
+                update=self.update,
+                groups=len(range(index, config.groups, len(names))),
+                group_size=config.group_size,
+                horizon=config.horizon,
+                pool=config.train_pool,
+            )
+            specs += [dataclasses.replace(s, group=s.group * len(names) + index) for s in part]
         return specs
 
     def _new_updater(self) -> TaskUpdater:
