@@ -20,6 +20,7 @@ from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from agent.runtime.clock import ManualClock, MonotonicClock
 from agent.runtime.loop import ControlLoop, EpisodeEnd
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
+from agent.runtime.priority import normal, real_time
 from agent.runtime.restamped import Restamped
 from agent.runtime.safety import SafetyConfig, SafetyFilter
 from agent.runtime.session import Session
@@ -66,6 +67,8 @@ class Run:
     """Seed of sampled actions."""
     resume: Literal["automatic", "manual"] = "automatic"
     """After a hold that is not latched: go on by itself, or end the episode for want of a person."""
+    priority: int = 0
+    """With --realtime: SCHED_FIFO level (1..99) asked for the loop's thread; 0 leaves the scheduler alone."""
     python: str = ""
     """Interpreter of the policy process; this one if absent."""
     threads: int = 1
@@ -131,7 +134,13 @@ class Run:
             clock=clock,
             lock_step=not self.realtime,
         )
-        end = loop.run_episode(info.name, info.instruction, horizon=info.horizon, success=robot.success)
+        try:
+            if self.realtime and self.priority:
+                Console(stderr=True).print(real_time(self.priority))
+            end = loop.run_episode(info.name, info.instruction, horizon=info.horizon, success=robot.success)
+        finally:
+            if self.realtime and self.priority:
+                normal()
         return report(state, end, sink, loop)
 
     def _session(self, contract: RobotContract, client: PolicyClient) -> Session | None:
