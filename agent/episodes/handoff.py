@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from agent.records import UInt8
 
 SOCKET_BYTES = 4 << 20
+NAP = 0.01  # s between looks of a receiver that sleeps beside its socket
 FREE, STATUS = b"F", b"S"  # what the receiver sends back: slots, and how it is doing
 
 
@@ -89,7 +91,6 @@ class Sender:
         """Hand a record over, in the order of the calls; False where it found no room. must: waits in any case."""
         data = msgpack.packb(record)
         with self._lock:
-            self._drain()
             if self._socket is None:
                 return False
             if not must and self._queued + len(data) > self._limit:
@@ -172,13 +173,23 @@ class Receiver:
         self._done: list[int] = []
         self.ended = False
 
-    def receive(self, timeout: float) -> dict[str, Any] | None:
-        """The next record, waiting up to `timeout` seconds; None where none came, or `ended` where none will."""
+    def receive(self, timeout: float, *, asleep: bool) -> dict[str, Any] | None:
+        """The next record, waiting up to `timeout` seconds; None where none came, or `ended` where none will.
+
+        asleep: sleep beside the socket, not on it: waking a sleeper costs the sender several times what sending does.
+        """
         self.flush()
-        self._socket.settimeout(max(timeout, 1e-3))
         try:
-            data = self._socket.recv(1 << 22)
-        except TimeoutError:
+            self._socket.setblocking(False)
+            try:
+                data = self._socket.recv(1 << 22)
+            except BlockingIOError:
+                if asleep:
+                    time.sleep(min(max(timeout, 1e-3), NAP))
+                else:
+                    self._socket.settimeout(max(timeout, 1e-3))
+                data = self._socket.recv(1 << 22)
+        except (BlockingIOError, TimeoutError):
             return None
         except OSError:
             data = b""

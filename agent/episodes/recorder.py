@@ -47,8 +47,8 @@ class RecorderConfig:
     """What a power cut may cost, in seconds of recording; at most 0.5."""
     min_free_gb: float = 2.0
     """Recording stops cleanly when the disk has less than this."""
-    nice: int = 5
-    """Politeness of the recorder process towards the control process."""
+    nice: int = 0
+    """Politeness of the recorder process; it needs little, but beside a busy policy a polite one starves."""
 
 
 class Outcome(Protocol):
@@ -362,6 +362,6 @@ class Recorder:
 
 
 def _plain(record: Any) -> dict[str, Any]:
-    """A record's fields with arrays as bytes."""
-    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    return {n: v.tobytes() if isinstance(v, np.ndarray) else v for n, v in fields.items() if not isinstance(v, dict)}
+    """A record's fields with arrays as bytes, without those that are dictionaries."""
+    fields = record.__dict__.items()
+    return {n: v.tobytes() if isinstance(v, np.ndarray) else v for n, v in fields if not isinstance(v, dict)}

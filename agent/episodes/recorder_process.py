@@ -153,7 +153,7 @@ class RecorderProcess:
         self._ready = True
         self._tell()
         while True:
-            record = self._receiver.receive(self._wait())
+            record = self._receiver.receive(self._wait(), asleep=self._recording is not None)
             if record is None and self._receiver.ended:
                 self._end("control_died", None, "")
                 return
