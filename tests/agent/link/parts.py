@@ -3,6 +3,7 @@ but the weather."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,7 +82,10 @@ class RobotEnd:
         return self
 
     def wait(self, predicate: Callable[[], bool], timeout: float = 30.0) -> None:
-        assert self.client.wait(predicate, timeout), self.client.status()
+        """For something of either side: the client tells its own changes, the rest is looked at now and then."""
+        deadline = time.monotonic() + timeout
+        while not self.client.wait(predicate, 0.05):
+            assert time.monotonic() < deadline, self.client.status()
 
     def stop(self) -> None:
         self.client.stop()
