@@ -204,6 +204,7 @@ class Fault:
     kind: str
     at: int
     seed: int
+    where: str = ""  # only at a step of this name, such as `phase update` or `write journal.jsonl`
 
 
 class FaultyFiles(Files):
@@ -227,6 +228,8 @@ class FaultyFiles(Files):
         if not self._faults or self._count < self._faults[0].at:
             return
         fault = self._faults[0]
+        if not f"{call} {path.name}".startswith(fault.where):
+            return
         if fault.kind == "torn" and (call != "fsync" or not path.is_file()):
             return  # waits for the next file that is written and not yet durable
         if fault.kind == "full" and call not in ("write", "open"):

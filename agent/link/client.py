@@ -272,6 +272,7 @@ class LinkClient:
     def _fail(self, error: str) -> None:
         with self._changed:
             self._error = error
+            self._changed.notify_all()
 
     def _send(self, kind: str, fields: Mapping[str, Any], payload: bytes | None = None) -> bool:
         """False where it cannot be sent now: nobody is connected, or the learner is slower than this side."""

@@ -25,7 +25,9 @@ def is_loopback(address: str) -> bool:
         return False
     host = address.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
     try:
-        return ipaddress.ip_address(host).is_loopback
+        found = ipaddress.ip_address(host)
+        mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+        return (mapped or found).is_loopback
     except ValueError:
         return False  # a name, localhost included, may resolve to anything
 
@@ -58,7 +60,7 @@ def listen(context: zmq.Context[Any], address: str, keys: KeyPair | None) -> zmq
     """
     require_allowed(address, keys)
     router: zmq.Socket[Any] = context.socket(zmq.ROUTER)
-    _common(router)
+    _common(router, address)
     router.setsockopt(zmq.BACKLOG, BACKLOG)
     if keys is not None:
         router.curve_server = True
@@ -84,7 +86,7 @@ def dial(context: zmq.Context[Any], address: str, keys: KeyPair | None, learner:
     """
     require_allowed(address, keys)
     dealer: zmq.Socket[Any] = context.socket(zmq.DEALER)
-    _common(dealer)
+    _common(dealer, address)
     # Nothing is queued for a learner that is not there: what waits, waits on the disk.
     dealer.setsockopt(zmq.IMMEDIATE, 1)
     dealer.setsockopt(zmq.RECONNECT_IVL, 100)
@@ -118,12 +120,12 @@ def receive(socket: zmq.Socket[Any], keep: int) -> list[zmq.Frame]:
             return frames
 
 
-def _common(socket: zmq.Socket[Any]) -> None:
+def _common(socket: zmq.Socket[Any], address: str) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, PAYLOAD_LIMIT)
     socket.setsockopt(zmq.SNDHWM, QUEUE)
     socket.setsockopt(zmq.RCVHWM, QUEUE)
-    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.IPV6, int("[" in address))
     # A peer whose cable was pulled is noticed, and its connection dropped, without waiting for TCP's hours.
     socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10000)
