@@ -25,6 +25,7 @@ from agent.cli import (
     run,
     session,
     status,
+    study,
 )
 from agent.errors import RatchetError
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "robot": robot.Robot,
         "session": session.SessionCommand,
         "status": status.Status,
+        "study": study.Study,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(
