@@ -5,8 +5,11 @@ Knows Linux scheduling and Python's interpreter lock. Changes the calling thread
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SWITCH = 5e-4  # s: how long another thread may keep the interpreter once the loop wants it (Python's default is 5 ms)
 
@@ -30,3 +33,16 @@ def normal() -> None:
     """Back to the ordinary scheduler."""
     if hasattr(os, "sched_setscheduler"):
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage collection while the block runs: in mid-motion one is a late command. References still free memory."""
+    running = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
