@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,8 @@ from agent.errors import RatchetError
 from agent.learner.gate import GateConfig, decision_of
 from agent.learner.gatekeeper import Gatekeeper, earlier_tasks
 from sim import registry
+from sim.base import TaskInfo
+from sim.vector import ChunkVectorEnv
 
 STORE = Path("runs/demo/adapters")
 EXIT = {"promote": 0, "hold": 3, "reject": 4}
@@ -32,7 +34,9 @@ class Promote:
     """Run the gate on an adapter and make it `active` if it passes; exit 0 promoted, 3 held, 4 rejected.
 
     The gate runs candidate and active adapter (the base where nothing is active) on the same episodes of the new task,
-    every earlier task and the held-out ones. A verdict that is already on the adapter's card is not measured again.
+    every earlier task and the held-out ones. A verdict that is already on the adapter's card is not measured again,
+    unless it was reached against another adapter or under other demands. Where the tasks cannot be simulated here, the
+    gate says what is missing and holds.
     """
 
     adapter: Annotated[str, tyro.conf.Positional] = "candidate"
@@ -68,7 +72,7 @@ class Promote:
         stored = store.card(candidate).provenance.gate
         if candidate == active:
             raise RatchetError("gate.same", "this adapter is active already", where=candidate[:12])
-        if self.again or decision_of(stored, active) is None:
+        if self.again or decision_of(stored, active, self.gate, self.held_out) is None:
             self._measure(store, candidate, active, console)
             stored = store.card(candidate).provenance.gate
         print_verdict(stored, console)
@@ -82,13 +86,18 @@ class Promote:
         return 0 if promoted else EXIT[stored["decision"]]
 
     def _measure(self, store: FolderStore, candidate: str, active: str, console: Console) -> None:
-        contract = registry.contract_for(self.suite)
         names = [store.card(candidate).provenance.task, *earlier_tasks(store, candidate, active), *self.held_out]
-        tasks = common.find_tasks(self.suite, [n for n in dict.fromkeys(names) if n])
-        lora = common.lora_of(store, candidate)
-        running = common.open_running(common.policy_folder(self.suite, self.policy), contract, lora, store)
-        common.print_contract(console, contract)
-        env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
+        folder = self.store / "gate"
+        try:
+            tasks, env, running = self._world(store, candidate, [n for n in dict.fromkeys(names) if n], console)
+        except RatchetError as error:
+            # What was typed here is refused; what only the cards name cannot be evaluated on this machine.
+            if not error.code.startswith("sim.") or self._mistyped(error):
+                raise
+            Gatekeeper(_no_policy, None, {}, store, self.gate, folder, missing=str(error)).run(
+                candidate, active, self.held_out
+            )
+            return
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
         try:
             with Progress(*columns, console=console, transient=True) as progress:
@@ -98,10 +107,28 @@ class Promote:
                     if kind == "episode":
                         progress.update(bar, description=facts["what"], completed=facts["done"], total=facts["of"])
 
-                keeper = Gatekeeper(running.serve, env, tasks, store, self.gate, self.store / "gate", show)
+                keeper = Gatekeeper(running.serve, env, tasks, store, self.gate, folder, show)
                 keeper.run(candidate, active, self.held_out)
         finally:
             env.close()
+
+    def _world(
+        self, store: FolderStore, candidate: str, names: list[str], console: Console
+    ) -> tuple[dict[str, TaskInfo], ChunkVectorEnv, common.Running]:
+        """The tasks by name, their simulators and the policy that takes either adapter."""
+        contract = registry.contract_for(self.suite)
+        tasks = common.find_tasks(self.suite, names)
+        lora = common.lora_of(store, candidate)
+        running = common.open_running(common.policy_folder(self.suite, self.policy), contract, lora, store)
+        common.print_contract(console, contract)
+        return tasks, common.make_vector(running.policy, self.suite, contract, self.workers, self.slots), running
+
+    def _mistyped(self, error: RatchetError) -> bool:
+        return error.code == "sim.unknown_suite" or any(f"'{name}'" in error.what for name in self.held_out)
+
+
+def _no_policy(adapter_id: str) -> NoReturn:
+    raise RatchetError("gate.no_simulator", "no policy is served where nothing can be simulated", where=adapter_id[:12])
 
 
 @dataclass

@@ -208,10 +208,12 @@ class _View:
             )
         elif kind == "update":
             done = (facts["stage"] - 1) * self.config.updates + facts["update"]
-            rate = facts["successes"] / facts["episodes"]
-            note = (
-                f"{facts['task']} {rate:.0%}  KL {facts.get('approx_kl', 0):.3f}  entropy {facts.get('entropy', 0):.2f}"
-            )
+            if facts["episodes"]:
+                rate = facts["successes"] / facts["episodes"]
+                kl, entropy = facts.get("approx_kl", 0), facts.get("entropy", 0)
+                note = f"{facts['task']} {rate:.0%}  KL {kl:.3f}  entropy {entropy:.2f}"
+            else:
+                note = f"{facts['task']} loss {facts['loss']:.3f}"
             self.progress.update(self.bar, completed=done, note=note)
             if not self.console.is_terminal:
                 self.console.print(f"update {facts['update']:3d}  {note}  {facts['seconds']:.0f} s")

@@ -20,6 +20,7 @@ from agent.learner.metrics import Cell, difference
 
 Role = Literal["new", "earlier", "held_out"]
 Decision = Literal["promote", "hold", "reject"]
+CANNOT = "gate.cannot_evaluate"
 
 
 @dataclass(frozen=True)
@@ -237,12 +238,24 @@ def judge(candidate: str, active: str, comparisons: Sequence[Comparison], config
 
 def cannot_evaluate(candidate: str, active: str, why: str, config: GateConfig) -> Verdict:
     """The verdict where the comparison could not be made: hold."""
-    return Verdict("hold", (Reason("gate.cannot_evaluate", why),), candidate, active, (), config)
+    return Verdict("hold", (Reason(CANNOT, why),), candidate, active, (), config)
 
 
-def decision_of(stored: Mapping[str, Any], active: str) -> Decision | None:
-    """What a stored verdict says about promotion over `active`; None where it was reached against another adapter."""
+def decision_of(
+    stored: Mapping[str, Any], active: str, config: GateConfig | None = None, held_out: Sequence[str] = ()
+) -> Decision | None:
+    """What a stored verdict says about promotion over `active`; None where it does not answer today's question.
+
+    It does not where it was reached against another adapter, under other demands than `config` (not compared if None),
+    without one of the `held_out` tasks, or where nothing could be evaluated: what was missing may be there by now.
+    """
     decision = stored.get("decision")
     if decision not in ("promote", "hold", "reject") or stored.get("active") != active:
+        return None
+    if any(reason["code"] == CANNOT for reason in stored.get("reasons", ())):
+        return None
+    if config is not None and dict(stored.get("config", {})) != asdict(config):
+        return None
+    if not {*held_out} <= {row["task"] for row in stored.get("tasks", ())}:
         return None
     return decision  # type: ignore[no-any-return]

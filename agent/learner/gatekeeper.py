@@ -40,6 +40,7 @@ class Gatekeeper:
     Args:
         serve: given an adapter id ("" for the base), the policy that runs it; this is where hot swaps happen.
         env: where episodes run; None where there is no simulator for these tasks, and then the gate holds.
+        missing: what is missing where `env` is None, for the verdict.
         tasks: by name.
         folder: where measured outcomes are kept, so that an interrupted gate goes on.
         on_event: called with ("episode" | "evaluated" | "verdict", facts).
@@ -54,7 +55,9 @@ class Gatekeeper:
         config: GateConfig,
         folder: Path,
         on_event: Event = lambda kind, facts: None,
+        missing: str = "there is no simulator for these tasks",
     ) -> None:
+        self.missing = missing
         self.serve, self.env, self.tasks, self.store = serve, env, tasks, store
         self.config, self.folder, self.on_event = config, folder, on_event
 
@@ -87,7 +90,7 @@ class Gatekeeper:
 
     def _verdict(self, candidate: str, active: str, wanted: Sequence[tuple[str, Role]]) -> Verdict:
         if self.env is None:
-            return cannot_evaluate(candidate, active, "there is no simulator for these tasks", self.config)
+            return cannot_evaluate(candidate, active, self.missing, self.config)
         unknown = [t for t, _ in wanted if t not in self.tasks]
         if unknown:
             text = f"no way to run {', '.join(unknown)}"

@@ -32,13 +32,19 @@ class EWC(SeqFT):
         self.anchor: list[Tensor] = []
         self._squares: list[Tensor] = []
         self._steps = 0
+        self._fresh = False
+
+    def begin_task(self, stage: int, seed: int) -> None:
+        self._squares, self._steps = [], 0
 
     def begin_update(self) -> None:
-        """Only the last update of a task counts: each one starts its sums anew."""
-        self._squares = [torch.zeros_like(p) for p in self.parameters()]
-        self._steps = 0
+        """Only the last update of a task that taught anything counts: the next gradient starts the sums anew."""
+        self._fresh = True
 
     def on_gradient(self) -> None:
+        if self._fresh:
+            self._squares, self._steps = [torch.zeros_like(p) for p in self.parameters()], 0
+            self._fresh = False
         for total, parameter in zip(self._squares, self.parameters(), strict=True):
             if parameter.grad is not None:
                 total += parameter.grad.detach() ** 2

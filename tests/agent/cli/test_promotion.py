@@ -1,8 +1,8 @@
 """Promotion from the command line: the exit code is what a script at night acts on.
 
 Pinned: 0 promoted, 3 held, 4 rejected; a stored verdict is used only against the adapter that is active now; an
-override is kept in the history with its reason; rollback and diff. Determinism: verdicts are on the cards, nothing is
-simulated.
+override is kept in the history with its reason; what cannot be simulated here is held and the card says why; rollback
+and diff. Determinism: verdicts are on the cards, nothing is simulated.
 """
 
 from __future__ import annotations
@@ -78,3 +78,27 @@ def test_diff_names_the_layers(store: FolderStore, capsys: pytest.CaptureFixture
     assert all(layer["difference"] > 0 for layer in printed["layers"])
     assert main(["adapters", "diff", "active", "candidate", "--store", str(store.root)]) == 0
     assert printed["layers"][0]["layer"] in capsys.readouterr().out
+
+
+def test_what_cannot_be_simulated_is_held_and_the_card_says_so(
+    store: FolderStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The cards name a task that no simulator here has; a task that somebody typed is refused instead.
+    command = ["adapters", "promote", "candidate", "--store", str(store.root), "--json"]
+    assert main(command) == 3
+    printed = json.loads(capsys.readouterr().out)
+    assert [r["code"] for r in printed["reasons"]] == ["gate.cannot_evaluate"]
+    assert "'new'" in printed["reasons"][0]["text"]
+    assert store.card("candidate").provenance.gate["decision"] == "hold"
+    assert store.tags()["active"] == made(1).id
+    assert main([*command, "--suite", "metawrld"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "sim.unknown_suite"
+
+
+def test_a_verdict_under_laxer_demands_does_not_promote(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
+    lax = judge(made(2).id, made(1).id, [NEW, pair("earlier", 40, 4, 1, 5)], GateConfig(allowed_drop=0.5))
+    assert lax.decision == "promote"
+    store.annotate(made(2).id, {}, gate=lax.as_dict())
+    assert main(["adapters", "promote", "candidate", "--store", str(store.root), "--json"]) == 3
+    assert store.tags()["active"] == made(1).id
+    capsys.readouterr()

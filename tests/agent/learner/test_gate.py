@@ -141,4 +141,14 @@ def test_a_stored_verdict_counts_only_against_the_adapter_it_was_reached_against
     assert decision_of(stored, "a") == "promote"
     assert decision_of(stored, "other") is None
     assert decision_of({}, "a") is None
-    assert decision_of(cannot_evaluate("c", "a", "no simulator", GateConfig()).as_dict(), "a") == "hold"
+
+
+def test_a_stored_verdict_counts_only_for_the_question_that_is_asked() -> None:
+    stored = judge("c", "a", [NEW, pair("held_out", 20, 0, 0, 30, task="h")], GateConfig()).as_dict()
+    assert decision_of(stored, "a", GateConfig(), ["h"]) == "promote"
+    assert decision_of(stored, "a", GateConfig(), ["another"]) is None
+    assert decision_of(stored, "a", GateConfig(allowed_drop=0.0)) is None
+    # What was missing may be there by now: a hold for that reason is measured again.
+    missing = cannot_evaluate("c", "a", "no simulator", GateConfig())
+    assert missing.decision == "hold"
+    assert decision_of(missing.as_dict(), "a", GateConfig()) is None

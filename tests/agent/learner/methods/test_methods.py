@@ -154,6 +154,23 @@ def test_ewc_sums_the_fisher_over_tasks() -> None:
     assert all(torch.allclose(f, torch.full_like(f, 5.0)) for f in method.fisher)
 
 
+def test_ewc_keeps_the_last_update_that_taught_anything() -> None:
+    method = bound(EWC(clamp=100.0))
+    method.begin_task(0, 0)
+    for value in (1.0, 3.0):
+        method.begin_update()
+        for p in method.parameters():
+            p.grad = torch.full_like(p, value)
+        method.on_gradient()
+    method.begin_update()  # an update in which every group was unanimous: no gradient follows
+    method.end_task(0)
+    assert all(torch.allclose(f, torch.full_like(f, 9.0)) for f in method.fisher)
+    method.begin_task(1, 0)  # a task that teaches nothing adds nothing
+    method.begin_update()
+    method.end_task(1)
+    assert all(torch.allclose(f, torch.full_like(f, 9.0)) for f in method.fisher)
+
+
 def test_replay_draws_from_other_tasks_only(demonstrations: Demonstrations) -> None:
     method = bound(ExpertReplay(demonstrations))
     method.begin_task(0, 0)
