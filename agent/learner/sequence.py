@@ -152,6 +152,7 @@ class SequentialRun:
         self.method = method or SeqFT()
         self._base_hash = policy.base_hash  # of the base as it came: a method may change the weights
         self.method.bind(policy, lora, config.tasks, config.seed)
+        self.policy = self.method.policy  # a control may train a network of its own
         self.matrix = SuccessMatrix(tuple(config.tasks), tuple(config.held_out))
         self.stage = 0  # tasks finished
         self.update = 0  # updates finished in the current stage
@@ -319,6 +320,8 @@ class SequentialRun:
     def _fingerprint(self) -> str:
         """What must not change between the start of a run and its resumption."""
         facts = {"config": dataclasses.asdict(self.config), "base": self._base_hash, "method": self.method.name}
+        if self.method.settings:
+            facts["settings"] = self.method.settings
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _save(self) -> None:

@@ -7,6 +7,7 @@ the same numbers.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -44,6 +45,10 @@ class SeqFT:
     name = "seq_ft"
     needs_demonstrations = False
     needs_rollouts = True
+    sequential = True
+    """Whether tasks come one after the other, so that transfer and forgetting mean something."""
+    whole_model = False
+    """Whether all weights move: they need smaller steps than an adapter's."""
 
     def __init__(self, demonstrations: Samples | None = None) -> None:
         if self.needs_demonstrations and demonstrations is None:
@@ -53,8 +58,15 @@ class SeqFT:
         self.demonstrations = demonstrations
 
     def bind(self, policy: Policy, lora: Lora, tasks: Sequence[str], seed: int) -> None:
-        """Called once, before anything else."""
+        """Called once, before anything else. `self.policy` is from then on the one that is trained."""
         self.policy, self.lora, self.tasks, self.seed = policy, lora, tuple(tasks), seed
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's own parameters by name, those that differ from their defaults; part of a run's identity."""
+        own = inspect.signature(type(self).__init__).parameters.values()
+        values = {p.name: (getattr(self, p.name), p.default) for p in own if p.kind is p.KEYWORD_ONLY}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
     @classmethod
     def serving_rank(cls, rank: int, tasks: int) -> int:

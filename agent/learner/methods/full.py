@@ -18,9 +18,10 @@ from agent.policy.protocol import Policy
 
 
 class FullFineTuning(SeqFT):
-    """Seq. FT on every weight. learning_rate_factor: full weights need smaller steps than an adapter's."""
+    """Seq. FT on every weight."""
 
     name = "full_ft"
+    whole_model = True
 
     def start(self, seed: int) -> None:
         super().start(seed)  # an empty adapter: it adds nothing and is not trained
@@ -31,10 +32,12 @@ class FullFineTuning(SeqFT):
         for parameter in self.lora.trainable():
             parameter.requires_grad_(False)
         self._own: list[nn.Parameter] = []
-        for parameter in self.policy.module.parameters():
+        self._names: list[str] = []
+        for name, parameter in self.policy.module.named_parameters():
             if id(parameter) not in adapter and parameter.is_floating_point():
                 parameter.requires_grad_(True)
                 self._own.append(parameter)
+                self._names.append(name.replace(".base_layer.", "."))
 
     def parameters(self) -> list[nn.Parameter]:
         return self._own
@@ -54,7 +57,7 @@ class FullFineTuning(SeqFT):
         return self.policy
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": [p.detach() for p in self._own]}
+        return {"weights": [p.detach() for p in self._own], "names": self._names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._unfreeze()

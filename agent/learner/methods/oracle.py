@@ -10,6 +10,7 @@ class Oracle(SeqFT):
     """Every stage learns from all tasks; its matrix is meant to be read after the last stage only."""
 
     name = "oracle"
+    sequential = False
 
     def tasks_of(self, stage: int) -> tuple[str, ...]:
         return self.tasks

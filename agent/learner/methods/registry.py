@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from agent.errors import RatchetError
 from agent.learner.methods.base import SeqFT
+from agent.learner.methods.cnn import SmallCNN
 from agent.learner.methods.ewc import EWC
 from agent.learner.methods.expansion import Expansion
 from agent.learner.methods.full import FullFineTuning
@@ -15,7 +16,19 @@ from agent.learner.methods.supervised import Supervised
 
 METHODS: dict[str, type[SeqFT]] = {
     method.name: method
-    for method in (SeqFT, EWC, ExpertReplay, DarkReplay, Retain, SLCA, Expansion, Oracle, FullFineTuning, Supervised)
+    for method in (
+        SeqFT,
+        EWC,
+        ExpertReplay,
+        DarkReplay,
+        Retain,
+        SLCA,
+        Expansion,
+        Oracle,
+        FullFineTuning,
+        SmallCNN,
+        Supervised,
+    )
 }
 
 

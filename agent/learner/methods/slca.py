@@ -13,27 +13,27 @@ from torch import nn
 from agent.learner.methods.base import SeqFT
 from agent.learner.pretrain import Samples
 
-RATES = {"vision": 0.1, "language": 0.5, "head": 1.0}
-"""Factors on the learning rate."""
-
 
 class SLCA(SeqFT):
-    """Seq. FT whose optimiser has one group per component."""
+    """Seq. FT whose optimiser has one group per component. vision, language, head: factors on the learning rate."""
 
     name = "slca"
 
-    def __init__(self, demonstrations: Samples | None = None, *, rates: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, demonstrations: Samples | None = None, *, vision: float = 0.1, language: float = 0.5, head: float = 1.0
+    ) -> None:
         super().__init__(demonstrations)
-        self.rates = dict(rates or RATES)
+        self.vision, self.language, self.head = vision, language, head
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         trained = {id(p): p for p in self.parameters()}
-        groups: dict[str, list[nn.Parameter]] = {name: [] for name in self.rates}
+        rates = {"vision": self.vision, "language": self.language, "head": self.head}
+        groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
         for name, parameter in self.policy.module.named_parameters():
             if id(parameter) in trained:
                 groups[component(name)].append(trained.pop(id(parameter)))
         groups["language"] += trained.values()  # what the module does not name belongs to the trunk
-        return [{"params": p, "lr": learning_rate * self.rates[n]} for n, p in groups.items() if p]
+        return [{"params": p, "lr": learning_rate * rates[n]} for n, p in groups.items() if p]
 
 
 def component(name: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from agent.adapters.identity import binding_of
 from agent.adapters.lora import scaling_of, split_name
 from agent.errors import RatchetError
+from agent.learner.methods.cnn import SmallCNN
 from agent.learner.methods.ewc import EWC
 from agent.learner.methods.full import FullFineTuning
 from agent.learner.methods.oracle import Oracle
@@ -45,6 +46,8 @@ def demonstrations() -> Demonstrations:
 
 def made(name: str, data: Demonstrations) -> Any:
     method = METHODS[name]
+    if name == "small_cnn":
+        return SmallCNN(data, width=32, warm_steps=4, warm_batch=8)
     return method(data) if method.needs_demonstrations else method()
 
 
@@ -248,7 +251,7 @@ def test_joining_one_adapter_changes_nothing() -> None:
 
 
 def test_slca_gives_components_their_rates() -> None:
-    method = bound(SLCA(rates={"vision": 0.1, "language": 0.5, "head": 2.0}))
+    method = bound(SLCA(vision=0.1, language=0.5, head=2.0))
     groups = method.parameter_groups(1e-2)
     assert sorted(g["lr"] for g in groups) == pytest.approx([1e-3, 5e-3, 2e-2])
     grouped = {id(p) for g in groups for p in g["params"]}
@@ -290,6 +293,41 @@ def test_full_fine_tuning_moves_the_base_and_no_adapter(finished: Callable[..., 
     assert len(moved) > 20
     assert run.lora.effect().overall == 0.0
     assert isinstance(run.method, FullFineTuning)
+
+
+def test_the_cnn_is_a_network_of_its_own_with_a_supervised_start(demonstrations: Demonstrations) -> None:
+    fresh, warm = (bound(SmallCNN(demonstrations, width=32, warm_steps=n, warm_batch=16)) for n in (0, 60))
+    assert not any("language_model" in name for name, _ in warm.policy.module.named_parameters())
+    assert not any(p.requires_grad for p in warm.lora.trainable())
+    rows = slice(0, 40)
+    frames = PolicyInput(
+        demonstrations.images[rows],
+        torch.from_numpy(demonstrations.state[rows]),
+        [demonstrations.instructions[t] for t in demonstrations.task[rows]],
+    )
+    tokens = warm.policy.tokens_of(torch.from_numpy(demonstrations.actions[rows]))
+    before, after = (float(m.policy.log_prob(frames, tokens, 1.0)[0].detach().mean()) for m in (fresh, warm))
+    assert after > before + 0.5
+    with torch.no_grad():
+        sampled = warm.policy.sample(frames, 1.0, torch.full(tokens.shape, 0.5))
+        again, _ = warm.policy.log_prob(frames, sampled.tokens, 1.0)
+    torch.testing.assert_close(sampled.log_prob, again, rtol=1e-4, atol=1e-5)
+
+
+def test_settings_are_part_of_a_run(demonstrations: Demonstrations, tmp_path: Path) -> None:
+    assert EWC().settings == {}
+    assert EWC(strength=5.0).settings == {"strength": 5.0}
+    assert DarkReplay(demonstrations, batch=8).settings == {"batch": 8}
+
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "update":
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(tmp_path, stop, method=EWC())
+    with pytest.raises(RatchetError) as refused:
+        start(tmp_path, quiet, method=EWC(strength=5.0))
+    assert refused.value.code == "learn.changed_run"
 
 
 def test_supervised_imitates_and_runs_no_episodes(finished: Callable[..., Any], demonstrations: Demonstrations) -> None:
