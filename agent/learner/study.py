@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from agent.errors import RatchetError
-from agent.learner.intervals import Interval
+from agent.learner.intervals import Interval, mean
 from agent.learner.metrics import SuccessMatrix, difference, measures
 
 MEASURES = ("AVG", "NBT", "FWT", "ZS", "plasticity")
@@ -31,13 +31,20 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One method with one seed, finished. seconds: wall clock; episodes: those that were learned from."""
+    """One method with one seed, finished.
+
+    seconds: wall clock, of the last start where it was stopped and resumed. episodes: those that were learned from.
+    updates: what was logged of each update. sequential: False where all tasks were learned at once, so that transfer,
+    forgetting and a task's own gain mean nothing.
+    """
 
     method: str
     seed: int
     matrix: SuccessMatrix
     seconds: float
     episodes: int
+    updates: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    sequential: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,13 @@ def plasticity(matrix: SuccessMatrix) -> Interval | None:
         if before is None or after is None:
             return None
         gains.append(difference(after, before))
-    centre = math.fsum(g.estimate for g in gains) / len(gains)
-    below = math.sqrt(math.fsum((g.estimate - g.low) ** 2 for g in gains)) / len(gains)
-    above = math.sqrt(math.fsum((g.high - g.estimate) ** 2 for g in gains)) / len(gains)
-    return Interval(centre, centre - below, centre + above, "MOVER over differences")
+    return mean(gains)
 
 
 def over_seeds(values: Sequence[Interval]) -> Interval:
     """Mean over seeds: Student's t interval of the seeds' estimates, which holds the luck of training and of
-    evaluation. A single seed keeps its own interval, which holds the luck of evaluation alone.
+    evaluation, but never a narrower one than the luck of evaluation alone gives: a few seeds may agree by chance.
+    A single seed keeps its own interval, which holds the luck of evaluation alone.
 
     Raises:
         RatchetError: study.nothing_measured.
@@ -79,7 +84,9 @@ def over_seeds(values: Sequence[Interval]) -> Interval:
     estimates = np.array([v.estimate for v in values])
     centre = float(estimates.mean())
     half = float(stats.t.ppf(0.975, len(values) - 1) * estimates.std(ddof=1) / math.sqrt(len(values)))
-    return Interval(centre, centre - half, centre + half, f"Student's t over {len(values)} seeds")
+    luck = mean(values)
+    low, high = min(centre - half, luck.low), max(centre + half, luck.high)
+    return Interval(centre, low, high, f"Student's t over {len(values)} seeds")
 
 
 def summarise(trials: Sequence[Trial]) -> list[Summary]:
@@ -90,9 +97,10 @@ def summarise(trials: Sequence[Trial]) -> list[Summary]:
         found: dict[str, list[Interval | None]] = {name: [] for name in MEASURES}
         for trial in mine:
             scores = measures(trial.matrix)
-            for name in ("AVG", "NBT", "FWT", "ZS"):
-                found[name].append(getattr(scores, name.lower()))
-            found["plasticity"].append(plasticity(trial.matrix))
+            for name in ("AVG", "ZS", "NBT", "FWT"):
+                known = trial.sequential or name in ("AVG", "ZS")
+                found[name].append(getattr(scores, name.lower()) if known else None)
+            found["plasticity"].append(plasticity(trial.matrix) if trial.sequential else None)
         values = {
             name: over_seeds([i for i in items if i is not None]) if all(i is not None for i in items) else None
             for name, items in found.items()
@@ -127,8 +135,8 @@ def as_dict(trials: Sequence[Trial], facts: Mapping[str, Any]) -> dict[str, Any]
     return {**facts, "methods": methods}
 
 
-def load_trial(method: str, seed: int, folder: Path) -> Trial | None:
-    """A finished trial's folder, None where it is not finished.
+def load_trial(method: str, seed: int, folder: Path, sequential: bool = True) -> Trial | None:
+    """A finished trial's folder, None where it is not finished. method: label of its row.
 
     Raises:
         RatchetError: metrics.bad_file for a damaged matrix.
@@ -139,8 +147,39 @@ def load_trial(method: str, seed: int, folder: Path) -> Trial | None:
     if "finished" not in facts:
         return None
     lines = (folder / "updates.jsonl").read_text().splitlines() if (folder / "updates.jsonl").is_file() else []
-    episodes = sum(int(json.loads(line)["episodes"]) for line in lines)
-    return Trial(method, seed, SuccessMatrix.load(folder / "matrix.json"), float(facts["seconds"]), episodes)
+    updates = tuple(json.loads(line) for line in lines)
+    episodes = sum(int(u["episodes"]) for u in updates)
+    matrix = SuccessMatrix.load(folder / "matrix.json")
+    return Trial(method, seed, matrix, float(facts["seconds"]), episodes, updates, sequential)
+
+
+def require_same(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """A trial that lies in `folder`, finished or not, must have been started as it would be started now.
+
+    wanted: facts as they stand in run.json. What an older version did not write is not compared.
+
+    Raises:
+        RatchetError: study.changed naming what differs.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        return
+    stored = json.loads(path.read_text())
+    changed = _differing({k: stored[k] for k in wanted if k in stored}, json.loads(json.dumps(wanted, default=str)), "")
+    if changed:
+        raise RatchetError(
+            "study.changed",
+            f"this trial was run with other settings: {', '.join(changed[:4])}",
+            where=str(folder),
+            fix="use a new study folder, or the settings as they were",
+        )
+
+
+def _differing(stored: Any, wanted: Any, name: str) -> list[str]:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        both = [k for k in stored if k in wanted]
+        return [d for k in both for d in _differing(stored[k], wanted[k], f"{name}.{k}" if name else k)]
+    return [] if stored == wanted else [f"{name} {stored!r}, now {wanted!r}"]
 
 
 def markdown(trials: Sequence[Trial]) -> str:
