@@ -1,9 +1,9 @@
-"""One axis under limits of velocity, acceleration, jerk and position: the next velocity, always one that can be stopped.
+"""One axis under limits of velocity, acceleration, jerk and position: the next velocity, one that can be stopped.
 
 Knows numbers in seconds and one unit. Knows no robot, no action space and no reason for stopping.
 Every accepted state is viable: from it the axis can brake within acceleration and jerk without leaving its position
-range, so no later step has to break one limit to keep another. For acceleration alone the test is closed form; with jerk
-the braking is simulated, step by step.
+range, so no later step has to break one limit to keep another. For acceleration alone the test is closed form; with
+jerk the braking is simulated, step by step.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Knows which action of which chunk comes next, and what became of the others. Knows no robot, no policy and no limits.
 An action j of a chunk is meant for the observation's stamp + j periods. `collect` sends all K in order, however late
-they are (the safety stage judges their age). `deploy` skips what is past, blends over the seam and drops the rest of the
-chunk before. A chunk that begins from standstill is never cut at its head: nothing has moved since its observation.
+they are (the safety stage judges their age). `deploy` skips what is past, blends over the seam and drops the rest of
+the chunk before. A chunk that begins from standstill is never cut at its head: nothing has moved since its observation.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class CollectExecutor(_Executor):
 
     @property
     def expecting(self) -> bool:
-        return self._asked
+        return True
 
     def wants(self, now: float) -> bool:
         return not self._asked and self._exhausted()
@@ -174,7 +174,7 @@ class DeployExecutor(_Executor):
 
     @property
     def expecting(self) -> bool:
-        return self._asked and not self._moved
+        return not self._moved
 
     @property
     def latency(self) -> float:
@@ -206,7 +206,7 @@ class DeployExecutor(_Executor):
                 self._latencies.append(now - self._asked_at)
             self._first = self._asked = False
         anchor = now if resting else chunk.observation_stamp
-        if int(round((now - anchor) / self.period)) >= len(chunk.actions):
+        if round((now - anchor) / self.period) >= len(chunk.actions):
             return  # all of it is past; the running plan goes on
         old = self._plan
         if old is not None:
@@ -234,13 +234,13 @@ class DeployExecutor(_Executor):
 
     def _offset(self, now: float) -> int:
         assert self._plan is not None
-        return int(round((now - self._plan.anchor) / self.period))
+        return round((now - self._plan.anchor) / self.period)
 
     def _mix(self, action: Float32, now: float) -> tuple[Float32, Mark]:
-        """Weight 1/(B+1), 2/(B+1), … for the new chunk over B ticks, against what the old one planned for this moment."""
+        """Weight 1/(B+1), 2/(B+1), … for the new chunk over B ticks, against what the old one planned for now."""
         assert self._seam is not None
         self._blended += 1
-        before = int(round((now - self._seam.anchor) / self.period))
+        before = round((now - self._seam.anchor) / self.period)
         if self._blended > self._blend or before >= len(self._seam.chunk.actions):
             self._seam = None
             return action, Mark.NONE

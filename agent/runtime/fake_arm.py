@@ -1,6 +1,6 @@
 """FakeArm: an arm without hardware, for tests, benchmarks and dry runs: it goes where it is told, on a given clock.
 
-Knows a contract of any control mode and every way a driver can fail. Draws no scene: its frames are noise with a counter.
+Knows a contract of any control mode and every way a driver can fail. Draws no scene: its frames are noise.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ class FakeArm:
         out: dict[str, Float32] = {}
         for field in self._contract.state:
             values = np.zeros(field.size, np.float32)
-            if field.size == 4 and field.name == self._limits.rotation_field:
+            if field.size == 4 and field.name == self._limits.gauge.rotation_field:
                 values[3] = 1.0
-            if field.name == self._limits.position_field:
+            if field.name == self._limits.gauge.position_field:
                 values = (self._position + self.faults.shift).astype(np.float32)
             out[field.name] = np.full_like(values, np.nan) if self.faults.not_finite else values
         return out

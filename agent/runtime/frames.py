@@ -1,7 +1,7 @@
 """Observations in memory that two processes share: a few slots, each with a sequence number before and after.
 
-Knows bytes, sizes and who writes first. The memory has no name: it is an open file that the child inherits, so nothing is
-left behind when either process is killed. A reader that meets a slot under rewriting notices and says so.
+Knows bytes, sizes and who writes first. The memory has no name: it is an open file that the child inherits, so nothing
+is left behind when either process is killed. A reader that meets a slot under rewriting notices and says so.
 """
 
 from __future__ import annotations

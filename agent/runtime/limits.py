@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,21 +19,10 @@ from agent.errors import RatchetError
 from agent.records import Float32
 from agent.runtime import rotation
 from agent.runtime.axis import TOUCH, Axis, Cut, Motion
+from agent.runtime.measured import Gauge, Measured
 
 Vector = npt.NDArray[np.float64]
 INF = math.inf
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Where the arm is. position: (3,) m of the end effector or (J,) of the joints; NaN where nothing measures it.
-
-    orientation: (4,) unit quaternion; NaN where nothing measures it. gripper: in the action's unit; NaN if unknown.
-    """
-
-    position: Vector
-    orientation: Vector
-    gripper: float
 
 
 class Limiter:
@@ -47,7 +35,7 @@ class Limiter:
 
     def __init__(self, contract: RobotContract, period: float) -> None:
         self.contract, self.period = contract, period
-        action, limits = contract.action, contract.limits
+        action = contract.action
         names = [d.name for d in action.dims]
         self.gripper = names.index(action.gripper.dim) if action.gripper else -1
         moved = [i for i in range(action.size) if i != self.gripper]
@@ -66,9 +54,7 @@ class Limiter:
         self.absolute = action.control_mode.endswith("absolute")
         # Orientation targets and quaternion steps are no vectors: they are limited as rotations from the last command.
         self._as_rotation = bool(turns) and (self.absolute or turns == 4)
-        self.position_field = self._find(limits.position_state, (len(self.linear),), "position")
-        self.rotation_field = self._find(limits.rotation_state, (3, 4), "rotation") if self._as_rotation else ""
-        self._gripper_field = self._gripper_state()
+        self.gauge = Gauge(contract, self.linear, self.gripper, orientation=self._as_rotation)
         self.axes = self._make_axes()
         self._require_stop()
         self.names = [names[i] for i in self.linear]
@@ -78,28 +64,9 @@ class Limiter:
         self._command = np.full(action.size, np.nan)  # absolute dimensions: the last command; NaN before the first
         self._orientation = np.full(4, np.nan)
 
-    # -- what is measured ----------------------------------------------------------------------------------------
-
     def measure(self, state: Mapping[str, Float32]) -> Measured:
-        """Pick the measured pose out of the state fields.
-
-        Raises:
-            RatchetError: safety.state for a missing field, a wrong size or a value that is not finite.
-        """
-        for field in self.contract.state:
-            values = state.get(field.name)
-            if values is None or np.shape(values) != (field.size,) or not np.isfinite(values).all():
-                what = "is missing" if values is None else f"is {np.asarray(values).tolist()}"
-                raise RatchetError("safety.state", f"state field {what}", where=field.name, fix="check the driver")
-        position = np.asarray(state[self.position_field], np.float64)
-        orientation = np.full(4, np.nan)
-        if self.rotation_field:
-            values = np.asarray(state[self.rotation_field], np.float64)
-            euler = self.contract.action.rotation == "euler_xyz"
-            form = "quaternion_xyzw" if len(values) == 4 else "euler_xyz" if euler else "axis_angle"
-            orientation = rotation.to_quaternion(values, form)
-        gripper = float(state[self._gripper_field][0]) if self._gripper_field else math.nan
-        return Measured(position, orientation, gripper)
+        """See `Gauge.measure`."""
+        return self.gauge.measure(state)
 
     # -- limiting ------------------------------------------------------------------------------------------------
 
@@ -206,7 +173,7 @@ class Limiter:
         return wishes
 
     def _shorten(self, wishes: list[float], share: float) -> list[tuple[str, Cut]]:
-        """Bring linear and angular wishes into the velocity limits by one factor each, so that the way stays straight."""
+        """Bring linear and angular wishes into the velocity limits by one factor each, so that the way is straight."""
         cuts = []
         count = len(self.linear)
         for first, last in ((0, count), (count, self._moving)):
@@ -323,41 +290,12 @@ class Limiter:
             return max(-limit, dim.low * scale), min(limit, dim.high * scale)
         return -limit, limit
 
-    def _find(self, chosen: str, sizes: tuple[int, ...], what: str) -> str:
-        unit = "m" if self.contract.action.control_mode.startswith("ee") and what == "position" else "rad"
-        if what == "position" and unit == "rad":
-            unit = self.contract.action.dims[self.linear[0]].unit.split("/")[0]
-        if chosen:
-            fits = [s.name for s in self.contract.state if s.name == chosen and s.size in sizes]
-        else:
-            fits = [
-                s.name
-                for s in self.contract.state
-                if s.size in sizes and (s.unit == unit or (what == "rotation" and s.size == 4))
-            ]
-        if len(fits) != 1:
-            found = f"{len(fits)} fit ({', '.join(fits)})" if fits else "none fits"
-            raise RatchetError(
-                "safety.no_measured_pose",
-                f"the {what} that the actions move must be measured by one state field; {found}",
-                where=self.contract.name,
-                fix=f"name it in limits.{what}_state, size {' or '.join(map(str, sizes))}, unit {unit}",
-            )
-        return fits[0]
-
-    def _gripper_state(self) -> str:
-        if self.gripper < 0:
-            return ""
-        dim = self.contract.action.dims[self.gripper]
-        fits = [s.name for s in self.contract.state if s.size == 1 and s.unit == dim.unit and s.name == dim.name]
-        return fits[0] if fits else ""
-
     def _require_stop(self) -> None:
         slowest = max((axis.stop_time for axis in self.axes[: self._moving]), default=0.0)
         if slowest > self.contract.watchdog.stop_time:
             raise RatchetError(
                 "safety.cannot_stop",
-                f"from full speed a stop takes {slowest:.3g} s, the contract allows {self.contract.watchdog.stop_time} s",
+                f"a stop from full speed takes {slowest:.3g} s, stop_time is {self.contract.watchdog.stop_time} s",
                 where=self.contract.name,
                 fix="raise the acceleration limit or watchdog.stop_time, or lower the velocity limit",
             )

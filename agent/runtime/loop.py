@@ -1,19 +1,16 @@
 """The fixed-rate control loop: observe, decide, check, command, once per period, on absolute deadlines.
 
-Knows the order of a tick and how time is kept. Knows no model, no process, no ROS: robot, chunk source, executor, safety
-stage, sink and clock are arguments. Requests to the policy never hold a tick up; in lock-step they do, on purpose.
+Knows the order of a tick and how time is kept. Knows no model, no process, no ROS: robot, chunk source, executor,
+safety stage, sink and clock are arguments. Requests to the policy never hold a tick up; in lock-step they do, on
+purpose.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import gc
 import threading
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,64 +18,14 @@ from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent
 from agent.runtime.chunks import ChunkExecutor
 from agent.runtime.clock import Clock, MonotonicClock
+from agent.runtime.outcome import EpisodeEnd, FrameStamped, Termination, Timing
 from agent.runtime.robot import Robot
 from agent.runtime.safety import Proposal, SafetyFilter, SafetyState, Verdict
 from agent.runtime.sink import GuardedSink, NoSink, TickSink
 from agent.runtime.source import ChunkSource, PolicyFault
+from agent.runtime.watchdog import Watchdog
 
-
-class Termination(str, enum.Enum):
-    """Why an episode ended; whether the task was solved is another question (`EpisodeEnd.success`)."""
-
-    SUCCESS = "success"
-    HORIZON = "horizon"
-    CANCELLED = "cancelled"
-    FAULT = "fault"
-    HOLD_TIMEOUT = "hold_timeout"
-
-
-@runtime_checkable
-class FrameStamped(Protocol):
-    """A robot that can tell how old its frames are without fetching them. Real ones can; the loop then checks it."""
-
-    def frames_stamp(self) -> float:
-        """Seconds, acquisition time of the oldest of the newest frames of all cameras."""
-        ...
-
-
-@dataclass
-class Timing:
-    """How well the loop kept time. Seconds; `jitter` is command time minus deadline, one value per tick.
-
-    missed: periods in which no tick ran because the one before took too long; overruns: ticks that caused it.
-    """
-
-    jitter: array[float] = field(default_factory=lambda: array("d"))
-    work: array[float] = field(default_factory=lambda: array("d"))
-    missed: int = 0
-    overruns: int = 0
-
-    def percentiles(self) -> dict[str, float]:
-        """p50, p99 and largest jitter and work per tick, in seconds."""
-        out = {}
-        for name in ("jitter", "work"):
-            values = np.frombuffer(getattr(self, name), np.float64)
-            p50, p99 = np.percentile(values, [50, 99]) if len(values) else (0.0, 0.0)
-            out |= {f"{name}_p50": float(p50), f"{name}_p99": float(p99)}
-            out[f"{name}_max"] = float(values.max()) if len(values) else 0.0
-        return out
-
-
-@dataclass(frozen=True)
-class EpisodeEnd:
-    """How one episode went. success: None where nobody judged it. ticks: control periods that ran."""
-
-    termination: Termination
-    success: bool | None
-    ticks: int
-    seconds: float
-    events: int
-    reason: str = ""
+__all__ = ["ControlLoop", "EpisodeEnd", "FrameStamped", "Termination", "Timing"]
 
 
 class ControlLoop:
@@ -86,6 +33,7 @@ class ControlLoop:
 
     lock_step: simulated time stands still while the policy thinks: the loop waits for each answer (at most `patience`
         real seconds), the clock advances by periods only, and what is observed is by definition of this moment.
+    frozen_after: see `Watchdog`; seconds, 0 to not look for cameras that repeat themselves.
     All methods belong to one thread, except `cancel` and `human`, which are safe from any.
     """
 
@@ -100,11 +48,13 @@ class ControlLoop:
         clock: Clock | None = None,
         lock_step: bool = False,
         patience: float = 30.0,
+        frozen_after: float = 0.0,
     ) -> None:
         self.robot, self.source, self.safety, self.executor = robot, source, safety, executor
         self.sink: TickSink = GuardedSink(sink) if sink is not None else NoSink()
         self.clock: Clock = clock or MonotonicClock()
         self.period = safety.period
+        self.watchdog = Watchdog(safety.contract.watchdog, frozen_after)
         self.timing = Timing()
         self._lock_step, self._patience = lock_step, patience
         self._frames = robot if isinstance(robot, FrameStamped) else None
@@ -113,7 +63,6 @@ class ControlLoop:
         self._deadline = 0.0
         self._index = 0
         self._sequence = 0
-        self._asked_at: float | None = None
         self._moved_at = -np.inf
         self._events = 0
         self._was_moving = False
@@ -133,7 +82,8 @@ class ControlLoop:
         self.executor.retired()
         self.source.forget()
         self._cancel.clear()
-        self._human, self._asked_at = None, None
+        self._human = None
+        self.watchdog.forget()
         self._index = self._sequence = self._events = 0
         self._moved_at, self._was_moving = -np.inf, True
         self._deadline = now
@@ -199,7 +149,7 @@ class ControlLoop:
         self.executor.reset()
         self._settle()
         self.source.forget()
-        self._asked_at = None
+        self.watchdog.forget()
 
     def cancel(self) -> None:
         """End `run_episode` after the current tick, with a controlled stop. Any thread."""
@@ -226,7 +176,7 @@ class ControlLoop:
         else:
             seen = self._observe(cameras=False)
             self._answers(self.source.poll(), now)
-        self._check_age(now)
+        self._watch(now)
         proposal = self._propose(self._human, deadline, now)
         verdict = self.safety.step(proposal, seen.state, seen.stamp, now, expected=self.executor.expecting)
         sent = self._send(verdict)
@@ -240,7 +190,7 @@ class ControlLoop:
 
     def _propose(self, human: tuple[Float32, float] | None, deadline: float, now: float) -> Proposal | None:
         if human is not None:
-            if self._asked_at is not None or not self.executor.wants(now):
+            if self.watchdog.asked or not self.executor.wants(now):
                 self._drop_plan()
             return Proposal(human[0], None, human[1], -1, -1, "", Mark.HUMAN)
         if self.safety.state in (SafetyState.STOPPING, SafetyState.LATCHED, SafetyState.IDLE):
@@ -269,6 +219,7 @@ class ControlLoop:
         if not self.safety.resting:
             self._moved_at = after
         moving = verdict.state in (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
+        self.watchdog.waiting(verdict.state is SafetyState.WAITING, deadline)
         if self._was_moving and not moving:
             self._drop_plan()
         self._was_moving = moving
@@ -309,13 +260,15 @@ class ControlLoop:
         if not (allowed and self._human is None and self.source.ready and self.executor.wants(deadline)):
             return None
         seen = self._observe(cameras=True)
-        age = self.clock.now() - seen.stamp
-        if age > self.safety.contract.watchdog.observation_max_age:
-            return None  # `_check_age` and the safety stage tell; nothing is decided on an old observation
+        problem = self.watchdog.frozen(seen.images, now, not self.safety.resting)
+        problem = problem or self.watchdog.old(seen.stamp, self.clock.now())
+        if problem is not None:
+            self.safety.fail(*problem)  # nothing is decided on such an observation
+            return None
         seen = dataclasses.replace(seen, sequence=self._sequence)
         self.source.request(seen, self.executor.ahead(deadline))
         self._sequence += 1
-        self._asked_at = now
+        self.watchdog.request(now)
         self.executor.asked(deadline)
         self.sink.observation(seen)
         return seen
@@ -334,12 +287,12 @@ class ControlLoop:
     def _answers(self, replies: list[ActionChunk | PolicyFault], now: float) -> None:
         for reply in replies:
             if isinstance(reply, PolicyFault):
-                self._asked_at = None
+                self.watchdog.answered()
                 self.safety.fail(reply.code, reply.message)
                 continue
-            if self._asked_at is None:
+            if not self.watchdog.asked:
                 continue  # nobody waits for it any more
-            self._asked_at = None
+            self.watchdog.answered()
             admitted, events = self.safety.admit(reply, now)
             for event in events:
                 self._tell(event)
@@ -349,23 +302,19 @@ class ControlLoop:
             else:
                 self._drop_plan()
 
-    def _check_age(self, now: float) -> None:
-        watchdog = self.safety.contract.watchdog
-        if not self._lock_step and self._asked_at is not None and now - self._asked_at > watchdog.policy_timeout:
-            waited = now - self._asked_at
-            self.safety.fail("safety.policy_timeout", f"no chunk after {waited:.3g} s ({watchdog.policy_timeout} s)")
-        if self._frames is not None:
-            age = now - self._frames.frames_stamp()
-            if age > watchdog.observation_max_age:
-                text = f"the newest frames are {age:.3g} s old, allowed {watchdog.observation_max_age} s"
-                self.safety.fail("safety.observation_age", text)
+    def _watch(self, now: float) -> None:
+        problem = None if self._lock_step else self.watchdog.late(now)
+        if problem is None and self._frames is not None:
+            problem = self.watchdog.old(self._frames.frames_stamp(), now)
+        if problem is not None:
+            self.safety.fail(*problem)
 
     def _drop_plan(self) -> None:
         """Nothing that was planned or asked for fits any more."""
         self.executor.reset()
-        if self._asked_at is not None:
+        if self.watchdog.asked:
             self.source.forget()
-            self._asked_at = None
+            self.watchdog.answered()
 
     def _settle(self) -> None:
         for outcome in self.executor.retired():

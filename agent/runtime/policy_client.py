@@ -1,87 +1,31 @@
 """The control process's end of the policy process: start it, ask it, exchange its adapter, notice that it is gone.
 
-Knows processes, a local socket and shared frames. Imports no model code: neither torch nor transformers reach the process
-that holds the arm. A dead, hanging or swapping policy is only a late chunk, which the safety stage knows how to handle.
+Knows requests, answers and restarts. Imports no model code: neither torch nor transformers reach the process that holds
+the arm. A dead, hanging or swapping policy is only a late chunk, which the safety stage knows how to handle.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from agent.contract import PolicySpec, RobotContract, require_compatible
+from agent.contract import PolicySpec, RobotContract
 from agent.errors import RatchetError
 from agent.records import ActionChunk, Float32, Observation
 from agent.runtime import wire
-from agent.runtime.frames import FrameLayout, Frames, create_memory
-from agent.runtime.policy_worker import PROTOCOL
+from agent.runtime.policy_process import PolicyLaunch, PolicyProcess, PolicyStatus, launch_with, remote_error
 from agent.runtime.source import Ahead, PolicyFault, Reply
 
-ROOT = Path(__file__).resolve().parents[2]
-# What a ROS environment sets and another Python must not inherit.
-SCRUBBED = ("_ROS_WHEELS_BOOTSTRAP_COMPLETE", "LD_LIBRARY_PATH", "PYTHONHOME", "VIRTUAL_ENV")
+__all__ = ["PolicyClient", "PolicyLaunch", "PolicyStatus", "launch_with"]
 
 Noise = Callable[[np.random.Generator, tuple[int, int]], Float32]
-
-
-@dataclass(frozen=True)
-class PolicyLaunch:
-    """How the policy process is started.
-
-    options: for the server, see `policy_server.open_prismatic`; JSON data.
-    module: Python module that serves. python: its interpreter; the running one if empty. environment: added variables.
-    nice: added to the process's niceness, so that inference never delays a control tick on a busy machine.
-    memory_limit: bytes of private memory that the process may have; 0 for no limit.
-    start_timeout: seconds until it must be ready. hang_timeout: seconds without an answer after which it is killed.
-    restarts: how often it is started again after a crash or a hang, within one session.
-    """
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-    module: str = "agent.runtime.policy_worker"
-    python: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    nice: int = 5
-    memory_limit: int = 0
-    start_timeout: float = 300.0
-    hang_timeout: float = 10.0
-    restarts: int = 0
-
-
-@dataclass(frozen=True)
-class PolicyStatus:
-    """What the policy process is doing.
-
-    state: stopped, starting, ready, busy, restarting or failed. swapping: an adapter is being staged.
-    asked, answered: requests and answers so far. discarded: answers nobody waited for any more. busy_for: seconds since
-    the request that is out. inference: seconds that the last answer took inside the process; error: why it failed.
-    """
-
-    state: str
-    pid: int
-    base_hash: str
-    adapter_id: str
-    swapping: bool
-    asked: int
-    answered: int
-    discarded: int
-    restarts: int
-    busy_for: float
-    inference: float
-    error: str
 
 
 @dataclass
@@ -109,9 +53,7 @@ class PolicyClient:
         self._adapter_id = ""
         self._wanted_adapter = str(launch.options.get("adapter", ""))
         self._state, self._error = "stopped", ""
-        self._process: subprocess.Popen[bytes] | None = None
-        self._sock: socket.socket | None = None
-        self._frames: Frames | None = None
+        self._link: PolicyProcess | None = None
         self._reader: threading.Thread | None = None
         self._lock = threading.RLock()
         self._arrived = threading.Condition(self._lock)
@@ -136,7 +78,7 @@ class PolicyClient:
                 policy.protocol.
         """
         with self._lock:
-            if self._process is not None:
+            if self._link is not None:
                 raise RatchetError("policy.running", "the policy process runs already", fix="stop it first")
             self._state = "starting"
         try:
@@ -156,13 +98,9 @@ class PolicyClient:
             if self._state == "stopped":
                 return
             self._state = "stopped"
-            sock, process = self._sock, self._process
-        if sock is not None and process is not None:
-            self._try_send(sock, {"type": "stop"})
-            try:
-                process.wait(2.0)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            link = self._link
+        if link is not None:
+            link.ask_to_stop()
         self._end()
         if self._reader is not None and self._reader is not threading.current_thread():
             self._reader.join()
@@ -193,11 +131,11 @@ class PolicyClient:
 
     def request(self, observation: Observation, ahead: Ahead | None = None) -> None:
         with self._lock:
-            if not self.ready or self._frames is None or self._sock is None or self.spec is None:
+            if not self.ready or self._link is None or self._link.frames is None or self.spec is None:
                 raise RatchetError("policy.not_ready", f"the policy is {self._state}", fix="ask when `ready` is true")
-            spec = self.spec
+            spec, link = self.spec, self._link
             state = [observation.state[name] for name in spec.state]
-            slot, sequence = self._frames.write(
+            slot, sequence = self._link.frames.write(
                 [observation.images[name] for name in spec.cameras],
                 np.concatenate(state).astype(np.float32) if state else np.zeros(0, np.float32),
             )
@@ -222,7 +160,7 @@ class PolicyClient:
                 self._numbers, observation.stamp, observation.sequence, self._temperature, time.monotonic()
             )
             self._asked += 1
-            if not self._try_send(self._sock, message, arrays):
+            if not link.send(message, arrays):
                 self._kill("policy.hung", "the policy process takes no messages")
 
     def poll(self) -> list[Reply]:
@@ -273,7 +211,7 @@ class PolicyClient:
             out = self._out
             return PolicyStatus(
                 state="busy" if self._state == "ready" and out is not None else self._state,
-                pid=self._process.pid if self._process else 0,
+                pid=self._link.pid if self._link else 0,
                 base_hash=self.base_hash,
                 adapter_id=self._adapter_id,
                 swapping=self._swapping > 0,
@@ -289,132 +227,37 @@ class PolicyClient:
     # -- inside: the process -------------------------------------------------------------------------------------
 
     def _launch(self) -> None:
-        mine, theirs = socket.socketpair()
-        memory = create_memory()
-        try:
-            environment = {k: v for k, v in os.environ.items() if k not in SCRUBBED}
-            environment["PYTHONPATH"] = str(ROOT)
-            environment |= self.launch.environment
-            command = [self.launch.python or sys.executable, "-m", self.launch.module]
-            command += ["--socket", str(theirs.fileno()), "--memory", str(memory)]
-            try:
-                self._process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    pass_fds=(theirs.fileno(), memory),
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise RatchetError(
-                    "policy.bad_python", f"{command[0]} cannot be started: {error}", fix="name the policy's interpreter"
-                ) from None
-            theirs.close()
-            self._sock = mine
-            self._handshake(mine, memory)
-        finally:
-            theirs.close()
-            os.close(memory)
-
-    def _handshake(self, sock: socket.socket, memory: int) -> None:
-        sock.settimeout(self.launch.start_timeout)
-        options = {**self.launch.options, "adapter": self._wanted_adapter}
-        sock.sendall(
-            wire.pack(
-                {
-                    "type": "start",
-                    "contract": self.contract.to_dict(),
-                    "options": options,
-                    "nice": self.launch.nice,
-                    "memory_limit": self.launch.memory_limit,
-                }
-            )
-        )
-        hello = self._expect(sock, "hello")
-        if hello["protocol"] != PROTOCOL:
-            raise RatchetError(
-                "policy.protocol",
-                f"the policy process speaks protocol {hello['protocol']}, this one {PROTOCOL}",
-                fix="install the same version of ratchet in both environments",
-            )
-        ready = self._expect(sock, "ready")
-        spec = PolicySpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in ready["spec"].items()})
-        warnings = [f"{m.code}: {m.message}" for m in require_compatible(spec, self.contract)]
-        if self.base_hash and ready["base_hash"] != self.base_hash:
-            raise RatchetError(
-                "policy.another_base", "the restarted process serves another base", fix="end the session"
-            )
-        cameras = [self.contract.camera(name) for name in spec.cameras]
-        layout = FrameLayout(tuple((c.name, c.height, c.width) for c in cameras), spec.state_size if spec.state else 0)
-        frames = Frames(memory, layout, create=True)
-        sock.sendall(wire.pack({"type": "layout", "layout": layout.to_dict()}))
-        self._expect(sock, "serving")
-        sock.settimeout(None)
+        link = PolicyProcess(self.launch)
         with self._lock:
-            self._frames, self.spec, self.base_hash = frames, spec, ready["base_hash"]
-            self.warnings = [*ready["warnings"], *warnings]
-            self._adapter_id = self._wanted_adapter = ready["adapter_id"]
+            self._link = link
+        link.start(self.contract, self._wanted_adapter, self.base_hash)
+        with self._lock:
+            self.spec, self.base_hash, self.warnings = link.spec, link.base_hash, link.warnings
+            self._adapter_id = self._wanted_adapter = link.adapter_id
             self._state, self._error, self._killed_for = "ready", "", ""
-
-    def _expect(self, sock: socket.socket, kind: str) -> dict[str, Any]:
-        try:
-            got = wire.receive(sock)
-        except TimeoutError:
-            raise RatchetError(
-                "policy.start_timeout", f"no '{kind}' within {self.launch.start_timeout} s", fix="raise start_timeout"
-            ) from None
-        if got is None:
-            raise RatchetError("policy.crashed", f"the policy process ended while starting ({self._exit()})")
-        message = got[0]
-        if message["type"] == "refused":
-            raise _error(message["error"])
-        if message["type"] != kind:
-            raise RatchetError("policy.protocol", f"expected '{kind}', got {message['type']!r}")
-        return message
-
-    def _exit(self) -> str:
-        if self._process is None:
-            return "not started"
-        try:
-            status = self._process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = self._process.wait()
-        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
     def _kill(self, code: str, why: str) -> None:
         """With the lock held. The reader thread notices the end and tells it."""
-        if self._process is not None and not self._killed_for:
+        if self._link is not None and not self._killed_for:
             self._killed_for = f"{code}\n{why}"
-            self._process.kill()
+            self._link.kill()
 
     def _end(self) -> None:
         with self._lock:
-            process, sock, frames = self._process, self._sock, self._frames
-            self._process = self._sock = self._frames = self._out = None
-        if process is not None:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        if sock is not None:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the other side closed it first
-            sock.close()
-        if frames is not None:
-            frames.close()
+            link, self._link, self._out = self._link, None, None
+        if link is not None:
+            link.end()
 
     # -- inside: replies -----------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         """The reader thread: replies into the queue; after a crash, the next start."""
         while True:
-            sock = self._sock
-            if sock is None:
+            link = self._link
+            if link is None:
                 return
             try:
-                got = wire.receive(sock)
+                got = link.receive()
             except (RatchetError, OSError) as error:
                 got = None
                 if isinstance(error, RatchetError):
@@ -437,7 +280,7 @@ class PolicyClient:
                 return
             self._swapping -= message["type"] != "adapters"
         if message["type"] == "refused":
-            future.set_exception(_error(message["error"]))
+            future.set_exception(remote_error(message["error"]))
         else:
             future.set_result(message["rows"] if message["type"] == "adapters" else message["report"])
 
@@ -474,7 +317,7 @@ class PolicyClient:
         with self._lock:
             if self._state == "stopped":
                 return False
-            how = self._exit()
+            how = self._link.exit_status() if self._link else "not started"
             code, why = (self._killed_for or f"policy.crashed\nthe policy process ended ({how})").split("\n", 1)
             again = self._restarts < self.launch.restarts
             self._state, self._error = "restarting" if again else "failed", why
@@ -501,7 +344,7 @@ class PolicyClient:
     def _call(self, message: dict[str, Any]) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
-            if self._sock is None or self._state != "ready":
+            if self._link is None or self._state != "ready":
                 future.set_exception(
                     RatchetError("policy.not_ready", f"the policy is {self._state}", fix="ask when it is ready")
                 )
@@ -509,27 +352,10 @@ class PolicyClient:
             self._numbers += 1
             self._waiting[self._numbers] = future
             self._swapping += message["type"] == "swap"
-            if not self._try_send(self._sock, {**message, "id": self._numbers}):
+            if not self._link.send({**message, "id": self._numbers}):
                 self._kill("policy.hung", "the policy process takes no messages")
         return future
-
-    def _try_send(self, sock: socket.socket, message: dict[str, Any], arrays: wire.Arrays | None = None) -> bool:
-        """Send without ever waiting; False where the other side is gone or its buffer is full."""
-        data = wire.pack(message, arrays)
-        try:
-            return sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(data)
-        except OSError:
-            return False
 
 
 def _independent(generator: np.random.Generator, shape: tuple[int, int]) -> Float32:
     return generator.random(shape, np.float32)
-
-
-def _error(raw: dict[str, str]) -> RatchetError:
-    return RatchetError(raw["code"], raw["what"], where=raw["where"], fix=raw["fix"])
-
-
-def launch_with(launch: PolicyLaunch, **options: Any) -> PolicyLaunch:
-    """The same launch with some server options replaced."""
-    return dataclasses.replace(launch, options={**launch.options, **options})

@@ -160,7 +160,7 @@ class _Worker:
         except RatchetError as error:
             self._fail(number, "policy.failed", str(error))
             return
-        sent = {"actions": np.asarray(out.actions, np.float32)}
+        sent: wire.Arrays = {"actions": np.asarray(out.actions, np.float32)}
         if out.tokens is not None and out.log_prob is not None:
             sent |= {"tokens": out.tokens, "log_prob": out.log_prob}
         seconds = time.perf_counter() - began

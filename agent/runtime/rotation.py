@@ -14,7 +14,7 @@ Vector = npt.NDArray[np.float64]
 
 
 def to_quaternion(values: Vector, form: str) -> Vector:
-    """(4,) unit quaternion (x, y, z, w). form: axis_angle (3,) rad, euler_xyz (3,) rad extrinsic, quaternion_xyzw (4,)."""
+    """(4,) unit quaternion (x, y, z, w). form: axis_angle (3,) rad, euler_xyz (3,) rad, quaternion_xyzw (4,)."""
     if form == "axis_angle":
         return from_vector(values)
     if form == "euler_xyz":
@@ -61,7 +61,8 @@ def product(a: Vector, b: Vector) -> Vector:
 
 
 def inverse(q: Vector) -> Vector:
-    return q * np.array([-1.0, -1.0, -1.0, 1.0])
+    out: Vector = q * np.array([-1.0, -1.0, -1.0, 1.0])
+    return out
 
 
 def from_vector(vector: Vector) -> Vector:

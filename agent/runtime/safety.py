@@ -14,15 +14,15 @@ import numpy as np
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import ActionChunk, Float32, Mark, SafetyEvent
+from agent.runtime import checks
 from agent.runtime.axis import Cut
-from agent.runtime.limits import Limiter, Measured
+from agent.runtime.limits import Limiter
+from agent.runtime.measured import Measured
+from agent.runtime.pacing import Pacer
 from agent.runtime.safety_types import Proposal, SafetyConfig, SafetyState, Verdict
 
 __all__ = ["Proposal", "SafetyConfig", "SafetyFilter", "SafetyState", "Verdict"]
 
-SLACK = 0.25  # of a period: how much earlier than due a command may come (jitter of a fixed-rate loop)
-GAP = 2.0  # periods without a command after which the arm counts as standing
-STUCK_TICKS = 3  # calls at one and the same instant after which the clock counts as stopped
 MOVING = (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
 
 
@@ -52,8 +52,7 @@ class SafetyFilter:
         self._dead_man_stamp = -math.inf
         self._moving_since = 0.0
         self._stopping_since, self._stop_steps = 0.0, 0
-        self._last_now = self._effective = -math.inf
-        self._stuck = 0
+        self._pacer = Pacer(self.period)
         self._last_order = (-1, -1)
         self._chunk_sequence = -1
         self._measured: Measured | None = None
@@ -95,7 +94,7 @@ class SafetyFilter:
         self.limiter.start(self._measured)
         self._pending.clear()
         self._last_order, self._chunk_sequence = (-1, -1), -1
-        self._effective, self._last_now, self._stuck = now - self.period, now - self.period, 0
+        self._pacer.start(now)
         self._begin(now)
 
     def stop(self) -> None:
@@ -121,7 +120,7 @@ class SafetyFilter:
             raise RatchetError("safety.e_stop", "the e-stop is pressed", fix="release it, then clear")
         if self._state is not SafetyState.LATCHED:
             raise RatchetError("safety.not_latched", f"nothing is latched, state is {self._state.value}")
-        event = SafetyEvent(self._last_now, "safety.cleared", f"{self._cause} cleared by {person.strip()}")
+        event = SafetyEvent(self._pacer.now, "safety.cleared", f"{self._cause} cleared by {person.strip()}")
         self._state, self._cause = SafetyState.IDLE, ""
         self._pending.clear()
         return event
@@ -148,31 +147,19 @@ class SafetyFilter:
         A chunk that is not finite or of a wrong shape is a fault; one that is late, repeated or out of order is
         dropped with an event.
         """
-        wanted = self.contract.action.size
-        if chunk.actions.ndim != 2 or chunk.actions.shape[1] != wanted or not len(chunk.actions):
-            message = f"chunk of shape {chunk.actions.shape}, the robot takes (K, {wanted})"
-            self.fail("safety.bad_action", message)
-            return False, ()
-        if not np.isfinite(chunk.actions).all():
-            self.fail("safety.not_finite", f"chunk {chunk.observation_sequence} has NaN or infinite actions")
+        fault = checks.chunk_fault(chunk, self.contract, self.period, now)
+        if fault:
+            self.fail(*fault)
             return False, ()
         if chunk.observation_sequence <= self._chunk_sequence:
-            event = self._event(
-                now,
-                "safety.chunk_sequence",
-                "repeated or reordered chunk dropped",
-                value=chunk.observation_sequence,
-                limit=self._chunk_sequence,
-            )
-            return False, (event,)
-        last = chunk.observation_stamp + (len(chunk.actions) - 1) * self.period
+            code, text = "safety.chunk_sequence", "repeated or reordered chunk dropped"
+            value, limit = float(chunk.observation_sequence), float(self._chunk_sequence)
+            return False, (self._event(now, code, text, value=value, limit=limit),)
+        late = now - (chunk.observation_stamp + (len(chunk.actions) - 1) * self.period)
         allowed = self.contract.watchdog.action_max_age
-        if now - last > allowed:
+        if late > allowed:
             text = "chunk dropped: even its last action is too old, seconds"
-            return False, (self._event(now, "safety.chunk_age", text, value=now - last, limit=allowed),)
-        if chunk.observation_stamp - now > self.period:
-            self.fail("safety.clock", f"the chunk's observation lies {chunk.observation_stamp - now:.3g} s ahead")
-            return False, ()
+            return False, (self._event(now, "safety.chunk_age", text, value=late, limit=allowed),)
         self._chunk_sequence = chunk.observation_sequence
         return True, ()
 
@@ -195,7 +182,13 @@ class SafetyFilter:
             without an event. Otherwise it brakes and holds.
         """
         events: list[SafetyEvent] = []
-        dt = self._elapsed(now, events)
+        pace = self._pacer.step(now)
+        if pace.problem:
+            self._pending.append(("safety.clock", pace.problem))
+        elif pace.gap and not self.limiter.resting:
+            text = "commands paused, the arm counts as standing; seconds"
+            events.append(self._event(now, "safety.gap", text, value=pace.gap, limit=self._pacer.allowed_gap))
+            self.limiter.halt()
         measured = self._check_state(state, stamp, now)
         self._check_dead_man(now)
         if self._e_stop and self._state is not SafetyState.LATCHED and self._cause != "safety.e_stop":
@@ -209,12 +202,12 @@ class SafetyFilter:
             self.limiter.start(measured)
             self._begin(now)
         if self._state is SafetyState.STOPPING:
-            return self._brake(measured, dt, now, events)
+            return self._brake(measured, pace.dt, now, events)
         if self._state not in MOVING:
             return Verdict(None, Mark.HELD, self._state, False, tuple(events))
         if proposal is None:
-            return self._wait(measured, dt, events)
-        return self._move(proposal, measured, dt, now, events)
+            return self._wait(measured, pace.dt, events)
+        return self._move(proposal, measured, pace.dt, now, events)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -224,34 +217,9 @@ class SafetyFilter:
         self._state = SafetyState.RAMPING if self.contract.limits.ramp_time > 0 else SafetyState.RUNNING
 
     def _brake_then(self, then: SafetyState, cause: str) -> None:
-        self._stopping_since, self._stop_steps = self._last_now, 0
+        self._stopping_since, self._stop_steps = self._pacer.now, 0
         self._state, self._after_stop, self._cause = SafetyState.STOPPING, then, cause
         self._resume_asked = False
-
-    def _elapsed(self, now: float, events: list[SafetyEvent]) -> float:
-        """Seconds to reckon with since the last command: real time, never more than one period.
-
-        A fixed-rate loop jitters: a command may come up to SLACK periods early and is reckoned as on time, but the debt
-        is kept, so that a burst of commands gets no more motion than the time it took.
-        """
-        if not math.isfinite(now) or now < self._last_now - 1e-9:
-            self._pending.append(("safety.clock", f"the clock went from {self._last_now:.6f} to {now:.6f} s"))
-            return 0.0
-        self._stuck = self._stuck + 1 if now == self._last_now else 0
-        if self._stuck >= STUCK_TICKS:
-            self._pending.append(("safety.clock", f"the clock stands still at {now:.6f} s"))
-        if now - self._last_now > GAP * self.period and math.isfinite(self._last_now) and not self.limiter.resting:
-            text = "commands paused, the arm counts as standing; seconds"
-            events.append(self._event(now, "safety.gap", text, value=now - self._last_now, limit=GAP * self.period))
-            self.limiter.halt()
-        self._last_now = now
-        due = self._effective + self.period
-        effective = now if now >= due else min(due, now + SLACK * self.period)
-        dt = min(effective - self._effective, self.period) if math.isfinite(self._effective) else self.period
-        self._effective = max(effective, self._effective)
-        if abs(dt - self.period) < 1e-9:
-            dt = self.period
-        return max(dt, 0.0)
 
     def _check_state(self, state: Mapping[str, Float32], stamp: float, now: float) -> Measured:
         try:
@@ -269,39 +237,15 @@ class SafetyFilter:
                 self._pending.append(("safety.observation_age", f"the state is {age:.3g} s old, allowed {allowed} s"))
             elif age < -self.period:
                 self._pending.append(("safety.clock", f"the state is stamped {-age:.3g} s ahead of the clock"))
-            problem = self._jump(measured, stamp) or self._lag(measured)
-            if problem:
-                self._pending.append(problem)
+            if self._state is not SafetyState.HOLDING and self._measured is not None:
+                elapsed = max(stamp - self._measured_stamp, self.period)
+                factor = self.config.jump_factor
+                problem = checks.jump(self.limiter, self._measured, measured, elapsed, factor)
+                problem = problem or checks.lag(self.limiter, measured, self.config.tracking_factor)
+                if problem:
+                    self._pending.append(problem)
         self._measured, self._measured_stamp = measured, stamp
         return measured
-
-    def _jump(self, measured: Measured, stamp: float) -> tuple[str, str] | None:
-        """A measurement that no motion within the limits explains."""
-        if self._measured is None or self._state is SafetyState.HOLDING:
-            return None
-        elapsed = max(stamp - self._measured_stamp, self.period)
-        for i, (new, old) in enumerate(zip(measured.position, self._measured.position, strict=True)):
-            axis = self.limiter.axes[i]
-            allowed = self.config.jump_factor * max(axis.fast, -axis.slow) * elapsed
-            if abs(new - old) > allowed:
-                text = (
-                    f"{self.limiter.names[i]} measured {new - old:+.3g} from one state to the next, limit {allowed:.3g}"
-                )
-                return "safety.state_jump", text
-        return None
-
-    def _lag(self, measured: Measured) -> tuple[str, str] | None:
-        """In absolute modes: the arm does not follow; letting the command run ahead would end in a jump."""
-        if not self.limiter.absolute or self._state is SafetyState.HOLDING:
-            return None
-        time = max(self.contract.watchdog.observation_max_age, 2.0 * self.period)
-        for i, (aim, place) in enumerate(zip(self.limiter.target(), measured.position, strict=True)):
-            axis = self.limiter.axes[i]
-            allowed = self.config.tracking_factor * max(axis.fast, -axis.slow) * time
-            if abs(aim - place) > allowed:
-                text = f"{self.limiter.names[i]} is {abs(aim - place):.3g} from its command, limit {allowed:.3g}"
-                return "safety.tracking", text
-        return None
 
     def _check_dead_man(self, now: float) -> None:
         if not self.config.dead_man or self._state not in (*MOVING, SafetyState.HOLDING):
@@ -310,26 +254,9 @@ class SafetyFilter:
             self._pending.append(("safety.dead_man", "the dead-man switch is not held"))
 
     def _check_proposal(self, proposal: Proposal, now: float) -> Proposal | None:
-        action = np.asarray(proposal.action)
-        if action.shape != (self.contract.action.size,):
-            self._pending.append(
-                ("safety.bad_action", f"shape {action.shape}, the robot takes ({self.contract.action.size},)")
-            )
-            return None
-        if not np.isfinite(action).all():
-            bad = [d.name for d, v in zip(self.contract.action.dims, action, strict=True) if not np.isfinite(v)]
-            self._pending.append(("safety.not_finite", f"not finite: {', '.join(bad)}"))
-            return None
-        problem = self.limiter.no_rotation(action)
+        problem = checks.proposal_problem(proposal, self.contract, self.limiter, now)
         if problem:
-            self._pending.append(("safety.bad_action", problem))
-            return None
-        age, allowed = now - proposal.due, self.contract.watchdog.action_max_age
-        if not age <= allowed:
-            self._pending.append(("safety.action_age", f"the action is {age:.3g} s late, allowed {allowed} s"))
-            return None
-        if age < -allowed:
-            self._pending.append(("safety.clock", f"the action is meant for {-age:.3g} s ahead"))
+            self._pending.append(problem)
             return None
         order = (proposal.chunk_sequence, proposal.chunk_offset)
         if not proposal.marks & Mark.HUMAN:

@@ -12,7 +12,7 @@ from typing import Literal
 from agent.records import Float32, Mark, SafetyEvent
 
 
-class SafetyState(str, enum.Enum):
+class SafetyState(enum.StrEnum):
     """Where the safety stage is; the transitions are drawn in docs/safety.md.
 
     IDLE: holds, `start` has not been called. RAMPING: moves, the permitted speed still grows. RUNNING: moves.
@@ -49,7 +49,7 @@ LATCHING = frozenset(
 
 @dataclass(frozen=True)
 class SafetyConfig:
-    """What the contract leaves to whoever runs the arm. Limits and times are the contract's and cannot be loosened here.
+    """What the contract leaves to whoever runs the arm. Limits and times stay the contract's.
 
     latch_on: codes after which motion stays stopped until `clear`; every other cause of a hold may pass by itself.
     resume: after a hold that is not latched, go on by itself ("automatic", with the ramp) or wait for `resume`.

@@ -16,8 +16,8 @@ from agent.records import ActionChunk, ControlTick, Int64, Observation, SafetyEv
 class ChunkOutcome:
     """What became of every action of one chunk, told once, when no more of them will be sent.
 
-    sequence: `ActionChunk.observation_sequence`. marks: (K,) int64, `records.Mark` values; SKIPPED for actions that were
-    never sent. `marks == 0` is `Step.executed`.
+    sequence: `ActionChunk.observation_sequence`. marks: (K,) int64, `records.Mark` values; SKIPPED for actions
+    that were never sent. `marks == 0` is `Step.executed`.
     """
 
     sequence: int
