@@ -1,4 +1,4 @@
-"""From an action to the arm's messages: twists, poses, trajectories, joint arrays, gripper commands; and what a hold is.
+"""From an action to the arm's messages: twists, poses, trajectories, joint arrays, gripper commands; and a hold.
 
 Knows message types and the contract's wiring. Knows no node; publishing is an argument. Limits are not enforced here:
 that is the safety stage's work, before.
@@ -167,8 +167,8 @@ class Array(_Joints):
 
 
 class Trajectory(_Joints):
-    """joint_trajectory_controller's topic: one point, positions only (newer controllers refuse a trajectory that ends in
-    motion), two periods ahead, so that the controller is never out of points between two commands and nothing beyond the
+    """joint_trajectory_controller's topic: one point, positions only (newer controllers refuse a trajectory that ends
+    in motion), two periods ahead: the controller is never out of points between two commands, and nothing beyond the
     checked target is ever asked for. Stamp 0: start now. Hold: the last target once more."""
 
     def action(self, values: Any, state: Mapping[str, Float32], stamp: Time) -> JointTrajectory:

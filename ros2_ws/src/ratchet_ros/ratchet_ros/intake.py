@@ -82,7 +82,7 @@ class Intake:
 
     def missing(self) -> list[str]:
         """Contract names of sources that have delivered nothing yet."""
-        wanted = [c for c in self.aligner.cameras] + [s.name for s in self.contract.state]
+        wanted = [*self.aligner.cameras, *(s.name for s in self.contract.state)]
         return [name for name in wanted if not self.received[name]]
 
     # -- inside ----------------------------------------------------------------------------------------------------

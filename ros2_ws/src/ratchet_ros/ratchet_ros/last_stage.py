@@ -1,8 +1,8 @@
 """The last stage before the arm: commands in, verdicts of a SafetyFilter out, in a thread of its own.
 
 Knows the order of commands, silence, and when to brake by itself. Knows no topic: sending is an argument.
-A command is checked the moment it comes, so that the stage adds no period of delay. Silence is noticed by deadline: after
-two periods the arm brakes and waits, after the contract's `action_max_age` that is a fault and it holds.
+A command is checked the moment it comes, so that the stage adds no period of delay. Silence is noticed by deadline:
+after two periods the arm brakes and waits, after the contract's `action_max_age` that is a fault and it holds.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Order:
 class LastStage:
     """One per arm. Any thread may call `put`, `e_stop`, `dead_man`, `fail`, `clear`; everything else happens inside.
 
-    send: (verdict, order or None, new) -> None, called from the stage's thread; the order is None where the stage acts by
-        itself; new is False where the arm keeps a pose that it was told to keep before. told: gets every event.
+    send: (verdict, order or None, new) -> None, called from the stage's thread; the order is None where the stage acts
+        by itself; new is False where the arm keeps a pose that it was told to keep before. told: gets every event.
     lock_step: simulated time stands still while a command travels; each is checked against the state of its own moment,
         which is waited for (at most `patience` real seconds).
     """

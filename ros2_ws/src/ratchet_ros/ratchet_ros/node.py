@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,7 @@ class RatchetNode(LifecycleNode):
             self.refused = None
             self.settings = params.read(self, self.Parameters)
             self.setup()
-        except RatchetError as error:
+        except Exception as error:  # rclpy drops what a transition raises without a word
             self._refuse(error)
             self.teardown()
             return TransitionCallbackReturn.FAILURE
@@ -90,7 +91,7 @@ class RatchetNode(LifecycleNode):
         try:
             self.refused = None
             self.start()
-        except RatchetError as error:
+        except Exception as error:
             self._refuse(error)
             return TransitionCallbackReturn.FAILURE
         self._active = True
@@ -121,7 +122,10 @@ class RatchetNode(LifecycleNode):
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _refuse(self, error: RatchetError) -> None:
+    def _refuse(self, error: Exception) -> None:
+        if not isinstance(error, RatchetError):
+            self.get_logger().error(traceback.format_exc())
+            error = RatchetError("ros.internal", f"{type(error).__name__}: {error}", where=self.get_name())
         self.refused = error
         self.get_logger().error(str(error))
 

@@ -25,34 +25,48 @@ class Parameters:
     adapter: str = parameter("", "Adapter id or tag to start with; empty for the base alone.")
     policy_python: str = parameter("", "Interpreter of the policy process, which has no ROS; empty for this one.")
     policy_module: str = parameter("agent.runtime.policy_worker", "Python module that serves the policy.")
-    policy_options: str = parameter("{}", "JSON object: further options of the policy module (threads, device, image_fit).")
+    policy_options: str = parameter(
+        "{}", "JSON object: further options of the policy module (threads, device, image_fit)."
+    )
     nice: int = parameter(5, "Added to the policy process's niceness.", low=0, high=19)
-    memory_limit_mb: int = parameter(0, "Private memory that the policy process may have; 0 for no limit.", low=0, high=1 << 20)
+    memory_limit_mb: int = parameter(
+        0, "Private memory that the policy process may have; 0 for no limit.", low=0, high=1 << 20
+    )
     start_timeout: float = parameter(300.0, "Seconds until the policy process must be ready.", low=1.0, high=3600.0)
     hang_timeout: float = parameter(10.0, "Seconds without an answer after which it is killed.", low=0.1, high=600.0)
     restarts: int = parameter(3, "How often it is started again after a crash or a hang.", low=0, high=1000)
     mode: str = parameter("deploy", "Chunk execution where a goal does not say.", one_of=("deploy", "collect"))
-    use: int = parameter(0, "Actions of each chunk before the next takes over; 0: half (deploy), all (collect).", low=0, high=1000)
+    use: int = parameter(
+        0, "Actions of each chunk before the next takes over; 0: half (deploy), all (collect).", low=0, high=1000
+    )
     blend: int = parameter(2, "Ticks over which a new chunk is mixed with the old one (deploy).", low=0, high=50)
     horizon: int = parameter(500, "Control periods of a task where a goal does not say.", low=1, high=1_000_000)
-    hold_timeout: float = parameter(10.0, "Seconds of holding after which a task ends.", low=0.1, high=3600.0, live=True)
+    hold_timeout: float = parameter(
+        10.0, "Seconds of holding after which a task ends.", low=0.1, high=3600.0, live=True
+    )
     judge: str = parameter(
-        "operator", "Who says that a task is solved: nobody, the operator's buttons, or the simulated scene.",
+        "operator",
+        "Who says that a task is solved: nobody, the operator's buttons, or the simulated scene.",
         one_of=("none", "operator", "scene"),
     )
     resume: str = parameter(
-        "automatic", "After a hold that is not latched: go on by itself with the ramp, or wait for ~/resume.",
+        "automatic",
+        "After a hold that is not latched: go on by itself with the ramp, or wait for ~/resume.",
         one_of=("automatic", "manual"),
     )
     dead_man: bool = parameter(False, "Motion needs the dead-man switch of an OperatorInput.")
     dead_man_timeout: float = parameter(0.2, "Seconds for which one report of the switch holds.", low=0.02, high=2.0)
     max_skew: float = parameter(
-        0.0, "Seconds that images and states of one observation may be apart; 0: the contract's observation_max_age.",
-        low=0.0, high=10.0,
+        0.0,
+        "Seconds that images and states of one observation may be apart; 0: the contract's observation_max_age.",
+        low=0.0,
+        high=10.0,
     )
     frozen_after: float = parameter(
-        0.0, "Seconds after which a camera that repeats one picture while the arm moves counts as frozen; 0: not looked at.",
-        low=0.0, high=60.0,
+        0.0,
+        "Seconds after which a camera that repeats one picture while the arm moves counts as frozen; 0: not looked at.",
+        low=0.0,
+        high=60.0,
     )
     lock_step: bool = parameter(False, "Simulation only: time stands still while the policy thinks.")
     clock_timeout: float = parameter(
@@ -62,7 +76,7 @@ class Parameters:
         30.0, "Lock-step only: real seconds to wait for an answer or an observation.", low=0.1, high=3600.0
     )
     sessions: str = parameter("", "Folder in which a session with its manifest is made; empty for none.")
-    calibrations: list[str] = parameter([], "Calibrations in force, as camera=id.")
+    calibrations: list[str] = parameter([], "Calibrations in force, as camera=id.")  # noqa: RUF009
 
 
 def launch(settings: Parameters) -> PolicyLaunch:

@@ -1,6 +1,6 @@
 """RosRobot: the arm behind the contract's topics, as agent.runtime's Robot. Commands go to the safety node.
 
-Knows the intake, the command publisher and numbers that count commands. Knows no policy; limits are the loop's business.
+Knows the intake, the command publisher and numbers that count commands. Knows no policy and no limits.
 """
 
 from __future__ import annotations

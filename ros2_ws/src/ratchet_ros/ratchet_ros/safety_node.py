@@ -28,6 +28,7 @@ from ratchet_ros.node import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.params import parameter
 from ratchet_ros.times import SimulatedTime, SteadyTime, TimeBase, seconds
 
+FOREVER = 1e9  # s; in lock-step the clock stands still for as long as the policy thinks
 KINDS = {msg.Command.ACTION: "action", msg.Command.HOLD: "hold", msg.Command.STOP: "stop"}
 
 
@@ -67,7 +68,8 @@ class SafetyNode(RatchetNode):
         self.contract = RobotContract.load(self.settings.contract)
         wiring = require_wiring(self.contract)
         simulated = bool(self.get_parameter("use_sim_time").value)
-        self.clock: TimeBase = SimulatedTime(self.settings.clock_timeout) if simulated else SteadyTime()
+        timeout = FOREVER if self.settings.lock_step else self.settings.clock_timeout
+        self.clock: TimeBase = SimulatedTime(timeout) if simulated else SteadyTime()
         lock_step = bool(self.settings.lock_step)
         if lock_step and not simulated:
             raise RatchetError("ros.bad_parameter", "lock_step needs use_sim_time", where="lock_step")

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ratchet_msgs import msg
+from ratchet_msgs.action import RunTask
+
 from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Observation, SafetyEvent
 from agent.runtime.loop import ControlLoop, EpisodeEnd, Termination
 from agent.runtime.sink import ChunkOutcome
-from ratchet_msgs import msg
-from ratchet_msgs.action import RunTask
 from ratchet_ros.robot import RosRobot
 from ratchet_ros.times import seconds
 
@@ -143,7 +144,7 @@ def run(
     hold_timeout: float,
     mark: Callable[[int, RunTask.Result | None], None],
 ) -> RunTask.Result:
-    """Run the goal to its end. The last stage is told that nothing more comes, whatever happens. mark: begin and end."""
+    """Run the goal to its end; then the last stage is told that nothing more comes. mark: told begin and end."""
     robot.instruction = goal.instruction
     judge.begin(loop.clock.now(), loop.cancel)
     mark(msg.EpisodeMark.BEGIN, None)

@@ -15,6 +15,8 @@ from builtin_interfaces.msg import Time
 
 from agent.runtime.clock import ExternalClock, MonotonicClock
 
+REORDERED = 0.5  # s of simulated time that messages of different topics may overtake each other by
+
 
 def seconds(stamp: Time) -> float:
     """ROS time as seconds."""
@@ -83,13 +85,20 @@ class SimulatedTime(ExternalClock):
         self._guard = threading.Lock()
 
     def update(self, now: float) -> None:
+        """What /clock says. It may arrive after data of the same moment; a real step back is passed on."""
         self._told = time.monotonic()
+        if self.now() - REORDERED < now < self.now():
+            return
         super().update(now)
         for changed in self._watchers:
             changed()
 
     def from_ros(self, stamp: Time) -> float:
-        return seconds(stamp)
+        """Data of a moment shows that the moment has come, whether or not /clock got here first."""
+        moment = seconds(stamp)
+        if self.now() < moment < self.now() + REORDERED:
+            self.update(moment)
+        return moment
 
     def to_ros(self, moment: float) -> Time:
         return to_time(moment)
