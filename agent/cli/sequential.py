@@ -64,6 +64,7 @@ def run(
     slots: int,
     videos: bool,
     console: Console,
+    rollouts: str = "local",
 ) -> Result:
     """Run (or go on with) a sequential fine-tuning in `folder` and write its report."""
     started = time.perf_counter()
@@ -86,7 +87,7 @@ def run(
     common.write_json(folder / "run.json", facts)
     if videos:
         _videos(running, "", [*config.tasks, *config.held_out], tasks, folder, "before", console)
-    env = common.make_vector(policy, suite, contract, workers, slots)
+    env = common.make_vector(policy, suite, contract, workers, slots, rollouts)
     ticking = _Ticker(running, tasks[config.tasks[0]].instruction)
     try:
         with _progress(console) as progress:

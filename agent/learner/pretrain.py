@@ -111,6 +111,10 @@ class Pretrainer:
     Args:
         parameters: what is trained; everything else must be frozen by the caller.
         folder: checkpoint and log; None keeps nothing.
+        weights: (M,) how often each sample is drawn, relative to the others; evenly if absent.
+
+    Raises:
+        RatchetError: learn.too_few_samples, learn.bad_weights.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class Pretrainer:
         samples: Samples,
         config: PretrainConfig,
         folder: Path | None = None,
+        weights: Float32 | None = None,
     ) -> None:
         self.policy, self.samples, self.config, self.folder = policy, samples, config, folder
         self.parameters = list(parameters)
@@ -131,6 +136,12 @@ class Pretrainer:
         self.train_rows, self.validation_rows = np.flatnonzero(~held), np.flatnonzero(held)
         if not len(self.train_rows):
             raise RatchetError("learn.too_few_samples", "no training samples are left", fix="record more episodes")
+        self.weights = None
+        if weights is not None:
+            chosen_weights = np.asarray(weights, np.float32)
+            if chosen_weights.shape != (len(samples),) or not (chosen_weights >= 0).all() or not chosen_weights.any():
+                raise RatchetError("learn.bad_weights", "one weight per sample, none negative, not all zero")
+            self.weights = torch.from_numpy(chosen_weights[self.train_rows])
         self.state_scale = torch.from_numpy(samples.state.std(0)) if samples.state.shape[1] else None
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
@@ -180,7 +191,10 @@ class Pretrainer:
 
     def _train_step(self) -> float:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        picks = torch.randint(0, len(self.train_rows), (self.config.batch,), generator=generator)
+        if self.weights is None:
+            picks = torch.randint(0, len(self.train_rows), (self.config.batch,), generator=generator)
+        else:
+            picks = torch.multinomial(self.weights, self.config.batch, replacement=True, generator=generator)
         rows = self.train_rows[picks.numpy()]
         loss = self._loss(self.policy.logits(self._batch(rows, generator)), rows)
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,6 +225,8 @@ class Pretrainer:
         facts = repr(
             (asdict(self.config), len(self.samples), self.samples.tasks, sum(p.numel() for p in self.parameters))
         )
+        if self.weights is not None:
+            facts += hashlib.sha256(self.weights.numpy().tobytes()).hexdigest()
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def _save(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from agent.errors import RatchetError
 from agent.learner import grpo, ppo
+from agent.learner.distributed import Ranks
 from agent.learner.minibatch import Diagnostics, Minibatch, flatten
 from agent.learner.rollouts import RolloutBatch
 from agent.policy.protocol import Policy
@@ -88,14 +89,21 @@ class Updater:
         policy: its trainable parameters are the adapter's.
         parameters: the adapter's tensors.
         generator: order of samples; part of the resumable state.
+        ranks: the processes that share each optimiser step; all get the same batches. None for one process.
     """
 
     def __init__(
-        self, policy: Policy, parameters: Sequence[nn.Parameter], config: UpdateConfig, generator: torch.Generator
+        self,
+        policy: Policy,
+        parameters: Sequence[nn.Parameter],
+        config: UpdateConfig,
+        generator: torch.Generator,
+        ranks: Ranks | None = None,
     ) -> None:
         if not parameters:
             raise RatchetError("learner.no_parameters", "nothing to train", fix="attach an adapter first")
         self.policy = policy
+        self.ranks = ranks
         self.parameters = list(parameters)
         self.config = config
         self.generator = generator
@@ -235,7 +243,8 @@ class Updater:
     def _step(self, batch: RolloutBatch, padded: Padded, part: Minibatch) -> tuple[Diagnostics, float]:
         total = Diagnostics()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in part.micro(self.config.micro_size):
+        parts = list(part.micro(self.config.micro_size))
+        for micro, factor in self.ranks.share(parts) if self.ranks else [(m, 1.0) for m in parts]:
             rows = padded.row[micro.index[:, 0], micro.index[:, 1]].numpy()
             tokens = torch.from_numpy(batch.tokens[rows])
             log_prob, entropy = self.policy.log_prob(batch.policy_input(rows), tokens, batch.temperature)
@@ -245,8 +254,12 @@ class Updater:
             else:
                 assert micro.old_value is not None
                 loss, diagnostics = ppo.loss(log_prob, entropy, micro.old_value, micro, self.config.ppo)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = total + diagnostics
+            (loss * factor).backward()  # type: ignore[no-untyped-call]
+            if factor:
+                total = total + diagnostics
+        if self.ranks:
+            self.ranks.add_gradients(self.parameters)
+            total = self.ranks.add(total)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip))
         if not np.isfinite(norm):
             raise RatchetError(

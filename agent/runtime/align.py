@@ -77,7 +77,7 @@ class Aligner:
         self.dropped = 0
 
     def add_frame(self, camera: str, image: UInt8, stamp: float) -> None:
-        """image: (H, W, 3) uint8, upright, RGB; kept by reference. Repeated and older stamps are dropped and counted."""
+        """image: (H, W, 3) uint8, upright, RGB; kept by reference. Repeated and older stamps are dropped."""
         self._add(self._frames, camera, image, stamp)
 
     def add_state(self, name: str, values: Float32, stamp: float) -> None:
@@ -119,7 +119,8 @@ class Aligner:
             RatchetError: observation.missing naming sources without data; observation.skew naming the worst part.
         """
         with self._lock:
-            self._require({**self._frames, **self._states})
+            self._require(self._frames)
+            self._require(self._states)
             moment = self._moment() if self._frames else min(t.samples[-1][0] for t in self._states.values())
             frames = {name: track.nearest(moment) for name, track in self._frames.items()}
             states = {name: track.nearest(moment) for name, track in self._states.items()}

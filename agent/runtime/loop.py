@@ -20,7 +20,7 @@ from agent.runtime.chunks import ChunkExecutor
 from agent.runtime.clock import Clock, MonotonicClock
 from agent.runtime.outcome import EpisodeEnd, FrameStamped, Termination, Timing
 from agent.runtime.robot import Robot
-from agent.runtime.safety import Proposal, SafetyFilter, SafetyState, Verdict
+from agent.runtime.safety import MOVING, Proposal, SafetyFilter, SafetyState, Verdict
 from agent.runtime.sink import GuardedSink, NoSink, TickSink
 from agent.runtime.source import ChunkSource, PolicyFault
 from agent.runtime.watchdog import Watchdog
@@ -218,7 +218,7 @@ class ControlLoop:
             self.executor.sent(taken, marks)
         if not self.safety.resting:
             self._moved_at = after
-        moving = verdict.state in (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
+        moving = verdict.state in MOVING
         self.watchdog.waiting(verdict.state is SafetyState.WAITING, deadline)
         if self._was_moving and not moving:
             self._drop_plan()
@@ -256,7 +256,8 @@ class ControlLoop:
 
     def _ask(self, deadline: float, now: float) -> Observation | None:
         """Send a request when one is due and possible; the observation it was made on, else None."""
-        allowed = self._was_moving or (self.safety.state is SafetyState.HOLDING and self.safety.resting)
+        state = self.safety.state
+        allowed = state in MOVING or (state is SafetyState.HOLDING and self.safety.resting)
         if not (allowed and self._human is None and self.source.ready and self.executor.wants(deadline)):
             return None
         seen = self._observe(cameras=True)

@@ -235,6 +235,7 @@ class PolicyClient:
             self.spec, self.base_hash, self.warnings = link.spec, link.base_hash, link.warnings
             self._adapter_id = self._wanted_adapter = link.adapter_id
             self._state, self._error, self._killed_for = "ready", "", ""
+            self._arrived.notify_all()
 
     def _kill(self, code: str, why: str) -> None:
         """With the lock held. The reader thread notices the end and tells it."""
@@ -273,6 +274,7 @@ class PolicyClient:
             number = message.get("id", 0)
             if message["type"] in ("chunk", "failed"):
                 self._answer(message, arrays)
+                self._arrived.notify_all()
             future = self._waiting.pop(number, None)
             if message["type"] == "swapped":
                 self._adapter_id = self._wanted_adapter = message["report"]["new_id"]
@@ -310,7 +312,6 @@ class PolicyClient:
                     observation_sequence=out.sequence,
                 )
             )
-        self._arrived.notify_all()
 
     def _lost(self) -> bool:
         """The process is gone. True where another one was started in its place."""

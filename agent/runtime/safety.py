@@ -21,7 +21,7 @@ from agent.runtime.measured import Measured
 from agent.runtime.pacing import Pacer
 from agent.runtime.safety_types import Proposal, SafetyConfig, SafetyState, Verdict
 
-__all__ = ["Proposal", "SafetyConfig", "SafetyFilter", "SafetyState", "Verdict"]
+__all__ = ["MOVING", "Proposal", "SafetyConfig", "SafetyFilter", "SafetyState", "Verdict"]
 
 MOVING = (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
 
@@ -57,7 +57,7 @@ class SafetyFilter:
         self._chunk_sequence = -1
         self._measured: Measured | None = None
         self._measured_stamp = -math.inf
-        self._resume_asked = self._blocked = False
+        self._resume_asked = self._blocked = self._by_human = False
 
     # -- what a person and the surroundings say ------------------------------------------------------------------
 
@@ -324,6 +324,10 @@ class SafetyFilter:
     def _move(
         self, proposal: Proposal, measured: Measured, dt: float, now: float, events: list[SafetyEvent]
     ) -> Verdict:
+        human = bool(proposal.marks & Mark.HUMAN)
+        if self._by_human and not human:
+            self._moving_since = now  # handed back: the policy begins as after a start
+        self._by_human = human
         ramp = self.contract.limits.ramp_time
         moved = now - self._moving_since + self.period
         ramping = moved < ramp

@@ -35,7 +35,7 @@ class Manifest:
     """Everything that must be known later about a session.
 
     contract: the whole contract as data; contract_id: its hash. calibrations: camera name -> calibration id.
-    adapters: [(UTC time, adapter id)] in the order in which they came into force; the base's hash where none was loaded.
+    adapters: [(UTC time, adapter id)] in the order in which they came into force; the base's hash for none.
     started, ended: UTC, ISO 8601; ended and reason stay empty where the session was cut off.
     """
 
@@ -128,7 +128,7 @@ class Session:
         return self.manifest.session
 
     def adapter(self, adapter_id: str) -> None:
-        """Another adapter came into force; the same one again changes nothing."""
+        """Another adapter came into force; the same one again changes nothing. Waits for the disk: not for the loop."""
         if self.manifest.adapters[-1][1] != adapter_id:
             self.manifest.adapters.append((utc(), adapter_id))
             self._write()

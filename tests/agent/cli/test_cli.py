@@ -34,7 +34,8 @@ def test_help_has_a_command_to_copy(verb: str, capsys: pytest.CaptureFixture[str
         (["eval", "--suite", "libero_object", "--policy", "nowhere"], "policy.bad_checkpoint", "nowhere"),
         (["adapters", "list", "--store", "nowhere"], "adapter.no_store", "nowhere"),
         (["report", "nowhere"], "report.no_run", "nowhere"),
-        (["demo", "--suite", "libero_object"], "cli.no_recipe", "metaworld"),
+        (["demo", "--suite", "libero_spatial"], "cli.no_recipe", "metaworld"),
+        (["adapters", "promote", "--store", "nowhere"], "adapter.no_store", "nowhere"),
     ],
 )
 def test_refusals_are_one_line_with_a_code(

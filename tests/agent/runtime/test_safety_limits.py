@@ -25,6 +25,7 @@ CASES += [(m, r, False) for m in ("ee_delta", "ee_absolute") for r in ("none", "
 def state_at(contract: RobotContract, place: np.ndarray) -> dict[str, np.ndarray]:
     state = {s.name: np.zeros(s.size, np.float32) for s in contract.state}
     state["place"] = place.astype(np.float32)
+    state["gripper"][0] = 1.0
     if "turned" in state and len(state["turned"]) == 4:
         state["turned"][3] = 1.0
     return state
@@ -124,7 +125,7 @@ def test_actions_within_limits_pass_bit_by_bit(mode: str) -> None:
     action = np.zeros(contract.action.size, np.float32)
     for k in range(50):
         action = action + rng.normal(size=action.shape).astype(np.float32) * np.float32(1e-4)
-        action[-1] = abs(action[-1])
+        action[-1] = 1.0 - abs(action[0])
         now = 0.05 * k + rng.uniform(-0.002, 0.002)
         verdict = stage.step(Proposal(action, action, now, k, 0), state, now, now)
         assert verdict.command is not None
@@ -164,7 +165,7 @@ def test_straight_lines_stay_straight_when_shortened() -> None:
 
 
 def test_commands_in_a_burst_get_only_the_time_that_passed() -> None:
-    """Forty commands at once, as a delayed network delivers them: the sum of displacements stays under V (w + 1.25 T)."""
+    """Forty commands at once, as a delayed network delivers them: together they move at most V (w + 1.25 T)."""
     contract = arm("ee_delta", rotation="none")
     stage = SafetyFilter(contract)
     state = state_at(contract, np.zeros(3))
