@@ -65,14 +65,14 @@ class Intake:
                 decode.image_type(camera),
                 camera.topic,
                 self._frame_callback(camera),
-                qos.IMAGES_RELIABLE if reliable else qos.IMAGES,
+                qos.LOCK_STEP if reliable else qos.IMAGES,
             )
         topics: dict[tuple[str, type[Any]], list[decode.StateReader]] = {}
         for source in wiring.state:
             reader = decode.StateReader(contract, source)
             topics.setdefault((reader.field.topic, reader.kind), []).append(reader)
         for (topic, kind), readers in topics.items():
-            profile = qos.STATES_RELIABLE if reliable else qos.STATES
+            profile = qos.LOCK_STEP if reliable else qos.STATES
             self._subscribe(kind, topic, self._state_callback(readers), profile)
 
     def close(self) -> None:

@@ -130,7 +130,7 @@ class RatchetNode(LifecycleNode):
         self.get_logger().error(str(error))
 
     def _autostart(self) -> None:
-        """One step per call, until active; a refusal is tried again every two seconds: drivers may come up later."""
+        """One step per call, until active; a refusal is tried again every half second: drivers may come up later."""
         self._kick.cancel()
         self.destroy_timer(self._kick)
         self._kick = None
@@ -141,7 +141,7 @@ class RatchetNode(LifecycleNode):
             done = self.trigger_activate() == TransitionCallbackReturn.SUCCESS
         else:
             return
-        self._kick = self.create_timer(0.0 if done else 2.0, self._autostart, clock=rclpy.clock.Clock())
+        self._kick = self.create_timer(0.0 if done else 0.5, self._autostart, clock=rclpy.clock.Clock())
 
     def _on_parameters(self, changed: list[Parameter]) -> SetParametersResult:
         configured = self.settings is not None

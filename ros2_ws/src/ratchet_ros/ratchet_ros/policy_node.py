@@ -67,7 +67,7 @@ class PolicyNode(RatchetNode):
         timeout = settings.patience if lock_step else settings.clock_timeout
         self.clock: TimeBase = SimulatedTime(timeout) if simulated else SteadyTime()
         if simulated:
-            profile = qos.CLOCK_RELIABLE if lock_step else qos.CLOCK
+            profile = qos.LOCK_STEP if lock_step else qos.CLOCK
             self._keep(self.create_subscription(ClockMessage, "/clock", self._on_clock, profile))
         self.safety = NotingSafety(self.contract, policy_params.safety_config(settings))
         self.client = PolicyClient(self.contract, policy_params.launch(settings))

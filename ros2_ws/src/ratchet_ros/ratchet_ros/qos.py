@@ -19,12 +19,10 @@ def _profile(depth: int, reliable: bool, latched: bool = False) -> QoSProfile:
 
 IMAGES = _profile(2, reliable=False)
 """Camera images: sensor data, the newest counts."""
-IMAGES_RELIABLE = _profile(4, reliable=True)
-"""Images of a lock-step simulation, where none may be lost."""
 STATES = _profile(5, reliable=False)
 """Joint states and poses: sensor data."""
 STATES_RELIABLE = _profile(10, reliable=True)
-"""What we publish as a driver, and every state in lock-step."""
+"""What we publish as a driver."""
 COMMANDS = _profile(10, reliable=True)
 """Commands to drivers and between our nodes."""
 STATUS = _profile(1, reliable=True, latched=True)
@@ -37,5 +35,8 @@ INPUT = _profile(1, reliable=False)
 """What a person's hand does."""
 CLOCK = _profile(1, reliable=False)
 """/clock of a simulation that runs by itself."""
-CLOCK_RELIABLE = _profile(10, reliable=True)
-"""/clock in lock-step."""
+CLOCK_DRIVER = _profile(10, reliable=True)
+"""/clock as we publish it."""
+LOCK_STEP = _profile(4, reliable=True, latched=True)
+"""Everything that a simulation in lock-step sends: nothing may be lost, and whoever joins late gets the present moment,
+which is not sent again before somebody commands."""

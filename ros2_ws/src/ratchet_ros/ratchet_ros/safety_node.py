@@ -74,7 +74,7 @@ class SafetyNode(RatchetNode):
         if lock_step and not simulated:
             raise RatchetError("ros.bad_parameter", "lock_step needs use_sim_time", where="lock_step")
         if simulated:
-            profile = qos.CLOCK_RELIABLE if lock_step else qos.CLOCK
+            profile = qos.LOCK_STEP if lock_step else qos.CLOCK
             self._keep(self.create_subscription(ClockMessage, "/clock", self._on_clock, profile))
         self.intake = Intake(
             self,

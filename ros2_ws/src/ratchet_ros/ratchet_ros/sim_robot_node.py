@@ -71,6 +71,7 @@ class SimRobotNode(RatchetNode):
         self._queues: list[deque[Any]] = []
         self._latest: list[Any] = []
         reliable = settings.lock_step
+        self._profile = qos.LOCK_STEP if reliable else qos.STATES_RELIABLE
         for number, sink in enumerate(self._wiring.commands):
             if sink.kind not in encode.COMMAND_TYPES:
                 raise RatchetError("ros.unsupported_sink", f"no simulated arm takes {sink.kind}", where=sink.topic)
@@ -78,11 +79,11 @@ class SimRobotNode(RatchetNode):
             self._latest.append(None)
             kind = encode.COMMAND_TYPES[sink.kind]
             self._keep(self.create_subscription(kind, sink.topic, self._commanded(number), qos.COMMANDS))
-        self._clock_out = self._keep(self.create_publisher(ClockMessage, "/clock", qos.CLOCK_RELIABLE))
+        self._clock_out = self._keep(self.create_publisher(ClockMessage, "/clock", qos.LOCK_STEP if reliable else qos.CLOCK_DRIVER))
         self._scene = self._keep(self.create_publisher(msg.SceneStatus, "scene_status", qos.STATUS))
         self._images = {
             c.name: self._keep(
-                self.create_publisher(decode.image_type(c), c.topic, qos.IMAGES_RELIABLE if reliable else qos.IMAGES)
+                self.create_publisher(decode.image_type(c), c.topic, qos.LOCK_STEP if reliable else qos.IMAGES)
             )
             for c in self.contract.cameras
         }
@@ -235,7 +236,7 @@ class SimRobotNode(RatchetNode):
         assert env is not None
         for topic, message in arm_side.state_messages(self.contract, env.state(), stamp).items():
             if topic not in self._states:
-                self._states[topic] = self._keep(self.create_publisher(type(message), topic, qos.STATES_RELIABLE))
+                self._states[topic] = self._keep(self.create_publisher(type(message), topic, self._profile))
             self._states[topic].publish(message)
         if frames:
             for camera in self.contract.cameras:

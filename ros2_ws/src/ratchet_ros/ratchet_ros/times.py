@@ -17,6 +17,8 @@ from agent.runtime.clock import ExternalClock, MonotonicClock
 
 REORDERED = 0.5  # s of simulated time that messages of different topics may overtake each other by
 
+TICK = 1e-6  # s that count as the same moment: stamps are rounded to nanoseconds, deadlines are sums of periods
+
 
 def seconds(stamp: Time) -> float:
     """ROS time as seconds."""
@@ -92,6 +94,9 @@ class SimulatedTime(ExternalClock):
         super().update(now)
         for changed in self._watchers:
             changed()
+
+    def sleep_until(self, moment: float) -> bool:
+        return super().sleep_until(moment - TICK)
 
     def from_ros(self, stamp: Time) -> float:
         """Data of a moment shows that the moment has come, whether or not /clock got here first."""
