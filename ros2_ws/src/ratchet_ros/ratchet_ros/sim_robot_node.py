@@ -79,7 +79,9 @@ class SimRobotNode(RatchetNode):
             self._latest.append(None)
             kind = encode.COMMAND_TYPES[sink.kind]
             self._keep(self.create_subscription(kind, sink.topic, self._commanded(number), qos.COMMANDS))
-        self._clock_out = self._keep(self.create_publisher(ClockMessage, "/clock", qos.LOCK_STEP if reliable else qos.CLOCK_DRIVER))
+        self._clock_out = self._keep(
+            self.create_publisher(ClockMessage, "/clock", qos.LOCK_STEP if reliable else qos.CLOCK_DRIVER)
+        )
         self._scene = self._keep(self.create_publisher(msg.SceneStatus, "scene_status", qos.STATUS))
         self._images = {
             c.name: self._keep(
