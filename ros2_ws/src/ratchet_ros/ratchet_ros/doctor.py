@@ -1,4 +1,4 @@
-"""The ROS half of `ratchet doctor`: environment, middleware, shared memory, nodes on the graph, contract against topics.
+"""The ROS half of `ratchet doctor`: environment, middleware, shared memory, nodes, contract against topics.
 
 Knows how to look; prints one JSON object with findings. Started by the verb, in the ROS environment's Python.
 """
