@@ -26,7 +26,9 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument("episodes", default_value="runs/episodes", description="Where recordings go."),
         DeclareLaunchArgument("teleop", default_value="false", description="Start teleop_node; needs a joy driver."),
         DeclareLaunchArgument("teleop_params", default_value="", description="Parameter file of teleop_node."),
-        DeclareLaunchArgument("namespace", default_value="", description="Namespace, such as left for one of two arms."),
+        DeclareLaunchArgument(
+            "namespace", default_value="", description="Namespace, such as left for one of two arms."
+        ),
         DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal."),
         DeclareLaunchArgument(
             "dds_profile",

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ament_index_python.packages import get_package_share_directory
 from mcap.writer import CompressionType, Writer
+
+from ratchet_ros import dds
 
 CHUNK = 1 << 20
 SEPARATOR = "=" * 80
@@ -29,7 +30,7 @@ def definition(name: str) -> str:
     while todo:
         current = todo.pop(0)
         package, _, stem = current.partition("/msg/")
-        text = (Path(get_package_share_directory(package)) / "msg" / f"{stem}.msg").read_text()
+        text = (dds.share(package) / "msg" / f"{stem}.msg").read_text()
         short = f"{package}/{stem}"
         parts.append(text if current == name else f"{SEPARATOR}\nMSG: {short}\n{text}")
         for line in text.splitlines():

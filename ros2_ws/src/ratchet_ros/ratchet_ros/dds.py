@@ -1,11 +1,12 @@
 """Which Fast DDS profile this process runs under; settled before rclpy.init, because it is read once.
 
-Knows environment variables and two shipped files. Knows no node.
+Knows environment variables, share folders and two shipped files. Knows no node.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -18,9 +19,16 @@ def shipped(name: str) -> Path:
     source = here.parents[1] / "config" / name
     if source.is_file():
         return source
+    return share("ratchet_ros") / "config" / name
+
+
+def share(package: str) -> Path:
+    """A package's share folder: through the ament index of a sourced ROS, or in this environment's own prefix."""
     from ament_index_python.packages import get_package_share_directory
 
-    return Path(get_package_share_directory("ratchet_ros")) / "config" / name
+    if os.environ.get("AMENT_PREFIX_PATH"):
+        return Path(get_package_share_directory(package))
+    return Path(sys.prefix) / "share" / package
 
 
 def variable() -> str:

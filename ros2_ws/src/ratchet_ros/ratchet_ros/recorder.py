@@ -31,6 +31,7 @@ from ratchet_ros.node import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.params import parameter
 
 QUEUE = 400  # messages under way to the disk; at 30 Hz and two VGA cameras about 6 s
+TAIL = 0.3  # s after an episode's end in which messages of other topics may still be on their way
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Recorder(RatchetNode):
         self._episode = ""
         self._dropped = self._written = 0
         self._trouble = ""
+        self._tail: Any = None
+        self._last: dict[str, str] = {}
 
     # -- lifecycle -------------------------------------------------------------------------------------------------
 
@@ -87,6 +90,7 @@ class Recorder(RatchetNode):
         self._thread.start()
 
     def halt(self) -> None:
+        self._end_now()
         self._queue.put(("end", {"termination": "deactivated"}))
         self._queue.put(("stop", None))
         if self._thread is not None:
@@ -126,10 +130,18 @@ class Recorder(RatchetNode):
             self._put(self.resolve_topic_name("episode"), msg.EpisodeMark, data)
         elif mark.episode == self._episode:
             self._put(self.resolve_topic_name("episode"), msg.EpisodeMark, data)
-            end = {"termination": mark.termination, "outcome": str(mark.outcome), "source": mark.outcome_source}
-            self._end(end)
+            self._last = {"termination": mark.termination, "outcome": str(mark.outcome), "source": mark.outcome_source}
+            self._tail = self.create_timer(TAIL, self._end_now)
+
+    def _end_now(self) -> None:
+        """The episode's last messages are in: close it."""
+        if self._tail is not None:
+            self.destroy_timer(self._tail)
+            self._tail = None
+            self._end(self._last)
 
     def _begin(self, episode: str, task: str, instruction: str) -> None:
+        self._end_now()
         self._episode = episode
         about = {"episode": episode, "task": task, "instruction": instruction, "started": utc()}
         self._queue.put(("begin", about))
