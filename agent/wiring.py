@@ -25,7 +25,8 @@ class StateSource:
     part: position, velocity or effort of a JointState; position or orientation of a PoseStamped.
     names: joints of a JointState in the order of the field's numbers.
     scale: physical units of the contract per unit on the wire.
-    signed: the sign of a quaternion carries meaning (a simulator's own convention); else w >= 0 is made of it.
+    signed: the sign of a quaternion carries meaning (a simulator's own convention); else it is chosen to stay near the
+        last one, and at first so that the largest component is positive.
     """
 
     field: str

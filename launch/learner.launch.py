@@ -5,9 +5,10 @@ It needs no ROS itself; `ratchet learner` alone does the same. Options are passe
 
 import shlex
 
-from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction
 from launch.substitutions import LaunchConfiguration
+
+from launch import LaunchContext, LaunchDescription
 
 
 def start(context: LaunchContext) -> list[ExecuteProcess]:

@@ -3,11 +3,12 @@
 Without the launch package, `ratchet up sim` starts the same graph.
 """
 
-from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument
 from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
+
+from launch import LaunchDescription
 
 
 def generate_launch_description() -> LaunchDescription:

@@ -140,7 +140,7 @@ class Adapters(_Common):
 
 @dataclass
 class Stop(_Common):
-    """Press (or release) the software emergency stop; it stays latched until `clear`. Never instead of the robot's own."""
+    """Press (or release) the software stop; it stays latched until `clear`. Never instead of the robot's own."""
 
     release: bool = False
     """Release it. Motion still needs `clear`."""

@@ -1,6 +1,6 @@
 """A graph of node processes: started together, watched, stopped in order, one folder of logs.
 
-Knows processes and parameter files. Knows no ROS beyond its command line; works where the launch package does not exist.
+Knows processes and parameter files. Knows no ROS beyond its command line; needs no launch package.
 """
 
 from __future__ import annotations

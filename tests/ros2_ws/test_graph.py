@@ -1,10 +1,10 @@
 """The whole graph as processes over DDS: simulated arm, safety node, policy node with its policy process, recorder.
 
-It matters because each part can be right and the graph still wrong: topics, clocks, orders of arrival, kills. Pinned: an
-episode through ROS is bit by bit the one in process; an adapter is exchanged in motion between two chunks; cancel comes to
-rest; a killed policy process latches a fault, holds, and moves again only after a person cleared it; recordings open in
-another project's reader; `ratchet ctl` and `ratchet doctor` speak with the graph. Determinism: lock-step, so that no load
-of the machine changes what happens; waiting is for events only.
+It matters because each part can be right and the graph still wrong: topics, clocks, orders of arrival, kills. Pinned:
+an episode through ROS is bit by bit the one in process; an adapter is exchanged in motion between two chunks; cancel
+comes to rest; a killed policy process latches a fault, holds, and moves again only after a person cleared it;
+recordings open in another project's reader; `ratchet ctl` and `ratchet doctor` speak with the graph. Determinism:
+lock-step, so that no load of the machine changes what happens; waiting is for events only.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from action_msgs.msg import GoalStatus
 from mcap.reader import make_reader
 from ratchet_msgs import msg, srv
 from ratchet_msgs.action import RunTask
+from ratchet_ros import qos
 from rosbags.rosbag2 import Reader
 
 from agent.adapters.lora import attach, lora_config
@@ -32,7 +33,6 @@ from agent.adapters.store import FolderStore
 from agent.cli.main import main
 from agent.policy import checkpoint
 from agent.policy.protocol import PolicyInput
-from ratchet_ros import qos
 from sim.robot import SimRobot
 from tests.conformance.swap_suite import noise
 from tests.ros2_ws.graph import ROOT, Graph, Watcher, active

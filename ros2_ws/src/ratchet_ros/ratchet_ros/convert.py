@@ -20,9 +20,9 @@ def event(source: SafetyEvent, node: str, clock: TimeBase) -> msg.SafetyEvent:
         code=source.code,
         message=source.message,
         dim=source.dim,
-        value=source.value,
-        limit=source.limit,
-        latched=source.latched,
+        value=float(source.value),
+        limit=float(source.limit),
+        latched=bool(source.latched),
     )
 
 

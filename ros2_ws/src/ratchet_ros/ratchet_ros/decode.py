@@ -86,6 +86,7 @@ class StateReader:
         self._rotation = contract.action.rotation
         self._order: tuple[tuple[str, ...], list[int]] = ((), [])
         self._near = np.zeros(3)
+        self._last: Any = None
 
     def read(self, message: Any) -> Float32 | None:
         if self.source.kind == "joint_state":
@@ -104,6 +105,13 @@ class StateReader:
                 fix=f"{self.field.size} finite numbers are expected",
             )
         return (values * self.source.scale).astype(np.float32)
+
+    def _sign(self, q: Any) -> float:
+        """q and -q are one rotation: stay near the last one, and begin with the largest component positive. A rule such
+        as w >= 0 would flip back and forth with noise where a gripper points straight down."""
+        sign = _largest(q) if self._last is None else float(np.copysign(1.0, q @ self._last))
+        self._last = q * sign
+        return sign
 
     def _joints(self, message: JointState) -> Any:
         names = tuple(message.name)
@@ -125,14 +133,18 @@ class StateReader:
         norm = float(np.linalg.norm(q))
         if not abs(norm - 1.0) < 0.01:
             return np.full(self.field.size, math.nan)
-        if not self.source.signed and q[3] < 0.0:
-            q = -q
+        if not self.source.signed:
+            q = q * self._sign(q)
         if self.field.size == 4:
             return q
         if self._rotation == "euler_xyz":
             self._near = rotation.from_quaternion(q, "euler_xyz", self._near)
             return self._near
         return vector(q)
+
+
+def _largest(q: Any) -> float:
+    return float(np.copysign(1.0, q[np.argmax(np.abs(q))]))
 
 
 def vector(q: Any) -> Any:

@@ -47,6 +47,7 @@ class LastStage:
 
     send: (verdict, order or None, new) -> None, called from the stage's thread; the order is None where the stage acts
         by itself; new is False where the arm keeps a pose that it was told to keep before. told: gets every event.
+    broken: called from the stage's thread with whatever ended it although it must not end.
     lock_step: simulated time stands still while a command travels; each is checked against the state of its own moment,
         which is waited for (at most `patience` real seconds).
     """
@@ -60,12 +61,13 @@ class LastStage:
         told: Callable[[SafetyEvent], None],
         config: SafetyConfig | None = None,
         *,
+        broken: Callable[[BaseException], None],
         lock_step: bool = False,
         patience: float = 30.0,
     ) -> None:
         self.filter = SafetyFilter(contract, config)
         self.contract, self._aligner, self._clock = contract, aligner, clock
-        self._send, self._told = send, told
+        self._send, self._told, self._broken = send, told, broken
         self._lock_step, self._patience = lock_step, patience
         self._orders: deque[Order] = deque(maxlen=50)
         self._changed = threading.Condition()
@@ -125,6 +127,12 @@ class LastStage:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # a stage that is gone must not go unnoticed
+            self._broken(error)
+
+    def _serve(self) -> None:
         while True:
             order = self._next()
             if self._stopping:

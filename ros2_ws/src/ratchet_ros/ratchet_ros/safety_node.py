@@ -7,6 +7,8 @@ emergency stop stay in force, and stay necessary.
 
 from __future__ import annotations
 
+import os
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import Mark, SafetyEvent
 from agent.runtime.safety import SafetyConfig, SafetyState, Verdict
+from agent.runtime.safety_types import LATCHING
 from ratchet_ros import convert, encode, qos
 from ratchet_ros.intake import Intake, require_wiring
 from ratchet_ros.last_stage import LastStage, Order
@@ -28,6 +31,7 @@ from ratchet_ros.node import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.params import parameter
 from ratchet_ros.times import SimulatedTime, SteadyTime, TimeBase, seconds
 
+BROKEN = 70  # exit status of a node whose last stage ended
 FOREVER = 1e9  # s; in lock-step the clock stands still for as long as the policy thinks
 KINDS = {msg.Command.ACTION: "action", msg.Command.HOLD: "hold", msg.Command.STOP: "stop"}
 
@@ -86,12 +90,20 @@ class SafetyNode(RatchetNode):
             on_data=lambda: self.stage.arrived() if self.stage else None,
         )
         config = SafetyConfig(
+            latch_on=LATCHING | {"safety.second_sender"},
             resume=self.settings.resume,
             dead_man=self.settings.dead_man,
             dead_man_timeout=self.settings.dead_man_timeout,
         )
         self.stage = LastStage(
-            self.contract, self.intake.aligner, self.clock, self._send, self._told, config, lock_step=lock_step
+            self.contract,
+            self.intake.aligner,
+            self.clock,
+            self._send,
+            self._told,
+            config,
+            broken=self._broken,
+            lock_step=lock_step,
         )
         gauge = self.stage.filter.limiter.gauge
         self._sinks = []
@@ -255,6 +267,17 @@ class SafetyNode(RatchetNode):
             self._publish_status()
 
     _said = ("", "")
+
+    def _broken(self, error: BaseException) -> None:
+        """The stage's thread ended: one last hold, then the process goes, so that nobody takes it for alive."""
+        self.get_logger().fatal("".join(traceback.format_exception(error)))
+        try:
+            for _, encoder, _, out in self._sinks:
+                message = encoder.hold(self._measured(), self.clock.to_ros(self.clock.now()))
+                if message is not None:
+                    out(message)
+        finally:
+            os._exit(BROKEN)
 
     def _told(self, event: SafetyEvent) -> None:
         self._events.publish(convert.event(event, "safety_node", self.clock))
