@@ -134,8 +134,9 @@ class Rig:
         for node in (self.arm.node, self.safety):
             executor = SingleThreadedExecutor()
             executor.add_node(node)
-            threading.Thread(target=executor.spin, daemon=True).start()
-            self._executors.append(executor)
+            thread = threading.Thread(target=executor.spin, daemon=True)
+            thread.start()
+            self._executors.append((executor, thread))
         self.safety.trigger_configure()
         self.watcher.until(lambda: not self.safety.intake.missing(), "all states")
         self.safety.trigger_activate()
@@ -160,9 +161,10 @@ class Rig:
 
     def close(self) -> None:
         self.safety.trigger_deactivate()
-        self.safety.trigger_cleanup()
-        for executor in self._executors:
+        for executor, thread in self._executors:
             executor.shutdown()
+            thread.join()
+        self.safety.trigger_cleanup()
         self.safety.destroy_node()
         self.arm.node.destroy_node()
         self.watcher.close()

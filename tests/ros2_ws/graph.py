@@ -19,6 +19,7 @@ from rclpy.node import Node
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60.0
+INHERITED = ("_ROS_WHEELS_BOOTSTRAP_COMPLETE", "LD_LIBRARY_PATH")
 
 
 class Watcher:
@@ -76,14 +77,18 @@ class Graph:
         self.folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, module: str, name: str = "", **parameters: Any) -> subprocess.Popen[bytes]:
+    def start(self, module: str, name: str = "", python: str = sys.executable, **parameters: Any) -> Any:
+        """python: another ROS distribution's interpreter, which must not inherit this one's library paths."""
         name = name or module
+        environment = dict(os.environ)
+        if python != sys.executable:
+            environment = {k: v for k, v in environment.items() if k not in INHERITED}
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump({f"/{name}": {"ros__parameters": {"autostart": True, **parameters}}}))
-        command = [sys.executable, "-m", f"ratchet_ros.{module}", "--ros-args", "--params-file", str(file)]
+        command = [python, "-m", f"ratchet_ros.{module}", "--ros-args", "--params-file", str(file)]
         command += ["-r", f"__node:={name}"]
         with (self.folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(os.environ))
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         self.processes[name] = process
         return process
 
@@ -111,7 +116,10 @@ def active(watcher: Watcher, *names: str) -> None:
     from lifecycle_msgs.srv import GetState
 
     def is_active(name: str) -> bool:
-        answer = watcher.call(GetState, f"/{name}/get_state", GetState.Request())
+        try:
+            answer = watcher.call(GetState, f"/{name}/get_state", GetState.Request(), limit=3.0)
+        except AssertionError:
+            return False  # the question may have gone to a node that was killed and is not yet missed
         return bool(answer.current_state.id == State.PRIMARY_STATE_ACTIVE)
 
     for name in names:

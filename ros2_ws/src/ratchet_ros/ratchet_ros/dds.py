@@ -45,9 +45,8 @@ def profile() -> str:
 
 
 def load_profile(loopback: bool = False) -> str:
-    """Put the shipped profile in force unless the user chose one; returns the file. Call before rclpy.init."""
-    chosen = profile()
-    if not chosen:
-        chosen = str(shipped("fastdds_loopback.xml" if loopback else "fastdds.xml"))
-        os.environ[variable()] = chosen
+    """Put the shipped profile in force unless the user chose one (by either name); returns the file. Call before
+    rclpy.init."""
+    chosen = profile() or str(shipped("fastdds_loopback.xml" if loopback else "fastdds.xml"))
+    os.environ[variable()] = chosen
     return chosen
