@@ -14,7 +14,9 @@ from rich.console import Console
 
 from agent.cli import (
     adapters,
+    ctl,
     demo,
+    doctor,
     evaluate,
     keys,
     learn,
@@ -26,6 +28,7 @@ from agent.cli import (
     session,
     status,
     study,
+    up,
 )
 from agent.errors import RatchetError
 
@@ -47,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "session": session.SessionCommand,
         "status": status.Status,
         "study": study.Study,
+        "doctor": doctor.Doctor,
+        "up": up.Up,
+        "ctl": ctl.Ctl,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(
