@@ -12,7 +12,24 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from agent.cli import adapters, ctl, demo, doctor, evaluate, learn, pretrain, report, up
+from agent.cli import (
+    adapters,
+    ctl,
+    demo,
+    doctor,
+    evaluate,
+    keys,
+    learn,
+    learner,
+    pretrain,
+    report,
+    robot,
+    run,
+    session,
+    status,
+    study,
+    up,
+)
 from agent.errors import RatchetError
 
 
@@ -26,6 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretrain": pretrain.Pretrain,
         "adapters": adapters.Adapters,
         "report": report.Report,
+        "run": run.Run,
+        "keys": keys.Keys,
+        "learner": learner.Learner,
+        "robot": robot.Robot,
+        "session": session.SessionCommand,
+        "status": status.Status,
+        "study": study.Study,
         "doctor": doctor.Doctor,
         "up": up.Up,
         "ctl": ctl.Ctl,

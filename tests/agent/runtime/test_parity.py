@@ -25,7 +25,6 @@ from agent.runtime.loop import ControlLoop, Termination
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.safety import SafetyFilter
 from agent.runtime.sink import MemorySink
-from sim import registry
 from sim.robot import SimRobot
 
 POLICY = Path(__file__).resolve().parents[3] / "models" / "small-metaworld"
