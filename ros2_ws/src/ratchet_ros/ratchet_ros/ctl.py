@@ -107,6 +107,20 @@ def lifecycle(control: Control, request: dict[str, Any]) -> Any:
     return {"node": node, "state": state.label}
 
 
+def wait(control: Control, request: dict[str, Any]) -> Any:
+    """Until all of these nodes are active."""
+    from lifecycle_msgs.msg import State
+
+    for name in request["nodes"]:
+
+        def active(name: str = name) -> bool:
+            state = control.call(GetState, f"{name}/get_state", GetState.Request()).current_state
+            return bool(state.id == State.PRIMARY_STATE_ACTIVE)
+
+        control.until(active, f"{name} (to become active)")
+    return request["nodes"]
+
+
 def parameters(control: Control, request: dict[str, Any]) -> Any:
     node, name, value = request["node"], request.get("name"), request.get("value")
     if not name:
@@ -127,27 +141,50 @@ def parameters(control: Control, request: dict[str, Any]) -> Any:
 
 
 def run_task(control: Control, request: dict[str, Any]) -> Any:
+    """swap_to: an adapter to exchange to as soon as the first feedback shows that the arm moves."""
     client = ActionClient(control.node, RunTask, "policy_node/run_task")
-    control.until(client.server_is_ready, "policy_node/run_task")
-    fields = ("task", "instruction", "horizon", "mode", "temperature", "seed", "expected_adapter")
-    goal = RunTask.Goal(**{k: request[k] for k in fields if request.get(k)})
-    sending = client.send_goal_async(goal, feedback_callback=_feedback if request.get("progress") else None)
-    control.until(sending.done, "run_task")
-    handle = sending.result()
-    if not handle.accepted:
-        raise RatchetError("ctl.refused", "the goal was rejected")
-    result = handle.get_result_async()
-    canceled = None
-    while not result.done():
-        control.executor.spin_once(timeout_sec=0.2)
-        if control.interrupted and canceled is None:
-            canceled = handle.cancel_goal_async()
+    try:
+        control.until(client.server_is_ready, "policy_node/run_task")
+        fields = ("task", "instruction", "horizon", "mode", "temperature", "seed", "expected_adapter")
+        goal = RunTask.Goal(**{k: request[k] for k in fields if request.get(k)})
+        moving: list[Any] = []
+
+        def feedback(message: Any) -> None:
+            moving.append(message)
+            if request.get("progress"):
+                _feedback(message)
+
+        sending = client.send_goal_async(goal, feedback_callback=feedback)
+        control.until(sending.done, "run_task")
+        handle = sending.result()
+        if not handle.accepted:
+            raise RatchetError("ctl.refused", "the goal was rejected")
+        result, swapped, canceled = handle.get_result_async(), None, None
+        while not result.done():
+            control.executor.spin_once(timeout_sec=0.2)
+            if control.interrupted and canceled is None:
+                canceled = handle.cancel_goal_async()
+            if request.get("swap_to") and moving and swapped is None:
+                swapped = swap(control, {"reference": request["swap_to"]})
+    finally:
+        client.destroy()
     told = result.result().result
     plain = {f: getattr(told, f) for f in told.get_fields_and_field_types()}
     plain["outcome"] = OUTCOMES[told.outcome]
+    if swapped is not None:
+        plain["swap"] = swapped
     if told.termination == RunTask.Result.END_REFUSED:
         raise RatchetError(told.code, told.message.partition("] ")[2] or told.message)
     return plain
+
+
+def batch(control: Control, request: dict[str, Any]) -> Any:
+    """Several requests by one client; every result is a line of its own as it comes. Ends with their number."""
+    for one in request["requests"]:
+        print(json.dumps({"result": VERBS[one["verb"]](control, one)}, default=str), flush=True)
+        if control.interrupted:
+            raise KeyboardInterrupt
+    return len(request["requests"])
 
 
 def swap(control: Control, request: dict[str, Any]) -> Any:
@@ -218,6 +255,8 @@ VERBS: dict[str, Callable[[Control, dict[str, Any]], Any]] = {
     "clear": clear,
     "reset": reset,
     "status": status,
+    "batch": batch,
+    "await": wait,
 }
 
 
@@ -247,7 +286,7 @@ def main() -> int:
     control = Control(request.get("namespace", ""), float(request.get("limit", 10.0)))
 
     def interrupt(number: int, frame: object) -> None:
-        if request["verb"] != "run" or control.interrupted:
+        if request["verb"] not in ("run", "batch") or control.interrupted:
             raise KeyboardInterrupt
         control.interrupted = True  # the first interrupt cancels the task, the second gives up waiting
 
