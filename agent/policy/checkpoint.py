@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from agent.contract import PolicySpec
@@ -23,6 +22,7 @@ from agent.policy.action_tokens import Statistics
 from agent.policy.prismatic import PrismaticConfig, PrismaticPolicy
 from agent.policy.text import load_tokenizer
 from agent.policy.vision import FusedDinoSiglip
+from agent.policy.weights import is_adapter, read_tensors, wrong_dtype
 
 FORMAT = 1
 
@@ -58,6 +58,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PrismaticPol
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise is_adapter(folder)
         raise RatchetError(
             "policy.bad_checkpoint", "no config.json", where=str(folder), fix="name a folder with a policy"
         )
@@ -82,24 +84,17 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PrismaticPol
     return policy
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises RatchetError policy.bad_checkpoint where the file is missing, truncated or not safetensors."""
-    if not path.is_file():
-        raise RatchetError("policy.bad_checkpoint", "no weights", where=str(path), fix="add model.safetensors")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
-    except safetensors.SafetensorError as error:
-        raise RatchetError(
-            "policy.bad_checkpoint", f"the weights are broken: {error}", where=str(path), fix="copy the file again"
-        ) from None
+def load_tensors(
+    policy: PrismaticPolicy, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Fill the network, which may be on the meta device; every tensor must fit. Tensors that no output depends on may be
+    there or not.
 
-
-def load_tensors(policy: PrismaticPolicy, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Fill the network; every tensor must fit. Tensors that no output depends on may be there or not.
+    dtype: of the parameters in memory.
 
     Raises:
-        RatchetError: policy.bad_checkpoint naming missing, extra and misshapen tensors.
+        RatchetError: policy.bad_checkpoint naming missing, extra and misshapen tensors; policy.wrong_vocabulary;
+            policy.wrong_dtype.
     """
     tower = policy.network.vision_backbone
     wanted = policy.network.state_dict()
@@ -108,16 +103,27 @@ def load_tensors(policy: PrismaticPolicy, tensors: Mapping[str, Tensor], where: 
     ]
     missing = [k for k in wanted if k not in tensors]
     shapes = [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
+    rows = "language_model.model.embed_tokens.weight"
+    if rows in shapes and tensors[rows].shape[1:] == wanted[rows].shape[1:]:
+        raise RatchetError(
+            "policy.wrong_vocabulary",
+            f"the weights have {len(tensors[rows])} tokens, the configuration {len(wanted[rows])}",
+            where=where,
+            fix="action tokens are counted from the vocabulary's end: take the configuration of these weights",
+        )
     if extra or missing or shapes:
         parts = [f"{len(v)} {n} ({', '.join(v[:3])}…)" for n, v in _named(missing, extra, shapes) if v]
         raise RatchetError(
             "policy.bad_checkpoint", f"tensors do not fit: {'; '.join(parts)}", where=where, fix="check configuration"
         )
+    whole = [k for k in wanted if not tensors[k].is_floating_point()]
+    if whole:
+        raise wrong_dtype(str(tensors[whole[0]].dtype).removeprefix("torch."), f"{where}: {whole[0]}")
     bad = [k for k in wanted if not bool(torch.isfinite(tensors[k]).all())]
     if bad:
         raise RatchetError("policy.bad_checkpoint", f"not finite: {', '.join(bad[:3])}", where=where)
-    policy.network.load_state_dict({k: tensors[k] for k in wanted})
-    policy.network.float()
+    # A copy, because the file may change under a mapping of it; assigned, so that it is the only one.
+    policy.network.load_state_dict({k: tensors[k].to(dtype, copy=True).contiguous() for k in wanted}, assign=True)
     policy.base_changed()
 
 

@@ -5,10 +5,12 @@ Knows sizes only.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from agent.contract import PolicySpec, RobotContract
 from agent.policy.action_tokens import BINS
+from agent.policy.images import OPENVLA
 from agent.policy.prismatic import PrismaticConfig
 from agent.policy.text import OPENVLA_PROMPT
 
@@ -44,6 +46,7 @@ def openvla_oft_7b(attention: str) -> PrismaticConfig:
         pad=32000,
         end_token=29871,
         compute_dtype="bfloat16",
+        images=dataclasses.asdict(OPENVLA),
     )
 
 
