@@ -87,8 +87,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PrismaticPol
 def load_tensors(
     policy: PrismaticPolicy, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Fill the network, which may be on the meta device; every tensor must fit. Tensors that no output depends on may be
-    there or not.
+    """Fill the network, which may be on the meta device; every tensor must fit. Tensors that no output depends on may
+    be there or not.
 
     dtype: of the parameters in memory.
 

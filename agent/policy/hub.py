@@ -20,7 +20,8 @@ def locate(reference: str | Path) -> Path:
     """The folder behind a path or an id such as `openvla/openvla-7b`.
 
     Raises:
-        RatchetError: policy.no_checkpoint where neither exists; policy.not_downloaded for an id that is not in the cache,
+        RatchetError: policy.no_checkpoint where neither exists; policy.not_downloaded for an id that is not in the
+        cache,
             with the command that fetches it.
     """
     folder = Path(reference)

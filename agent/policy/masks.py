@@ -17,8 +17,8 @@ from agent.policy.linear import linear
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import PolicyInput
 
-FACTOR = 1.5  # by which the wrong mask must be more surprised
-LEAST = 0.05  # nats per token; a smaller difference tells nothing
+MARGIN = 0.3  # nats per token: clear for a model that is unsure by its labels, such as smoothed ones
+FACTOR, LEAST = 1.5, 0.05  # times as surprised, and nats per token at least: clear for a model that is sure
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class MaskReport:
     def fits(self) -> bool | None:
         """True or False where one mask is clearly surer, None where the observations cannot tell."""
         worse, better = sorted((self.stated, self.other))
-        if better - worse < LEAST or worse > FACTOR * better:
+        clear = better - worse >= MARGIN or (better - worse >= LEAST and worse <= FACTOR * better)
+        if not clear:
             return None
         return self.stated > self.other
 

@@ -3,8 +3,8 @@
 Knows modules and the order of the sequence: first prompt token, image patches, rest of the prompt, [state,] K x D
 placeholders. (The published code appends a stop token that nothing attends to; it is left out.) Knows no file, no words
 and no sampling.
-Sources: OpenVLA-OFT (arXiv 2502.19645), discrete variant of arXiv 2603.11653; OpenVLA (arXiv 2406.09246), which gives one
-token after another.
+Sources: OpenVLA-OFT (arXiv 2502.19645), discrete variant of arXiv 2603.11653; OpenVLA (arXiv 2406.09246), which gives
+one token after another.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class PrismaticConfig:
     projector: "mlp3" as published for fused towers, "mlp2" for single ones.
     prompt, bos, pad, end_token, prompt_length: see text.py.
     compute_dtype: "float32", or "bfloat16" for autocast of everything but norms, residuals and the log-softmax.
-    decoding: "parallel" reads all tokens from placeholders at once; "autoregressive" gives each token after those before
+    decoding: "parallel" reads all tokens from placeholders at once; "autoregressive" gives each token after those
+    before
         it (OpenVLA), which needs causal attention.
     head: "tokens", or "l1": OpenVLA-OFT's regression head, which gives actions but no probabilities.
     state_style: how the state enters: "own", one linear layer, behind the prompt; "oft", two layers, behind the images,

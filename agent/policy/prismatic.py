@@ -1,4 +1,5 @@
-"""The discrete VLA: OpenVLA's and OpenVLA-OFT's architecture, from 7 billion parameters down to 3 million, as one class.
+"""The discrete VLA: OpenVLA's and OpenVLA-OFT's architecture, from 7 billion parameters down to 3 million, as one
+class.
 
 Knows prompts, statistics, sampling and log-probabilities around the network (network.py). Knows no file
 (checkpoint.py), no adapter and no robot. A chunk of K actions of D dimensions is decoded in ONE forward: K x D

@@ -1,8 +1,8 @@
 """Image preparation against what the published code's own library computes.
 
-The path matters because a model sees nothing wrong in a slightly different image; it just does worse. Pinned: TensorFlow's
-JPEG, Lanczos-3 and crop to the grey level (tests/golden/images), the geometry of padding, and what is refused.
-Determinism: fixed files and closed forms.
+The path matters because a model sees nothing wrong in a slightly different image; it just does worse. Pinned:
+TensorFlow's JPEG, Lanczos-3 and crop to the grey level (tests/golden/images), the geometry of padding, and what is
+refused. Determinism: fixed files and closed forms.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The check that tells a wrong attention mask, on policies trained for a moment under each.
 
-A wrong mask is no error, only a worse robot. Pinned: a policy run under the mask that it was trained with passes, the same
-weights under the other one are refused with both figures, and observations that cannot tell are not taken for an answer.
-Determinism: seeds; the margin is far from both sides.
+A wrong mask is no error, only a worse robot. Pinned: a policy run under the mask that it was trained with passes, the
+same weights under the other one are refused with both figures, and observations that cannot tell are not taken for an
+answer. Determinism: seeds; the margin is far from both sides.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """OpenVLA and the published variants of OpenVLA-OFT: one token after another, regression head, state, several images.
 
-The path matters because users bring these checkpoints. Pinned: logits and tokens that the libraries of the published code
-compute (tests/golden/openvla), the regression head's numbers, that it is refused for learning with its reason, how state and
-statistics are read, bfloat16 in memory, and every broken folder's code. Determinism: fixed files, float32.
+The path matters because users bring these checkpoints. Pinned: logits and tokens that the libraries of the published
+code compute (tests/golden/openvla), the regression head's numbers, that it is refused for learning with its reason, how
+state and statistics are read, bfloat16 in memory, and every broken folder's code. Determinism: fixed files, float32.
 """
 
 from __future__ import annotations

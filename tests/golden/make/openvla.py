@@ -1,10 +1,10 @@
 """Golden OpenVLA: seven tokens one after another, by the libraries that its published model is made of.
 
-timm's towers and transformers' Llama (eager) with its own cache, wired as the published modelling file wires them: second
-to last block's patches of both towers side by side, the fused projector, patches behind the first token. Batch 1, as
-published. The next token is the best of the 256 action ids. Weights: tests/golden/oft_one_image. Also the L1 head and
-the state projector of OpenVLA-OFT, over given hidden states and values, as plain torch modules of the published shapes.
-Writes tests/golden/openvla/autoregressive.safetensors.
+timm's towers and transformers' Llama (eager) with its own cache, wired as the published modelling file wires them:
+second to last block's patches of both towers side by side, the fused projector, patches behind the first token. Batch
+1, as published. The next token is the best of the 256 action ids. Weights: tests/golden/oft_one_image. Also the L1
+head and the state projector of OpenVLA-OFT, over given hidden states and values, as plain torch modules of the
+published shapes. Writes tests/golden/openvla/autoregressive.safetensors.
 """
 
 import json
