@@ -108,7 +108,13 @@ class Limits:
 
     velocity: units/s; acceleration: units/s^2; one value per action dimension (gripper included, inf to exempt).
     workspace_low, workspace_high: (3,) m in the action frame, box for the end effector; empty for joint modes.
-    position_low, position_high: joint limits in rad for joint modes; empty otherwise.
+    position_low, position_high: joint limits in the dimension's unit for joint modes, one value per dimension that is
+        not the gripper; empty otherwise.
+    jerk: units/s^3, one value per action dimension (inf to exempt one); empty where the arm needs none.
+    ramp_time: seconds over which the permitted speed grows from zero to the limit at a start, after a hold and after a
+        hand-back; 0 leaves the start to the acceleration limit alone.
+    position_state, rotation_state: names of the state fields that measure what the actions move: the end effector's
+        position and orientation, or the joints (`position_state`). Empty takes the only field that fits.
     """
 
     velocity: tuple[float, ...]
@@ -117,11 +123,20 @@ class Limits:
     workspace_high: tuple[float, ...] = ()
     position_low: tuple[float, ...] = ()
     position_high: tuple[float, ...] = ()
+    jerk: tuple[float, ...] = ()
+    ramp_time: float = 1.0
+    position_state: str = ""
+    rotation_state: str = ""
 
 
 @dataclass(frozen=True)
 class Watchdog:
-    """Ages in seconds beyond which the robot holds, and how long a controlled stop may take."""
+    """Ages in seconds beyond which the robot holds, and how long a controlled stop may take.
+
+    observation_max_age: age of the measured state, and of the frames a decision is made on.
+    action_max_age: how long after the moment it was predicted for an action may still be sent.
+    policy_timeout: how long an answer of the policy may take. stop_time: from full speed to standstill.
+    """
 
     observation_max_age: float
     action_max_age: float
@@ -173,9 +188,19 @@ class RobotContract:
             raise RatchetError(
                 "contract.bad_yaml", str(error), where=str(path), fix="correct the YAML syntax"
             ) from None
-        contract: RobotContract = _build(cls, raw, str(path))
-        contract._validate(str(path))
+        return cls.from_dict(raw, str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str = "contract") -> RobotContract:
+        """Validate plain data, such as `to_dict` gives or YAML holds; raises like `load`."""
+        contract: RobotContract = _build(cls, raw, where)
+        contract._validate(where)
         return contract
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with lists for tuples; limits may be infinite."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
 
     @property
     def id(self) -> str:
@@ -231,8 +256,10 @@ class RobotContract:
                 refuse("action.gripper.dim", f"no action dimension '{gripper.dim}'", "name one of action.dims")
             if gripper.open == gripper.closed or not (math.isfinite(gripper.open) and math.isfinite(gripper.closed)):
                 refuse("action.gripper", "open and closed must be two finite numbers", "give the polarity")
-        for name in ("velocity", "acceleration"):
+        for name in ("velocity", "acceleration", "jerk"):
             values = getattr(self.limits, name)
+            if name == "jerk" and not values:
+                continue
             if len(values) != self.action.size:
                 refuse(f"limits.{name}", f"{len(values)} values for {self.action.size} dimensions", "give one each")
             if any(not v > 0 for v in values):
@@ -241,6 +268,12 @@ class RobotContract:
             lo, hi = getattr(self.limits, low), getattr(self.limits, high)
             if len(lo) != len(hi) or any(not a < b for a, b in zip(lo, hi, strict=True)):
                 refuse(f"limits.{low}", f"{low} and {high} do not form a box", "same length, low < high")
+        if not 0 <= self.limits.ramp_time < math.inf:
+            refuse("limits.ramp_time", f"{self.limits.ramp_time} is not a duration", "give seconds, 0 for no ramp")
+        for name in ("position_state", "rotation_state"):
+            chosen = getattr(self.limits, name)
+            if chosen and chosen not in [s.name for s in self.state]:
+                refuse(f"limits.{name}", f"no state field '{chosen}'", "name one of the contract's state fields")
         if self.action.control_mode.startswith("ee") and len(self.limits.workspace_low) != 3:
             refuse("limits.workspace_low", "a Cartesian contract needs a workspace box", "give 3 values in m")
         for name in ("observation_max_age", "action_max_age", "policy_timeout", "stop_time"):

@@ -146,6 +146,7 @@ class Episode:
     success: None until somebody or something judged it.
     success_source: "simulator", or "human:<name>"; empty while success is None.
     initial_state: index of the benchmark's initial state, -1 on a real robot.
+    ticks, events: what the control loop did, in order; empty for rollouts that run without one.
     """
 
     task: str
@@ -157,3 +158,5 @@ class Episode:
     seed: int = 0
     adapter_id: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    ticks: list[ControlTick] = field(default_factory=list)
+    events: list[SafetyEvent] = field(default_factory=list)

@@ -25,13 +25,17 @@ from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
 from agent.policy import checkpoint
-from agent.policy.prismatic import PrismaticPolicy
+from agent.policy.checkpoint import AnyPolicy
 from sim import registry
 from sim.base import TaskInfo
-from sim.vector import ChunkVectorEnv
+from sim.vector import ChunkVectorEnv, Launcher, local_process
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {"metaworld": ROOT / "models" / "small-metaworld"}
+# By the start of the suite's name: LIBERO-PRO's perturbed suites share their original's policy.
+SMALL = {
+    "metaworld": ROOT / "models" / "small-metaworld",
+    "libero_object": ROOT / "models" / "small-libero-object",
+}
 EVERYTHING_LINEAR = r"(projector|language_model\.model|state_projector|language_model\.lm_head).*"
 
 
@@ -53,11 +57,11 @@ class LoraOptions:
 class Running:
     """A policy that is in use and whose adapter is changed by hot swap only."""
 
-    policy: PrismaticPolicy
+    policy: AnyPolicy
     swapper: HotSwapper
     swaps: list[SwapReport]
 
-    def serve(self, adapter_id: str) -> PrismaticPolicy:
+    def serve(self, adapter_id: str) -> AnyPolicy:
         """The policy with this adapter ("" for the base) in force."""
         wanted = adapter_id or self.swapper.base_id
         if self.swapper.current_id != wanted:
@@ -78,16 +82,28 @@ def policy_folder(suite: str, given: Path | None) -> Path:
     """
     if given is not None:
         return given
-    if suite in SMALL:
-        return SMALL[suite]
+    for start, folder in SMALL.items():
+        if suite.startswith(start):
+            return folder
     raise RatchetError("cli.no_policy", f"no built-in policy for suite '{suite}'", fix="name one with --policy FOLDER")
 
 
-def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> tuple[PrismaticPolicy, Lora]:
+def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> tuple[AnyPolicy, Lora]:
     """Load a base, check it against the robot, attach an empty adapter."""
     policy = checkpoint.load(folder)
     require_compatible(policy.spec, contract)
     return policy, attach(policy.module, lora_config(options.rank, options.alpha, options.targets), seed=options.seed)
+
+
+def lora_of(store: FolderStore, reference: str) -> LoraOptions:
+    """The shape of the adapter's layers, as its configuration says."""
+    config = store.get(reference).config
+    targets = config["target_modules"]
+    return LoraOptions(
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        targets=targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{t}" for t in sorted(targets)),
+    )
 
 
 def open_running(folder: Path, contract: RobotContract, options: LoraOptions, store: FolderStore | None) -> Running:
@@ -96,8 +112,14 @@ def open_running(folder: Path, contract: RobotContract, options: LoraOptions, st
 
 
 def make_vector(
-    policy: PrismaticPolicy, suite: str, contract: RobotContract, workers: int, slots: int
+    policy: AnyPolicy, suite: str, contract: RobotContract, workers: int, slots: int, rollouts: str = "local"
 ) -> ChunkVectorEnv:
+    """rollouts: where the simulators run, "local" processes, or Ray: "local-ray" or the address of a cluster."""
+    launch: Launcher = local_process
+    if rollouts != "local":
+        from sim.ray_workers import RayLauncher
+
+        launch = RayLauncher(rollouts)
     return ChunkVectorEnv(
         suite,
         cameras=policy.spec.cameras,
@@ -106,6 +128,7 @@ def make_vector(
         workers=workers,
         slots_per_worker=slots,
         contract=contract,
+        launch=launch,
     )
 
 

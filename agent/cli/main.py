@@ -12,7 +12,20 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from agent.cli import adapters, demo, evaluate, learn, pretrain, report
+from agent.cli import (
+    adapters,
+    demo,
+    evaluate,
+    keys,
+    learn,
+    learner,
+    pretrain,
+    report,
+    robot,
+    run,
+    session,
+    status,
+)
 from agent.errors import RatchetError
 
 
@@ -26,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretrain": pretrain.Pretrain,
         "adapters": adapters.Adapters,
         "report": report.Report,
+        "run": run.Run,
+        "keys": keys.Keys,
+        "learner": learner.Learner,
+        "robot": robot.Robot,
+        "session": session.SessionCommand,
+        "status": status.Status,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(

@@ -5,7 +5,7 @@ Knows tasks, sizes and budgets that were measured; the measurements are in LOG.m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent.cli.common import LoraOptions
 from agent.learner.grpo import GrpoConfig
@@ -65,5 +65,34 @@ DEMO: dict[str, Recipe] = {
             ppo=PpoConfig(lam=0.9),
         ),
         lora=LoraOptions(rank=4, alpha=4.0),
+    ),
+    "libero_object": Recipe(
+        tasks=(
+            "pick_up_the_tomato_sauce_and_place_it_in_the_basket",
+            "pick_up_the_cream_cheese_and_place_it_in_the_basket",
+        ),
+        held_out=("pick_up_the_chocolate_pudding_and_place_it_in_the_basket",),
+        updates=12,
+        groups=16,
+        group_size=8,
+        temperature=1.0,
+        noise_correlation=0.9,
+        evaluation_episodes=20,
+        update=UpdateConfig(algorithm="ppo", learning_rate=6e-3, minibatches=2, warmup_steps=4, ppo=PpoConfig(lam=0.9)),
+        lora=LoraOptions(rank=4, alpha=4.0),
+        slots=4,
+        horizon=200,
+    ),
+}
+
+# What fits into a few minutes on two cores: the same loop in LIBERO, too short to show a gain.
+SHORT: dict[str, Recipe] = {
+    "libero_object": replace(
+        DEMO["libero_object"],
+        tasks=DEMO["libero_object"].tasks[:1],
+        updates=1,
+        groups=8,
+        group_size=4,
+        evaluation_episodes=10,
     ),
 }

@@ -27,6 +27,7 @@ from sim.video import record
 class Result:
     """What a run leaves behind, for the caller and for `--json`."""
 
+    suite: str
     folder: Path
     matrix: SuccessMatrix
     swaps: list[dict[str, Any]]
@@ -63,6 +64,7 @@ def run(
     slots: int,
     videos: bool,
     console: Console,
+    rollouts: str = "local",
 ) -> Result:
     """Run (or go on with) a sequential fine-tuning in `folder` and write its report."""
     started = time.perf_counter()
@@ -85,7 +87,7 @@ def run(
     common.write_json(folder / "run.json", facts)
     if videos:
         _videos(running, "", [*config.tasks, *config.held_out], tasks, folder, "before", console)
-    env = common.make_vector(policy, suite, contract, workers, slots)
+    env = common.make_vector(policy, suite, contract, workers, slots, rollouts)
     ticking = _Ticker(running, tasks[config.tasks[0]].instruction)
     try:
         with _progress(console) as progress:
@@ -144,7 +146,7 @@ def run(
     common.write_json(folder / "run.json", facts)
     report = write_report(folder)
     print_matrix(matrix, console)
-    return Result(folder, matrix, swaps, seconds, report)
+    return Result(suite, folder, matrix, swaps, seconds, report)
 
 
 class _Ticker:

@@ -1,6 +1,7 @@
-"""Supervised training by cross-entropy on the action tokens: makes a small base, and warm-starts adapters.
+"""Supervised training: makes a small base, and warm-starts adapters.
 
-Knows samples, smoothing, augmentation, schedule and checkpoints. Knows neither simulator nor file formats of episodes.
+Knows samples, augmentation, schedule and checkpoints; objectives.py knows the losses. Knows neither simulator nor file
+formats of episodes.
 Order of samples and augmentation derive from (seed, step), so a killed run resumes to the same numbers.
 """
 
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from agent.errors import RatchetError
+from agent.learner.objectives import objective_of
+from agent.learner.objectives import soft_targets as soft_targets
+from agent.policy.flow import FlowPolicy
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import PolicyInput
 from agent.records import Float32, Int64, UInt8
@@ -45,6 +49,8 @@ class PretrainConfig:
 
     steps: int = 2000
     """Optimiser steps."""
+    stop_at: int = 0
+    """Stop after so many of the schedule's steps, for a base that is imperfect on purpose; 0 goes to the end."""
     batch: int = 64
     """Samples per step."""
     learning_rate: float = 1e-3
@@ -71,7 +77,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class Progress:
-    """One report: step, losses (nats per token), mean absolute error in bins on validation, samples per second."""
+    """One report: step, loss, what `Objective.measure` gives on validation, samples per second."""
 
     step: int
     loss: float
@@ -79,15 +85,6 @@ class Progress:
     validation_error: float
     entropy: float
     samples_per_second: float
-
-
-def soft_targets(tokens: Tensor, bins: int, smoothing: float) -> Tensor:
-    """(…,) int64 -> (…, bins) float32: a Gaussian around each token, normalised over the bins that exist."""
-    if smoothing <= 0:
-        return functional.one_hot(tokens, bins).float()
-    distance = torch.arange(bins, device=tokens.device) - tokens[..., None]
-    weight = torch.exp(-0.5 * (distance / smoothing) ** 2)
-    return weight / weight.sum(-1, keepdim=True)
 
 
 def augment(images: Tensor, config: PretrainConfig, generator: torch.Generator) -> Tensor:
@@ -111,19 +108,24 @@ class Pretrainer:
     Args:
         parameters: what is trained; everything else must be frozen by the caller.
         folder: checkpoint and log; None keeps nothing.
+        weights: (M,) how often each sample is drawn, relative to the others; evenly if absent.
+
+    Raises:
+        RatchetError: learn.too_few_samples, learn.bad_weights.
     """
 
     def __init__(
         self,
-        policy: PrismaticPolicy,
+        policy: PrismaticPolicy | FlowPolicy,
         parameters: Sequence[nn.Parameter],
         samples: Samples,
         config: PretrainConfig,
         folder: Path | None = None,
+        weights: Float32 | None = None,
     ) -> None:
         self.policy, self.samples, self.config, self.folder = policy, samples, config, folder
         self.parameters = list(parameters)
-        self.tokens = policy.tokens_of(torch.from_numpy(samples.actions))
+        self.objective = objective_of(policy, torch.from_numpy(samples.actions), config.smoothing)
         starts = np.unique(samples.start)
         chosen = np.random.default_rng(config.seed).permutation(len(starts))
         count = max(1, round(config.validation_share * len(starts)))
@@ -131,6 +133,12 @@ class Pretrainer:
         self.train_rows, self.validation_rows = np.flatnonzero(~held), np.flatnonzero(held)
         if not len(self.train_rows):
             raise RatchetError("learn.too_few_samples", "no training samples are left", fix="record more episodes")
+        self.weights = None
+        if weights is not None:
+            chosen_weights = np.asarray(weights, np.float32)
+            if chosen_weights.shape != (len(samples),) or not (chosen_weights >= 0).all() or not chosen_weights.any():
+                raise RatchetError("learn.bad_weights", "one weight per sample, none negative, not all zero")
+            self.weights = torch.from_numpy(chosen_weights[self.train_rows])
         self.state_scale = torch.from_numpy(samples.state.std(0)) if samples.state.shape[1] else None
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
@@ -139,6 +147,7 @@ class Pretrainer:
             self.optimizer, config.learning_rate, total_steps=config.steps + 1, pct_start=0.05
         )
         self.step = 0
+        self.last = min(config.stop_at or config.steps, config.steps)
 
     def run(self, on_progress: Callable[[Progress], None] = lambda progress: None, every: int = 50) -> None:
         """Train to the last step, from the checkpoint if the folder holds one."""
@@ -154,14 +163,14 @@ class Pretrainer:
     def _train(self, on_progress: Callable[[Progress], None], every: int) -> None:
         self.policy.module.train()
         started, first = time.perf_counter(), self.step
-        while self.step < self.config.steps:
+        while self.step < self.last:
             loss = self._train_step()
             self.step += 1
-            if self.step % every == 0 or self.step == self.config.steps:
+            if self.step % every == 0 or self.step == self.last:
                 rate = (self.step - first) * self.config.batch / (time.perf_counter() - started)
                 validation = self._validate()
                 on_progress(Progress(self.step, loss, *validation, rate))
-            if self.folder and (self.step % self.config.save_every == 0 or self.step == self.config.steps):
+            if self.folder and (self.step % self.config.save_every == 0 or self.step == self.last):
                 self._save()
 
     def _batch(self, rows: Int64, generator: torch.Generator | None) -> PolicyInput:
@@ -174,15 +183,14 @@ class Pretrainer:
                 state = state + noise * self.config.state_noise * self.state_scale
         return PolicyInput(images, state, [self.samples.instructions[t] for t in self.samples.task[rows]])
 
-    def _loss(self, logits: Tensor, rows: Int64) -> Tensor:
-        target = soft_targets(self.tokens[rows], logits.shape[-1], self.config.smoothing)
-        return -(target * logits.float().log_softmax(-1)).sum(-1).mean()
-
     def _train_step(self) -> float:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        picks = torch.randint(0, len(self.train_rows), (self.config.batch,), generator=generator)
+        if self.weights is None:
+            picks = torch.randint(0, len(self.train_rows), (self.config.batch,), generator=generator)
+        else:
+            picks = torch.multinomial(self.weights, self.config.batch, replacement=True, generator=generator)
         rows = self.train_rows[picks.numpy()]
-        loss = self._loss(self.policy.logits(self._batch(rows, generator)), rows)
+        loss = self.objective.loss(self._batch(rows, generator), torch.from_numpy(rows), generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
@@ -201,16 +209,16 @@ class Pretrainer:
             return (float("nan"),) * 3
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(np.int64)]
         self.policy.module.eval()
-        logits = self.policy.logits(self._batch(rows, None)).float()
+        measured = self.objective.measure(self._batch(rows, None), torch.from_numpy(rows))
         self.policy.module.train()
-        error = (logits.argmax(-1) - self.tokens[rows]).abs().float().mean()
-        entropy = torch.distributions.Categorical(logits=logits).entropy().mean()  # type: ignore[no-untyped-call]
-        return float(self._loss(logits, rows)), float(error), float(entropy)
+        return measured
 
     def _fingerprint(self) -> str:
         facts = repr(
             (asdict(self.config), len(self.samples), self.samples.tasks, sum(p.numel() for p in self.parameters))
         )
+        if self.weights is not None:
+            facts += hashlib.sha256(self.weights.numpy().tobytes()).hexdigest()
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def _save(self) -> None:

@@ -19,6 +19,10 @@ from torch import Tensor
 from agent.contract import PolicySpec
 from agent.errors import RatchetError
 from agent.policy.action_tokens import Statistics
+from agent.policy.flow import FlowPolicy, FlowStatistics
+from agent.policy.flow_network import FlowConfig
+from agent.policy.flow_trunk import Sizes
+from agent.policy.flow_weights import fill
 from agent.policy.prismatic import PrismaticConfig, PrismaticPolicy
 from agent.policy.text import load_tokenizer
 from agent.policy.vision import FusedDinoSiglip
@@ -27,15 +31,20 @@ from agent.policy.weights import is_adapter, read_tensors, wrong_dtype
 FORMAT = 1
 
 
-def save(policy: PrismaticPolicy, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+AnyPolicy = PrismaticPolicy | FlowPolicy
+
+
+def save(policy: AnyPolicy, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the base (adapters excluded). The folder's files appear whole or not at all, config.json last."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: t.detach().cpu().to(dtype).contiguous() for n, t in policy.base_tensors().items()}
+    flow = isinstance(policy, FlowPolicy)
     config = {
         "format": FORMAT,
+        **({"kind": "flow"} if flow else {}),
         "model": dataclasses.asdict(policy.config),
         "policy": dataclasses.asdict(policy.spec),
-        "statistics": policy.statistics.as_dict(),
+        "statistics": dataclasses.asdict(policy.statistics),
     }
     save_file(tensors, folder / "model.tmp")
     (folder / "tokenizer.tmp").write_text(policy.tokenizer.to_str())
@@ -48,8 +57,8 @@ def save(policy: PrismaticPolicy, folder: Path, dtype: torch.dtype = torch.float
     (folder / "config.tmp").rename(folder / "config.json")
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> PrismaticPolicy:
-    """Read a policy that `save` wrote.
+def load(folder: str | Path, device: str | torch.device = "cpu") -> AnyPolicy:
+    """Read a policy that `save` wrote, discrete or flow.
 
     Raises:
         RatchetError: policy.bad_checkpoint (missing, truncated, wrong tensors, unknown fields),
@@ -72,16 +81,51 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PrismaticPol
                 where=str(path),
                 fix="update ratchet",
             )
-        config = PrismaticConfig(**raw["model"])
         demands: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["policy"].items()}
         spec = PolicySpec(**demands)
+        model = dict(raw["model"])
+        kind = raw.get("kind", "tokens")
+        if kind == "flow":
+            model |= {name: Sizes(**model[name]) for name in ("language", "expert")}
+            flow, discrete = FlowConfig(**model), None
+        elif kind == "tokens":
+            flow, discrete = None, PrismaticConfig(**model)
+        else:
+            raise ValueError(f"kind '{kind}' is not known")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RatchetError("policy.bad_checkpoint", f"config.json is malformed: {error}", where=str(path)) from None
-    statistics = Statistics.from_dict(raw.get("statistics"), str(path))
-    policy = PrismaticPolicy(config, spec, statistics, load_tokenizer(folder / "tokenizer.json"))
-    load_tensors(policy, read_tensors(folder / "model.safetensors"), str(folder))
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    tensors = read_tensors(folder / "model.safetensors")
+    policy: AnyPolicy
+    if flow is not None:
+        policy = FlowPolicy(flow, spec, _flow_statistics(raw.get("statistics"), str(path)), tokenizer)
+        fill(policy, tensors, str(folder), torch.float32)
+    else:
+        assert discrete is not None
+        policy = PrismaticPolicy(discrete, spec, Statistics.from_dict(raw.get("statistics"), str(path)), tokenizer)
+        load_tensors(policy, tensors, str(folder))
     policy.network.to(device)
     return policy
+
+
+def load_discrete(folder: str | Path, device: str | torch.device = "cpu") -> PrismaticPolicy:
+    """As `load`, where only action tokens will do.
+
+    Raises:
+        RatchetError: policy.wrong_kind for a flow policy.
+    """
+    policy = load(folder, device)
+    if isinstance(policy, FlowPolicy):
+        raise RatchetError("policy.wrong_kind", "this is a flow policy", where=str(folder), fix="name a discrete one")
+    return policy
+
+
+def _flow_statistics(data: Mapping[str, Any] | None, where: str) -> FlowStatistics:
+    try:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (data or {}).items()}
+        return FlowStatistics(**fields)
+    except TypeError as error:
+        raise RatchetError("policy.missing_statistics", f"statistics are malformed: {error}", where=where) from None
 
 
 def load_tensors(
@@ -131,6 +175,6 @@ def _named(missing: list[str], extra: list[str], shapes: list[str]) -> list[tupl
     return [("missing", missing), ("extra", extra), ("of another shape", shapes)]
 
 
-def tensor_bytes(policy: PrismaticPolicy) -> int:
+def tensor_bytes(policy: AnyPolicy) -> int:
     """Size of the base's tensors in bytes."""
     return sum(t.numel() * t.element_size() for t in policy.base_tensors().values())

@@ -100,7 +100,7 @@ class Layer(nn.Module):
         out = linear(self.self_attn.o_proj, attended)
         x = x + (out if gate is None else out * gate.to(out.dtype))
         normed, gate = self.post_attention_layernorm(x, condition, attended.dtype)
-        out = self.mlp(normed)
+        out = cast(Tensor, self.mlp(normed))
         return x + (out if gate is None else out * gate.to(out.dtype))
 
 

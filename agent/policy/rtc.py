@@ -37,7 +37,7 @@ class Guide:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        if self.previous.ndim != 3 or not 0 <= self.delay or self.horizon < 1 or not self.limit > 0:
+        if self.previous.ndim != 3 or not self.delay >= 0 or self.horizon < 1 or not self.limit > 0:
             raise RatchetError(
                 "policy.bad_input",
                 f"a guide needs (rows, steps, dimensions), a delay >= 0 and a horizon >= 1; got "

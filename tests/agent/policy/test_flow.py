@@ -10,8 +10,11 @@ Determinism: seeds; tolerances are several standard errors.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +24,11 @@ from torch import Tensor
 
 from agent.adapters.lora import attach, lora_config
 from agent.errors import RatchetError
+from agent.learner.pretrain import PretrainConfig, Pretrainer, Progress
 from agent.learner.rollouts import EpisodeSpec, RolloutBatch
 from agent.learner.update import UpdateConfig, Updater
-from agent.policy import flow_sde, rtc
-from agent.policy.flow import FlowPolicy
+from agent.policy import checkpoint, flow_sde, rtc
+from agent.policy.flow import FlowPolicy, small_statistics
 from agent.policy.protocol import Policy, PolicyInput
 from tests.agent.policy import samples
 from tests.conformance.policy_suite import PolicySuite, uniform
@@ -336,3 +340,79 @@ def test_statistics_that_are_refused(changes: dict[str, Any], code: str) -> None
     with pytest.raises(RatchetError) as refused:
         FlowPolicy(policy.config, policy.spec, samples.flow_statistics(policy.spec, **changes), policy.tokenizer)
     assert refused.value.code == code
+
+
+# Folders, and training by the command's own trainer.
+
+
+def test_a_saved_flow_policy_is_the_same_policy(tmp_path: Path) -> None:
+    policy = samples.flow(crossed=2, order="causal", state="prefix")
+    checkpoint.save(policy, tmp_path)
+    again = checkpoint.load(tmp_path)
+    assert isinstance(again, FlowPolicy)
+    assert again.base_hash == policy.base_hash
+    batch = samples.batch(policy)
+    assert torch.equal(again.predict(batch).actions, policy.predict(batch).actions)
+    with pytest.raises(RatchetError) as refused:
+        checkpoint.load_discrete(tmp_path)
+    assert refused.value.code == "policy.wrong_kind"
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for change, code in (
+        ({"statistics": None}, "policy.missing_statistics"),
+        ({"kind": "diffusion"}, "policy.bad_checkpoint"),
+        ({"model": {**raw["model"], "language": {"width": 3}}}, "policy.bad_checkpoint"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
+        with pytest.raises(RatchetError) as refused:
+            checkpoint.load(tmp_path)
+        assert refused.value.code == code
+
+
+@dataclass
+class Drawers:
+    """Sixty frames in two colours, and the colour says which way to move."""
+
+    tasks = ("t",)
+    instructions = ("open the drawer",)
+
+    def __post_init__(self) -> None:
+        generator = np.random.default_rng(0)
+        side = generator.integers(0, 2, 60)
+        self.images = np.full((60, 1, 32, 32, 3), 40, np.uint8)
+        self.images[side == 1] = 200
+        self.images += generator.integers(0, 20, self.images.shape, np.uint8)
+        size = samples.flow_spec().state_size
+        self.state = generator.normal(0, 1, (60, size)).astype(np.float32)
+        way = np.where(side == 1, 1.0, -1.0)[:, None, None] * np.array([0.02, -0.03, 0.01, 1.0])
+        self.actions = (way + generator.normal(0, 0.001, (60, 2, 4))).astype(np.float32)
+        self.task, self.start = np.zeros(60, np.int64), np.arange(60)
+
+    def __len__(self) -> int:
+        return 60
+
+
+def test_the_trainer_of_the_small_policy_trains_the_flow_policy_too(tmp_path: Path) -> None:
+    """The loss falls, prediction and samples find the way that the picture shows, and a killed run goes on."""
+    data = Drawers()
+
+    def trainer(stop: int = 0) -> Pretrainer:
+        spec = samples.flow_spec()
+        numbers = small_statistics(data.actions, data.state, spec)
+        policy = FlowPolicy(samples.flow().config, spec, numbers, samples.TOKENIZER)
+        policy.network.load_state_dict(samples.flow().network.state_dict())
+        config = PretrainConfig(steps=120, batch=16, save_every=60, stop_at=stop, shift=0)
+        return Pretrainer(policy, list(policy.network.parameters()), data, config, tmp_path)  # type: ignore[arg-type]
+
+    reports: list[Progress] = []
+    trainer(60).run(reports.append, every=20)
+    resumed = trainer()
+    resumed.run(reports.append, every=20)
+    assert [r.step for r in reports] == [20, 40, 60, 80, 100, 120]
+    assert reports[-1].validation_loss < 0.5 * reports[0].validation_loss
+    assert reports[-1].validation_error < 0.4  # deviations of the data; guessing gives 1
+    policy = resumed.policy
+    batch = PolicyInput(data.images[:8], torch.from_numpy(data.state[:8]), ["open the drawer"] * 8)
+    drawn = policy.sample(batch, 0.5, uniform(policy, 8)).actions
+    assert (
+        float((torch.sign(drawn[:, 0, 3]) == torch.sign(torch.from_numpy(data.actions[:8, 0, 3]))).float().mean()) > 0.8
+    )

@@ -1,9 +1,9 @@
 """SmolVLA, pi0 and pi0.5 number for number as LeRobot computes them, from LeRobot's own files.
 
-The path matters because users bring these checkpoints and a wrong position, scale or order only makes a robot miss. Pinned:
-actions, training loss and real-time chunking of LeRobot's classes for tiny random configurations (tests/golden/flow, made
-by tests/golden/make), prompts, statistics, and the code of each file that is broken. Determinism: fixed files, weights from
-their names, float32.
+The path matters because users bring these checkpoints and a wrong position, scale or order only makes a robot miss.
+Pinned: actions, training loss and real-time chunking of LeRobot's classes for tiny random configurations
+(tests/golden/flow, made by tests/golden/make), prompts, statistics, and the code of each file that is broken.
+Determinism: fixed files, weights from their names, float32.
 """
 
 from __future__ import annotations
@@ -188,7 +188,9 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
     ("inert statistics", lambda f: drop_statistic(f, "action.std"), "policy.missing_statistics"),
     (
         "identity",
-        lambda f: edit(f, "policy_postprocessor.json", lambda r: r["steps"][0]["config"]["norm_map"].update(ACTION="IDENTITY")),
+        lambda f: edit(
+            f, "policy_postprocessor.json", lambda r: r["steps"][0]["config"]["norm_map"].update(ACTION="IDENTITY")
+        ),
         "policy.missing_statistics",
     ),
     ("missing tensor", lambda f: drop_tensor(f, "model.action_in_proj.bias"), "policy.bad_checkpoint"),

@@ -310,8 +310,8 @@ def test_a_vocabulary_of_another_size_is_named(folder: Path, tmp_path: Path) -> 
 
 
 def test_statistics_of_another_robot_are_named(folder: Path) -> None:
+    metaworld = RobotContract.load(samples.ROOT / "robots/metaworld.yaml")
     with pytest.raises(RatchetError) as refused:
-        metaworld = RobotContract.load(samples.ROOT / "robots/metaworld.yaml")
         load(folder, contract=metaworld, cameras=["corner2"])
     assert refused.value.code == "policy.wrong_statistics"
 

@@ -6,10 +6,6 @@ shrunk as it passes. Writes tests/golden/flow/pi0 and tests/golden/flow/pi05.
 
 import types
 
-from lerobot_common import ACTION, CAMERAS, CHUNK, STATE, TASKS, answers, fill_policy, inputs, statistics
-from lerobot_common import tokenizer as make_tokenizer
-from lerobot_common import write
-
 import lerobot.policies.pi0.modeling_pi0 as pi0
 import lerobot.policies.pi05.modeling_pi05 as pi05
 import lerobot.processor.tokenizer_processor as words
@@ -19,6 +15,8 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi0.processor_pi0 import make_pi0_pre_post_processors
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.processor_pi05 import make_pi05_pre_post_processors
+from lerobot_common import ACTION, CAMERAS, CHUNK, STATE, TASKS, answers, fill_policy, inputs, statistics, write
+from lerobot_common import tokenizer as make_tokenizer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 16, "patch_size": 8}
 

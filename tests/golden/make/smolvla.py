@@ -5,16 +5,14 @@ Needs lerobot 0.6.1 and transformers 5.5.4. Writes tests/golden/flow/smolvla.
 
 import types
 
-from lerobot_common import ACTION, CAMERAS, CHUNK, GOLDEN, STATE, TASKS, answers, fill_policy, inputs, statistics
-from lerobot_common import tokenizer as make_tokenizer
-from lerobot_common import write
-
 import lerobot.policies.smolvla.smolvlm_with_expert as expert
 import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
+from lerobot_common import ACTION, CAMERAS, CHUNK, GOLDEN, STATE, TASKS, answers, fill_policy, inputs, statistics, write
+from lerobot_common import tokenizer as make_tokenizer
 from transformers import SmolVLMConfig
 
 
@@ -57,7 +55,7 @@ def main() -> None:
     batch["observation.language.attention_mask"] = words["attention_mask"].bool()
     found = answers(policy, batch, "smolvla")
     found["physical"] = processors[1](found["actions"].clone())
-    found |= {k: v for k, v in inputs().items()}
+    found |= inputs()
     write("smolvla", policy, processors, found)
 
 

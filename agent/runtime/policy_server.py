@@ -1,0 +1,191 @@
+"""A discrete VLA with hot-swappable adapters behind the ChunkServer protocol. Imported in the policy process only.
+
+Knows checkpoints, LoRA shapes, the adapter store and image fitting. Knows no sockets and no robot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from agent.adapters.hotswap import HotSwapper
+from agent.adapters.lora import attach, lora_config
+from agent.adapters.store import FolderStore
+from agent.contract import RobotContract, require_compatible
+from agent.errors import RatchetError
+from agent.policy import checkpoint
+from agent.policy.commands import robot_actions
+from agent.policy.protocol import Chunks, Policy, PolicyInput
+from agent.records import Float32, UInt8
+from agent.runtime.policy_worker import ChunkServer, Inferred
+from agent.runtime.source import Ahead
+
+
+@runtime_checkable
+class RealTimeChunking(Protocol):
+    """A policy that completes a chunk whose first actions are already on their way (arXiv 2506.07339)."""
+
+    def predict_ahead(self, batch: PolicyInput, committed: Tensor, delay: int) -> Chunks:
+        """committed: (1, P, D) float32, physical units; of these the first `delay` are certain to be executed."""
+        ...
+
+
+class PolicyServer:
+    """One policy, batches of one. swapper: None where no adapter can be exchanged."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        contract: RobotContract,
+        swapper: HotSwapper | None,
+        store: FolderStore | None,
+        image_fit: str = "exact",
+    ) -> None:
+        self.policy, self.spec, self.base_hash = policy, policy.spec, policy.base_hash
+        self.warnings = [f"{m.code}: {m.message}" for m in require_compatible(policy.spec, contract)]
+        self._contract, self._swapper, self._store, self._fit = contract, swapper, store, image_fit
+        sizes = {(contract.camera(n).height, contract.camera(n).width) for n in self.spec.cameras}
+        if image_fit not in ("exact", "crop_resize"):
+            raise RatchetError(
+                "policy.image_fit", f"no way to fit images called {image_fit!r}", fix="exact, crop_resize"
+            )
+        if image_fit == "exact" and sizes - {(self.spec.image_size, self.spec.image_size)}:
+            raise RatchetError(
+                "policy.image_size",
+                f"cameras give {sorted(sizes)}, the policy takes {self.spec.image_size} x {self.spec.image_size}",
+                where=contract.name,
+                fix="have the driver deliver that size, or set image_fit to crop_resize if it was trained so",
+            )
+
+    @property
+    def adapter_id(self) -> str:
+        return self._swapper.current_id if self._swapper else self.base_hash
+
+    def infer(
+        self,
+        images: list[UInt8],
+        state: Float32,
+        instruction: str,
+        temperature: float,
+        noise: Float32 | None,
+        ahead: Ahead | None,
+    ) -> Inferred:
+        fitted = np.stack([self._fitted(image) for image in images])[None]
+        batch = PolicyInput(fitted, torch.from_numpy(state)[None] if self.spec.state else None, [instruction])
+        if self._swapper is None:
+            return self._answer(batch, temperature, noise, ahead, self.base_hash)
+        with self._swapper.running() as adapter_id:
+            return self._answer(batch, temperature, noise, ahead, adapter_id)
+
+    def swap(self, reference: str, expected_id: str) -> dict[str, Any]:
+        if self._swapper is None:
+            raise RatchetError("adapter.no_store", "this policy runs without adapters", fix="start it with a store")
+        wanted = self._swapper.base_id if reference == "base" else reference
+        report = self._swapper.swap(wanted, expected_id=expected_id or None)
+        return dataclasses.asdict(report)
+
+    def adapters(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = [
+            {
+                "id": self.base_hash,
+                "tags": ["base"],
+                "task": "",
+                "stage": 0,
+                "active": self.adapter_id == self.base_hash,
+            }
+        ]
+        if self._store is None:
+            return rows
+        tags = self._store.tags()
+        for name in self._store.ids():
+            card = self._store.card(name)
+            rows.append(
+                {
+                    "id": name,
+                    "tags": sorted(t for t, target in tags.items() if target == name),
+                    "task": card.provenance.task,
+                    "stage": card.provenance.stage,
+                    "active": name == self.adapter_id,
+                }
+            )
+        return rows
+
+    def _answer(
+        self, batch: PolicyInput, temperature: float, noise: Float32 | None, ahead: Ahead | None, adapter_id: str
+    ) -> Inferred:
+        if temperature > 0.0:
+            if noise is None:
+                raise RatchetError("policy.no_noise", "sampling needs the noise that the request brings")
+            chunks = self.policy.sample(batch, temperature, torch.from_numpy(noise)[None])
+        elif ahead is not None and isinstance(self.policy, RealTimeChunking):
+            chunks = self.policy.predict_ahead(batch, torch.from_numpy(ahead.committed)[None], ahead.delay)
+        else:
+            chunks = self.policy.predict(batch)
+        actions = robot_actions(chunks.actions[0].float().cpu().numpy(), self.spec, self._contract)
+        tokens = None if chunks.tokens is None else chunks.tokens[0].cpu().numpy().astype(np.int64)
+        log_prob = None if chunks.log_prob is None else chunks.log_prob[0].float().cpu().numpy()
+        return Inferred(actions, tokens, log_prob, adapter_id)
+
+    def _fitted(self, image: UInt8) -> UInt8:
+        """Exact images pass; others are cropped to the middle square and averaged down to the policy's size."""
+        size = self.spec.image_size
+        if self._fit == "exact":
+            return image
+        height, width = image.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = image[top : top + side, left : left + side]
+        return np.asarray(cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def open_prismatic(options: dict[str, Any], contract: RobotContract) -> ChunkServer:
+    """Open a discrete VLA.
+
+    options: policy (folder), store (folder of adapters, "" for none), adapter (id or tag, "" for the base alone), rank,
+    alpha, targets (shape of the adapter layers where the store has no adapter to take it from), threads, device,
+    image_fit.
+
+    Raises:
+        RatchetError: whatever checkpoint, compatibility check, store and swapper refuse.
+    """
+    torch.set_num_threads(int(options.get("threads", 1)))
+    policy = checkpoint.load(Path(options["policy"]), options.get("device", "cpu"))
+    swapper, store = None, None
+    if options.get("store"):
+        store = FolderStore(Path(options["store"]))
+        swapper = HotSwapper(policy, attach(policy.module, _lora(options, store)), store=store)
+        if options.get("adapter"):
+            swapper.swap(
+                store.resolve(options["adapter"]) if options["adapter"] != swapper.base_id else swapper.base_id
+            )
+    elif options.get("adapter") and options["adapter"] != policy.base_hash:
+        raise RatchetError("adapter.no_store", "an adapter is named but no store", fix="name the store")
+    server = PolicyServer(policy, contract, swapper, store, options.get("image_fit", "exact"))
+    cameras = [contract.camera(name) for name in policy.spec.cameras]
+    blank = [np.zeros((c.height, c.width, 3), np.uint8) for c in cameras]
+    for _ in range(2):  # the first forwards allocate and are slow; that must not happen while an arm moves
+        server.infer(blank, np.zeros(policy.spec.state_size, np.float32), "go", 0.0, None, None)
+    return server
+
+
+def _lora(options: dict[str, Any], store: FolderStore) -> Any:
+    """The shape of the adapter layers: that of the adapter to run, else of any stored one, else as the options say."""
+    ids = store.ids()
+    chosen = options.get("adapter", "")
+    if chosen and chosen in {*ids, *store.tags()}:
+        config = dict(store.get(chosen).config)
+    elif ids:
+        config = dict(store.get(ids[0]).config)
+    else:
+        return lora_config(
+            int(options.get("rank", 32)), float(options.get("alpha", 32.0)), options.get("targets", "all-linear")
+        )
+    targets = config["target_modules"]
+    pattern = targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{t}" for t in sorted(targets))
+    return lora_config(int(config["r"]), float(config["lora_alpha"]), pattern)
