@@ -395,19 +395,27 @@ def test_the_trainer_of_the_small_policy_trains_the_flow_policy_too(tmp_path: Pa
     """The loss falls, prediction and samples find the way that the picture shows, and a killed run goes on."""
     data = Drawers()
 
-    def trainer(stop: int = 0) -> Pretrainer:
+    def trainer() -> Pretrainer:
         spec = samples.flow_spec()
         numbers = small_statistics(data.actions, data.state, spec)
         policy = FlowPolicy(samples.flow().config, spec, numbers, samples.TOKENIZER)
         policy.network.load_state_dict(samples.flow().network.state_dict())
-        config = PretrainConfig(steps=120, batch=16, save_every=60, stop_at=stop, shift=0)
+        config = PretrainConfig(steps=120, batch=16, save_every=60, shift=0)
         return Pretrainer(policy, list(policy.network.parameters()), data, config, tmp_path)  # type: ignore[arg-type]
 
     reports: list[Progress] = []
-    trainer(60).run(reports.append, every=20)
+
+    def die(report: Progress) -> None:
+        reports.append(report)
+        if report.step == 80:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer().run(die, every=20)
     resumed = trainer()
     resumed.run(reports.append, every=20)
-    assert [r.step for r in reports] == [20, 40, 60, 80, 100, 120]
+    assert [r.step for r in reports] == [20, 40, 60, 80, 80, 100, 120]
+    assert reports[3].loss == reports[4].loss
     assert reports[-1].validation_loss < 0.5 * reports[0].validation_loss
     assert reports[-1].validation_error < 0.4  # deviations of the data; guessing gives 1
     policy = resumed.policy

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """What the two LeRobot scripts share: inputs, statistics, the reference's answers, and the files that are written."""
 
 import json
