@@ -74,7 +74,7 @@ def pad(batch: RolloutBatch) -> Padded:
     chunks = int(position.max()) + 1
     row = torch.full((episodes, chunks), -1, dtype=torch.int64)
     row[episode, position] = torch.arange(len(episode))
-    k, d = batch.tokens.shape[1:]
+    k, d = batch.log_prob.shape[1:]
     old = torch.zeros(episodes, chunks, k, d)
     old[episode, position] = torch.from_numpy(batch.log_prob)
     valid = torch.zeros(episodes, chunks, k, dtype=torch.bool)
