@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from agent.cli import adapters, demo, evaluate, learn, pretrain, report
+from agent.cli import adapters, demo, episodes, evaluate, learn, pretrain, report, review
 from agent.errors import RatchetError
 
 
@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretrain": pretrain.Pretrain,
         "adapters": adapters.Adapters,
         "report": report.Report,
+        "episodes": episodes.Episodes,
+        "review": review.Review,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(
