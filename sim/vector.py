@@ -14,9 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import shared_memory
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import gymnasium
 import numpy as np
@@ -30,11 +28,42 @@ from sim.base import TaskEnv
 from sim.worker import Command, Layout, Reset, WorkerConfig, worker_main
 
 
+class WorkerProcess(Protocol):
+    """What hosts the environments: a local process, or an actor somewhere else."""
+
+    def kill(self) -> None: ...
+    def join(self, timeout: float | None = None) -> None: ...
+    def is_alive(self) -> bool: ...
+
+
+class WorkerLink(Protocol):
+    """The way to it. `recv` gives None or the error of the round, and raises EOFError or OSError where it is lost."""
+
+    def send(self, command: Command | None) -> None: ...
+    def poll(self, timeout: float) -> bool: ...
+    def recv(self) -> RatchetError | None: ...
+    def close(self) -> None: ...
+
+
+Launcher = Callable[[WorkerConfig, Mapping[str, np.ndarray]], tuple[WorkerProcess, WorkerLink]]
+"""Starts a worker, given its configuration and the arrays in which its results must appear."""
+
+
+def local_process(config: WorkerConfig, arrays: Mapping[str, np.ndarray]) -> tuple[WorkerProcess, WorkerLink]:
+    """A process of this machine, which writes into the shared memory behind `arrays` itself."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=worker_main, args=(theirs, config), daemon=True)
+    process.start()
+    theirs.close()
+    return process, mine
+
+
 @dataclass
 class _Worker:
     slots: range
-    process: BaseProcess
-    connection: Connection
+    process: WorkerProcess
+    connection: WorkerLink
     pending: Command | None = None
     episodes: int = 0
 
@@ -60,6 +89,7 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         chunk: K.
         recycle_after: episodes after which a worker is replaced; long-lived simulators leak.
         timeout: seconds for one round of a worker, model compilation included, before it counts as hung.
+        launch: starts a worker; on other machines with `sim.ray_workers.RayLauncher`.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
@@ -77,7 +107,9 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         recycle_after: int = 2000,
         timeout: float = 300.0,
         make_env: Callable[[str, str, RobotContract], TaskEnv] = registry.make_env,
+        launch: Launcher = local_process,
     ) -> None:
+        self._launch = launch
         self.suite = suite
         self.contract = contract or registry.contract_for(suite)
         self.tasks = {info.name: info for info in registry.tasks(suite)}
@@ -128,7 +160,6 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         self.single_action_space = spaces.Box(np.tile(low, (chunk, 1)), np.tile(high, (chunk, 1)), dtype=np.float32)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, self.num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self._context = multiprocessing.get_context("spawn")
         self.groups = [range(w * slots_per_worker, (w + 1) * slots_per_worker) for w in range(workers)]
         self._workers = [self._start(slots) for slots in self.groups]
 
@@ -279,11 +310,7 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         return {"images": self.arrays["images"].copy(), "state": self.arrays["state"].copy()}
 
     def _start(self, slots: range) -> _Worker:
-        mine, theirs = self._context.Pipe()
-        process = self._context.Process(target=worker_main, args=(theirs, self._config), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(slots, process, mine)
+        return _Worker(slots, *self._launch(self._config, self.arrays))
 
     def _send(self, worker: _Worker, command: Command) -> None:
         worker.pending = command

@@ -100,7 +100,9 @@ class _Slot:
     steps: int = 0
 
 
-class _Host:
+class Host:
+    """Slots and their environments, working on arrays that somebody else reads; `views` as in `Layout.fields`."""
+
     def __init__(self, config: WorkerConfig, views: dict[str, np.ndarray]) -> None:
         self.config = config
         self.views = views
@@ -114,6 +116,10 @@ class _Host:
             self._step(slot, self.views["actions"][slot])
         for slot in {*(r.slot for r in command.resets), *command.steps}:
             self._publish(slot)
+
+    def close(self) -> None:
+        for env in self.envs.values():
+            env.close()
 
     def _reset(self, reset: Reset) -> None:
         key = (reset.slot, reset.task)
@@ -166,7 +172,7 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
     os.environ.update(config.environ)
     memory = shared_memory.SharedMemory(name=config.memory_name)
     try:
-        host = _Host(config, config.layout.views(memory))
+        host = Host(config, config.layout.views(memory))
         while True:
             try:
                 command = connection.recv()
@@ -184,7 +190,6 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
                     RatchetError("sim.worker_error", traceback.format_exc(limit=4).strip(), where=config.suite)
                 )
     finally:
-        for env in host.envs.values():
-            env.close()
+        host.close()
         host.views.clear()
         memory.close()

@@ -214,8 +214,7 @@ class Lora:
                 raise RatchetError(
                     "adapter.not_finite", "NaN or infinity among the weights", where=name, fix="train it again"
                 )
-            alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
-            scaling[path] = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+            scaling[path] = scaling_of(config, path)
         return scaling
 
     def effect(self, arena: Arena | None = None) -> Effect:
@@ -281,6 +280,13 @@ def peft_config(config: Mapping[str, Any]) -> LoraConfig:
 
 def _lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def scaling_of(config: Mapping[str, Any], path: str) -> float:
+    """The factor of B A in one layer, as a canonical configuration says."""
+    rank = _pattern(config["rank_pattern"], path, config["r"])
+    alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
+    return float(alpha) / (math.sqrt(rank) if config["use_rslora"] else float(rank))
 
 
 def _pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -21,6 +21,7 @@ class Provenance:
     task, stage: the task it was trained on last, and how many tasks it has seen.
     metrics: whatever was measured, by name.
     effect: relative norm of the change to the base, `Lora.effect(...).overall`; None where nobody measured it.
+    gate: the latest verdict of the gate, plain data; empty where there is none.
     """
 
     parent: str | None = None
@@ -29,6 +30,7 @@ class Provenance:
     metrics: Mapping[str, float] = field(default_factory=dict)
     effect: float | None = None
     notes: str = ""
+    gate: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class AdapterStore(Protocol):
 
     def card(self, reference: str) -> Card: ...
 
-    def annotate(self, reference: str, metrics: Mapping[str, float]) -> Card:
-        """Add measured values to an adapter's card; the id does not change."""
+    def annotate(self, reference: str, metrics: Mapping[str, float], *, gate: Mapping[str, Any] | None = None) -> Card:
+        """Add measured values, and the gate's latest verdict, to an adapter's card; the id does not change."""
         ...
 
     def ids(self) -> list[str]:

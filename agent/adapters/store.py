@@ -111,12 +111,14 @@ class FolderStore:
     def card(self, reference: str) -> Card:
         return self._card(self.resolve(reference))
 
-    def annotate(self, reference: str, metrics: Mapping[str, float]) -> Card:
+    def annotate(self, reference: str, metrics: Mapping[str, float], *, gate: Mapping[str, Any] | None = None) -> Card:
         name = self.resolve(reference)
         with self._writing() as scratch:
             card = self._card(name)
             merged = {**card.provenance.metrics, **metrics}
-            card = dataclasses.replace(card, provenance=dataclasses.replace(card.provenance, metrics=merged))
+            verdict = card.provenance.gate if gate is None else gate
+            provenance = dataclasses.replace(card.provenance, metrics=merged, gate=verdict)
+            card = dataclasses.replace(card, provenance=provenance)
             self._files.create(scratch, _card_bytes(card))
             self._files.rename(scratch, self._objects / name / CARD)
         return card

@@ -1,4 +1,4 @@
-"""`ratchet adapters list|show|tag|verify`: what is in a store."""
+"""`ratchet adapters …`: what is in a store; promotion, rollback and comparison are in promotion.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.adapters.store import FolderStore
+from agent.cli.promotion import Diff, Promote, Rollback
 
 STORE = Path("runs/demo/adapters")
 
@@ -121,7 +122,7 @@ class Verify:
 
 @dataclass
 class Adapters:
-    """Look at and tag the adapters of a store.
+    """Look at, compare, tag, promote and roll back the adapters of a store.
 
     Commands to copy:
 
@@ -129,13 +130,20 @@ class Adapters:
 
         ratchet adapters show candidate --store runs/demo/adapters --json
 
-        ratchet adapters tag active 3f2a --reason "passed on the robot"
+        ratchet adapters promote candidate --suite metaworld --store runs/demo/adapters
+
+        ratchet adapters rollback --reason "hesitates at the drawer"
+
+        ratchet adapters diff active candidate
     """
 
     command: Annotated[
         Annotated[List, tyro.conf.subcommand("list")]
         | Annotated[Show, tyro.conf.subcommand("show")]
         | Annotated[Tag, tyro.conf.subcommand("tag")]
+        | Annotated[Promote, tyro.conf.subcommand("promote")]
+        | Annotated[Rollback, tyro.conf.subcommand("rollback")]
+        | Annotated[Diff, tyro.conf.subcommand("diff")]
         | Annotated[Verify, tyro.conf.subcommand("verify")],
         tyro.conf.arg(name=""),
     ]

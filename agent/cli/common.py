@@ -28,10 +28,14 @@ from agent.policy import checkpoint
 from agent.policy.prismatic import PrismaticPolicy
 from sim import registry
 from sim.base import TaskInfo
-from sim.vector import ChunkVectorEnv
+from sim.vector import ChunkVectorEnv, Launcher, local_process
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {"metaworld": ROOT / "models" / "small-metaworld"}
+# By the start of the suite's name: LIBERO-PRO's perturbed suites share their original's policy.
+SMALL = {
+    "metaworld": ROOT / "models" / "small-metaworld",
+    "libero_object": ROOT / "models" / "small-libero-object",
+}
 EVERYTHING_LINEAR = r"(projector|language_model\.model|state_projector|language_model\.lm_head).*"
 
 
@@ -78,8 +82,9 @@ def policy_folder(suite: str, given: Path | None) -> Path:
     """
     if given is not None:
         return given
-    if suite in SMALL:
-        return SMALL[suite]
+    for start, folder in SMALL.items():
+        if suite.startswith(start):
+            return folder
     raise RatchetError("cli.no_policy", f"no built-in policy for suite '{suite}'", fix="name one with --policy FOLDER")
 
 
@@ -90,14 +95,31 @@ def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> 
     return policy, attach(policy.module, lora_config(options.rank, options.alpha, options.targets), seed=options.seed)
 
 
+def lora_of(store: FolderStore, reference: str) -> LoraOptions:
+    """The shape of the adapter's layers, as its configuration says."""
+    config = store.get(reference).config
+    targets = config["target_modules"]
+    return LoraOptions(
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        targets=targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{t}" for t in sorted(targets)),
+    )
+
+
 def open_running(folder: Path, contract: RobotContract, options: LoraOptions, store: FolderStore | None) -> Running:
     policy, lora = open_policy(folder, contract, options)
     return Running(policy, HotSwapper(policy, lora, store=store), [])
 
 
 def make_vector(
-    policy: PrismaticPolicy, suite: str, contract: RobotContract, workers: int, slots: int
+    policy: PrismaticPolicy, suite: str, contract: RobotContract, workers: int, slots: int, rollouts: str = "local"
 ) -> ChunkVectorEnv:
+    """rollouts: where the simulators run, "local" processes, or Ray: "local-ray" or the address of a cluster."""
+    launch: Launcher = local_process
+    if rollouts != "local":
+        from sim.ray_workers import RayLauncher
+
+        launch = RayLauncher(rollouts)
     return ChunkVectorEnv(
         suite,
         cameras=policy.spec.cameras,
@@ -106,6 +128,7 @@ def make_vector(
         workers=workers,
         slots_per_worker=slots,
         contract=contract,
+        launch=launch,
     )
 
 

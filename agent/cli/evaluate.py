@@ -64,7 +64,8 @@ class Eval:
         contract = registry.contract_for(self.suite)
         folder = common.policy_folder(self.suite, self.policy)
         store = FolderStore(self.store) if self.adapter else None
-        running = common.open_running(folder, contract, self._lora(store), store)
+        lora = common.lora_of(store, self.adapter) if store else common.LoraOptions()
+        running = common.open_running(folder, contract, lora, store)
         common.print_contract(console, contract)
         if store is not None:
             for warning in running.swapper.swap(store.resolve(self.adapter)).warnings:
@@ -113,15 +114,3 @@ class Eval:
             )
         console.print(table)
         return 0
-
-    def _lora(self, store: FolderStore | None) -> common.LoraOptions:
-        """The shape of the adapter's layers, as its configuration says."""
-        if store is None:
-            return common.LoraOptions()
-        config = store.get(self.adapter).config
-        targets = config["target_modules"]
-        return common.LoraOptions(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            targets=targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{t}" for t in sorted(targets)),
-        )

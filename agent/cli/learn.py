@@ -1,15 +1,16 @@
-"""`ratchet learn`: sequential fine-tuning by on-policy reinforcement learning."""
+"""`ratchet learn`: sequential fine-tuning by on-policy reinforcement learning, or a supervised warm start."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from rich.console import Console
 
-from agent.cli import common, sequential
+from agent.cli import common, sequential, warmstart
 from agent.learner.sequence import SequenceConfig
 from agent.learner.update import UpdateConfig
 
@@ -18,17 +19,24 @@ from agent.learner.update import UpdateConfig
 class Learn:
     """Fine-tune one adapter on tasks, one after the other, evaluating all of them after each.
 
+    With `--from demonstrations` the adapter is trained by cross-entropy on demonstrations instead, with replay of
+    earlier tasks, and left as `candidate` for `ratchet adapters promote`.
+
     Commands to copy:
 
         ratchet learn --suite metaworld --tasks faucet-open window-open --out runs/two
 
         ratchet learn --suite libero_object --policy models/my-oft --tasks ... --update.algorithm grpo
 
+        ratchet learn --from demonstrations --tasks window-close --warm.replay window-open --out runs/warm
+
     A run that was stopped goes on when the same command is given again.
     """
 
     tasks: tuple[str, ...]
     """Task names in the order in which they are learned."""
+    source: Annotated[Literal["rollouts", "demonstrations"], tyro.conf.arg(name="from")] = "rollouts"
+    """What is learned from."""
     suite: str = "metaworld"
     """Suite of the tasks."""
     held_out: tuple[str, ...] = ()
@@ -53,10 +61,15 @@ class Learn:
     """How actions are chosen in evaluations."""
     train_pool: int = 0
     """Use only so many training states; 0 uses all."""
+    horizon: int = 0
+    """Longest episode in control steps; 0 takes each task's own."""
     seed: int = 0
     """Root of all random numbers."""
     lora: common.LoraOptions = field(default_factory=common.LoraOptions)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    warm: warmstart.Options = field(default_factory=warmstart.Options)
+    rollouts: str = "local"
+    """Where the simulators run: "local", "local-ray", or the address of a Ray cluster such as ray://head:10001."""
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
@@ -71,6 +84,19 @@ class Learn:
     def run(self) -> int:
         common.threads(self.threads)
         console = Console(stderr=self.json)
+        if self.source == "demonstrations":
+            facts = warmstart.run(
+                suite=self.suite,
+                tasks=self.tasks,
+                policy_folder=common.policy_folder(self.suite, self.policy),
+                lora=self.lora,
+                folder=self.out,
+                options=self.warm,
+                console=console,
+            )
+            if self.json:
+                print(json.dumps(facts))
+            return 0
         config = SequenceConfig(
             tasks=self.tasks,
             held_out=self.held_out,
@@ -81,6 +107,7 @@ class Learn:
             noise_correlation=self.noise_correlation,
             evaluation_episodes=self.evaluation_episodes,
             evaluation_temperature=0.0 if self.evaluation == "greedy" else self.temperature,
+            horizon=self.horizon,
             seed=self.seed,
             train_pool=self.train_pool,
             update=self.update,
@@ -96,6 +123,7 @@ class Learn:
             slots=self.slots,
             videos=self.videos,
             console=console,
+            rollouts=self.rollouts,
         )
         if self.json:
             print(json.dumps(result.as_dict()))

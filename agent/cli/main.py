@@ -12,7 +12,26 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from agent.cli import adapters, demo, episodes, evaluate, learn, pretrain, report, review
+from agent.cli import (
+    adapters,
+    ctl,
+    demo,
+    doctor,
+    episodes,
+    evaluate,
+    keys,
+    learn,
+    learner,
+    pretrain,
+    report,
+    review,
+    robot,
+    run,
+    session,
+    status,
+    study,
+    up,
+)
 from agent.errors import RatchetError
 
 
@@ -28,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "report": report.Report,
         "episodes": episodes.Episodes,
         "review": review.Review,
+        "run": run.Run,
+        "keys": keys.Keys,
+        "learner": learner.Learner,
+        "robot": robot.Robot,
+        "session": session.SessionCommand,
+        "status": status.Status,
+        "study": study.Study,
+        "doctor": doctor.Doctor,
+        "up": up.Up,
+        "ctl": ctl.Ctl,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(

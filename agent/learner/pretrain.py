@@ -45,6 +45,8 @@ class PretrainConfig:
 
     steps: int = 2000
     """Optimiser steps."""
+    stop_at: int = 0
+    """Stop after so many of the schedule's steps, for a base that is imperfect on purpose; 0 goes to the end."""
     batch: int = 64
     """Samples per step."""
     learning_rate: float = 1e-3
@@ -111,6 +113,10 @@ class Pretrainer:
     Args:
         parameters: what is trained; everything else must be frozen by the caller.
         folder: checkpoint and log; None keeps nothing.
+        weights: (M,) how often each sample is drawn, relative to the others; evenly if absent.
+
+    Raises:
+        RatchetError: learn.too_few_samples, learn.bad_weights.
     """
 
     def __init__(
@@ -120,6 +126,7 @@ class Pretrainer:
         samples: Samples,
         config: PretrainConfig,
         folder: Path | None = None,
+        weights: Float32 | None = None,
     ) -> None:
         self.policy, self.samples, self.config, self.folder = policy, samples, config, folder
         self.parameters = list(parameters)
@@ -131,6 +138,12 @@ class Pretrainer:
         self.train_rows, self.validation_rows = np.flatnonzero(~held), np.flatnonzero(held)
         if not len(self.train_rows):
             raise RatchetError("learn.too_few_samples", "no training samples are left", fix="record more episodes")
+        self.weights = None
+        if weights is not None:
+            chosen_weights = np.asarray(weights, np.float32)
+            if chosen_weights.shape != (len(samples),) or not (chosen_weights >= 0).all() or not chosen_weights.any():
+                raise RatchetError("learn.bad_weights", "one weight per sample, none negative, not all zero")
+            self.weights = torch.from_numpy(chosen_weights[self.train_rows])
         self.state_scale = torch.from_numpy(samples.state.std(0)) if samples.state.shape[1] else None
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
@@ -139,6 +152,7 @@ class Pretrainer:
             self.optimizer, config.learning_rate, total_steps=config.steps + 1, pct_start=0.05
         )
         self.step = 0
+        self.last = min(config.stop_at or config.steps, config.steps)
 
     def run(self, on_progress: Callable[[Progress], None] = lambda progress: None, every: int = 50) -> None:
         """Train to the last step, from the checkpoint if the folder holds one."""
@@ -154,14 +168,14 @@ class Pretrainer:
     def _train(self, on_progress: Callable[[Progress], None], every: int) -> None:
         self.policy.module.train()
         started, first = time.perf_counter(), self.step
-        while self.step < self.config.steps:
+        while self.step < self.last:
             loss = self._train_step()
             self.step += 1
-            if self.step % every == 0 or self.step == self.config.steps:
+            if self.step % every == 0 or self.step == self.last:
                 rate = (self.step - first) * self.config.batch / (time.perf_counter() - started)
                 validation = self._validate()
                 on_progress(Progress(self.step, loss, *validation, rate))
-            if self.folder and (self.step % self.config.save_every == 0 or self.step == self.config.steps):
+            if self.folder and (self.step % self.config.save_every == 0 or self.step == self.last):
                 self._save()
 
     def _batch(self, rows: Int64, generator: torch.Generator | None) -> PolicyInput:
@@ -180,7 +194,10 @@ class Pretrainer:
 
     def _train_step(self) -> float:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        picks = torch.randint(0, len(self.train_rows), (self.config.batch,), generator=generator)
+        if self.weights is None:
+            picks = torch.randint(0, len(self.train_rows), (self.config.batch,), generator=generator)
+        else:
+            picks = torch.multinomial(self.weights, self.config.batch, replacement=True, generator=generator)
         rows = self.train_rows[picks.numpy()]
         loss = self._loss(self.policy.logits(self._batch(rows, generator)), rows)
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,6 +228,8 @@ class Pretrainer:
         facts = repr(
             (asdict(self.config), len(self.samples), self.samples.tasks, sum(p.numel() for p in self.parameters))
         )
+        if self.weights is not None:
+            facts += hashlib.sha256(self.weights.numpy().tobytes()).hexdigest()
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def _save(self) -> None:

@@ -7,7 +7,7 @@ Knows no environment, no store and no schedule of tasks.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from agent.errors import RatchetError
 from agent.learner import grpo, ppo
+from agent.learner.distributed import Ranks
 from agent.learner.minibatch import Diagnostics, Minibatch, flatten
 from agent.learner.rollouts import RolloutBatch
 from agent.policy.protocol import Policy
@@ -88,19 +89,37 @@ class Updater:
         policy: its trainable parameters are the adapter's.
         parameters: the adapter's tensors.
         generator: order of samples; part of the resumable state.
+        ranks: the processes that share each optimiser step; all get the same batches. None for one process.
+        groups: parameter groups for the optimiser, with learning rates of their own; one group if absent.
+        on_gradient: called when the gradient of a step's policy loss is complete.
+        extra_loss: a term to add to each step's loss, None for none.
     """
 
     def __init__(
-        self, policy: Policy, parameters: Sequence[nn.Parameter], config: UpdateConfig, generator: torch.Generator
+        self,
+        policy: Policy,
+        parameters: Sequence[nn.Parameter],
+        config: UpdateConfig,
+        generator: torch.Generator,
+        ranks: Ranks | None = None,
+        *,
+        groups: list[dict[str, Any]] | None = None,
+        on_gradient: Callable[[], None] = lambda: None,
+        extra_loss: Callable[[torch.Generator], Tensor | None] = lambda generator: None,
     ) -> None:
         if not parameters:
             raise RatchetError("learner.no_parameters", "nothing to train", fix="attach an adapter first")
         self.policy = policy
+        self.ranks = ranks
         self.parameters = list(parameters)
         self.config = config
         self.generator = generator
+        self.on_gradient, self.extra_loss = on_gradient, extra_loss
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.adam_epsilon
+            groups or self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            eps=config.adam_epsilon,
         )
         self.schedule = torch.optim.lr_scheduler.LinearLR(
             self.optimizer, 1 / (config.warmup_steps + 1), total_iters=config.warmup_steps
@@ -235,7 +254,8 @@ class Updater:
     def _step(self, batch: RolloutBatch, padded: Padded, part: Minibatch) -> tuple[Diagnostics, float]:
         total = Diagnostics()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in part.micro(self.config.micro_size):
+        parts = list(part.micro(self.config.micro_size))
+        for micro, factor in self.ranks.share(parts) if self.ranks else [(m, 1.0) for m in parts]:
             rows = padded.row[micro.index[:, 0], micro.index[:, 1]].numpy()
             tokens = torch.from_numpy(batch.tokens[rows])
             log_prob, entropy = self.policy.log_prob(batch.policy_input(rows), tokens, batch.temperature)
@@ -245,8 +265,16 @@ class Updater:
             else:
                 assert micro.old_value is not None
                 loss, diagnostics = ppo.loss(log_prob, entropy, micro.old_value, micro, self.config.ppo)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = total + diagnostics
+            (loss * factor).backward()  # type: ignore[no-untyped-call]
+            if factor:
+                total = total + diagnostics
+        if self.ranks:
+            self.ranks.add_gradients(self.parameters)
+            total = self.ranks.add(total)
+        self.on_gradient()
+        extra = self.extra_loss(self.generator)
+        if extra is not None:
+            extra.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip))
         if not np.isfinite(norm):
             raise RatchetError(

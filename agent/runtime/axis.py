@@ -15,6 +15,7 @@ INF = math.inf
 TOUCH = 1e-6  # relative: what exceeds a limit by less than this is rounding of float32, and passes as it is
 BRAKING_STEPS = 400
 BISECTIONS = 12
+FINE = 4.0  # braking is foreseen in steps of a period and in steps of this fraction of it
 
 
 @dataclass
@@ -140,7 +141,7 @@ class Axis:
             cut = Cut(kind, a, min(max(a, low), high)) if cut is None else cut
             a = min(max(wanted, low), high)
             v = now.v + a * dt
-        if not math.isnan(position) and not self._viable(position + v * dt, v, a):
+        if not math.isnan(position) and not self._viable(position, dt, v, a):
             cut = Cut("position", position + v * dt, self.high if v > 0 or (v == 0 and a > 0) else self.low)
             v, a = self._least_change(position, v, a, now, dt)
         return v, a, cut
@@ -164,34 +165,40 @@ class Axis:
         a = min(max(a - change, -self.acceleration, -self._ease(v, dt)), a + change)
         return v + a * dt, a
 
-    def _viable(self, p: float, v: float, a: float) -> bool:
-        """Whether braking from here stays inside. Outside already: whether it moves no further out."""
+    def _viable(self, here: float, dt: float, v: float, a: float) -> bool:
+        """Whether one step at v, then braking, ends inside. Outside already: whether it moves no further out."""
+        p = here + v * dt
         peak = abs(v) + a * a / (2.0 * self.jerk)
         hard = 0.0 if math.isinf(self.acceleration) else peak / self.acceleration
         far = peak * (abs(a) / self.jerk + hard + min(self.acceleration / self.jerk, math.sqrt(peak / self.jerk)) * 2.0)
-        far += 2.0 * peak * self.period
+        far += 3.0 * peak * self.period
         if p + far <= self.high and p - far >= self.low:
             return True
-        low, high = self.low - TOUCH, self.high + TOUCH
+        # The coming steps may be as long as a period or much shorter (a burst): braking must end inside either way.
+        return self._brakes(here, p, v, a, self.period) and self._brakes(here, p, v, a, self.period / FINE)
+
+    def _brakes(self, here: float, p: float, v: float, a: float, step: float) -> bool:
+        low, high = min(self.low, here) - TOUCH, max(self.high, here) + TOUCH
         for _ in range(BRAKING_STEPS):
-            if (p > high and v > 0.0) or (p < low and v < 0.0):
+            if not low <= p <= high:
                 return False
-            if v == 0.0 and abs(a) <= self.jerk * self.period:
+            if v == 0.0 and abs(a) <= self.jerk * step:
                 return True
-            v, a = self._brake(v, a, self.period)
-            p += v * self.period
+            before = v
+            v, a = self._brake(v, a, step)
+            p += (max(v, before) if v > 0.0 else min(v, before)) * step  # an upper bound on what the step covers
         return True
 
     def _least_change(self, position: float, v: float, a: float, now: Motion, dt: float) -> tuple[float, float]:
         """Between full braking, which was viable before, and the wish: the nearest to the wish that is viable."""
         braking = self._brake(now.v, now.a, dt)
         good, bad = braking[1], a
-        if not self._viable(position + braking[0] * dt, *braking):
+        if not self._viable(position, dt, *braking):
             return braking
         for _ in range(BISECTIONS):
             middle = 0.5 * (good + bad)
             speed = now.v + middle * dt
-            if self._viable(position + speed * dt, speed, middle):
+            if self._viable(position, dt, speed, middle):
                 good = middle
             else:
                 bad = middle

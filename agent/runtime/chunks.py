@@ -197,7 +197,8 @@ class DeployExecutor(_Executor):
         if self._plan is None:
             return None
         planned = self._plan.chunk.actions[max(self._offset(now), self._last + 1) :]
-        delay = min(int(np.ceil(self.latency / self.period)), len(planned))
+        # The request goes out after this tick's command; the tick that finds the answer sends it already.
+        delay = min(max(int(np.ceil(self.latency / self.period - 1e-9)) - 1, 0), len(planned))
         return Ahead(planned, delay) if len(planned) else None
 
     def offer(self, chunk: ActionChunk, now: float, resting: bool) -> None:

@@ -61,6 +61,8 @@ class FakeArm:
         self._start = self._middle() if start is None else np.asarray(start, np.float64)
         self._connected = False
         self._position = self._start.copy()
+        gripper = contract.action.gripper
+        self._opening = gripper.open if gripper else 0.0
         self._sequence = 0
         self._seen: Observation | None = None
         self._frames: dict[str, UInt8] = {}
@@ -125,6 +127,8 @@ class FakeArm:
             self._position = linear
         else:
             self._position = self._position + linear * (1.0 if mode.endswith("delta") else self._limits.period)
+        if self._limits.gripper >= 0:
+            self._opening = float(command[self._limits.gripper])
         if self._own is not None:
             self._own.advance(self._limits.period)
         if self.on_act is not None:
@@ -154,6 +158,8 @@ class FakeArm:
                 values[3] = 1.0
             if field.name == self._limits.gauge.position_field:
                 values = (self._position + self.faults.shift).astype(np.float32)
+            if field.name == self._limits.gauge.gripper_field:
+                values[0] = self._opening
             out[field.name] = np.full_like(values, np.nan) if self.faults.not_finite else values
         return out
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from agent.contract import RobotContract
 from agent.records import Mark
+from agent.runtime.fake_contract import MODES, arm
 from agent.runtime.safety import Proposal, SafetyConfig, SafetyFilter, SafetyState
-from tests.agent.runtime.contracts import MODES, arm
 from tests.agent.runtime.referee import Referee
 
 CASES = [(m, "axis_angle", j) for m in MODES for j in (False, True)]
@@ -25,6 +25,7 @@ CASES += [(m, r, False) for m in ("ee_delta", "ee_absolute") for r in ("none", "
 def state_at(contract: RobotContract, place: np.ndarray) -> dict[str, np.ndarray]:
     state = {s.name: np.zeros(s.size, np.float32) for s in contract.state}
     state["place"] = place.astype(np.float32)
+    state["gripper"][0] = 1.0
     if "turned" in state and len(state["turned"]) == 4:
         state["turned"][3] = 1.0
     return state
@@ -124,7 +125,7 @@ def test_actions_within_limits_pass_bit_by_bit(mode: str) -> None:
     action = np.zeros(contract.action.size, np.float32)
     for k in range(50):
         action = action + rng.normal(size=action.shape).astype(np.float32) * np.float32(1e-4)
-        action[-1] = abs(action[-1])
+        action[-1] = 1.0 - abs(action[0])
         now = 0.05 * k + rng.uniform(-0.002, 0.002)
         verdict = stage.step(Proposal(action, action, now, k, 0), state, now, now)
         assert verdict.command is not None

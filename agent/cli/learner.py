@@ -1,0 +1,225 @@
+"""`ratchet learner`: the remote learner as a long-running service."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from agent.adapters.store import FolderStore
+from agent.cli import common
+from agent.cli.recipes import DEMO
+from agent.episodes.reader import EpisodeReader
+from agent.learner.gate import GateConfig, Verdict
+from agent.learner.gatekeeper import Gatekeeper
+from agent.learner.host import LearnerHost
+from agent.learner.service import Gate
+from agent.learner.service_config import CHANGES, ServiceConfig, real_robot
+from agent.learner.telemetry import story
+from agent.learner.trainer import Trainer
+from agent.learner.update import UpdateConfig
+from agent.link import keys as link_keys
+from agent.records import Episode
+from sim import registry
+
+KEYS = Path("keys/learner/learner.key_secret")
+
+
+@dataclass
+class Learner:
+    """Take episodes from robots, update one adapter, and promote what passes the gate. Runs until it is stopped.
+
+    Commands to copy:
+
+        ratchet learner --tasks button-press handle-press --out runs/learner --keys keys/learner/learner.key_secret
+
+        ratchet learner --mode robot --tasks stack-cups --suite metaworld --batch 24 --batch-when session
+
+        ratchet learner --tasks button-press --address tcp://127.0.0.1:5544 --plain      (one machine, no keys)
+
+    Killed at any moment, the same command goes on where it was. Robots keep running meanwhile. A second terminal:
+    `ratchet status --learner runs/learner`.
+    """
+
+    tasks: tuple[str, ...]
+    """The queue: task names in the order in which they are learned."""
+    suite: str = "metaworld"
+    """Suite of the tasks: their instructions, and the simulator that the gate uses."""
+    out: Path = Path("runs/learner")
+    """The learner's folder; one learner per folder."""
+    address: str = "tcp://0.0.0.0:5544"
+    """Where robots connect."""
+    keys: Path = KEYS
+    """The learner's secret key; the allow list is the folder `allowed` beside it."""
+    plain: bool = False
+    """No keys and no encryption; only with an address on 127.0.0.1."""
+    policy: Path | None = None
+    """Folder of the base policy; the built-in one of the suite if absent."""
+    held_out: tuple[str, ...] = ()
+    """Tasks that are never trained and that the gate compares."""
+    mode: Literal["simulation", "robot"] = "simulation"
+    """simulation: exact episodes are ordered. robot: small-budget settings for an arm (see `--explain`)."""
+    explain: bool = False
+    """Print what the robot mode changes against the paper, and exit."""
+    recipe: Literal["none", "demo"] = "none"
+    """demo: the measured recipe of `ratchet demo` for the suite, instead of the settings below."""
+    updates: int = 10
+    """Updates per task."""
+    groups: int = 32
+    """Initial states per update (simulation)."""
+    group_size: int = 8
+    """Episodes from each initial state (simulation)."""
+    batch: int = 24
+    """Least verified on-policy episodes of an update (robot)."""
+    batch_when: Literal["full", "session"] = "session"
+    """Update when the batch is full, or when a session has ended (robot)."""
+    temperature: float = 1.0
+    """Sampling temperature of training episodes."""
+    noise_correlation: float = 0.0
+    """Correlation of the sampling noise within a chunk; small policies explore better with 0.9."""
+    attempts: int = 2
+    """How often a task is tried before the learner goes on without it (simulation)."""
+    keep_batches: int = 0
+    """Batches whose files are kept after their update; 0 keeps all."""
+    seed: int = 0
+    """Root of all random numbers."""
+    lora: common.LoraOptions = field(default_factory=common.LoraOptions)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    reserve_gib: float = 2.0
+    """GiB of disk that stay free; beyond it episodes are refused and wait on the robot."""
+    workers: int = 2
+    """Simulator processes of the gate; 0 has no simulator: the gate then holds and a person decides."""
+    slots: int = 12
+    """Episodes at once per simulator process."""
+    threads: int = 1
+    """Threads for the policy."""
+    until_done: bool = False
+    """End when all tasks are over, instead of waiting for more."""
+    verbose: bool = False
+    """Log everything."""
+
+    def run(self) -> int:
+        console = Console()
+        if self.explain:
+            print_changes(console)
+            return 0
+        common.threads(self.threads)
+        logging.basicConfig(
+            level=logging.DEBUG if self.verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s"
+        )
+        contract = registry.contract_for(self.suite)
+        tasks = common.find_tasks(self.suite, [*self.tasks, *self.held_out])
+        folder = common.policy_folder(self.suite, self.policy)
+        config, lora = self.config()
+        if config.mode == "robot":
+            print_changes(console)
+        policy, adapter = common.open_policy(folder, contract, lora)
+        pair = None if self.plain else link_keys.load(self.keys)
+        closing: list[Callable[[], Any]] = []
+
+        def make_gate(store: FolderStore) -> Gate:
+            # The simulator and a second policy are built when the gate is first asked, not while robots only collect.
+            built: list[Gatekeeper] = []
+
+            def ask(candidate: str, active: str, held_out: tuple[str, ...]) -> Verdict:
+                if not built:
+                    running = common.open_running(folder, contract, lora, store)
+                    env = None
+                    if self.workers:
+                        env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
+                        closing.append(env.close)
+                    built.append(Gatekeeper(running.serve, env, tasks, store, self.gate, self.out / "gate"))
+                return built[0].run(candidate, active, held_out)
+
+            return ask
+
+        shown = 0
+
+        def tell(host: LearnerHost) -> None:
+            nonlocal shown
+            events = host.journal.events
+            for line in story(events[shown:]):
+                console.print(line, highlight=False, soft_wrap=True)
+            shown = len(events)
+
+        host = LearnerHost(
+            self.out,
+            config,
+            Trainer(policy, adapter, config),
+            read_episode,
+            make_gate,
+            tasks,
+            address=self.address,
+            keys=pair,
+            allow=None if self.plain else self.keys.parent,
+            reserve=int(self.reserve_gib * 1024**3),
+            on_step=tell,
+        )
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, lambda *_: host.stop())
+        console.print(f"learner in {self.out}, policy {policy.base_hash[:12]}, listening on {self.address}")
+        try:
+            host.run(lambda: self.until_done and host.service.ledger.phase == "done" and host.told())
+        finally:
+            for close in closing:
+                close()
+        return 0
+
+    def config(self) -> tuple[ServiceConfig, common.LoraOptions]:
+        """The service's settings and the adapter's shape."""
+        if self.mode == "robot":
+            config = real_robot(
+                self.tasks,
+                held_out=self.held_out,
+                batch=self.batch,
+                batch_when=self.batch_when,
+                updates=self.updates,
+                temperature=self.temperature,
+                seed=self.seed,
+                keep_batches=self.keep_batches,
+            )
+            return config, self.lora
+        shared: dict[str, Any] = {
+            "tasks": self.tasks,
+            "held_out": self.held_out,
+            "attempts": self.attempts,
+            "seed": self.seed,
+            "keep_batches": self.keep_batches,
+        }
+        if self.recipe == "demo":
+            recipe = DEMO[self.suite]
+            settings = {"updates": recipe.updates, "groups": recipe.groups, "group_size": recipe.group_size}
+            noise = {"temperature": recipe.temperature, "noise_correlation": recipe.noise_correlation}
+            return ServiceConfig(**shared, **settings, **noise, update=recipe.update), recipe.lora  # type: ignore[arg-type]
+        config = ServiceConfig(
+            **shared,
+            updates=self.updates,
+            groups=self.groups,
+            group_size=self.group_size,
+            temperature=self.temperature,
+            noise_correlation=self.noise_correlation,
+            update=self.update,
+        )
+        return config, self.lora
+
+
+def read_episode(path: Path) -> Episode:
+    """An episode's file as records. Raises RatchetError episode.damaged and others."""
+    return EpisodeReader(path).episode()
+
+
+def print_changes(console: Console) -> None:
+    """What learning on a real robot changes against the paper."""
+    table = Table(title="robot mode against the paper (arXiv 2603.11653)", box=None)
+    for column in ("what", "paper", "here", "why"):
+        table.add_column(column)
+    for row in CHANGES:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,189 @@
+"""`ratchet robot`: the robot's side of learning, without ROS, on a simulated robot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from agent.adapters.store import FolderStore
+from agent.cli import common
+from agent.cli.recipes import DEMO
+from agent.episodes.writer import write_episode
+from agent.errors import RatchetError
+from agent.learner.collector import Collector
+from agent.link import keys as link_keys
+from agent.link.client import LinkClient
+from agent.link.fetch import Fetcher
+from agent.link.follow import Follower
+from agent.link.outbox import Outbox
+from agent.policy.protocol import Policy
+from agent.records import Episode
+from agent.runtime.session_desk import SessionDesk
+from sim import registry
+
+STATUS = "status.json"
+
+
+@dataclass
+class Robot:
+    """Follow a learner: fetch the adapter that it trains, collect the episodes that it wants, send them.
+
+    Commands to copy:
+
+        ratchet robot --name robot-1 --learner tcp://192.0.2.7:5544 --keys keys/robot-1/robot-1.key_secret
+
+        ratchet robot --learner tcp://127.0.0.1:5544 --plain --out runs/robot --session manual
+
+        ratchet session start --robot runs/robot
+
+    Works on without the learner: episodes wait on the disk, the last adapter runs on. Killed at any moment, the same
+    command goes on where it was.
+    """
+
+    suite: str = "metaworld"
+    """Suite whose robot this is."""
+    name: str = "robot-1"
+    """This robot's name, as on the learner's allow list."""
+    learner: str = "tcp://127.0.0.1:5544"
+    """The learner's address."""
+    out: Path = Path("runs/robot")
+    """The robot's folder: outbox, adapters, sessions; one robot per folder."""
+    keys: Path | None = None
+    """This robot's secret key; keys/<name>/<name>.key_secret if absent."""
+    learner_key: Path = Path("keys/learner/learner.key")
+    """The learner's public key."""
+    plain: bool = False
+    """No keys and no encryption; only with an address on 127.0.0.1."""
+    policy: Path | None = None
+    """Folder of the base policy; the built-in one of the suite if absent."""
+    lora: common.LoraOptions = field(default_factory=common.LoraOptions)
+    recipe: Literal["none", "demo"] = "none"
+    """demo: the adapter's shape of `ratchet demo`."""
+    session: Literal["auto", "manual"] = "auto"
+    """auto: a session lasts as long as this process. manual: collect only between `ratchet session start|stop`."""
+    outbox_gib: float = 50.0
+    """GiB that may wait for the learner; beyond it collecting stops."""
+    reserve_gib: float = 2.0
+    """GiB of disk that stay free."""
+    workers: int = 1
+    """Simulator processes."""
+    slots: int = 12
+    """Episodes at once per simulator process."""
+    threads: int = 1
+    """Threads for the policy."""
+    until_done: bool = False
+    """End when the learner says that all tasks are over and everything was delivered."""
+    verbose: bool = False
+    """Log everything."""
+
+    def run(self) -> int:
+        common.threads(self.threads)
+        logging.basicConfig(
+            level=logging.DEBUG if self.verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s"
+        )
+        console = Console()
+        contract = registry.contract_for(self.suite)
+        store = FolderStore(self.out / "adapters", create=True)
+        reserve = int(self.reserve_gib * 1024**3)
+        outbox = Outbox(self.out / "outbox", limit=int(self.outbox_gib * 1024**3), reserve=reserve)
+        lora = DEMO[self.suite].lora if self.recipe == "demo" else self.lora
+        running = common.open_running(common.policy_folder(self.suite, self.policy), contract, lora, store)
+        common.print_contract(console, contract)
+        swapper = running.swapper
+        desk = SessionDesk(self.out, contract, outbox, swapper.base_id, lambda: swapper.current_id)
+        follower = Follower(store, lambda adapter: store.resolve(adapter))
+        fetcher = Fetcher(store, self.out / "incoming", on_adapter=follower.on_adapter, reserve=reserve)
+        pair = None if self.plain else link_keys.load(self.keys or Path("keys") / self.name / f"{self.name}.key_secret")
+        client = LinkClient(
+            self.learner,
+            self.name,
+            outbox,
+            keys=pair,
+            learner=None if self.plain else link_keys.load_public(self.learner_key),
+            fetcher=fetcher,
+            on_state=follower.on_state,
+        )
+        env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
+        shown = 0.0
+
+        def serve(adapter: str) -> Policy:
+            base = client.state.get("base", swapper.base_id)
+            if base != swapper.base_id:
+                raise RatchetError(
+                    "adapter.wrong_base",
+                    f"the learner trains base {base[:12]}, this robot runs {swapper.base_id[:12]}",
+                    fix="start both with the same --policy",
+                )
+            return running.serve(adapter)
+
+        def write(path: Path, episode: Episode) -> None:
+            write_episode(path, episode, contract, session=desk.id)
+
+        def pulse() -> None:
+            nonlocal shown
+            desk.look()
+            if time.monotonic() - shown >= 1.0:
+                shown = time.monotonic()
+                self._show(client, collector, desk, swapper.current_id)
+
+        collector = Collector(
+            client,
+            outbox,
+            serve,
+            lambda adapter: adapter in store.ids(),
+            env,
+            {info.name: info for info in registry.tasks(self.suite)},
+            write,
+            self.out / "spool",
+            meta=lambda: {"session": desk.id, "contract": contract.id, "robot": self.name},
+            paused=lambda: not desk.id,
+            pulse=pulse,
+        )
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, lambda *_: collector.stop())
+        if self.session == "auto":
+            desk.start({"by": "ratchet robot"})
+        client.start()
+        console.print(f"robot {self.name} in {self.out}, learner {self.learner}, outbox {len(outbox)} files")
+        try:
+            collector.run(lambda: self.until_done and client.state.get("phase") == "done" and not len(outbox))
+            if self.session == "auto":
+                desk.stop("done")
+            if self.until_done:
+                client.wait(lambda: not len(outbox), 30.0)
+        finally:
+            self._show(client, collector, desk, swapper.current_id)
+            client.stop()
+            follower.stop()
+            env.close()
+            outbox.close()
+        return 0
+
+    def _show(self, client: LinkClient, collector: Collector, desk: SessionDesk, adapter: str) -> None:
+        link = client.status()
+        facts: dict[str, Any] = {
+            "robot": self.name,
+            "doing": collector.doing,
+            "error": collector.error or link.error,
+            "adapter": adapter,
+            "session": desk.id,
+            "link": {"up": link.up, "heard": link.heard if link.heard < 1e9 else None, "error": link.error},
+            "outbox": {"waiting": link.waiting, "bytes": link.waiting_bytes, "delivered": link.delivered},
+            "refused": link.refused,
+            "fetching": link.fetching,
+            "order": client.state.get("order"),
+            "written": time.time(),
+        }
+        scratch = self.out / f"{STATUS}.tmp"
+        try:
+            scratch.write_text(json.dumps(facts) + "\n")
+            scratch.rename(self.out / STATUS)
+        except OSError as error:
+            logging.getLogger("ratchet.robot").warning("no status file: %s", error)

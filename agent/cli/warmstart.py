@@ -1,0 +1,152 @@
+"""`ratchet learn --from demonstrations`: where the demonstrations come from, progress, and the candidate in the store.
+
+Knows files, scripted experts and the store. The training itself is `agent.learner.warmstart`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from agent.adapters.identity import binding_of
+from agent.adapters.protocol import Provenance
+from agent.adapters.store import FolderStore
+from agent.cli import common
+from agent.errors import RatchetError
+from agent.learner.pretrain import Progress as Report
+from agent.learner.warmstart import WarmStartConfig, warm_start
+from agent.policy.prismatic import PrismaticPolicy
+from sim import registry
+from sim.demonstrations import Demonstrations, NoiseConfig, collect
+
+
+@dataclass
+class Options:
+    """Supervised warm start."""
+
+    files: tuple[Path, ...] = ()
+    """Demonstration files; the scripted experts record them if absent."""
+    episodes: int = 20
+    """Demonstrations per task where the experts record them."""
+    stride: int = 2
+    """Control steps between their samples."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    start: str = ""
+    """Adapter to go on from: id, id prefix or tag in `store`; an empty one if absent."""
+    store: Path | None = None
+    """Adapter store; the run folder's own if absent."""
+    replay: tuple[str, ...] = ()
+    """Tasks to replay beside those in the starting adapter's lineage, such as some that the base can do."""
+    learner: WarmStartConfig = field(default_factory=WarmStartConfig)
+    processes: int = 2
+    """Processes that record demonstrations."""
+
+
+def run(
+    *,
+    suite: str,
+    tasks: Sequence[str],
+    policy_folder: Path,
+    lora: common.LoraOptions,
+    folder: Path,
+    options: Options,
+    console: Console,
+) -> dict[str, Any]:
+    """Train through the tasks in order; each result is stored, the last one is tagged `candidate`."""
+    contract = registry.contract_for(suite)
+    store = FolderStore(options.store or folder / "adapters", create=True)
+    parent = store.resolve(options.start) if options.start else None
+    policy, adapter = common.open_policy(
+        policy_folder, contract, common.lora_of(store, parent) if parent is not None else lora
+    )
+    learned = [t for t in (store.card(i).provenance.task for i in store.lineage(parent)) if t] if parent else []
+    earlier = list(dict.fromkeys([*reversed(learned), *options.replay]))
+    if parent is not None:
+        stored = store.get(parent)
+        adapter.load(stored.tensors, stored.config)
+    wanted = list(dict.fromkeys([*tasks, *(earlier if options.learner.replay_share else [])]))
+    common.find_tasks(suite, wanted)
+    samples = _demonstrations(suite, wanted, policy, folder / "demonstrations.safetensors", options, console)
+    first_stage = store.card(parent).provenance.stage if parent else 0
+    results: list[dict[str, Any]] = []
+    for stage, task in enumerate(tasks, first_stage + 1):
+        history: list[Report] = []
+        columns = (TextColumn(task), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("", total=options.learner.train.steps, note="")
+
+            def show(report: Report, progress: Progress = progress, bar: Any = bar, to: list[Report] = history) -> None:
+                to.append(report)
+                note = f"loss {report.loss:.2f} validation {report.validation_loss:.2f}"
+                progress.update(bar, completed=report.step, note=note)
+
+            others = [t for t in earlier if t != task]
+            warm_start(policy, adapter, samples, task, others, options.learner, folder / f"stage{stage}", show)
+        effect = adapter.effect().overall
+        provenance = Provenance(parent, task, stage, effect=effect, notes="supervised warm start from demonstrations")
+        card = store.put(adapter.adapter(binding_of(policy)), provenance)
+        store.tag("candidate", card.id, reason=f"warm start on {task}")
+        text = f"candidate {card.id[:12]}: {task}, replay of {len(others)} tasks, changes the base by {effect:.2%}"
+        console.print(text)
+        results.append({"task": task, "adapter_id": card.id, "parent": parent, "replayed": others, "effect": effect})
+        parent, earlier = card.id, [*others, task]
+    facts = {
+        "command": common.command_line(),
+        "suite": suite,
+        "base_hash": policy.base_hash,
+        "samples": len(samples),
+        "stages": results,
+        "learner": asdict(options.learner),
+    }
+    common.write_json(folder / "warmstart.json", facts)
+    return facts
+
+
+def _demonstrations(
+    suite: str, tasks: Sequence[str], policy: PrismaticPolicy, path: Path, options: Options, console: Console
+) -> Demonstrations:
+    if options.files:
+        parts = [Demonstrations.load(_existing(f)) for f in options.files]
+        return Demonstrations.concatenate(parts)
+    if path.exists():
+        found = Demonstrations.load(path)
+        if set(tasks) <= set(found.tasks):
+            return found
+        raise RatchetError(
+            "learn.changed_run", "the folder holds demonstrations of other tasks", where=str(path), fix="new folder"
+        )
+    from agent.cli.pretrain import demonstration_states
+
+    with Progress(
+        TextColumn("recording"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=console
+    ) as progress:
+        bar = progress.add_task("", total=len(tasks), note="")
+        found = collect(
+            suite,
+            tasks,
+            demonstration_states(suite, options.episodes, -1),
+            cameras=policy.spec.cameras,
+            state_fields=policy.spec.state,
+            chunk=policy.spec.chunk,
+            stride=options.stride,
+            noise=options.noise,
+            seed=options.learner.train.seed,
+            processes=options.processes,
+            progress=lambda name, count: progress.update(bar, advance=1, note=f"{name}: {count} samples"),
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    found.save(scratch)
+    scratch.rename(path)
+    return found
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise RatchetError("learn.no_demonstrations", "no such file", where=str(path), fix="name a file, or record")
+    return path

@@ -1,0 +1,117 @@
+"""The adapter under training and its optimiser: from a checkpoint, through one update, to the next checkpoint.
+
+Knows policy, LoRA, updater and files that hold their state. Knows no network, no order of tasks and no gate.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agent.adapters.files import Files
+from agent.adapters.identity import Adapter, binding_of
+from agent.adapters.lora import Lora
+from agent.errors import RatchetError
+from agent.learner.samples import log_prob_gap, to_batch
+from agent.learner.sequence import derive_seed
+from agent.learner.service_config import ServiceConfig
+from agent.learner.update import Updater
+from agent.link.disk import disk_errors, hash_file
+from agent.policy.protocol import Policy
+from agent.records import Episode
+
+
+class Trainer:
+    """Owns the learner's policy, its module carrying `lora`. Between calls it is exactly what the last one left."""
+
+    def __init__(self, policy: Policy, lora: Lora, config: ServiceConfig, files: Files | None = None) -> None:
+        self.policy, self.lora, self.config = policy, lora, config
+        self._files = files or Files()
+        self._binding = binding_of(policy)
+        self._updater: Updater | None = None
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now."""
+        return self.lora.adapter(self._binding)
+
+    def initial(self) -> Adapter:
+        """The empty adapter that a line begins with (B = 0: it acts as the base), the same at every call."""
+        self.lora.reset(derive_seed(self.config.seed, "lora") % 2**31)
+        self._updater = None
+        return self.adapter()
+
+    def begin(self, adapter: Adapter, stage: int, attempt: int) -> None:
+        """Start a task from an adapter, with a fresh optimiser."""
+        self.lora.load(adapter.tensors, adapter.config)
+        self._updater = self._new(stage, attempt)
+
+    def restore(self, path: Path, sha: str, stage: int, attempt: int) -> None:
+        """Go back to a checkpoint: adapter, optimiser, schedule, random numbers.
+
+        Raises:
+            RatchetError: learner.bad_checkpoint where the file is gone or not what the journal says.
+        """
+        if not path.is_file() or hash_file(path) != sha:
+            raise RatchetError(
+                "learner.bad_checkpoint",
+                "the checkpoint is not the one that the journal names",
+                where=str(path),
+                fix="the update is repeated from the one before",
+            )
+        state = torch.load(path, weights_only=True)
+        self.lora.load(state["lora"])
+        self._updater = self._new(stage, attempt)
+        self._updater.load_state_dict(state["updater"])
+
+    def train(self, episodes: Sequence[Episode], groups: Sequence[int]) -> dict[str, Any]:
+        """One update. Facts to log; `skipped` among them where nothing was learned and nothing has changed.
+
+        Raises:
+            RatchetError: learner.not_finite, after which the caller restores the last checkpoint.
+        """
+        assert self._updater is not None
+        before = self.adapter().id
+        batch = to_batch(episodes, groups, self.policy, features=self.config.update.algorithm == "ppo")
+        if batch.adapter_id != before:
+            raise RatchetError(
+                "learner.off_policy",
+                f"episodes of {batch.adapter_id[:12]}",
+                where=before[:12],
+                fix="nothing was changed",
+            )
+        gap = log_prob_gap(batch, self.policy)
+        facts: dict[str, Any] = {"log_prob_gap": gap, "decisions": len(batch.tokens)}
+        if not gap <= self.config.tolerance:
+            why = f"robot and learner disagree by {gap:.3f} nats per token under one adapter"
+            return {**facts, "skipped": why, "code": "learner.policy_mismatch"}
+        try:
+            return {**facts, **self._updater.update(batch)}
+        except RatchetError as error:
+            if error.code != "learner.no_samples":
+                raise
+            return {**facts, "skipped": error.what, "code": error.code}
+
+    def save(self, path: Path) -> str:
+        """Write a checkpoint; it survives a power cut when this returns. Returns its SHA-256."""
+        assert self._updater is not None
+        scratch = path.with_suffix(".tmp")
+        with disk_errors(path):
+            self._files.folder(path.parent)
+            self._files.step("write", scratch)
+            with scratch.open("wb") as file:
+                torch.save({"lora": self.lora.export(), "updater": self._updater.state_dict()}, file)
+                file.flush()
+                self._files.step("fsync", scratch)
+                os.fsync(file.fileno())
+            sha = hash_file(scratch)
+            self._files.rename(scratch, path)
+        return sha
+
+    def _new(self, stage: int, attempt: int) -> Updater:
+        name = ("shuffle", stage) if attempt == 0 else ("shuffle", stage, attempt)
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, *name))
+        return Updater(self.policy, self.lora.trainable(), self.config.update, generator)

@@ -1,0 +1,215 @@
+"""The learner's inbox: files arrive in pieces, are checked against their hash, and count once they are on the disk.
+
+Knows pieces, hashes and the journal. Knows no socket and no meaning of a file.
+
+    partial/<sha>           pieces so far; what is there after a crash is continued, not sent again
+    files/<sha>             complete files, never changed
+    files/<sha>.json        what the sender said about it
+    journal                 event `received` per file: from there on the sender may forget it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent.adapters.files import Files
+from agent.errors import RatchetError
+from agent.link.disk import disk_errors, hash_file, require_space
+from agent.link.journal import Event, Journal
+
+OPEN = 16  # partial files kept open at once
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What a sender offers. robot, key and sequence: whose it is, what it is, and its place in the sender's order."""
+
+    robot: str
+    sha: str
+    size: int
+    type: str
+    key: str
+    sequence: int
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Partial:
+    parcel: Parcel
+    handle: int
+    offset: int
+    sha: Any  # hashlib's object over the bytes so far
+
+
+class Inbox:
+    """Used by one thread, the server's; `path` and `knows` from any.
+
+    Args:
+        journal: where `received` is written; its history says what was received before.
+        on_received: called with each new event, after it is on the disk.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        journal: Journal,
+        *,
+        reserve: int = 1024**3,
+        files: Files | None = None,
+        on_received: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.root, self._journal, self.reserve = root, journal, reserve
+        self._disk = files or Files()
+        self.on_received = on_received
+        self._partial_folder, self._files = root / "partial", root / "files"
+        with disk_errors(root):
+            self._disk.folder(self._partial_folder)
+            self._disk.folder(self._files)
+        self._open: OrderedDict[str, _Partial] = OrderedDict()
+        self._known: dict[str, str] = {}  # "robot key" -> sha
+        for event in journal.of("received"):
+            self._known[f"{event.data['robot']} {event.data['key']}"] = event.data["sha"]
+        self._recover()
+
+    def path(self, sha: str) -> Path:
+        return self._files / sha
+
+    def knows(self, robot: str, key: str) -> bool:
+        return f"{robot} {key}" in self._known
+
+    def offer(self, parcel: Parcel) -> int | None:
+        """From which byte to send, or None where this file (or another of its key) is here already.
+
+        Raises:
+            RatchetError: link.disk_full, link.io.
+        """
+        if self.knows(parcel.robot, parcel.key):
+            return None
+        with disk_errors(self.root):
+            if self.path(parcel.sha).is_file() and self._same(parcel):
+                self._accept(parcel)
+                return None
+            return self._begin(parcel).offset
+
+    def write(self, sha: str, offset: int, data: memoryview) -> int | None:
+        """Add a piece; returns how many bytes are there now, or None where no such file was offered.
+
+        A piece that came before is dropped, one that comes too early too: the answer says what is needed next.
+
+        Raises:
+            RatchetError: link.disk_full, link.io; link.too_large for bytes beyond the offered size.
+        """
+        partial = self._open.get(sha)
+        if partial is None:
+            return None
+        if offset != partial.offset:
+            return partial.offset
+        if offset + len(data) > partial.parcel.size:
+            raise RatchetError("link.too_large", "more bytes than were offered", where=sha[:12])
+        with disk_errors(self.root):
+            self._disk.step("write", self._partial_folder / sha)
+            view = data
+            while view:
+                view = view[os.pwrite(partial.handle, view, offset + len(data) - len(view)) :]
+        partial.sha.update(data)
+        partial.offset += len(data)
+        return partial.offset
+
+    def complete(self, sha: str) -> bool:
+        """Whether every byte of an offered file is here, so that `finish` may be called."""
+        partial = self._open.get(sha)
+        return partial is not None and partial.offset == partial.parcel.size
+
+    def finish(self, sha: str) -> None:
+        """All bytes are there: check them, make them durable, count the file. Then it may be acknowledged.
+
+        Raises:
+            RatchetError: link.incomplete; link.hash_mismatch, after which it must be sent from its first byte;
+                link.disk_full, link.io, after which it is continued where it was.
+        """
+        partial = self._open.get(sha)
+        if partial is None or partial.offset != partial.parcel.size:
+            raise RatchetError("link.incomplete", "not all bytes are here", where=sha[:12])
+        path = self._partial_folder / sha
+        if partial.sha.hexdigest() != sha:
+            self._forget(sha)
+            self._disk.remove(path)
+            raise RatchetError("link.hash_mismatch", "the bytes are not the announced ones", where=sha[:12])
+        with disk_errors(self.root):
+            self._disk.step("fsync", path)
+            os.fsync(partial.handle)
+            self._accept(partial.parcel, path)
+        self._forget(sha)
+
+    def close(self) -> None:
+        for sha in list(self._open):
+            self._forget(sha)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _begin(self, parcel: Parcel) -> _Partial:
+        known = self._open.get(parcel.sha)
+        if known is not None:
+            known.parcel = parcel
+            self._open.move_to_end(parcel.sha)
+            return known
+        path = self._partial_folder / parcel.sha
+        there = path.stat().st_size if path.exists() else 0
+        require_space(self.root, parcel.size - min(there, parcel.size), self.reserve)
+        while len(self._open) >= OPEN:
+            self._forget(next(iter(self._open)))
+        self._disk.step("open", path)
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        sha = hashlib.sha256()
+        if there > parcel.size:
+            os.ftruncate(handle, 0)
+            there = 0
+        offset = 0
+        while offset < there:
+            piece = os.pread(handle, min(1 << 20, there - offset), offset)
+            sha.update(piece)
+            offset += len(piece)
+        partial = self._open[parcel.sha] = _Partial(parcel, handle, there, sha)
+        return partial
+
+    def _forget(self, sha: str) -> None:
+        os.close(self._open.pop(sha).handle)
+
+    def _accept(self, parcel: Parcel, source: Path | None = None) -> None:
+        """Sidecar, then file, then journal: a crash in between is finished by the next start."""
+        sidecar = self._files / f"{parcel.sha}.json"
+        if source is not None:
+            scratch = self._partial_folder / f"{parcel.sha}.json"
+            self._disk.remove(scratch)
+            self._disk.create(scratch, (json.dumps(asdict(parcel)) + "\n").encode())
+            self._disk.rename(scratch, sidecar)
+            self._disk.rename(source, self.path(parcel.sha))
+            self._disk.sync_folder(self._partial_folder)
+        if not self.knows(parcel.robot, parcel.key):
+            event = self._journal.append("received", **asdict(parcel))
+            self._known[f"{parcel.robot} {parcel.key}"] = parcel.sha
+            self.on_received(event)
+
+    def _same(self, parcel: Parcel) -> bool:
+        return self.path(parcel.sha).stat().st_size == parcel.size and hash_file(self.path(parcel.sha)) == parcel.sha
+
+    def _recover(self) -> None:
+        """Count files that were complete when a crash came before the journal's line."""
+        received = {event.data["sha"] for event in self._journal.of("received")}
+        for path in sorted(self._files.glob("*.json")):
+            sha = path.name.removesuffix(".json")
+            if sha in received or not self.path(sha).is_file():
+                continue
+            raw: Mapping[str, Any] = json.loads(path.read_bytes())
+            parcel = Parcel(**raw)
+            if self._same(parcel):
+                self._accept(parcel)
+            else:
+                self._disk.remove(self.path(sha))  # torn by a power cut, never acknowledged: it will be offered again

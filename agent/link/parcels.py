@@ -1,0 +1,34 @@
+"""Small files that travel through the outbox beside episodes: the end of a session, a person's verdict.
+
+Knows their form. They are files, not messages, so that they are as durable as episodes and keep their place among them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agent.errors import RatchetError
+
+SESSION, LABEL, EPISODE = "session", "label", "episode"
+
+
+def session_parcel(
+    session: str, ended: bool, manifest: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]]
+) -> bytes:
+    """Tells the learner of a session: its manifest and its episodes (key and SHA-256 each)."""
+    body = {"session": session, "ended": ended, "manifest": dict(manifest), "episodes": [dict(e) for e in episodes]}
+    return (json.dumps(body) + "\n").encode()
+
+
+def label_parcel(episode: str, success: bool, person: str, note: str = "") -> bytes:
+    """Tells the learner what a person saw. episode: SHA-256 of the episode's file.
+
+    Raises:
+        RatchetError: link.no_person without a name: an unnamed verdict is none.
+    """
+    if not person.strip():
+        raise RatchetError("link.no_person", "a verdict needs a person's name", fix="say who watched the episode")
+    source = f"human:{person.strip()}"
+    return (json.dumps({"episode": episode, "success": success, "source": source, "note": note}) + "\n").encode()

@@ -1,0 +1,147 @@
+"""Files on their way to the learner: which piece goes next, and what to do about each answer.
+
+Knows offers, offsets and windows. Knows no socket (sending is an argument) and no thread: the client's thread calls it.
+
+    queued -> offered -> sending -> sent -> stored        refused: later again, or put aside for a person
+                 ^__________|_________|  no progress, or the connection was new
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agent.link.disk import disk_errors, hash_file
+from agent.link.outbox import Item, Outbox
+from agent.link.wire import CHUNK, Message
+
+ACTIVE = 2  # files under way at once: while the learner makes one durable, the next one's pieces arrive
+WINDOW = 24 * 1024 * 1024  # bytes that may be on their way unanswered
+DELAY = (1.0, 30.0)  # seconds before a file refused for the moment is offered again: first, and at most
+
+Send = Callable[..., bool]
+
+
+@dataclass
+class _Upload:
+    item: Item
+    handle: int = -1
+    offered: bool = False  # an offer is out, unanswered
+    open: bool = False  # the learner said where to begin
+    sent: int = 0
+    acked: int = 0
+    rewound: int = -1  # offset that was last gone back to
+    due: float = 0.0  # when to offer (again), monotonic seconds
+    delay: float = 0.0
+
+
+class Uploads:
+    """The head of an outbox. Files are finished strictly in its order: the learner gets them as they were made."""
+
+    def __init__(self, outbox: Outbox, robot: str, send: Send, patience: float) -> None:
+        self._outbox, self._robot, self._send, self._patience = outbox, robot, send, patience
+        self._active: OrderedDict[str, _Upload] = OrderedDict()
+
+    def work(self, now: float) -> float:
+        """Offer and send what may go; returns when something is due."""
+        if len(self._active) < ACTIVE:
+            for item in self._outbox.waiting(ACTIVE):
+                known = self._active.get(item.sha)
+                if known is not None and known.item.sequence != item.sequence:
+                    break  # equal contents under two keys: the second one's turn comes after the first
+                if known is None:
+                    self._active[item.sha] = _Upload(item)
+        for upload in self._active.values():
+            if now >= upload.due:
+                self._offer(upload, now)
+        self._pump(now)
+        return min((u.due for u in self._active.values()), default=float("inf"))
+
+    def take(self, message: Message, now: float) -> None:
+        """`need`, `got` or `stored`."""
+        upload = self._active.get(message["sha"])
+        if upload is None:
+            return
+        if message.kind == "stored":
+            self._end(upload)
+            self._outbox.delivered(upload.item)
+            return
+        offset = message["offset"]
+        if offset > upload.item.size:
+            return
+        upload.delay = 0.0
+        if message.kind == "got" or upload.open:
+            if offset > upload.acked or message.kind == "got":
+                upload.due = now + self._patience
+            upload.acked = max(upload.acked, offset)
+            upload.sent = max(upload.sent, offset)
+        if message.kind == "need":
+            first = upload.offered
+            upload.offered, upload.due = False, now + self._patience
+            if not upload.open or first or (offset < upload.sent and offset != upload.rewound):
+                upload.open = True
+                upload.sent = upload.acked = upload.rewound = offset
+
+    def refused(self, message: Message, now: float) -> bool:
+        """An answer about one of these files; False where it is about something else."""
+        upload = self._active.get(message["about"])
+        if upload is None:
+            return False
+        code = message["code"]
+        if code == "link.hash_mismatch" and hash_file(self._outbox.path(upload.item)) != upload.item.sha:
+            code = "link.damaged_file"  # not the way but the disk here changed it
+        if not message["again"] or code == "link.damaged_file":
+            self._end(upload)
+            self._outbox.refused(upload.item, code)
+            return True
+        upload.open = upload.offered = False
+        first = message["code"] == "link.incomplete"  # it only forgot the offer, in a restart: no reason to wait
+        upload.delay = 0.0 if first else min(max(2 * upload.delay, DELAY[0]), DELAY[1])
+        upload.due = now + upload.delay
+        return True
+
+    def restart(self) -> None:
+        """The connection is new: nothing that was sent before can be relied on."""
+        for upload in self._active.values():
+            upload.open = upload.offered = False
+            upload.due = 0.0
+
+    def close(self) -> None:
+        for upload in list(self._active.values()):
+            self._end(upload)
+
+    def _offer(self, upload: _Upload, now: float) -> None:
+        item = upload.item
+        fields = {"sha": item.sha, "size": item.size, "type": item.type, "key": item.key, "sequence": item.sequence}
+        upload.open = False
+        upload.offered = self._send("offer", {"robot": self._robot, **fields, "meta": item.meta})
+        upload.due = now + self._patience
+
+    def _pump(self, now: float) -> None:
+        flying = sum(u.sent - u.acked for u in self._active.values() if u.open)
+        for place, upload in enumerate(self._active.values()):
+            if not upload.open:
+                continue
+            # Only the oldest may be finished: its last piece is held back from all others.
+            end = upload.item.size if place == 0 else upload.item.size - 1
+            while upload.sent < end and flying < WINDOW:
+                size = min(CHUNK, upload.item.size - upload.sent)
+                if upload.sent + size > end:
+                    break
+                with disk_errors(self._outbox.root):
+                    if upload.handle < 0:
+                        upload.handle = os.open(self._outbox.path(upload.item), os.O_RDONLY)
+                    piece = os.pread(upload.handle, size, upload.sent)
+                fields = {"robot": self._robot, "sha": upload.item.sha, "offset": upload.sent}
+                if not self._send("chunk", fields, piece):
+                    return
+                upload.sent += size
+                flying += size
+
+    def _end(self, upload: _Upload) -> None:
+        self._active.pop(upload.item.sha, None)
+        if upload.handle >= 0:
+            os.close(upload.handle)
+            upload.handle = -1

@@ -1,0 +1,466 @@
+"""A learner and a robot small enough to be killed hundreds of times: real policy class, adapters, store, updates, gate,
+link and files; a fake environment; processes made by fork, so that a restart costs milliseconds.
+
+Used by `benchmarks/faults.py` and by tests. What is fake is named so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zmq
+
+from agent.adapters.files import Files
+from agent.adapters.hotswap import HotSwapper
+from agent.adapters.lora import Lora, attach, lora_config
+from agent.adapters.store import FolderStore
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+from agent.learner.collector import Collector
+from agent.learner.gate import GateConfig
+from agent.learner.gatekeeper import Gatekeeper
+from agent.learner.host import LearnerHost
+from agent.learner.service import Gate
+from agent.learner.service_config import ServiceConfig
+from agent.learner.trainer import Trainer
+from agent.learner.update import UpdateConfig
+from agent.link import keys as link_keys
+from agent.link.client import LinkClient
+from agent.link.fetch import Fetcher
+from agent.link.outbox import Outbox
+from agent.policy import presets
+from agent.policy.action_tokens import Statistics
+from agent.policy.prismatic import PrismaticPolicy
+from agent.policy.text import train_tokenizer
+from agent.records import ActionChunk, Episode, Observation, Step
+from sim.base import TaskInfo
+
+ROOT = Path(__file__).resolve().parent.parent
+CHUNK, HORIZON = 4, 12
+TASKS = {
+    name: TaskInfo("fake", name, text, tuple(range(100, 110)), tuple(range(6)), HORIZON)
+    for name, text in (("door-open", "open the door"), ("faucet-open", "open the faucet"), ("push", "push the puck"))
+}
+CONFIG = ServiceConfig(
+    tasks=("door-open", "faucet-open"),
+    updates=2,
+    groups=2,
+    group_size=4,
+    temperature=1.0,
+    noise_correlation=0.5,
+    attempts=1,
+    update=UpdateConfig(learning_rate=1e-2, minibatches=2),
+)
+GATE = GateConfig(episodes=4, min_episodes=4, new_task="not_worse", allowed_drop=1.0, significance=0.01)
+
+
+def contract() -> RobotContract:
+    return RobotContract.load(ROOT / "robots" / "metaworld.yaml")
+
+
+def tiny_policy() -> tuple[PrismaticPolicy, Lora]:
+    """Some 50,000 fixed random parameters whose motions sometimes reach the fake goal, with an empty adapter."""
+    robot = contract()
+    spec = presets.spec_for(robot, cameras=["corner2"], state=["hand", "gripper"], chunk=CHUNK, statistics_key="fake")
+    low, high = (-0.02, -0.04, -0.04, -1.0), (0.06, 0.04, 0.04, 1.0)
+    moves = (True, True, True, False)
+    statistics = Statistics("fake", spec.action_units, low, high, moves, (0.0,) * 4, (0.1,) * 4)
+    config = presets.small(hidden=32, layers=1, heads=2, channels=(8, 8, 8, 16), compute_dtype="float32")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policy = PrismaticPolicy(
+            config, spec, statistics, train_tokenizer([t.instruction for t in TASKS.values()], 300)
+        )
+    return policy, attach(policy.module, lora_config(4, 4.0))
+
+
+class FakeChunkEnv:
+    """A one-dimensional reach in this process: actions move a position, success is 0.2 m. Frames encode the state."""
+
+    def __init__(self, slots: int = 4) -> None:
+        self.contract = contract()
+        self.chunk = CHUNK
+        self.groups = [range(slots)]
+        camera = self.contract.camera("corner2")
+        self.arrays: dict[str, Any] = {
+            "images": np.zeros((slots, 1, camera.height, camera.width, 3), np.uint8),
+            "state": np.zeros((slots, 4), np.float32),
+            "steps_run": np.zeros(slots, np.int64),
+            "done": np.zeros(slots, bool),
+            "success": np.zeros(slots, bool),
+        }
+        self._horizon = [0] * slots
+        self._steps = [0] * slots
+        self._position = np.zeros((slots, 3))
+        self._round: tuple[Mapping[int, tuple[str, int, int]], Mapping[int, Any]] = ({}, {})
+
+    def submit(self, group: int, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, Any]) -> None:
+        self._round = (dict(resets), {s: np.array(c) for s, c in steps.items()})
+
+    def collect(self, group: int) -> None:
+        resets, steps = self._round
+        a = self.arrays
+        for slot, (_, state, horizon) in resets.items():
+            self._position[slot] = (state % 7 * 0.001, 0.0, 0.0)
+            self._steps[slot], self._horizon[slot] = 0, horizon
+            a["done"][slot] = a["success"][slot] = False
+        for slot, chunk in steps.items():
+            ran = 0
+            for action in chunk:
+                self._position[slot] += np.asarray(action[:3], np.float64)
+                ran, self._steps[slot] = ran + 1, self._steps[slot] + 1
+                if self._position[slot, 0] > 0.2 or self._steps[slot] >= self._horizon[slot]:
+                    break
+            a["steps_run"][slot] = ran
+            a["success"][slot] = self._position[slot, 0] > 0.2
+            a["done"][slot] = a["success"][slot] or self._steps[slot] >= self._horizon[slot]
+        for slot in (*resets, *steps):
+            a["state"][slot, :3] = self._position[slot]
+            a["images"][slot, 0, 0, 0, 0] = self._steps[slot]
+
+    def close(self) -> None:
+        self._round = ({}, {})
+
+
+# -- a small exact episode file --------------------------------------------------------------------------------
+
+
+def write_episode(path: Path, episode: Episode) -> None:
+    """Arrays of all steps stacked, and JSON for the rest; plain .npz, nothing executable."""
+    head = {f.name: getattr(episode, f.name) for f in dataclasses.fields(Episode) if f.name != "steps"}
+    steps = episode.steps
+    cameras, fields = sorted(steps[0].observation.images), sorted(steps[0].observation.state)
+    head["steps"] = [
+        [
+            s.observation.stamp,
+            s.observation.sequence,
+            s.chunk.adapter_id,
+            s.chunk.temperature,
+            s.reward,
+            s.done,
+            s.steps_run,
+        ]
+        for s in steps
+    ]
+    head["cameras"], head["fields"] = cameras, fields
+    arrays: dict[str, Any] = {f"image:{c}": np.stack([s.observation.images[c] for s in steps]) for c in cameras}
+    arrays |= {f"state:{f}": np.stack([s.observation.state[f] for s in steps]) for f in fields}
+    arrays |= {name: np.stack([getattr(s.chunk, name) for s in steps]) for name in ("actions", "tokens", "log_prob")}
+    arrays["executed"] = np.stack([s.executed for s in steps])
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
+    path.write_bytes(buffer.getvalue())
+
+
+def read_episode(path: Path) -> Episode:
+    """Raises RatchetError fake.unreadable."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            a = {name: file[name] for name in file.files}
+        head = json.loads(a.pop("head").tobytes())
+        rows, cameras, fields = head.pop("steps"), head.pop("cameras"), head.pop("fields")
+        episode = Episode(**head)
+        for i, (stamp, sequence, adapter, temperature, reward, done, ran) in enumerate(rows):
+            seen = Observation(
+                {c: a[f"image:{c}"][i] for c in cameras},
+                {f: a[f"state:{f}"][i] for f in fields},
+                episode.instruction,
+                stamp,
+                sequence,
+            )
+            chunk = ActionChunk(
+                a["actions"][i], a["tokens"][i], a["log_prob"][i], adapter, temperature, stamp, sequence
+            )
+            episode.steps.append(Step(seen, chunk, a["executed"][i], reward, done, ran))
+    except Exception as error:
+        raise RatchetError("fake.unreadable", f"{type(error).__name__}: {error}", where=str(path)) from None
+    return episode
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong in a process. kind: kill, torn, full, clock, weather or foreign; at: how many steps (system calls
+    or phases) after the one before, or after the process began; seed: of its details."""
+
+    kind: str
+    at: int
+    seed: int
+    where: str = ""  # only at a step of this name, such as `phase update` or `write journal.jsonl`
+
+
+class FaultyFiles(Files):
+    """Counts steps and lets one fault after the other strike. What strikes is first written to `struck`, so that the
+    next life of the process goes on with the faults that are left."""
+
+    def __init__(self, faults: Sequence[Fault], struck: Path | None = None) -> None:
+        self._faults, self._struck = list(faults), struck
+        self._count = self._full = 0
+        self._durable: dict[Path, int] = {}
+        self.weather = Weather(0, 0)
+        self.foreign: list[int] = []
+
+    def step(self, call: str, path: Path) -> None:
+        self._count += 1
+        if call == "open":
+            self._durable[path] = path.stat().st_size if path.exists() else 0
+        if self._full and call in ("write", "open", "mkdir"):
+            self._full -= 1
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        if not self._faults or self._count < self._faults[0].at:
+            return
+        fault = self._faults[0]
+        if not f"{call} {path.name}".startswith(fault.where):
+            return
+        if fault.kind == "torn" and (call != "fsync" or not path.is_file()):
+            return  # waits for the next file that is written and not yet durable
+        if fault.kind == "full" and call not in ("write", "open"):
+            return
+        self._faults.pop(0)
+        self._count = 0
+        self._tell(fault, f"{call} {path.name}")
+        if fault.kind == "full":
+            self._full = fault.seed % 4
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        if fault.kind == "clock":
+            jump(fault.seed)
+        elif fault.kind == "weather":
+            self.weather = Weather(fault.seed)
+        elif fault.kind == "foreign":
+            self.foreign.append(fault.seed)
+        else:
+            if fault.kind == "torn":
+                # A power cut before the data were forced out: the name may be there, the last bytes are not.
+                durable = self._durable.get(path, 0)
+                size = path.stat().st_size
+                os.truncate(path, durable + random.Random(fault.seed).randrange(max(size - durable, 1)))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def tamper(self, frames: list[Any]) -> list[list[Any]]:
+        """What a link gets as its `tamper`."""
+        return self.weather(frames)
+
+    def _tell(self, fault: Fault, where: str) -> None:
+        if self._struck is None:
+            return
+        handle = os.open(self._struck, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        os.write(handle, (json.dumps([fault.kind, fault.at, fault.seed, where]) + "\n").encode())
+        os.close(handle)
+
+
+class Weather:
+    """Drops, doubles and reorders messages at random for a while."""
+
+    def __init__(self, seed: int, messages: int = 60) -> None:
+        self._random, self._left = random.Random(seed), messages
+        self._late: list[list[Any]] = []
+
+    def __call__(self, frames: list[Any]) -> list[list[Any]]:
+        out: list[list[Any]] = []
+        self._left -= 1
+        luck = self._random.random() if self._left > 0 else 1.0
+        if luck < 0.15:
+            self._late.append(frames)
+        elif luck < 0.25:
+            out = [frames, frames]
+        elif luck >= 0.4:
+            out = [frames]
+        if self._late and (self._left <= 0 or self._random.random() < 0.5):
+            out.append(self._late.pop(0))
+        return out
+
+
+def jump(seed: int) -> None:
+    """Set this process's wall clock off by up to a year, either way."""
+    offset = random.Random(seed).uniform(-3e7, 3e7)
+    real = time.time
+    time.time = lambda: real() + offset
+
+
+# -- processes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Folders, keys and parts that both processes share; made before any fork."""
+
+    root: Path
+    config: ServiceConfig = CONFIG
+    gate: GateConfig = GATE
+    parts: dict[str, Any] = field(default_factory=dict)
+    address: str = "tcp://127.0.0.1:*"
+
+    def __post_init__(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.parts.setdefault("learner", tiny_policy())
+        self.parts.setdefault("server", tiny_policy())
+        learner, robot = self.root / "keys" / "learner", self.root / "keys" / "robot"
+        if not learner.exists():
+            link_keys.make(learner, "learner")
+            link_keys.make(robot, "robot-1")
+            link_keys.allow(learner, robot / "robot-1.key")
+        self.learner_keys = link_keys.load(learner / "learner.key_secret")
+        self.robot_keys = link_keys.load(robot / "robot-1.key_secret")
+
+    @property
+    def learner_folder(self) -> Path:
+        return self.root / "learner"
+
+    @property
+    def robot_folder(self) -> Path:
+        return self.root / "robot"
+
+    def host(self, files: Files | None = None, tamper: Any = None, **options: Any) -> LearnerHost:
+        policy, lora = self.parts["learner"]
+        serving, serving_lora = self.parts["server"]
+
+        def make_gate(store: FolderStore) -> Gate:
+            swapper = HotSwapper(serving, serving_lora, store=store)
+
+            def serve(adapter: str) -> PrismaticPolicy:
+                if swapper.current_id != (adapter or swapper.base_id):
+                    swapper.swap(adapter or swapper.base_id)
+                return serving
+
+            keeper = Gatekeeper(serve, FakeChunkEnv(), TASKS, store, self.gate, self.learner_folder / "gate")
+            return lambda candidate, active, held_out: keeper.run(candidate, active, held_out)
+
+        options = {"reserve": 0, "tensorboard": False, "pause": 0.05, **options}
+        trainer = Trainer(policy, lora, self.config, files)
+        return LearnerHost(
+            self.learner_folder, self.config, trainer, read_episode, make_gate, TASKS, address=self.address,
+            keys=self.learner_keys, allow=self.root / "keys" / "learner", files=files, tamper=tamper, **options,
+        )  # fmt: skip
+
+    def robot(self, address: str, files: Files | None = None, tamper: Any = None, **options: Any) -> Robot:
+        return Robot(self, address, files, tamper, **options)
+
+
+class Robot:
+    """The robot's side put together: outbox, link, store, swapper, collector."""
+
+    def __init__(self, world: World, address: str, files: Files | None, tamper: Any, **options: Any) -> None:
+        folder = world.robot_folder
+        self.outbox = Outbox(folder / "outbox", reserve=0, files=files)
+        try:
+            self.store = FolderStore(folder / "adapters", create=True, files=files)
+            policy, lora = world.parts["server"]
+            self.swapper = HotSwapper(policy, lora, store=self.store)
+            fetcher = Fetcher(self.store, folder / "incoming", reserve=0, files=files)
+            options = {"beat": 0.1, "patience": 0.3, **options}
+            self.client = LinkClient(
+                address, "robot-1", self.outbox, keys=world.robot_keys, learner=world.learner_keys.public,
+                fetcher=fetcher, tamper=tamper, **options,
+            )  # fmt: skip
+
+            def serve(adapter: str) -> PrismaticPolicy:
+                if self.swapper.current_id != adapter:
+                    self.swapper.swap(adapter)
+                running: PrismaticPolicy = policy
+                return running
+
+            self.collector = Collector(
+                self.client, self.outbox, serve, lambda adapter: adapter in self.store.ids(), FakeChunkEnv(), TASKS,
+                write_episode, folder / "spool", files=files,
+            )  # fmt: skip
+        except BaseException:
+            self.outbox.close()
+            raise
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        self.client.start()
+        try:
+            self.collector.run(until)
+        finally:
+            self.client.stop()
+            self.outbox.close()
+
+    def over(self) -> bool:
+        return self.client.state.get("phase") == "done" and not len(self.outbox)
+
+
+def forked(work: Callable[[], None], log: Path) -> int:
+    """Run `work` in a forked process; returns its id. Exit status 0 for done, 3 for a refusal, 4 for anything else."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 4
+    try:
+        handle = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        torch.set_num_threads(1)
+        work()
+        status = 0
+    except RatchetError as error:
+        print(error, flush=True)
+        status = 3
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def foreign_episode(order: Mapping[str, Any], seed: int) -> Episode:
+    """An episode that must never enter an update: another adapter, however well everything else fits."""
+    draw = np.random.default_rng(seed)
+    camera = contract().camera("corner2")
+    adapter = draw.bytes(32).hex()
+    image = np.zeros((camera.height, camera.width, 3), np.uint8)
+    state = {"hand": np.zeros(3, np.float32), "gripper": np.zeros(1, np.float32)}
+    seen = Observation({"corner2": image}, state, order["instruction"], 0.0, 0)
+    tokens, log_prob = draw.integers(0, 255, (CHUNK, 4)), np.full((CHUNK, 4), -3.0, np.float32)
+    actions = np.zeros((CHUNK, 4), np.float32)
+    chunk = ActionChunk(actions, tokens, log_prob, adapter, order["temperature"], 0.0, 0)
+    episode = Episode(order["task"], order["instruction"], success=True, success_source="simulator")
+    # Half of them lie about their adapter in the header.
+    episode.adapter_id = order["adapter"] if seed % 2 else adapter
+    episode.steps = [Step(seen, chunk, np.ones(CHUNK, bool), 1.0, True, CHUNK)]
+    episode.meta = {"order": order["id"], "slot": seed % order["slots"]}
+    return episode
+
+
+def summary(journal: Sequence[Any]) -> dict[str, Any]:
+    """What must be equal with and without faults: adapters of all updates, verdicts, and each update's episodes."""
+    received = {e.data["sha"]: e.data["key"] for e in journal if e.kind == "received"}
+    return {
+        "adapters": [e.data["adapter"] for e in journal if e.kind == "updated"],
+        "batches": [[received[sha] for sha in e.data["episodes"]] for e in journal if e.kind == "updated"],
+        "verdicts": [(e.data["candidate"], e.data["decision"]) for e in journal if e.kind == "gated"],
+        "promoted": [e.data["adapter"] for e in journal if e.kind == "promoted"],
+        "finished": [(e.data["task"], e.data["learned"]) for e in journal if e.kind == "finished"],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, for the results file."""
+    return {
+        "platform": platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "zmq": zmq.zmq_version(),
+    }

@@ -1,0 +1,134 @@
+"""Simulator workers as Ray actors, on this machine or on a cluster; otherwise the vector environment stays as it is.
+
+Knows Ray and the commands of `sim.worker`. Knows no policy: inference stays with the learner, actors get actions and
+give back frames and states. An actor that is lost is replaced and its episodes are replayed, as with a local process.
+Ray trusts everybody who can reach its ports: keep a cluster inside a private network.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from agent.errors import RatchetError
+from sim.vector import WorkerLink, WorkerProcess
+from sim.worker import Command, Host, WorkerConfig
+
+LOCAL = "local-ray"
+
+
+class RayLauncher:
+    """Connects to Ray once and starts one actor per worker.
+
+    Args:
+        address: "local-ray" starts Ray on this machine; "ray://host:port" or "host:port" joins a cluster on which the
+        same
+            version of this package is installed.
+        cpus: cores that Ray reserves per worker.
+
+    Raises:
+        RatchetError: sim.no_ray where Ray is not installed, sim.no_cluster where the address does not answer.
+    """
+
+    def __init__(self, address: str = LOCAL, *, cpus: float = 1.0) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise RatchetError(
+                "sim.no_ray", "Ray is not installed", fix="pip install 'ratchet-vla[cluster]', or use local processes"
+            ) from None
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self._ray = ray
+        if not ray.is_initialized():
+            try:
+                if address == LOCAL:
+                    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+                else:
+                    ray.init(address, log_to_driver=False, configure_logging=False)
+            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+                raise RatchetError(
+                    "sim.no_cluster",
+                    f"no Ray cluster answers: {error}",
+                    where=address,
+                    fix="start it, check the address",
+                ) from None
+        self._actor = ray.remote(num_cpus=cpus, max_restarts=0)(_Simulators)
+
+    def __call__(self, config: WorkerConfig, arrays: Mapping[str, np.ndarray]) -> tuple[WorkerProcess, WorkerLink]:
+        actor = self._actor.remote(config)
+        return _Process(self._ray, actor), _Link(self._ray, actor, arrays)
+
+
+class _Simulators:
+    """What runs in the actor: environments and arrays of its own."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        os.environ.update(config.environ)
+        self._arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in config.layout.fields().items()}
+        self._host = Host(config, self._arrays)
+
+    def run(
+        self, command: Command, actions: dict[int, np.ndarray]
+    ) -> tuple[RatchetError | None, dict[int, dict[str, np.ndarray]]]:
+        """One round; the rows of every slot that it touched, actions left out."""
+        for slot, chunk in actions.items():
+            self._arrays["actions"][slot] = chunk
+        error: RatchetError | None = None
+        try:
+            self._host.run(command)
+        except RatchetError as refused:
+            error = refused
+        except Exception:
+            text = traceback.format_exc(limit=4).strip()
+            error = RatchetError("sim.worker_error", text, where=self._host.config.suite)
+        touched = {*(r.slot for r in command.resets), *command.steps}
+        rows = {s: {n: a[s].copy() for n, a in self._arrays.items() if n != "actions"} for s in touched}
+        return error, rows
+
+
+class _Process:
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray, self._actor = ray, actor
+
+    def kill(self) -> None:
+        self._ray.kill(self._actor)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Ray reaps its own processes."""
+
+    def is_alive(self) -> bool:
+        return False
+
+
+class _Link:
+    def __init__(self, ray: Any, actor: Any, arrays: Mapping[str, np.ndarray]) -> None:
+        self._ray, self._actor, self._arrays = ray, actor, arrays
+        self._answer: Any = None
+
+    def send(self, command: Command | None) -> None:
+        if command is None:
+            self._ray.kill(self._actor)
+            return
+        actions = {slot: self._arrays["actions"][slot].copy() for slot in command.steps}
+        self._answer = self._actor.run.remote(command, actions)
+
+    def poll(self, timeout: float) -> bool:
+        ready, _ = self._ray.wait([self._answer], timeout=timeout)
+        return bool(ready)
+
+    def recv(self) -> RatchetError | None:
+        try:
+            error, rows = self._ray.get(self._answer)
+        except self._ray.exceptions.RayError as lost:
+            raise EOFError(str(lost)) from None
+        for slot, fields in rows.items():
+            for name, row in fields.items():
+                self._arrays[name][slot] = row
+        return error  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._answer = None

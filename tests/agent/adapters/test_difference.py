@@ -1,0 +1,50 @@
+"""`ratchet adapters diff` answers "what did this training change?"; a wrong norm would send people to the wrong layer.
+
+Pinned: norms, distance and cosine equal those of the weight changes written out; adapters of different bases are
+refused.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agent.adapters.difference import change
+from agent.adapters.identity import Adapter, Binding
+from agent.adapters.lora import scaling_of, split_name
+from agent.errors import RatchetError
+from tests.agent.adapters.tiny import made
+
+
+def written_out(adapter: Adapter) -> dict[str, torch.Tensor]:
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        layer, half = split_name(name)
+        halves.setdefault(layer, {})[half] = tensor.double().flatten(1)
+    return {layer: scaling_of(adapter.config, layer) * h["lora_B"] @ h["lora_A"] for layer, h in halves.items()}
+
+
+def test_equals_the_full_weight_changes() -> None:
+    one, two = made(1), made(2)
+    first, second = written_out(one), written_out(two)
+    found = change(one, two)
+    assert {c.layer for c in found} == set(first)
+    assert [c.difference for c in found] == sorted((c.difference for c in found), reverse=True)
+    for c in found:
+        w1, w2 = first[c.layer], second[c.layer]
+        assert c.first == pytest.approx(float(w1.norm()), rel=1e-6)
+        assert c.second == pytest.approx(float(w2.norm()), rel=1e-6)
+        assert c.difference == pytest.approx(float((w1 - w2).norm()), rel=1e-6)
+        assert c.cosine == pytest.approx(float((w1 * w2).sum() / (w1.norm() * w2.norm())), abs=1e-6)
+
+
+def test_the_same_adapter_differs_in_nothing() -> None:
+    assert max(c.difference for c in change(made(1), made(1))) < 1e-6
+
+
+def test_another_base_is_refused() -> None:
+    one = made(1)
+    foreign = Adapter(one.tensors, one.config, Binding("0" * 64, one.binding.statistics, one.binding.action_space))
+    with pytest.raises(RatchetError) as refused:
+        change(one, foreign)
+    assert refused.value.code == "adapter.wrong_base"

@@ -1,0 +1,150 @@
+"""A gate that measures the wrong adapter, or other episodes for the two, is worse than none.
+
+Pinned: both adapters run the same episodes through the hot swap, the verdict lies on the candidate's card, a gate
+that was cut off goes on where it was and gives the same verdict, and where there is nothing to run on it holds.
+Determinism: fixed policy and seeds, sampled actions with noise from those seeds, a fake simulator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agent.adapters.hotswap import HotSwapper
+from agent.adapters.identity import binding_of
+from agent.adapters.protocol import Provenance
+from agent.adapters.store import FolderStore
+from agent.errors import RatchetError
+from agent.learner.gate import GateConfig
+from agent.learner.gatekeeper import Gatekeeper, earlier_tasks
+from agent.policy.protocol import Policy
+from sim.vector import ChunkVectorEnv
+from tests.agent.learner.runs import TASKS, fake_env, tiny_with_adapter
+
+CONFIG = GateConfig(episodes=6, min_episodes=6, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[ChunkVectorEnv]:
+    made = fake_env()
+    yield made
+    made.close()
+
+
+@dataclasses.dataclass
+class World:
+    """A store with two adapters in a line, and a policy in use."""
+
+    store: FolderStore
+    first: str
+    second: str
+    swapper: HotSwapper
+    policy: Policy
+    served: list[str]
+
+    def serve(self, adapter_id: str) -> Policy:
+        self.served.append(adapter_id)
+        wanted = adapter_id or self.swapper.base_id
+        if self.swapper.current_id != wanted:
+            self.swapper.swap(wanted)
+        return self.policy
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    store = FolderStore(tmp_path / "store", create=True)
+    policy, lora = tiny_with_adapter()
+    ids: list[str] = []
+    for seed, task in ((1, "door-open"), (2, "faucet-open")):
+        generator = torch.Generator().manual_seed(seed)
+        lora.load({n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in lora.export().items()})
+        card = store.put(lora.adapter(binding_of(policy)), Provenance(ids[-1] if ids else None, task, seed))
+        ids.append(card.id)
+    running, running_lora = tiny_with_adapter()
+    return World(store, *ids, HotSwapper(running, running_lora, store=store), running, [])
+
+
+def keeper(world: World, env: ChunkVectorEnv | None, folder: Path, **options: Any) -> Gatekeeper:
+    return Gatekeeper(world.serve, env, TASKS, world.store, CONFIG, folder, **options)
+
+
+def test_the_verdict_lies_on_the_card(world: World, env: ChunkVectorEnv, tmp_path: Path) -> None:
+    verdict = keeper(world, env, tmp_path).run(world.second, world.first, held_out=("push",))
+    assert [(c.task, c.role) for c in verdict.comparisons] == [
+        ("faucet-open", "new"),
+        ("door-open", "earlier"),
+        ("push", "held_out"),
+    ]
+    assert world.served == [world.first] * 3 + [world.second] * 3
+    assert all(c.active.episodes.keys() == c.candidate.episodes.keys() for c in verdict.comparisons)
+    card = world.store.card(world.second)
+    assert card.provenance.gate["decision"] == verdict.decision
+    assert card.provenance.gate["active"] == world.first
+    assert card.provenance.metrics["gate/door-open"] == verdict.comparisons[1].candidate.rate.estimate
+    assert world.store.verify() == []
+
+
+def test_an_interrupted_gate_goes_on_and_agrees(world: World, env: ChunkVectorEnv, tmp_path: Path) -> None:
+    whole = keeper(world, env, tmp_path / "whole").run(world.second, world.first)
+
+    class Cut(Exception):
+        pass
+
+    seen = 0
+
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += kind == "evaluated"
+        if seen == 3:
+            raise Cut
+
+    with pytest.raises(Cut):
+        keeper(world, env, tmp_path / "cut", on_event=stop).run(world.second, world.first)
+    world.served.clear()
+    resumed = keeper(world, env, tmp_path / "cut").run(world.second, world.first)
+    assert world.served == [world.second] * 2  # the third was not written down; two of four were
+    assert resumed == whole
+
+
+def test_the_base_is_the_rival_where_nothing_is_active(world: World, env: ChunkVectorEnv, tmp_path: Path) -> None:
+    verdict = keeper(world, env, tmp_path).run(world.first, "")
+    assert world.served == ["", world.first]
+    assert verdict.active == ""
+    assert earlier_tasks(world.store, world.first, "") == []
+    assert earlier_tasks(world.store, world.second, world.first) == ["door-open"]
+
+
+def test_without_a_simulator_it_holds(world: World, tmp_path: Path) -> None:
+    verdict = keeper(world, None, tmp_path).run(world.second, world.first)
+    assert verdict.decision == "hold"
+    assert [r.code for r in verdict.reasons] == ["gate.cannot_evaluate"]
+    assert world.store.card(world.second).provenance.gate["decision"] == "hold"
+
+
+def test_a_failing_simulator_makes_it_hold(
+    world: World, env: ChunkVectorEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RatchetError("sim.worker_lost", "the simulator died again and again")
+
+    monkeypatch.setattr("agent.learner.gatekeeper.run_episodes", fail)
+    verdict = keeper(world, env, tmp_path).run(world.second, world.first)
+    assert verdict.decision == "hold"
+    assert "sim.worker_lost" in verdict.reasons[0].text
+
+
+def test_refusals(world: World, env: ChunkVectorEnv, tmp_path: Path) -> None:
+    gate = keeper(world, env, tmp_path)
+    with pytest.raises(RatchetError) as refused:
+        gate.run(world.first, world.first)
+    assert refused.value.code == "gate.same"
+    policy, lora = tiny_with_adapter()
+    nameless = world.store.put(lora.adapter(binding_of(policy))).id
+    with pytest.raises(RatchetError) as refused:
+        gate.run(nameless, world.first)
+    assert refused.value.code == "gate.no_task"
