@@ -11,7 +11,6 @@ import atexit
 import copy
 import os
 import warnings
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -161,7 +160,7 @@ class _Frames:
         spec = self.contract.camera(camera)
         if camera not in self.renderers:
             renderer = mujoco.Renderer(self.model, spec.height, spec.width)
-            _close_frames_at_exit()
+            _close_frames_first_at_exit()
             if self.thin:
                 for name in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE"):
                     renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{name}")] = 0
@@ -189,17 +188,18 @@ class _Frames:
 _FRAMES: dict[tuple[str, str, bool], _Frames] = {}
 
 
-@cache
-def _close_frames_at_exit() -> None:
-    """GL contexts must go before the display does. MuJoCo has the display closed by an exit handler that it registers
-    with its first context, and handlers run in reverse order: so this is called after that context was made."""
+def _close_frames() -> None:
+    for frames in _FRAMES.values():
+        frames.close()
+    _FRAMES.clear()
 
-    def close() -> None:
-        for frames in _FRAMES.values():
-            frames.close()
-        _FRAMES.clear()
 
-    atexit.register(close)
+def _close_frames_first_at_exit() -> None:
+    """GL contexts must go before the display does. MuJoCo and robosuite have the display closed by exit handlers that
+    they register with their first context, and handlers run in reverse order: so this goes to the end again and
+    again."""
+    atexit.unregister(_close_frames)
+    atexit.register(_close_frames)
 
 
 _CLASSES: dict[str, type] = {}

@@ -40,7 +40,7 @@ HOMES = {
     "libero": ("sim", "benchmarks"),
     "metaworld": ("sim", "benchmarks"),
     "robosuite": ("sim", "benchmarks"),
-    "zmq": ("agent.link",),
+    "zmq": ("agent.link", "benchmarks"),
 }
 FORBIDDEN = {"timm", "torchvision", "lerobot", "pickle", "dill", "joblib"}
 

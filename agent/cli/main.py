@@ -12,7 +12,21 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from agent.cli import adapters, demo, evaluate, keys, learn, learner, pretrain, report, robot, session, status
+from agent.cli import (
+    adapters,
+    demo,
+    evaluate,
+    keys,
+    learn,
+    learner,
+    pretrain,
+    report,
+    robot,
+    run,
+    session,
+    status,
+    study,
+)
 from agent.errors import RatchetError
 
 
@@ -26,11 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretrain": pretrain.Pretrain,
         "adapters": adapters.Adapters,
         "report": report.Report,
+        "run": run.Run,
         "keys": keys.Keys,
         "learner": learner.Learner,
         "robot": robot.Robot,
         "session": session.SessionCommand,
         "status": status.Status,
+        "study": study.Study,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(

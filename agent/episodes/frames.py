@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-import av
 import cv2
 import numpy as np
 
@@ -47,6 +46,8 @@ class Encoder:
         return bytes(data.tobytes())
 
     def _h264(self, image: UInt8) -> bytes:
+        import av  # loads FFmpeg, which only H.264 needs
+
         height, width = image.shape[:2]
         if self._video is None:
             if height % 2 or width % 2:
@@ -98,6 +99,8 @@ class Decoder:
         return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
 
     def _h264(self, data: bytes) -> UInt8:
+        import av
+
         if self._video is None:
             self._video = av.CodecContext.create("h264", "r")
             self._video.flags |= av.codec.context.Flags.low_delay

@@ -45,6 +45,8 @@ class PretrainConfig:
 
     steps: int = 2000
     """Optimiser steps."""
+    stop_at: int = 0
+    """Stop after so many of the schedule's steps, for a base that is imperfect on purpose; 0 goes to the end."""
     batch: int = 64
     """Samples per step."""
     learning_rate: float = 1e-3
@@ -150,6 +152,7 @@ class Pretrainer:
             self.optimizer, config.learning_rate, total_steps=config.steps + 1, pct_start=0.05
         )
         self.step = 0
+        self.last = min(config.stop_at or config.steps, config.steps)
 
     def run(self, on_progress: Callable[[Progress], None] = lambda progress: None, every: int = 50) -> None:
         """Train to the last step, from the checkpoint if the folder holds one."""
@@ -165,14 +168,14 @@ class Pretrainer:
     def _train(self, on_progress: Callable[[Progress], None], every: int) -> None:
         self.policy.module.train()
         started, first = time.perf_counter(), self.step
-        while self.step < self.config.steps:
+        while self.step < self.last:
             loss = self._train_step()
             self.step += 1
-            if self.step % every == 0 or self.step == self.config.steps:
+            if self.step % every == 0 or self.step == self.last:
                 rate = (self.step - first) * self.config.batch / (time.perf_counter() - started)
                 validation = self._validate()
                 on_progress(Progress(self.step, loss, *validation, rate))
-            if self.folder and (self.step % self.config.save_every == 0 or self.step == self.config.steps):
+            if self.folder and (self.step % self.config.save_every == 0 or self.step == self.last):
                 self._save()
 
     def _batch(self, rows: Int64, generator: torch.Generator | None) -> PolicyInput:

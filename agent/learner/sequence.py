@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 import torch
 
-from agent.adapters.identity import binding_of
 from agent.adapters.lora import Lora
 from agent.adapters.protocol import AdapterStore, Provenance
 from agent.errors import RatchetError
+from agent.learner.methods.base import SeqFT, TaskUpdater
 from agent.learner.metrics import Cell, SuccessMatrix
-from agent.learner.rollouts import ChunkEnv, EpisodeSpec, run_episodes
-from agent.learner.update import UpdateConfig, Updater
+from agent.learner.rollouts import ChunkEnv, EpisodeSpec, RolloutBatch, run_episodes
+from agent.learner.update import UpdateConfig
 from agent.policy.protocol import Policy
 
 
@@ -100,12 +100,13 @@ def training_specs(
     """
     states = list(task.train_states[:pool] if pool else task.train_states)
     generator = torch.Generator().manual_seed(derive_seed(seed, "states", stage, update))
-    order = torch.cat([torch.randperm(len(states), generator=generator) for _ in range(-(-groups // len(states)))])
+    rounds = -(-groups // len(states))
+    order = [int(i) for _ in range(rounds) for i in torch.randperm(len(states), generator=generator)]
     return [
         EpisodeSpec(
             task.name,
             task.instruction,
-            states[int(order[g])],
+            states[order[g]],
             horizon or task.horizon,
             derive_seed(seed, "train", stage, update, g, i),
             group=g,
@@ -126,6 +127,7 @@ class SequentialRun:
         serve: given an adapter id (or "" for the base), returns the policy that runs it; this is where the caller hot
             swaps, and what is evaluated is what it returns.
         on_event: called with ("evaluated" | "update" | "stage", facts).
+        method: Seq. FT if absent; see `methods`.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class SequentialRun:
         config: SequenceConfig,
         folder: Path,
         on_event: Event = lambda kind, facts: None,
+        method: SeqFT | None = None,
     ) -> None:
         for name in (*config.tasks, *config.held_out):
             if name not in tasks:
@@ -146,11 +149,14 @@ class SequentialRun:
         self.policy, self.lora, self.env, self.tasks = policy, lora, env, tasks
         self.store, self.serve, self.config, self.folder = store, serve, config, folder
         self.on_event = on_event
+        self.method = method or SeqFT()
+        self._base_hash = policy.base_hash  # of the base as it came: a method may change the weights
+        self.method.bind(policy, lora, config.tasks, config.seed)
         self.matrix = SuccessMatrix(tuple(config.tasks), tuple(config.held_out))
         self.stage = 0  # tasks finished
         self.update = 0  # updates finished in the current stage
         self.adapter_ids: list[str] = [""]  # by stage
-        self.updater: Updater | None = None
+        self.updater: TaskUpdater | None = None
 
     @property
     def checkpoint_path(self) -> Path:
@@ -162,7 +168,7 @@ class SequentialRun:
         if self.checkpoint_path.exists():
             self._resume()
         else:
-            self.lora.reset(derive_seed(self.config.seed, "lora") % 2**31)
+            self.method.start(derive_seed(self.config.seed, "lora"))
         self._evaluate_stage()
         while self.stage < len(self.config.tasks):
             self._learn(self.config.tasks[self.stage])
@@ -172,33 +178,12 @@ class SequentialRun:
 
     def _learn(self, name: str) -> None:
         if self.updater is None:
+            self.method.begin_task(self.stage, derive_seed(self.config.seed, "lora", self.stage))
             self.updater = self._new_updater()
         while self.update < self.config.updates:
             started = time.perf_counter()
-            current = self._current_id()
-            specs = self._training_specs(name)
-            outcomes, batch = run_episodes(
-                self.policy,
-                self.env,
-                specs,
-                temperature=self.config.temperature,
-                noise_correlation=self.config.noise_correlation,
-                adapter_id=current,
-                progress=self._watch(f"{name} episodes", len(specs)),
-            )
-            assert batch is not None
-            facts: dict[str, Any] = {
-                "task": name,
-                "stage": self.stage + 1,
-                "update": self.update + 1,
-                "episodes": len(specs),
-                "successes": int(outcomes.success.sum()),
-                "adapter_id": current,
-                "seconds_rollout": outcomes.seconds,
-                "decisions": len(batch.tokens),
-            }
-            if batch.adapter_id != self._current_id():
-                raise RatchetError("learn.off_policy", "episodes of another adapter", where=batch.adapter_id)
+            self.method.begin_update()
+            batch, facts = self._rollout(name) if self.method.needs_rollouts else (None, self._facts(name))
             try:
                 facts |= self.updater.update(batch)
             except RatchetError as error:
@@ -211,25 +196,60 @@ class SequentialRun:
             self._save()
             self.on_event("update", facts)
 
+    def _facts(self, name: str) -> dict[str, Any]:
+        return {
+            "task": name,
+            "stage": self.stage + 1,
+            "update": self.update + 1,
+            "episodes": 0,
+            "successes": 0,
+            "adapter_id": self.method.identity(),
+            "seconds_rollout": 0.0,
+            "decisions": 0,
+        }
+
+    def _rollout(self, name: str) -> tuple[RolloutBatch, dict[str, Any]]:
+        facts = self._facts(name)
+        specs = self._training_specs()
+        outcomes, batch = run_episodes(
+            self.policy,
+            self.env,
+            specs,
+            temperature=self.config.temperature,
+            noise_correlation=self.config.noise_correlation,
+            adapter_id=facts["adapter_id"],
+            progress=self._watch(f"{name} episodes", len(specs)),
+        )
+        assert batch is not None
+        if batch.adapter_id != self.method.identity():
+            raise RatchetError("learn.off_policy", "episodes of another adapter", where=batch.adapter_id)
+        facts |= {
+            "episodes": len(specs),
+            "successes": int(outcomes.success.sum()),
+            "seconds_rollout": outcomes.seconds,
+            "decisions": len(batch.tokens),
+        }
+        return batch, facts
+
     def _finish_stage(self) -> None:
         task = self.config.tasks[self.stage]
         parent = self.adapter_ids[-1] or None
-        adapter = self.lora.adapter(binding_of(self.policy))
+        self.method.end_task(self.stage)
         effect = self.lora.effect().overall
-        card = self.store.put(adapter, Provenance(parent=parent, task=task, stage=self.stage + 1, effect=effect))
-        self.store.tag("candidate", card.id, reason=f"after {task}")
-        self.adapter_ids.append(card.id)
+        provenance = Provenance(parent=parent, task=task, stage=self.stage + 1, effect=effect, notes=self.method.name)
+        adapter_id = self.method.publish(self.store, provenance)
+        self.adapter_ids.append(adapter_id)
         self.stage += 1
         self.update = 0
         self.updater = None
         self._save()
-        self.on_event("stage", {"task": task, "stage": self.stage, "adapter_id": card.id, "effect": effect})
+        self.on_event("stage", {"task": task, "stage": self.stage, "adapter_id": adapter_id, "effect": effect})
 
     def _evaluate_stage(self) -> None:
         for name in (*self.config.tasks, *self.config.held_out):
             if self.matrix.get(self.stage, name) is not None:
                 continue
-            policy = self.serve(self.adapter_ids[self.stage])
+            policy = self.method.serve(self.serve, self.adapter_ids, self.stage, name)
             task = self.tasks[name]
             states = task.evaluation_states[: self.config.evaluation_episodes]
             specs = [
@@ -268,25 +288,27 @@ class SequentialRun:
     def _watch(self, what: str, total: int) -> Callable[[int, bool], None]:
         return lambda done, ok: self.on_event("episode", {"done": done, "of": total, "success": ok, "what": what})
 
-    def _training_specs(self, name: str) -> list[EpisodeSpec]:
-        config = self.config
-        return training_specs(
-            self.tasks[name],
-            seed=config.seed,
-            stage=self.stage,
-            update=self.update,
-            groups=config.groups,
-            group_size=config.group_size,
-            horizon=config.horizon,
-            pool=config.train_pool,
-        )
+    def _training_specs(self) -> list[EpisodeSpec]:
+        """The update's episodes, spread evenly over the stage's tasks."""
+        config, specs = self.config, []
+        names = self.method.tasks_of(self.stage)
+        for index, name in enumerate(names):
+            part = training_specs(
+                self.tasks[name],
+                seed=config.seed if len(names) == 1 else derive_seed(config.seed, name),
+                stage=self.stage,
+                update=self.update,
+                groups=len(range(index, config.groups, len(names))),
+                group_size=config.group_size,
+                horizon=config.horizon,
+                pool=config.train_pool,
+            )
+            specs += [dataclasses.replace(s, group=s.group * len(names) + index) for s in part]
+        return specs
 
-    def _new_updater(self) -> Updater:
+    def _new_updater(self) -> TaskUpdater:
         seed = derive_seed(self.config.seed, "shuffle", self.stage)
-        return Updater(self.policy, self.lora.trainable(), self.config.update, torch.Generator().manual_seed(seed))
-
-    def _current_id(self) -> str:
-        return self.lora.adapter(binding_of(self.policy)).id
+        return self.method.make_updater(self.config.update, torch.Generator().manual_seed(seed))
 
     def _log(self, facts: Mapping[str, Any]) -> None:
         with (self.folder / "updates.jsonl").open("a") as file:
@@ -296,7 +318,7 @@ class SequentialRun:
 
     def _fingerprint(self) -> str:
         """What must not change between the start of a run and its resumption."""
-        facts = {"config": dataclasses.asdict(self.config), "base": self.policy.base_hash}
+        facts = {"config": dataclasses.asdict(self.config), "base": self._base_hash, "method": self.method.name}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _save(self) -> None:
@@ -306,6 +328,7 @@ class SequentialRun:
             "update": self.update,
             "adapter_ids": self.adapter_ids,
             "lora": self.lora.export(),
+            "method": self.method.state_dict(),
             "updater": self.updater.state_dict() if self.updater else None,
             "matrix": self.matrix.to_dict(),
         }
@@ -328,6 +351,7 @@ class SequentialRun:
             )
         self.stage, self.update = state["stage"], state["update"]
         self.adapter_ids = list(state["adapter_ids"])
+        self.method.load_state_dict(state["method"])
         self.lora.load(state["lora"])
         self.matrix = SuccessMatrix.from_dict(state["matrix"])
         if state["updater"] is not None:

@@ -7,7 +7,7 @@ Knows no environment, no store and no schedule of tasks.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,6 +90,9 @@ class Updater:
         parameters: the adapter's tensors.
         generator: order of samples; part of the resumable state.
         ranks: the processes that share each optimiser step; all get the same batches. None for one process.
+        groups: parameter groups for the optimiser, with learning rates of their own; one group if absent.
+        on_gradient: called when the gradient of a step's policy loss is complete.
+        extra_loss: a term to add to each step's loss, None for none.
     """
 
     def __init__(
@@ -99,6 +102,10 @@ class Updater:
         config: UpdateConfig,
         generator: torch.Generator,
         ranks: Ranks | None = None,
+        *,
+        groups: list[dict[str, Any]] | None = None,
+        on_gradient: Callable[[], None] = lambda: None,
+        extra_loss: Callable[[torch.Generator], Tensor | None] = lambda generator: None,
     ) -> None:
         if not parameters:
             raise RatchetError("learner.no_parameters", "nothing to train", fix="attach an adapter first")
@@ -107,8 +114,12 @@ class Updater:
         self.parameters = list(parameters)
         self.config = config
         self.generator = generator
+        self.on_gradient, self.extra_loss = on_gradient, extra_loss
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.adam_epsilon
+            groups or self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            eps=config.adam_epsilon,
         )
         self.schedule = torch.optim.lr_scheduler.LinearLR(
             self.optimizer, 1 / (config.warmup_steps + 1), total_iters=config.warmup_steps
@@ -260,6 +271,10 @@ class Updater:
         if self.ranks:
             self.ranks.add_gradients(self.parameters)
             total = self.ranks.add(total)
+        self.on_gradient()
+        extra = self.extra_loss(self.generator)
+        if extra is not None:
+            extra.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip))
         if not np.isfinite(norm):
             raise RatchetError(

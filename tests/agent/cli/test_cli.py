@@ -14,7 +14,7 @@ import pytest
 from agent.adapters.store import FolderStore
 from agent.cli.main import main
 
-VERBS = ["demo", "learn", "eval", "pretrain", "adapters", "report"]
+VERBS = ["study", "demo", "learn", "eval", "pretrain", "adapters", "report", "run"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -35,6 +35,8 @@ def test_help_has_a_command_to_copy(verb: str, capsys: pytest.CaptureFixture[str
         (["adapters", "list", "--store", "nowhere"], "adapter.no_store", "nowhere"),
         (["report", "nowhere"], "report.no_run", "nowhere"),
         (["demo", "--suite", "libero_spatial"], "cli.no_recipe", "metaworld"),
+        (["run", "--task", "door-opn"], "sim.unknown_task", "door-open"),
+        (["run", "--task", "door-open", "--policy", "nowhere"], "policy.bad_checkpoint", "nowhere"),
         (["adapters", "promote", "--store", "nowhere"], "adapter.no_store", "nowhere"),
     ],
 )

@@ -13,6 +13,7 @@ from agent.adapters.hotswap import HotSwapper
 from agent.adapters.lora import Lora, attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract
+from agent.learner.methods.base import SeqFT
 from agent.learner.sequence import SequenceConfig, SequentialRun
 from agent.learner.update import UpdateConfig
 from agent.policy import presets
@@ -48,9 +49,9 @@ def tiny_policy() -> PrismaticPolicy:
     return PrismaticPolicy(config, spec, statistics, train_tokenizer([t.instruction for t in TASKS.values()], 300))
 
 
-def tiny_with_adapter() -> tuple[PrismaticPolicy, Lora]:
+def tiny_with_adapter(rank: int = 4) -> tuple[PrismaticPolicy, Lora]:
     policy = tiny_policy()
-    return policy, attach(policy.module, lora_config(4, 4.0))
+    return policy, attach(policy.module, lora_config(rank, float(rank)))
 
 
 def fake_env(workers: int = 1, slots: int = 4) -> ChunkVectorEnv:
@@ -80,12 +81,16 @@ CONFIG = SequenceConfig(
 
 
 def start(
-    folder: Path, on_event: Callable[[str, dict[str, Any]], None], config: SequenceConfig = CONFIG
+    folder: Path,
+    on_event: Callable[[str, dict[str, Any]], None],
+    config: SequenceConfig = CONFIG,
+    method: SeqFT | None = None,
 ) -> SequentialRun:
     """Run (or resume) in `folder`."""
     torch.set_num_threads(1)
+    method = method or SeqFT()
     policy, lora = tiny_with_adapter()
-    running, running_lora = tiny_with_adapter()
+    running, running_lora = tiny_with_adapter(method.serving_rank(4, len(config.tasks)))
     store = FolderStore(folder / "adapters", create=True)
     swapper = HotSwapper(running, running_lora, store=store)
 
@@ -96,7 +101,7 @@ def start(
 
     env = fake_env()
     try:
-        sequence = SequentialRun(policy, lora, env, TASKS, store, serve, config, folder / "state", on_event)
+        sequence = SequentialRun(policy, lora, env, TASKS, store, serve, config, folder / "state", on_event, method)
         sequence.run()
     finally:
         env.close()

@@ -222,7 +222,7 @@ def test_another_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         start(tmp_path, quiet)
 
 
-def other_policy() -> tuple[PrismaticPolicy, Lora]:
+def other_policy(rank: int = 4) -> tuple[PrismaticPolicy, Lora]:
     policy, lora = tiny_with_adapter()
     with torch.no_grad():
         next(iter(policy.base_tensors().values())).add_(1.0)

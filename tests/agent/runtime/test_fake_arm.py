@@ -13,7 +13,7 @@ import pytest
 
 from agent.errors import RatchetError
 from agent.runtime.fake_arm import FakeArm
-from tests.agent.runtime.contracts import MODES, arm
+from agent.runtime.fake_contract import MODES, arm
 from tests.conformance.robot_suite import RobotConformance
 
 

@@ -17,12 +17,12 @@ import pytest
 from agent.runtime.chunks import DeployExecutor
 from agent.runtime.clock import MonotonicClock
 from agent.runtime.fake_arm import FakeArm
+from agent.runtime.fake_contract import arm
 from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.safety import SafetyConfig, SafetyFilter, SafetyState
 from agent.runtime.safety_types import LATCHING
 from agent.runtime.sink import MemorySink
-from tests.agent.runtime.contracts import arm
 from tests.agent.runtime.test_policy_process import eventually
 
 T = 0.05

@@ -25,10 +25,10 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import ActionChunk, Observation
 from agent.runtime import wire
+from agent.runtime.fake_contract import arm
 from agent.runtime.frames import FrameLayout, Frames, create_memory
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.source import Ahead, PolicyFault, Reply
-from tests.agent.runtime.contracts import arm
 
 CONTRACT = arm("ee_delta", rotation="none")
 ROOT = Path(__file__).resolve().parents[3]

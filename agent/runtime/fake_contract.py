@@ -1,4 +1,7 @@
-"""Contracts for runtime tests: one small arm per control mode, with finite limits everywhere, jerk on demand."""
+"""Contracts of arms that do not exist, for FakeArm: one per control mode, with finite limits everywhere.
+
+Knows the contract format. For tests and benchmarks; no real robot has these numbers.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,11 @@ def arm(
     camera: int = 8,
     **watchdog: float,
 ) -> RobotContract:
-    """Three linear dimensions (or joints), a rotation where the mode is Cartesian, and a gripper with finite rate."""
+    """Three linear dimensions (or joints), a rotation where the mode is Cartesian, and a gripper with finite rate.
+
+    rotation: as in the contract, "none" for three dimensions and the gripper. jerk: with jerk limits. ramp: seconds.
+    camera: side of its one square camera in pixels. watchdog: times in seconds, over the defaults.
+    """
     cartesian = mode.startswith("ee")
     period = 1.0 / hz
     unit = "m" if cartesian else "rad"

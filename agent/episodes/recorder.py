@@ -1,0 +1,307 @@
+"""Recorder: what a control loop and camera drivers hand over is written to the disk by another process.
+
+Knows the control process's side: copies frames into shared slots, packs records, counts what found no room. Nothing
+here waits for the disk, for the other process, or for anything; it never raises once it runs. It has the methods of
+`agent.runtime.sink.TickSink`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.contract import RobotContract
+from agent.episodes.format import check_meta
+from agent.episodes.handoff import Sender
+from agent.episodes.recorder_types import Outcome, RecorderConfig, RecorderStatus
+from agent.episodes.recording import make_info
+from agent.errors import RatchetError
+from agent.records import ActionChunk, ControlTick, Observation, SafetyEvent, UInt8
+
+__all__ = ["Recorder", "RecorderConfig", "RecorderStatus"]
+
+REMEMBER = 16  # newest frames per camera that an observation may share
+
+
+class Recorder:
+    """Records one robot's episodes into a store. `frame` from camera drivers, the sink's methods from the loop.
+
+    Where frames of the drivers and of observations are the same arrays, they are stored once; such arrays must not be
+    changed after they were handed over.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        contract: RobotContract,
+        config: RecorderConfig | None = None,
+        *,
+        session: str = "",
+        calibrations: dict[str, str] | None = None,
+        ready_timeout: float = 60.0,
+    ) -> None:
+        """Start the recorder process; files that an earlier one left unfinished are recovered first.
+
+        Raises:
+            RatchetError: recorder.bad_config, recorder.not_started, and what opening the store raises.
+        """
+        self.root, self.contract, self.config = Path(root), contract, config or RecorderConfig()
+        self.config.check(str(self.root))
+        self._session, self._calibrations = session, calibrations or {}
+        largest = max((c.height * c.width * 3 for c in contract.cameras), default=1)
+        count = max(4 * len(contract.cameras), (self.config.memory_mb << 20) // largest)
+        self._sender = Sender(largest, count, queue=16 << 20, reserved=count // 8)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._recent: dict[str, deque[tuple[UInt8, int]]] = {c.name: deque(maxlen=REMEMBER) for c in contract.cameras}
+        self._shapes = {c.name: (c.height, c.width, 3) for c in contract.cameras}
+        self._numbers: Counter[str] = Counter()  # frames of each camera handed over in this episode
+        self._dropped: Counter[str] = Counter()
+        self._facts: dict[str, Any] = {}
+        self._recording = False
+        self._told: dict[str, Any] = {"state": "idle"}
+        self._finished: list[str] = []
+        self._start()
+        self._wait_until_ready(ready_timeout)
+
+    # -- what a session says ------------------------------------------------------------------------------------
+
+    def describe(self, **facts: Any) -> None:
+        """Facts of the next episode: adapter_id, mode, seed, initial_state, meta (plain JSON data).
+
+        Raises:
+            RatchetError: recorder.bad_fact, episode.bad_meta.
+        """
+        unknown = set(facts) - {"adapter_id", "mode", "seed", "initial_state", "meta"}
+        if unknown:
+            raise RatchetError("recorder.bad_fact", f"an episode has no {sorted(unknown)[0]}", fix="see the docstring")
+        check_meta(facts.get("meta", {}), "meta")
+        self._facts = facts
+
+    def require_ready(self) -> None:
+        """Before a session or an episode that must be recorded.
+
+        Raises:
+            RatchetError: recorder.disk_low, recorder.failed, recorder.dead.
+        """
+        status = self.status()
+        if status.state in ("disk_low", "failed", "dead"):
+            fix = {"disk_low": "free space, or lower min_free_gb", "dead": "the next episode starts it again"}
+            raise RatchetError(
+                f"recorder.{status.state}", status.error or "not recording", fix=fix.get(status.state, "see the error")
+            )
+
+    def status(self) -> RecorderStatus:
+        """How it is doing; cheap enough for every tick."""
+        self._listen()
+        dropped = dict(self._dropped)
+        for name, count in self._told.get("dropped", {}).items():
+            dropped[name] = dropped.get(name, 0) + count
+        alive = self._sender.alive
+        return RecorderStatus(
+            state=self._told["state"] if alive else "dead",
+            error=self._told.get("error", "") if alive else "the recorder process is gone",
+            dropped=dropped,
+            waiting=self._sender.slots_used / self._sender.count,
+            written=self._told.get("written", 0),
+            rate=self._told.get("rate", 0.0),
+            free_gb=self._told.get("free_gb", 0.0),
+            finished=tuple(self._finished),
+        )
+
+    def wait_finished(self, count: int, timeout: float) -> tuple[str, ...]:
+        """Ids of the finished episodes once there are `count`, or after `timeout` seconds; not for the loop."""
+        limit = time.monotonic() + timeout
+        while len(self.status().finished) < count and time.monotonic() < limit and self._sender.alive:
+            time.sleep(0.01)
+        return self.status().finished
+
+    def close(self, timeout: float = 30.0) -> RecorderStatus:
+        """Finish what is open and end the process; safe to call more than once."""
+        if self._process is None:
+            return self.status()
+        self._sender.send({"kind": "close"}, must=True)
+        limit = time.monotonic() + timeout
+        while self._process.poll() is None and time.monotonic() < limit:
+            self._listen()
+            time.sleep(0.005)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._listen()
+        status = dataclasses.replace(self.status(), state="closed", error="")
+        self._process = None
+        return status
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- what drivers and the loop hand over: returns at once, never raises ---------------------------------------
+
+    def frame(self, camera: str, image: UInt8, stamp: float) -> None:
+        """A camera delivered. image: (H, W, 3) uint8 RGB upright, as the contract says. stamp: s, robot's clock."""
+        if self._recording:
+            self._hand_over(camera, image, stamp, decision=False)
+
+    def begin(self, task: str, instruction: str, now: float) -> None:
+        if not self._sender.alive:
+            self._start()
+        facts = {"mode": "deploy", **self._facts}
+        self._facts = {}
+        info = make_info(
+            self.contract,
+            task,
+            instruction,
+            session=self._session,
+            calibrations=self._calibrations,
+            clock_offset=time.time() - now,
+            stream=self.config.stream,
+            decisions=self.config.decisions or "",
+            **facts,
+        )
+        with self._lock:
+            for recent in self._recent.values():
+                recent.clear()
+            self._numbers.clear()
+            self._send({"kind": "begin", "info": json.dumps(dataclasses.asdict(info))}, must=True)
+            self._recording = True
+
+    def observation(self, observation: Observation) -> None:
+        if not self._recording:
+            return
+        numbers = {}
+        for camera, image in observation.images.items():
+            number = self._known(camera, image)
+            if number is None:
+                number = self._hand_over(camera, image, observation.stamp, decision=True)
+            numbers[camera] = number
+        body = {
+            "kind": "observation",
+            "numbers": numbers,
+            "state": {name: values.tobytes() for name, values in observation.state.items()},
+            "instruction": observation.instruction,
+            "stamp": observation.stamp,
+            "sequence": observation.sequence,
+        }
+        self._send(body)
+
+    def chunk(self, chunk: ActionChunk) -> None:
+        if self._recording:
+            body = {"kind": "chunk", **_plain(chunk), "shape": list(chunk.actions.shape)}
+            self._send(body)
+
+    def tick(self, tick: ControlTick) -> None:
+        if self._recording:
+            body = {"kind": "tick", **_plain(tick), "marks": int(tick.marks)}
+            body["state"] = {name: values.tobytes() for name, values in tick.state.items()}
+            self._send(body)
+
+    def event(self, event: SafetyEvent) -> None:
+        if self._recording:
+            self._send({"kind": "event", **_plain(event)})
+
+    def outcome(self, outcome: Outcome) -> None:
+        if self._recording:
+            marks = np.asarray(outcome.marks, np.int64)
+            self._send({"kind": "outcome", "sequence": outcome.sequence, "marks": marks.tobytes()})
+
+    def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
+        if self._recording:
+            self._recording = False
+            self._send({"kind": "end", "reason": reason, "success": success, "source": source}, must=True)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, camera: str, image: UInt8, stamp: float, *, decision: bool) -> int:
+        """The number of the frame within its camera, -1 where it was dropped."""
+        if self._shapes.get(camera) != image.shape or image.dtype != np.uint8:
+            self._dropped[f"frames of a wrong shape: {camera}"] += 1
+            return -1
+        slot = self._sender.take_slot(decision)
+        if slot is None:
+            self._dropped[f"{'decision frames' if decision else 'frames'}: {camera}"] += 1
+            return -1
+        self._sender.fill(slot, image)
+        with self._lock:  # numbers must rise in the order of the packets
+            number = self._numbers[camera]
+            body = {"kind": "frame", "camera": camera, "slot": slot, "shape": list(image.shape), "stamp": stamp}
+            if not self._sender.send({**body, "number": number, "decision": decision}):
+                self._sender.give_back(slot)
+                self._dropped[f"frames: {camera}"] += 1
+                return -1
+            self._numbers[camera] += 1
+            self._recent[camera].append((image, number))
+        return number
+
+    def _known(self, camera: str, image: UInt8) -> int | None:
+        with self._lock:
+            for known, number in reversed(self._recent.get(camera, ())):
+                if known is image:
+                    return number
+        return None
+
+    def _send(self, record: dict[str, Any], *, must: bool = False) -> None:
+        if not self._sender.send(record, must=must):
+            self._dropped[f"records: {record['kind']}"] += 1
+
+    def _listen(self) -> None:
+        for told in self._sender.poll():
+            if "finished" in told:
+                self._finished.append(told["finished"])
+            else:
+                self._told = told
+
+    def _start(self) -> None:
+        theirs = self._sender.connect()
+        given = {
+            "root": str(self.root),
+            "socket": theirs.fileno(),
+            "memory": self._sender.memory_fd,
+            "slot": self._sender.slot,
+            "count": self._sender.count,
+            "config": dataclasses.asdict(self.config),
+        }
+        command = [sys.executable, "-m", "agent.episodes.recorder_process", json.dumps(given)]
+        descriptors = (theirs.fileno(), self._sender.memory_fd)
+        if self._process is not None:
+            self._process.poll()
+        package = str(Path(__file__).resolve().parents[2])  # found by the child wherever it was started from
+        paths = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
+        self._process = subprocess.Popen(
+            command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths}
+        )
+        theirs.close()
+
+    def _wait_until_ready(self, timeout: float) -> None:
+        assert self._process is not None
+        limit = time.monotonic() + timeout
+        while not self._told.get("ready"):
+            self._listen()
+            if self._process.poll() is not None or time.monotonic() > limit:
+                self.close(timeout=0.0)
+                raise RatchetError(
+                    "recorder.not_started",
+                    "the recorder process did not come up",
+                    where=str(self.root),
+                    fix="its own message is above; check that the folder is writable",
+                )
+            time.sleep(0.005)
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    """A record's fields with arrays as bytes, without those that are dictionaries."""
+    fields = record.__dict__.items()
+    return {n: v.tobytes() if isinstance(v, np.ndarray) else v for n, v in fields if not isinstance(v, dict)}

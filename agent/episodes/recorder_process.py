@@ -1,0 +1,309 @@
+"""The recorder process: takes what the control process hands over, encodes, writes and flushes.
+
+Knows episodes being recorded, their flushes, the disk and its watermark. When the control process dies, it finishes
+the open episode; when it is killed itself, the file is readable up to the last flush.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import Counter, OrderedDict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.episodes import format as fmt
+from agent.episodes.format import EpisodeInfo
+from agent.episodes.handoff import Receiver
+from agent.episodes.recorder import REMEMBER, RecorderConfig
+from agent.episodes.recording import EpisodeWriter
+from agent.episodes.store import EpisodeStore
+from agent.errors import RatchetError
+from agent.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent, UInt8
+
+STATUS_EVERY = 0.25
+
+
+class Recording:
+    """One episode being recorded."""
+
+    def __init__(self, writer: EpisodeWriter, config: RecorderConfig) -> None:
+        self.writer, self._config = writer, config
+        self.dropped: Counter[str] = Counter()
+        self._raw: dict[str, OrderedDict[int, UInt8]] = {}  # newest frames, for decisions that share them
+        self._written: dict[str, OrderedDict[int, int]] = {}  # camera -> number -> index in the stream
+        self._observations: dict[int, int] = {}
+        self._chunks: dict[int, tuple[int, int]] = {}  # sequence -> (index, K)
+        self._ticks: Counter[int] = Counter()
+        self._pending: tuple[int, list[int]] | None = None
+        self._stamp = 0.0
+
+    def frame(self, record: dict[str, Any], image: UInt8) -> None:
+        camera, number = record["camera"], record["number"]
+        if not (record["decision"] and self._config.decisions):
+            index = self.writer.frame(camera, image, record["stamp"])
+            _remember(self._written.setdefault(camera, OrderedDict()), number, index)
+        if self._config.decisions:
+            _remember(self._raw.setdefault(camera, OrderedDict()), number, image.copy())
+
+    def observation(self, record: dict[str, Any]) -> None:
+        state = _state(record["state"])
+        cameras, topics, frames = [], [], []
+        for camera, number in record["numbers"].items():
+            group, index = ("decisions" if self._config.decisions else "stream"), -1
+            if self._config.decisions:
+                image = self._raw.get(camera, {}).get(number)
+                if image is not None:
+                    index = self.writer.frame(camera, image, record["stamp"], group)
+            else:
+                index = self._written.get(camera, {}).get(number, -1)
+            if index < 0:
+                self.dropped[f"frames of decisions: {camera}"] += 1
+            cameras.append(camera)
+            topics.append(self.writer.info.topics[group][camera])
+            frames.append(index)
+        seen = Observation({}, state, record["instruction"], record["stamp"], record["sequence"])
+        self._observations[seen.sequence] = self.writer.observation_record(seen, cameras, topics, frames)
+
+    def chunk(self, record: dict[str, Any]) -> None:
+        shape = record["shape"]
+        tokens, log_prob = record["tokens"], record["log_prob"]
+        chunk = ActionChunk(
+            actions=np.frombuffer(record["actions"], np.float32).reshape(shape),
+            tokens=None if tokens is None else np.frombuffer(tokens, np.int64).reshape(shape),
+            log_prob=None if log_prob is None else np.frombuffer(log_prob, np.float32).reshape(shape),
+            adapter_id=record["adapter_id"],
+            temperature=record["temperature"],
+            observation_stamp=record["observation_stamp"],
+            observation_sequence=record["observation_sequence"],
+        )
+        self._chunks[chunk.observation_sequence] = (self.writer.chunk(chunk), shape[0])
+
+    def tick(self, record: dict[str, Any]) -> None:
+        sampled, command = record["sampled"], record["command"]
+        tick = ControlTick(
+            stamp=record["stamp"],
+            deadline=record["deadline"],
+            index=record["index"],
+            sampled=None if sampled is None else np.frombuffer(sampled, np.float32),
+            command=None if command is None else np.frombuffer(command, np.float32),
+            marks=Mark(record["marks"]),
+            chunk_sequence=record["chunk_sequence"],
+            chunk_offset=record["chunk_offset"],
+            adapter_id=record["adapter_id"],
+            state=_state(record["state"]),
+        )
+        self._ticks[tick.chunk_sequence] += 1
+        self._stamp = tick.stamp
+        self.writer.tick(tick)
+
+    def event(self, record: dict[str, Any]) -> None:
+        fields = ("stamp", "code", "message", "dim", "value", "limit", "latched")
+        self.writer.event(SafetyEvent(**{name: record[name] for name in fields}))
+
+    def outcome(self, record: dict[str, Any]) -> None:
+        """Written when the next one comes, as only then it is known that the episode did not end with it."""
+        self._write_pending(reward=0.0, done=False)
+        self._pending = (record["sequence"], np.frombuffer(record["marks"], np.int64).tolist())
+
+    def finish(self, success: bool | None, source: str, reason: str, dropped: dict[str, int]) -> str:
+        self._write_pending(reward=1.0 if success else 0.0, done=True)
+        every = dict(self.dropped + Counter(dropped))
+        return self.writer.finish(success, source, reason, dropped=every)[0]
+
+    def _write_pending(self, reward: float, done: bool) -> None:
+        if self._pending is None:
+            return
+        (sequence, marks), self._pending = self._pending, None
+        if sequence not in self._observations or sequence not in self._chunks:
+            self.dropped["steps"] += 1
+            return
+        index, length = self._chunks[sequence]
+        executed = [m == 0 for m in marks]
+        run = min(self._ticks[sequence], length)
+        self.writer.step(self._observations[sequence], index, executed, marks, reward, done, run, self._stamp)
+
+
+class RecorderProcess:
+    """Everything this process does, one record after the other."""
+
+    def __init__(self, receiver: Receiver, root: Path, config: RecorderConfig) -> None:
+        self._receiver, self._config = receiver, config
+        self._store = EpisodeStore(root, create=True)
+        self._recording: Recording | None = None
+        self._state, self._error = "idle", ""
+        self._ready = False
+        self._count, self._written = 0, 0
+        self._flushed = self._told = self._rated = time.monotonic()
+        self._rate, self._rate_from = 0.0, 0
+        self._dropped: Counter[str] = Counter()
+
+    def run(self) -> None:
+        """Until the control process says so or is gone; what is open is finished then."""
+        self._store.take_stock()
+        self._ready = True
+        self._tell()
+        while True:
+            record = self._receiver.receive(self._wait(), asleep=self._recording is not None)
+            if record is None and self._receiver.ended:
+                self._end("control_died", None, "")
+                return
+            if record is not None:
+                if record["kind"] == "close":
+                    self._end("closed", None, "")
+                    return
+                self._handle(record)
+            self._periodic()
+
+    def _handle(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        try:
+            if kind == "begin":
+                self._begin(record)
+            elif kind == "end":
+                self._end(record["reason"], record["success"], record["source"])
+            elif kind == "frame":
+                if self._recording is not None:
+                    self._recording.frame(record, self._receiver.image(record["slot"], record["shape"]))
+            elif self._recording is not None:
+                getattr(self._recording, kind)(record)
+            else:
+                self._dropped[f"records: {kind}"] += 1
+        except RatchetError as error:
+            self._refused(error)
+        finally:
+            if kind == "frame":
+                self._receiver.release(record["slot"])
+
+    def _begin(self, record: dict[str, Any]) -> None:
+        if self._recording is not None:
+            self._end("not_ended", None, "")
+        if self._low():
+            return
+        info = EpisodeInfo(**json.loads(record["info"]))
+        folder = self._store.folder(info.session)
+        name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{self._count:04d}{fmt.SUFFIX}"
+        self._count += 1
+        raw = "raw" in (self._config.stream, self._config.decisions)
+        writer = EpisodeWriter(
+            folder / (name + ".open"), folder / name, info, quality=self._config.quality, compress=raw
+        )
+        self._recording = Recording(writer, self._config)
+        self._state, self._error = "recording", ""
+        self._flush()
+        self._tell()
+
+    def _end(self, reason: str, success: bool | None, source: str) -> None:
+        if self._recording is None:
+            return
+        recording, self._recording = self._recording, None
+        try:
+            digest = recording.finish(success, source, reason, dict(self._dropped))
+        except RatchetError as error:
+            recording.writer.abandon()
+            self._refused(error)
+            return
+        self._written += recording.writer.size
+        self._dropped.clear()
+        self._store.add(recording.writer.path, digest)
+        if self._state == "recording":
+            self._state = "idle"
+        self._receiver.say({"finished": digest})
+        self._tell()
+
+    def _refused(self, error: RatchetError) -> None:
+        """The disk, or a record that does not fit: this episode ends here; what was flushed is recovered later."""
+        self._state, self._error = "failed", str(error)
+        if self._recording is not None:
+            self._recording.writer.abandon()
+            self._recording = None
+        self._tell()
+
+    def _low(self) -> bool:
+        free = shutil.disk_usage(self._store.root).free / 1e9
+        if free >= self._config.min_free_gb:
+            return False
+        self._state = "disk_low"
+        self._error = f"{free:.2f} GB free on the disk, recording stops below {self._config.min_free_gb:g} GB"
+        self._tell()
+        return True
+
+    def _periodic(self) -> None:
+        now = time.monotonic()
+        if self._recording is not None and now - self._flushed >= self._config.flush_seconds:
+            try:
+                self._flush()
+                if self._low():
+                    self._end("disk_low", None, "")
+                    self._state = "disk_low"
+            except RatchetError as error:
+                self._refused(error)
+        if now - self._told >= STATUS_EVERY:
+            self._tell()
+
+    def _flush(self) -> None:
+        assert self._recording is not None
+        self._recording.writer.flush()
+        self._flushed = time.monotonic()
+
+    def _wait(self) -> float:
+        if self._recording is None:
+            return STATUS_EVERY
+        return self._flushed + self._config.flush_seconds - time.monotonic()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        written = self._written + (self._recording.writer.size if self._recording else 0)
+        if self._told - self._rated >= 2.0:
+            self._rate = (written - self._rate_from) / (self._told - self._rated) / 1e6
+            self._rated, self._rate_from = self._told, written
+        dropped = self._dropped + (self._recording.dropped if self._recording else Counter())
+        self._receiver.say(
+            {
+                "ready": self._ready,
+                "state": self._state,
+                "error": self._error,
+                "dropped": dict(dropped),
+                "written": written,
+                "rate": self._rate,
+                "free_gb": shutil.disk_usage(self._store.root).free / 1e9,
+            }
+        )
+
+
+def _remember(kept: OrderedDict[int, Any], number: int, value: Any) -> None:
+    kept[number] = value
+    while len(kept) > REMEMBER + 2:
+        kept.popitem(last=False)
+
+
+def _state(raw: dict[str, bytes]) -> dict[str, Float32]:
+    return {name: np.frombuffer(values, np.float32) for name, values in raw.items()}
+
+
+def main(argument: str) -> int:
+    given = json.loads(argument)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the control process; it closes us
+    config = RecorderConfig(**given["config"])
+    with contextlib.suppress(OSError):
+        os.nice(config.nice)
+    receiver = Receiver(socket.socket(fileno=given["socket"]), given["memory"], given["slot"], given["count"])
+    try:
+        RecorderProcess(receiver, Path(given["root"]), config).run()
+    except RatchetError as error:
+        print(f"recorder: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,282 @@
+"""A folder of episodes and its index: what is there, under which id, and how to get it.
+
+Knows files and cards. What persons think of an episode is `verification`'s business; it shares the index.
+Layout: `index.jsonl`, and one folder per session with the episode files. Deleting is `gc`'s alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent.episodes import format as fmt
+from agent.episodes.disk import disk_refusals, file_hash, sync_folder
+from agent.episodes.format import EpisodeEnding, EpisodeInfo
+from agent.episodes.index import Index
+from agent.episodes.reader import EpisodeReader
+from agent.episodes.recovery import Recovered, recover_folder
+from agent.errors import RatchetError
+from agent.records import Episode
+
+INDEX = "index.jsonl"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the index says about one episode. success, source: as recorded, before anybody's judgement.
+
+    file: relative to the store. seconds: duration. human_share: ticks under a person's command, in [0, 1].
+    dropped: records and frames that were lost while recording.
+    """
+
+    id: str
+    file: str
+    task: str
+    instruction: str
+    adapter_id: str
+    session: str
+    robot: str
+    contract_id: str
+    mode: str
+    created: str
+    seconds: float
+    steps: int
+    ticks: int
+    human_share: float
+    bytes: int
+    cameras: tuple[str, ...]
+    success: bool | None
+    source: str
+    reason: str
+    dropped: int = 0
+    recovered: bool = False
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, digest: str, file: str, size: int, info: EpisodeInfo, ending: EpisodeEnding) -> Card:
+        return cls(
+            id=digest,
+            file=file,
+            task=info.task,
+            instruction=info.instruction,
+            adapter_id=info.adapter_id,
+            session=info.session,
+            robot=str(info.contract.get("name", "")),
+            contract_id=info.contract_id,
+            mode=info.mode,
+            created=info.created,
+            seconds=ending.seconds,
+            steps=ending.steps,
+            ticks=ending.ticks,
+            human_share=ending.human_ticks / ending.ticks if ending.ticks else 0.0,
+            bytes=size,
+            cameras=tuple(info.topics.get("stream", {})),
+            success=ending.success,
+            source=ending.success_source,
+            reason=ending.reason,
+            dropped=sum(ending.dropped.values()),
+            recovered=ending.recovered,
+            meta=info.meta,
+        )
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong with a store. fatal False: worth knowing, nothing is lost."""
+
+    code: str
+    where: str
+    what: str
+    fatal: bool = True
+
+
+class EpisodeStore:
+    """One folder. Safe to use from several processes; episodes are never changed, only added (and removed by `gc`)."""
+
+    def __init__(self, root: Path | str, *, create: bool = False) -> None:
+        """Raises RatchetError episode.no_store."""
+        self.root = Path(root)
+        if not (self.root / INDEX).exists() and not create:
+            raise RatchetError(
+                "episode.no_store",
+                "no episodes are kept here",
+                where=str(root),
+                fix="name the folder that the recorder writes to",
+            )
+        with disk_refusals(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+        self.index = Index(self.root / INDEX)
+        if not (self.root / INDEX).exists():
+            self.index.append([("store", {"format": fmt.FORMAT})])
+        self._cards: dict[str, Card] = {}
+        self._seen = 0
+
+    # -- what is there ------------------------------------------------------------------------------------------
+
+    def cards(self) -> dict[str, Card]:
+        """Id -> card, oldest first."""
+        entries = self.index.entries()
+        if len(entries) < self._seen:
+            self._cards, self._seen = {}, 0
+        for entry in entries[self._seen :]:
+            if entry.kind == "episode":
+                raw = {**entry.body, "cameras": tuple(entry.body["cameras"])}
+                self._cards[raw["id"]] = Card(**raw)
+            elif entry.kind == "removed":
+                self._cards.pop(entry.body["id"], None)
+        self._seen = len(entries)
+        return dict(self._cards)
+
+    def resolve(self, reference: str) -> str:
+        """The full id for an id or a unique prefix of one.
+
+        Raises:
+            RatchetError: episode.unknown, episode.ambiguous.
+        """
+        cards = self.cards()
+        if reference in cards:
+            return reference
+        found = [i for i in cards if i.startswith(reference)] if re.fullmatch(r"[0-9a-f]{4,64}", reference) else []
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RatchetError("episode.ambiguous", f"{len(found)} episodes begin like that", where=reference)
+        raise RatchetError(
+            "episode.unknown", "no such episode", where=reference, fix="see `ratchet episodes list`; 4 digits or more"
+        )
+
+    def card(self, reference: str) -> Card:
+        return self.cards()[self.resolve(reference)]
+
+    def path(self, reference: str) -> Path:
+        return self.root / self.card(reference).file
+
+    def open(self, reference: str) -> EpisodeReader:
+        return EpisodeReader(self.path(reference))
+
+    def read(self, reference: str, *, images: bool = True) -> Episode:
+        """The episode as recorded; for one with its verified label, see `verification.Verification.read`."""
+        return self.open(reference).episode(images)
+
+    # -- what comes in ------------------------------------------------------------------------------------------
+
+    def folder(self, session: str) -> Path:
+        """Where the files of a session lie; made if need be."""
+        folder = self.root / (re.sub(r"[^A-Za-z0-9._-]", "_", session).lstrip(".") or "episodes")
+        with disk_refusals(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.root)
+        return folder
+
+    def add(self, path: Path, digest: str | None = None) -> Card:
+        """Enter a finished file that lies inside the store. digest: its id, if known; computed otherwise.
+
+        Entering it again changes nothing.
+
+        Raises:
+            RatchetError: episode.outside_store, episode.damaged, episode.unknown_format.
+        """
+        try:
+            file = str(path.resolve().relative_to(self.root.resolve()))
+        except ValueError:
+            raise RatchetError(
+                "episode.outside_store", "the file is not in the store", where=str(path), fix="use `copy_in`"
+            ) from None
+        reader = EpisodeReader(path)
+        ending = reader.ending()
+        assert ending is not None  # a reader that accepts no cut-off file has refused it before
+        digest = digest or reader.id
+        known = self.cards()
+        if digest in known:
+            return known[digest]
+        card = Card.of(digest, file, path.stat().st_size, reader.info, ending)
+        self.index.append([("episode", dataclasses.asdict(card))])
+        return card
+
+    def copy_in(self, path: Path) -> Card:
+        """Copy a finished file from elsewhere into the store, whole or not at all.
+
+        Raises:
+            RatchetError: episode.damaged, episode.copy_differs, episode.disk_full.
+        """
+        reader = EpisodeReader(path)
+        digest = reader.id
+        if digest in self.cards():
+            return self.card(digest)
+        folder = self.folder(reader.info.session)
+        final, scratch = folder / f"{digest[:16]}{fmt.SUFFIX}", folder / f".{digest[:16]}.copying"
+        with disk_refusals(final):
+            shutil.copyfile(path, scratch)
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+            if file_hash(scratch) != digest:
+                scratch.unlink()
+                raise RatchetError("episode.copy_differs", "the copy is not the file", where=str(final), fix="retry")
+            scratch.rename(final)
+            sync_folder(folder)
+        return self.add(final, digest)
+
+    def take_stock(self) -> tuple[list[Recovered], list[Card]]:
+        """After a crash: recover unfinished files, and enter finished ones that the index does not have yet."""
+        recovered = recover_folder(self.root)
+        known = {card.file for card in self.cards().values()}
+        gone = {e.body["file"] for e in self.index.entries() if e.kind == "removed"}
+        entered = []
+        for path in sorted(self.root.glob(f"*/*{fmt.SUFFIX}")):
+            if str(path.relative_to(self.root)) not in known | gone:
+                entered.append(self.add(path))
+        return recovered, entered
+
+    # -- what must stay true ------------------------------------------------------------------------------------
+
+    def verify(self) -> Iterator[Damage | Card]:
+        """Check the chain of the index and hash every file again; yields each card that is sound, and every damage."""
+        try:
+            cards = self.cards()
+        except RatchetError as error:
+            yield Damage(error.code, error.where, error.what)
+            return
+        for card in cards.values():
+            path = self.root / card.file
+            if not path.is_file():
+                yield Damage("episode.missing", str(path), f"the file of {card.id[:12]} is gone")
+            elif file_hash(path) != card.id:
+                yield Damage("episode.damaged", str(path), f"the file is not what {card.id[:12]} was")
+            else:
+                yield card
+        entered = {card.file for card in cards.values()}
+        for path in sorted(self.root.rglob(f"*{fmt.OPEN_SUFFIX}")):
+            yield Damage("episode.unfinished", str(path), "being recorded, or cut off and not recovered", fatal=False)
+        for path in sorted(self.root.glob(f"*/*{fmt.SUFFIX}")):
+            if str(path.relative_to(self.root)) not in entered:
+                yield Damage("episode.not_entered", str(path), "finished, but not in the index", fatal=False)
+
+    def remove(self, ids: Iterable[str], reason: str) -> int:
+        """Delete episodes; the index keeps that they were there and why they went. Returns the bytes that were freed.
+
+        The entry is written first: after a crash in between, the file is left over, never a wish unknown.
+        """
+        freed = 0
+        for reference in ids:
+            card = self.card(reference)
+            self.index.append([("removed", {"id": card.id, "file": card.file, "reason": reason})])
+            with disk_refusals(self.root):
+                (self.root / card.file).unlink(missing_ok=True)
+            freed += card.bytes
+        return freed
+
+    def leftovers(self, older_than: float = 3600.0) -> list[Path]:
+        """Files that a crash in the middle of copying, recovering or removing left behind; seconds since written."""
+        limit = time.time() - older_than
+        gone = {self.root / e.body["file"] for e in self.index.entries() if e.kind == "removed"}
+        known = {self.root / c.file for c in self.cards().values()}
+        names = [p for ext in ("copying", "recovering") for p in self.root.glob(f"*/.*.{ext}")]
+        names += [p for p in gone - known if p.exists()]
+        return sorted(p for p in names if p.stat().st_mtime < limit)

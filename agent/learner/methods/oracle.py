@@ -1,0 +1,15 @@
+"""The multi-task oracle: all tasks at once with the same number of episodes in all; what sequential learning is held
+against."""
+
+from __future__ import annotations
+
+from agent.learner.methods.base import SeqFT
+
+
+class Oracle(SeqFT):
+    """Every stage learns from all tasks; its matrix is meant to be read after the last stage only."""
+
+    name = "oracle"
+
+    def tasks_of(self, stage: int) -> tuple[str, ...]:
+        return self.tasks
