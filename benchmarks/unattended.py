@@ -1,7 +1,7 @@
 """A night without anybody: robot process, learner process and gate over three tasks, both killed at random, to the end.
 
 Starts `ratchet learner` and `ratchet robot` with keys over CURVE on this machine, kills -9 one of them at seeded random
-moments, starts it again, and waits until the learner says that all tasks are over. Then everything is judged from files:
+moments, starts it again, and waits until the learner says that all tasks are over. Then all is judged from files:
 the journal's chain, every episode of every batch, the store, the gate's verdicts. The story is printed.
 
     python benchmarks/unattended.py [--quick] [--seed N] [--out runs/unattended]

@@ -1,8 +1,8 @@
-"""What may enter an update decides whether learning is on-policy: every way to be off-policy is refused with its reason.
+"""What may enter an update decides whether learning is on-policy: every way to be off it is refused with its reason.
 
 Pinned: one code per reason, waiting without a verdict, trust only in the simulator and named people, masks of take-over
-and safety. Also that a rollout survives the way through records: to episodes, and back to the same batch. Deterministic:
-values built by hand, one small rollout in a fake environment.
+and safety. Also that a rollout survives the way through records: to episodes, and back to the same batch.
+Deterministic: values built by hand, one small rollout in a fake environment.
 """
 
 from __future__ import annotations

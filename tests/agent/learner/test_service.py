@@ -1,9 +1,9 @@
 """The learner service decides alone, overnight: the same journal always gives the same state, and the same episodes the
 same adapters as a local run, with or without people, verdicts and damage in between.
 
-Pinned: equality with `SequentialRun` bit for bit, robot mode with sessions, labels and a person's decision, rejected and
-held candidates, a wrong policy on the robot, a damaged checkpoint, alerts and metrics. Deterministic: seeded small policy
-and fake environment, one thread, no sockets; episodes are put into the inbox by the test.
+Pinned: equality with `SequentialRun` bit for bit, robot mode with sessions, labels and a person's decision, rejected
+and held candidates, a wrong policy on the robot, a damaged checkpoint, alerts and metrics. Deterministic: seeded small
+policy and fake environment, one thread, no sockets; episodes are put into the inbox by the test.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def test_the_journal_alone_gives_the_state(tmp_path: Path) -> None:
     ledger = bench.settle()
     again = Ledger.of(read(tmp_path / "journal.jsonl"))
     assert again == ledger
+    bench.config = dataclasses.replace(CONFIG, seed=1)
     with pytest.raises(RatchetError, match=r"learn\.changed_run"):
-        bench.config = dataclasses.replace(CONFIG, seed=1)
         bench.reopen()
     bench.close()
 
