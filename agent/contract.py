@@ -193,10 +193,14 @@ class RobotContract:
         return cls.from_dict(raw, str(path))
 
     @classmethod
-    def from_dict(cls, raw: Any, where: str = "contract") -> RobotContract:
-        """Validate plain data, such as `to_dict` gives or YAML holds; raises like `load`."""
+    def from_dict(cls, raw: Any, where: str = "contract", *, rules: bool = True) -> RobotContract:
+        """Validate plain data, such as `to_dict` gives or YAML holds; raises like `load`.
+
+        rules: False checks names and types only, for a contract that was in force when an older version recorded.
+        """
         contract: RobotContract = _build(cls, raw, where)
-        contract._validate(where)
+        if rules:
+            contract._validate(where)
         return contract
 
     def to_dict(self) -> dict[str, Any]:
