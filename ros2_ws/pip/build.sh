@@ -9,7 +9,7 @@ test -x "$venv/bin/python" || "$python" -m venv "$venv"
 venv=$(cd "$venv" && pwd)
 requirements=()
 for lock in "$@"; do requirements+=(-r "$lock"); done
-"$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps "${requirements[@]}"
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-deps "${requirements[@]}"
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 theirs=$("$main/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 printf '%s\n' "$theirs" "$root" "$root/ros2_ws/src/ratchet_ros" > "$site/ratchet.pth"

@@ -47,6 +47,7 @@ class LastStage:
 
     send: (verdict, order or None, new) -> None, called from the stage's thread; the order is None where the stage acts
         by itself; new is False where the arm keeps a pose that it was told to keep before. told: gets every event.
+    wake: called once in the stage's thread, before anything else: for its scheduling.
     broken: called from the stage's thread with whatever ended it although it must not end.
     lock_step: simulated time stands still while a command travels; each is checked against the state of its own moment,
         which is waited for (at most `patience` real seconds).
@@ -64,11 +65,12 @@ class LastStage:
         broken: Callable[[BaseException], None],
         lock_step: bool = False,
         patience: float = 30.0,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.filter = SafetyFilter(contract, config)
         self.contract, self._aligner, self._clock = contract, aligner, clock
         self._send, self._told, self._broken = send, told, broken
-        self._lock_step, self._patience = lock_step, patience
+        self._lock_step, self._patience, self._wake_up = lock_step, patience, wake
         self._orders: deque[Order] = deque(maxlen=50)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -128,6 +130,7 @@ class LastStage:
 
     def _run(self) -> None:
         try:
+            self._wake_up()
             self._serve()
         except BaseException as error:  # a stage that is gone must not go unnoticed
             self._broken(error)

@@ -25,6 +25,7 @@ from agent.errors import RatchetError
 from agent.records import ActionChunk, SafetyEvent
 from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient
+from agent.runtime.priority import real_time
 from agent.runtime.session import Session
 from ratchet_ros import convert, policy_params, qos, task_run
 from ratchet_ros.intake import Intake
@@ -280,9 +281,14 @@ class PolicyNode(RatchetNode):
         assert self.loop is not None
         loop, robot, timeout = self.loop, self.robot, self.settings.hold_timeout
         feedback = self.create_timer(FEEDBACK_PERIOD, lambda: self._feed_back(handle), clock=STEADY)
-        self._thread = in_thread(
-            lambda: task_run.run(loop, robot, self.judge, goal, timeout, self._mark), "control-loop"
-        )
+        simulated = isinstance(self.clock, SimulatedTime)
+
+        def work() -> RunTask.Result:
+            if not simulated:
+                self.get_logger().info(f"control loop: {real_time()}")
+            return task_run.run(loop, robot, self.judge, goal, timeout, self._mark)
+
+        self._thread = in_thread(work, "control-loop")
         try:
             result = await settled(self, self._thread)
         finally:

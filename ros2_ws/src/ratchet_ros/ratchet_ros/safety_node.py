@@ -22,6 +22,7 @@ from std_srvs.srv import SetBool, Trigger
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import Mark, SafetyEvent
+from agent.runtime.priority import real_time
 from agent.runtime.safety import SafetyConfig, SafetyState, Verdict
 from agent.runtime.safety_types import LATCHING
 from ratchet_ros import convert, encode, qos
@@ -104,6 +105,7 @@ class SafetyNode(RatchetNode):
             config,
             broken=self._broken,
             lock_step=lock_step,
+            wake=(lambda: None) if simulated else self._hurry,
         )
         gauge = self.stage.filter.limiter.gauge
         self._sinks = []
@@ -267,6 +269,9 @@ class SafetyNode(RatchetNode):
             self._publish_status()
 
     _said = ("", "")
+
+    def _hurry(self) -> None:
+        self.get_logger().info(f"last stage: {real_time()}")
 
     def _broken(self, error: BaseException) -> None:
         """The stage's thread ended: one last hold, then the process goes, so that nobody takes it for alive."""
