@@ -16,6 +16,7 @@ from agent.cli import (
     adapters,
     demo,
     evaluate,
+    inspection,
     keys,
     learn,
     learner,
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = {
         "demo": demo.Demo,
         "eval": evaluate.Eval,
+        "inspect": inspection.Inspect,
         "learn": learn.Learn,
         "pretrain": pretrain.Pretrain,
         "adapters": adapters.Adapters,
