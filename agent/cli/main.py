@@ -19,6 +19,7 @@ from agent.cli import (
     doctor,
     episodes,
     evaluate,
+    inspection,
     keys,
     learn,
     learner,
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = {
         "demo": demo.Demo,
         "eval": evaluate.Eval,
+        "inspect": inspection.Inspect,
         "learn": learn.Learn,
         "pretrain": pretrain.Pretrain,
         "adapters": adapters.Adapters,

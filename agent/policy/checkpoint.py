@@ -57,8 +57,10 @@ def save(policy: AnyPolicy, folder: Path, dtype: torch.dtype = torch.float32) ->
     (folder / "config.tmp").rename(folder / "config.json")
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> AnyPolicy:
-    """Read a policy that `save` wrote, discrete or flow.
+def read(
+    folder: str | Path,
+) -> tuple[PrismaticConfig | FlowConfig, PolicySpec, Statistics | FlowStatistics]:
+    """Configuration of a policy that `save` wrote, discrete or flow; no weights are read.
 
     Raises:
         RatchetError: policy.bad_checkpoint (missing, truncated, wrong tensors, unknown fields),
@@ -85,24 +87,41 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> AnyPolicy:
         spec = PolicySpec(**demands)
         model = dict(raw["model"])
         kind = raw.get("kind", "tokens")
+        config: PrismaticConfig | FlowConfig
         if kind == "flow":
             model |= {name: Sizes(**model[name]) for name in ("language", "expert")}
-            flow, discrete = FlowConfig(**model), None
+            config = FlowConfig(**model)
         elif kind == "tokens":
-            flow, discrete = None, PrismaticConfig(**model)
+            config = PrismaticConfig(**model)
         else:
             raise ValueError(f"kind '{kind}' is not known")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RatchetError("policy.bad_checkpoint", f"config.json is malformed: {error}", where=str(path)) from None
+    numbers = raw.get("statistics")
+    if isinstance(config, FlowConfig):
+        return config, spec, _flow_statistics(numbers, str(path))
+    return config, spec, Statistics.from_dict(numbers, str(path))
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> AnyPolicy:
+    """Read a policy that `save` wrote, discrete or flow.
+
+    Raises:
+        RatchetError: policy.bad_checkpoint (missing, truncated, wrong tensors, unknown fields),
+            policy.missing_statistics, policy.is_adapter.
+    """
+    folder = Path(folder)
+    config, spec, statistics = read(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     tensors = read_tensors(folder / "model.safetensors")
     policy: AnyPolicy
-    if flow is not None:
-        policy = FlowPolicy(flow, spec, _flow_statistics(raw.get("statistics"), str(path)), tokenizer)
+    if isinstance(config, FlowConfig):
+        assert isinstance(statistics, FlowStatistics)
+        policy = FlowPolicy(config, spec, statistics, tokenizer)
         fill(policy, tensors, str(folder), torch.float32)
     else:
-        assert discrete is not None
-        policy = PrismaticPolicy(discrete, spec, Statistics.from_dict(raw.get("statistics"), str(path)), tokenizer)
+        assert isinstance(statistics, Statistics)
+        policy = PrismaticPolicy(config, spec, statistics, tokenizer)
         load_tensors(policy, tensors, str(folder))
     policy.network.to(device)
     return policy

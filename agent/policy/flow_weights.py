@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agent.errors import RatchetError
 from agent.policy.flow import FlowPolicy
+from agent.policy.flow_network import FlowConfig
 
 _TIED = "model.paligemma_with_expert.paligemma.lm_head.weight"
 # What no velocity depends on: heads over words, and of the language model's last layer all but what makes keys and
@@ -20,6 +21,12 @@ _TIED = "model.paligemma_with_expert.paligemma.lm_head.weight"
 _UNUSED = re.compile(
     r".*lm_head\.weight|language\.norm\..*|expert\.embed_tokens\..*|vision\.tower\.head\..*|.*normalize_.*"
 )
+
+
+def unused(name: str, config: FlowConfig) -> bool:
+    """True for tensors of published files that no velocity depends on."""
+    last = f"language.layers.{config.language.layers - 1}."
+    return bool(_UNUSED.fullmatch(name)) or name.startswith(last)
 
 
 def fill(policy: FlowPolicy, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype) -> None:
@@ -31,12 +38,11 @@ def fill(policy: FlowPolicy, tensors: Mapping[str, Tensor], where: str, dtype: t
     """
     network = policy.network
     wanted = network.state_dict()
-    last = f"language.layers.{policy.config.language.layers - 1}."
     given = dict(tensors)
     if "embed_tokens.weight" not in given and _TIED in given:  # some files keep the tied weight under the head's name
         given["embed_tokens.weight"] = given[_TIED]
     missing = [k for k in wanted if k not in given]
-    extra = [k for k in given if k not in wanted and not _UNUSED.fullmatch(k) and not k.startswith(last)]
+    extra = [k for k in given if k not in wanted and not unused(k, policy.config)]
     shapes = [k for k in wanted if k in given and given[k].shape != wanted[k].shape]
     for name, keys in (("missing", missing), ("extra", extra), ("of another shape", shapes)):
         if keys:

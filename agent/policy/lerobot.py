@@ -55,13 +55,17 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Found:
-    """A LeRobot checkpoint's configuration, translated. features: its image features in order."""
+    """A LeRobot checkpoint's configuration, translated.
+
+    features: its image features in order. headers: of its tensors, under this project's names.
+    """
 
     config: FlowConfig
     spec: PolicySpec
     statistics: FlowStatistics
     features: tuple[str, ...]
     tokenizer: Path
+    headers: dict[str, Header]
 
 
 def read(
@@ -118,7 +122,7 @@ def read(
             where=str(path),
             fix="save the policy with LeRobot 0.4.4 or later",
         ) from None
-    return Found(config, spec, statistics, features, _tokenizer(folder, tokenizer))
+    return Found(config, spec, statistics, features, _tokenizer(folder, tokenizer), headers)
 
 
 def load(
