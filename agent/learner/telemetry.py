@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,14 @@ class Recorder:
         self._board = folder / "tensorboard" if tensorboard else None
         self._writer: Any = None
         self._last = self._mend()
-        self._updates = 0
+        self._updates = self._seen = 0
 
-    def take(self, events: Iterable[Event]) -> None:
+    def take(self, events: Sequence[Event]) -> None:
         """All events so far, oldest first; only `updated` ones that are not in the files yet are written."""
         fresh = []
-        self._updates = 0
-        for event in events:
+        while self._seen < len(events):
+            event = events[self._seen]
+            self._seen += 1
             if event.kind == "updated":
                 self._updates += 1
                 if event.n > self._last:
