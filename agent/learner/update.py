@@ -46,6 +46,8 @@ class UpdateConfig:
     """Passes over the batch; each sample is used this often."""
     micro_size: int = 64
     """Samples per forward and backward; gradients of micro-batches add up, so it changes memory, not the result."""
+    checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping what they made: memory for a third more time."""
     success_reward: float = 5.0
     """Reward of an episode that succeeded; failures get 0."""
     target_kl: float = 0.0
