@@ -9,6 +9,7 @@ here.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,6 @@ from torch import nn
 from agent.errors import RatchetError
 from agent.policy import presets
 from agent.policy.network import PrismaticConfig, PrismaticNetwork
-from agent.policy.vision import FusedDinoSiglip
 
 GIB = 2**30
 # Bytes kept for the backward pass, bfloat16 products, base frozen, adapter on all linear layers; see the module's head.
@@ -92,21 +92,41 @@ def bases() -> dict[str, PrismaticConfig]:
     return {"openvla-oft-7b": presets.openvla_oft_7b("bidirectional"), "small": presets.small()}
 
 
+@dataclass(frozen=True)
+class _Counted:
+    base: int
+    adapter: int
+    adapter_vision: int
+    patches: int
+    features: int
+
+
 def count(config: PrismaticConfig, rank: int, adapt_vision: bool) -> tuple[int, int]:
     """Weights of the base, and of an adapter on all its linear and convolution layers."""
-    with torch.device("meta"):
-        network = PrismaticNetwork(config, actions=56, state=0, dims=7)
-    base = sum(p.numel() for p in network.parameters())
-    adapter = 0
-    for name, module in network.named_modules():
-        if not adapt_vision and name.startswith("vision_backbone"):
-            continue
-        if isinstance(module, nn.Linear):
-            adapter += rank * (module.in_features + module.out_features)
-        elif isinstance(module, nn.Conv2d):
-            kernel = module.kernel_size[0] * module.kernel_size[1]
-            adapter += rank * (module.in_channels * kernel + module.out_channels)
-    return base, adapter
+    found = _shapes(config)
+    return found.base, rank * (found.adapter + (found.adapter_vision if adapt_vision else 0))
+
+
+def _shapes(config: PrismaticConfig) -> _Counted:
+    key = json.dumps(config.facts(), sort_keys=True, default=list)
+    if key not in _COUNTED:
+        with torch.device("meta"):
+            network = PrismaticNetwork(config, actions=56, state=0, dims=7)
+        sums = {True: 0, False: 0}
+        for name, module in network.named_modules():
+            vision = name.startswith("vision_backbone")
+            if isinstance(module, nn.Linear):
+                sums[vision] += module.in_features + module.out_features
+            elif isinstance(module, nn.Conv2d):
+                kernel = module.kernel_size[0] * module.kernel_size[1]
+                sums[vision] += module.in_channels * kernel + module.out_channels
+        tower = network.vision_backbone
+        base = sum(p.numel() for p in network.parameters())
+        _COUNTED[key] = _Counted(base, sums[False], sums[True], int(tower.patches), int(tower.features))
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, _Counted] = {}  # a network of 7 billion shapes takes seconds to make
 
 
 def kept_trunk(config: PrismaticConfig, tokens: int, rank: int) -> float:
@@ -130,14 +150,13 @@ def make(config: PrismaticConfig, options: Options, chunk: int = 8, dims: int = 
     if config.vision not in ("fused_dinov2_siglip", "film_conv"):
         raise RatchetError("plan.unknown_tower", f"no figures for the vision tower '{config.vision}'", where="plan")
     base, adapter = count(config, options.rank, options.adapt_vision)
-    with torch.device("meta"):
-        tower = PrismaticNetwork(config, chunk * dims, 0, dims).vision_backbone
-    patches = int(tower.patches) * options.images
+    shapes = _shapes(config)
+    patches = shapes.patches * options.images
     tokens = patches + options.prompt + chunk * dims
     trunk = kept_trunk(config, tokens, options.rank)
     layer_input = 4.0 * config.hidden * tokens
     vision = 0.0
-    if options.adapt_vision and isinstance(tower, FusedDinoSiglip):
+    if options.adapt_vision and config.vision == "fused_dinov2_siglip":
         o = config.vision_options
         vision = KEPT_VISION * patches * (o["dino_width"] * o["dino_depth"] + o["siglip_width"] * o["siglip_depth"])
     if options.checkpointing:
@@ -152,7 +171,7 @@ def make(config: PrismaticConfig, options: Options, chunk: int = 8, dims: int = 
     activations = (trunk + vision + head) * options.batch + kept_once(config, options.rank)
     # Frozen vision runs once per sample and update; its patches are kept on the host between passes.
     frame = options.images * 3.0 * config.vision_options["image_size"] ** 2
-    cached = 0.0 if options.adapt_vision else 2.0 * patches * tower.features
+    cached = 0.0 if options.adapt_vision else 2.0 * patches * shapes.features
     weights = base * options.base_bits / 8 * (1.02 if options.base_bits == 8 else 1.0)
     mine = 4.0 * adapter  # float32 weights
     optimiser = 3 * mine  # gradient and Adam's two moments

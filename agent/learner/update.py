@@ -111,6 +111,11 @@ class Updater:
     ) -> None:
         if not parameters:
             raise RatchetError("learner.no_parameters", "nothing to train", fix="attach an adapter first")
+        if config.checkpointing:
+            recompute = getattr(policy.module, "set_checkpointing", None)
+            if recompute is None:
+                raise RatchetError("learner.no_checkpointing", "this policy cannot recompute layers", where="update")
+            recompute(True)
         self.policy = policy
         self.ranks = ranks
         self.parameters = list(parameters)
