@@ -1,7 +1,7 @@
 """What a checkpoint expects, what a robot gives, and every way in which the two do not fit, before anything moves.
 
-Knows the checkpoint forms that this project reads, their files' headers, and contracts. Reads no weights and builds
-no model in memory, so a checkpoint of any size takes seconds. Every finding has a stable code and says what to do.
+Knows the checkpoint forms that this project reads, their files' headers, and contracts. Reads no weights and builds no
+model in memory, so a checkpoint of any size takes seconds. Every finding has a stable code and says what to do.
 """
 
 from __future__ import annotations
@@ -264,8 +264,7 @@ def _model(config: PrismaticConfig | FlowConfig) -> str:
 
 
 def _range(statistics: Statistics | FlowStatistics, spec: PolicySpec) -> tuple[list[float], list[float]]:
-    """Where nearly all actions of the training data lie, per dimension; a gripper that is not scaled has its own
-    ends."""
+    """Where nearly all actions of the training data lie; a gripper that is not scaled has its own two numbers."""
     if isinstance(statistics, Statistics):
         ends = sorted((spec.gripper_open or 0.0, spec.gripper_closed or 0.0))
         low = [q if m else ends[0] for q, m in zip(statistics.q01, statistics.mask, strict=True)]

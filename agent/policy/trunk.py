@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from agent.policy.linear import ALL, linear, together
 
@@ -223,6 +224,7 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.heads, self.theta = width, heads, theta
+        self.checkpointing = False  # True recomputes each layer in the backward pass instead of keeping what it made
         self.embed_tokens = nn.Embedding(rows, width)
         self.layers = nn.ModuleList(Layer(width, heads, hidden, epsilon) for _ in range(layers))
         self.norm = RMSNorm(width, epsilon)
@@ -249,6 +251,9 @@ class Llama(nn.Module):
         """
         for index, layer in enumerate(self.layers):
             wanted = asked if index == len(self.layers) - 1 else ALL
-            x = layer(x, where, wanted, dtype, None if memory is None else memory[index])
+            if self.checkpointing and torch.is_grad_enabled() and memory is None:
+                x = checkpoint(layer, x, where, wanted, dtype, use_reentrant=False)
+            else:
+                x = layer(x, where, wanted, dtype, None if memory is None else memory[index])
         out: Tensor = self.norm(x, dtype)
         return out
