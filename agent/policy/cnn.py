@@ -8,6 +8,7 @@ two compares networks and nothing else.
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,17 @@ class CnnNetwork(nn.Module):
         self.mix = nn.Linear(width, width)
         self.head = nn.Linear(width, BINS)
 
-    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor, state: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """As `PrismaticNetwork.forward`: (B, K*D, width), one hidden state per action of the chunk."""
+    def forward(
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        state: Tensor | None,
+        dtype: torch.dtype,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """As `PrismaticNetwork.forward`: (B, K*D, width), one hidden state per action of the chunk; all at once, so
+        that `given` is not read."""
         present = mask[..., None].to(self.words.weight.dtype)
         text = (self.words(ids) * present).sum(1) / present.sum(1).clamp(min=1)
         parts = [self.vision_backbone(pixels, text).flatten(1), text]
@@ -58,9 +68,11 @@ class CnnNetwork(nn.Module):
 def small_cnn(like: PrismaticPolicy, *, seed: int, width: int = 512) -> PrismaticPolicy:
     """A policy with random convolutional weights that takes and gives what `like` does.
 
-    Its size follows the frames: about 4 million parameters at 96 pixels, 15 million at 224, with width 512.
+    Its size follows the frames: with width 512 about 4 million parameters at 96 pixels, 14 million at 224, and the
+    table of words.
     """
     made = copy.copy(like)  # shares specification, statistics, tokenizer and prompt, which are never written
+    made.config = dataclasses.replace(like.config, decoding="parallel", head="tokens")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = CnnNetwork(

@@ -74,8 +74,8 @@ class ExpertReplay(SeqFT):
     def _term(self, frames: PolicyInput, rows: Int64) -> Tensor:
         assert self.demonstrations is not None
         policy = require_discrete(self.policy)
-        logits = policy.logits(frames).float()
-        tokens = policy.tokens_of(torch.from_numpy(self.demonstrations.actions[rows])).to(logits.device)
+        tokens = policy.tokens_of(torch.from_numpy(self.demonstrations.actions[rows])).to(policy.device)
+        logits = policy.logits(frames, tokens).float()
         target = soft_targets(tokens, logits.shape[-1], self.smoothing)
         return -(target * logits.log_softmax(-1)).sum(-1).mean()
 
@@ -86,7 +86,9 @@ class DarkReplay(ExpertReplay):
     name = "dark_replay"
 
     def _term(self, frames: PolicyInput, rows: Int64) -> Tensor:
+        assert self.demonstrations is not None
         policy = require_discrete(self.policy)
+        tokens = policy.tokens_of(torch.from_numpy(self.demonstrations.actions[rows]))
         with torch.no_grad(), self.lora.disabled():
-            base = policy.logits(frames).float()
-        return functional.mse_loss(policy.logits(frames).float(), base)
+            base = policy.logits(frames, tokens).float()
+        return functional.mse_loss(policy.logits(frames, tokens).float(), base)

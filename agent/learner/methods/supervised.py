@@ -87,8 +87,8 @@ class _Imitation:
         losses = []
         for _ in range(self.method.steps):
             frames, rows = self.method.frames(self.generator)
-            logits = policy.logits(frames).float()
-            tokens = policy.tokens_of(torch.from_numpy(data.actions[rows])).to(logits.device)
+            tokens = policy.tokens_of(torch.from_numpy(data.actions[rows])).to(policy.device)
+            logits = policy.logits(frames, tokens).float()
             target = soft_targets(tokens, logits.shape[-1], self.method.smoothing)
             loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
             self.optimizer.zero_grad(set_to_none=True)
