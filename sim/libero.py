@@ -21,6 +21,7 @@ from sim.libero_import import mujoco
 from sim.libero_model import CONTROL_HZ, INTEGRATION, CompiledTask, acquire, release
 from sim.libero_osc import ObservationClock, Osc
 from sim.libero_suites import initial_states, libero_suites, libero_task_info, libero_task_infos
+from sim.perturbations import moved_cameras
 
 __all__ = ["CONTRACT", "LiberoTaskEnv", "libero_suites", "libero_task_info", "libero_task_infos", "with_image_size"]
 
@@ -46,6 +47,7 @@ class LiberoTaskEnv(TaskEnv):
         suite, task: names as listed by `libero_suites` and `libero_task_infos`.
         contract: describes cameras, units and settle steps; None loads robots/libero.yaml.
         published_horizon: see `libero_task_infos`.
+        perturbation: what is changed about the world, see `perturbations`; empty for the benchmark's own.
 
     Raises:
         RatchetError: sim.unknown_suite, sim.unknown_task, sim.suite_without_files, sim.contract_mismatch,
@@ -53,7 +55,13 @@ class LiberoTaskEnv(TaskEnv):
     """
 
     def __init__(
-        self, suite: str, task: str, contract: RobotContract | None = None, *, published_horizon: bool = False
+        self,
+        suite: str,
+        task: str,
+        contract: RobotContract | None = None,
+        *,
+        published_horizon: bool = False,
+        perturbation: str = "",
     ) -> None:
         self.info: TaskInfo = libero_task_info(suite, task, published_horizon=published_horizon)
         self.contract = contract if contract is not None else RobotContract.load(CONTRACT)
@@ -68,8 +76,12 @@ class LiberoTaskEnv(TaskEnv):
         self._gripper_middle = (gripper.open + gripper.closed) / 2
         self._gripper_polarity = math.copysign(1.0, gripper.closed - gripper.open)
         self._states = initial_states(suite, task)
-        self._compiled: CompiledTask | None = acquire(suite, task)
+        # A moved camera needs no model of its own.
+        self._perturbation = "" if perturbation == "camera" else perturbation
+        self._compiled: CompiledTask | None = acquire(suite, task, self._perturbation)
         compiled = self._compiled
+        if perturbation == "camera":
+            self.contract = moved_cameras(self.contract, compiled.model)
         self._data = mujoco.MjData(compiled.model)
         self._osc = Osc(compiled.osc, self._data)
         self._clock = ObservationClock(1.0 / CONTROL_HZ, compiled.timestep)
@@ -171,7 +183,7 @@ class LiberoTaskEnv(TaskEnv):
         if self._compiled is not None:
             self._compiled = None
             del self._data, self._osc
-            release(self.info.suite, self.info.name)
+            release(self.info.suite, self.info.name, self._perturbation)
 
     def _open(self) -> CompiledTask:
         if self._compiled is None:

@@ -16,6 +16,7 @@ from sim.gl import configure_gl, no_gl, require_gl
 from sim.libero_import import mujoco, quiet, trim_memory
 from sim.libero_osc import OscLayout
 from sim.libero_suites import bddl_path
+from sim.perturbations import change_model
 
 # Fixtures (cabinet, stove) are placed at random by a reset and are not part of an initial state. The seed is the one
 # that the published evaluation scripts set (`env.seed(0)`), so that an initial state always means the same scene.
@@ -23,7 +24,7 @@ SCENE_SEED = 0
 CONTROL_HZ = 20.0
 # Integration state: everything from which MuJoCo continues, the solver's warm start and the controls included.
 INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
-_compiled: dict[tuple[str, str], CompiledTask] = {}
+_compiled: dict[tuple[str, str, str], CompiledTask] = {}
 
 
 class _Undrawn:
@@ -72,7 +73,7 @@ def _build(bddl: str) -> Any:
 class CompiledTask:
     """A compiled model with the scene in place. Get one from `acquire`, give it back with `release`."""
 
-    def __init__(self, suite: str, task: str) -> None:
+    def __init__(self, suite: str, task: str, perturbation: str = "") -> None:
         path = bddl_path(suite, task)
         with quiet():
             random_state = np.random.get_state()  # noqa: NPY002 (robosuite draws from the global generator)
@@ -85,6 +86,11 @@ class CompiledTask:
         self._sim: Any = env.env.sim
         robot = self._domain.robots[0]
         self.model: mujoco.MjModel = self._sim.model._model
+        if perturbation:
+            change_model(self.model, perturbation, base=robot.robot_model.root_body)
+            self._sim.forward()
+            robot.controller.update(force=True)  # its goal is where the hand is now
+            robot.controller.reset_goal()
         self.osc = OscLayout(self.model, robot)
         self.physics_steps = int(self._domain.control_timestep / self._domain.model_timestep)
         self.timestep: float = self._domain.model_timestep
@@ -136,23 +142,23 @@ class CompiledTask:
             self._renderer = None
 
 
-def acquire(suite: str, task: str) -> CompiledTask:
+def acquire(suite: str, task: str, perturbation: str = "") -> CompiledTask:
     """The process's compiled model of this task, compiling it on first use."""
-    key = (suite, task)
+    key = (suite, task, perturbation)
     if key not in _compiled:
-        _compiled[key] = CompiledTask(suite, task)
+        _compiled[key] = CompiledTask(*key)
         trim_memory()
     _compiled[key].users += 1
     return _compiled[key]
 
 
-def release(suite: str, task: str) -> None:
+def release(suite: str, task: str, perturbation: str = "") -> None:
     """Give it back; model and GL context are freed when nobody in the process uses them."""
-    compiled = _compiled[(suite, task)]
+    compiled = _compiled[(suite, task, perturbation)]
     compiled.users -= 1
     if compiled.users == 0:
         compiled.free()
-        del _compiled[(suite, task)], compiled
+        del _compiled[(suite, task, perturbation)], compiled
         trim_memory()
 
 

@@ -21,6 +21,7 @@ from agent.records import Float32, UInt8
 from sim import gl
 from sim.base import Expert, TaskEnv, TaskInfo
 from sim.metaworld_tasks import INSTRUCTIONS
+from sim.perturbations import change_model, moved_cameras
 from sim.registry import unknown_name
 
 gl.require_gl(gl.configure_gl())
@@ -72,9 +73,10 @@ class MetaWorldTaskEnv(TaskEnv):
         task: name without the version suffix, such as "door-open".
         contract: the robot's contract; cameras are rendered at its sizes.
         thin_meshes: False renders the benchmark's full meshes.
+        perturbation: what is changed about the world, see `perturbations`; empty for the benchmark's own.
     """
 
-    def __init__(self, task: str, contract: RobotContract, *, thin_meshes: bool = True) -> None:
+    def __init__(self, task: str, contract: RobotContract, *, thin_meshes: bool = True, perturbation: str = "") -> None:
         if task not in INSTRUCTIONS:
             raise unknown_name("task", task, INSTRUCTIONS, "sim.unknown_task")
         self.info = next(i for i in task_infos() if i.name == task)
@@ -90,6 +92,10 @@ class MetaWorldTaskEnv(TaskEnv):
         env.__dict__.pop("sawyer_observation_space", None)  # cached with the goal hidden
         env.max_path_length = np.inf  # the horizon is the caller's
         self.env = env
+        self._perturbation = perturbation
+        change_model(env.model, perturbation, base="base")
+        if perturbation == "camera":
+            self.contract = moved_cameras(contract, env.model)
         self._success = False
         self.last_observation = np.zeros(39)
         self._frames: _Frames | None = None
@@ -126,7 +132,7 @@ class MetaWorldTaskEnv(TaskEnv):
 
     def render(self, camera: str) -> UInt8:
         if self._frames is None:
-            self._frames = _shared_frames(self.info.name, self.env.model, self.contract, self._thin)
+            self._frames = _shared_frames(self._perturbation, self.info.name, self.env.model, self.contract, self._thin)
         image: UInt8 = self._frames.render(camera, self.env)
         return image
 
@@ -185,7 +191,7 @@ class _Frames:
         self.renderers.clear()
 
 
-_FRAMES: dict[tuple[str, str, bool], _Frames] = {}
+_FRAMES: dict[tuple[str, str, str, bool], _Frames] = {}
 
 
 def close_frames() -> None:
@@ -206,8 +212,8 @@ def _close_frames_first_at_exit() -> None:
 _CLASSES: dict[str, type] = {}
 
 
-def _shared_frames(task: str, model: mujoco.MjModel, contract: RobotContract, thin: bool) -> _Frames:
-    key = (task, contract.id, thin)
+def _shared_frames(perturbation: str, task: str, model: mujoco.MjModel, contract: RobotContract, thin: bool) -> _Frames:
+    key = (perturbation, task, contract.id, thin)
     if key not in _FRAMES:
         if len(_FRAMES) >= 6:  # every entry holds a copy of the model and a GL context
             _FRAMES.pop(next(iter(_FRAMES))).close()

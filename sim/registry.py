@@ -5,6 +5,7 @@ Knows names, contracts and constructors; imports a simulator only when a task of
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from pathlib import Path
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from sim.base import Expert, TaskEnv, TaskInfo
+from sim.perturbations import MARK, split
 
 ROBOTS = Path(__file__).resolve().parent.parent / "robots"
 
@@ -49,12 +51,31 @@ def tasks(suite: str) -> list[TaskInfo]:
 
 
 def task(suite: str, name: str) -> TaskInfo:
-    """One task by name. Raises RatchetError sim.unknown_task."""
+    """One task by name.
+
+    Beside the suite's own names there are `task@perturbation` (see `perturbations`) and `other_suite/task`, for suites
+    of the same robot such as LIBERO-PRO's.
+
+    Raises:
+        RatchetError: sim.unknown_task, sim.unknown_suite, sim.unknown_perturbation, sim.other_robot.
+    """
+    if MARK in name or "/" in name:
+        other, plain, _ = parts(suite, name)
+        if contract_for(other).id != contract_for(suite).id:
+            raise RatchetError("sim.other_robot", f"suite '{other}' has another robot than '{suite}'", where=name)
+        return dataclasses.replace(task(other, plain), name=name)
     found = tasks(suite)
     for info in found:
         if info.name == name:
             return info
     raise unknown_name("task", name, [i.name for i in found], "sim.unknown_task")
+
+
+def parts(suite: str, name: str) -> tuple[str, str, str]:
+    """`[suite/]task[@perturbation]` -> (suite, task, perturbation or empty)."""
+    plain, kind = split(name)
+    other, slash, rest = plain.rpartition("/")
+    return (other, rest, kind) if slash else (suite, plain, kind)
 
 
 def contract_for(suite: str) -> RobotContract:
@@ -66,13 +87,14 @@ def make_env(suite: str, name: str, contract: RobotContract | None = None) -> Ta
     """Build one task's environment in this process (compiles its model)."""
     task(suite, name)
     contract = contract or contract_for(suite)
-    if suite == "metaworld":
+    other, plain, kind = parts(suite, name)
+    if other == "metaworld":
         from sim.metaworld import MetaWorldTaskEnv
 
-        return MetaWorldTaskEnv(name, contract)
+        return MetaWorldTaskEnv(plain, contract, perturbation=kind)
     from sim.libero import LiberoTaskEnv
 
-    return LiberoTaskEnv(suite, name, contract)
+    return LiberoTaskEnv(other, plain, contract, perturbation=kind)
 
 
 def make_expert(suite: str, name: str) -> Expert:

@@ -245,8 +245,7 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         mask = np.asarray(options.get("reset_mask", np.ones(n, bool)))
         resets = {}
         for s in np.flatnonzero(mask):
-            if names[s] not in self.tasks:
-                raise registry.unknown_name("task", names[s], self.tasks, "sim.unknown_task")
+            self._require_task(names[s])
             resets[int(s)] = (names[s], int(states[s]), int(options.get("horizon", self.tasks[names[s]].horizon)))
         self._round(resets, {})
         return self._observation(), {}
@@ -287,12 +286,15 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         if refused:
             raise refused[0]
 
+    def _require_task(self, name: str) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = registry.task(self.suite, name)
+
     def _check(self, group: int, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, np.ndarray]) -> None:
         if self._workers[group].pending is not None:
             raise RatchetError("sim.busy", "this group's last round was not collected", where=f"group {group}")
         for task, _, _ in resets.values():
-            if task not in self.tasks:
-                raise registry.unknown_name("task", task, self.tasks, "sim.unknown_task")
+            self._require_task(task)
         expected = self.single_action_space.shape
         for slot, chunk in steps.items():
             where = f"slot {slot}"

@@ -20,6 +20,7 @@ from sim import gl
 from sim.libero import CONTRACT, LiberoTaskEnv, libero_suites, libero_task_infos, with_image_size
 from sim.libero_model import _compiled
 from sim.libero_suites import initial_states
+from sim.perturbations import BASE_SHIFT
 
 SUITE, TASK = "libero_object", "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
 
@@ -148,6 +149,19 @@ def test_reset_is_deterministic_and_leaves_the_global_generator_alone(env: Liber
     other.close()
 
 
+def test_a_moved_base_carries_the_arm_with_it(env: LiberoTaskEnv) -> None:
+    # Also after the settle steps: a controller that still aimed at the old place would have pulled the hand back.
+    moved = LiberoTaskEnv(SUITE, TASK, perturbation="base")
+    try:
+        for e in (env, moved):
+            e.reset(1)
+        shift = moved.state()["eef_position"] - env.state()["eef_position"]
+        np.testing.assert_allclose(shift, BASE_SHIFT, atol=1e-6)
+        assert moved.model is not env.model
+    finally:
+        moved.close()
+
+
 def test_one_compiled_model_per_task_and_independent_episodes(env: LiberoTaskEnv) -> None:
     other = LiberoTaskEnv(SUITE, TASK)
     assert other.model is env.model
@@ -157,7 +171,7 @@ def test_one_compiled_model_per_task_and_independent_episodes(env: LiberoTaskEnv
     np.testing.assert_array_equal(env.simulator_state(), before)
     other.close()
     other.close()
-    assert (SUITE, TASK) in _compiled
+    assert (SUITE, TASK, "") in _compiled
     with pytest.raises(RatchetError) as refused:
         other.reset(0)
     assert refused.value.code == "sim.closed"
@@ -196,7 +210,7 @@ def test_a_camera_that_the_simulator_lacks_is_refused_and_frees_the_model() -> N
     with pytest.raises(RatchetError, match="frontview") as refused:
         LiberoTaskEnv(SUITE, task, wrong)
     assert refused.value.code == "sim.contract_mismatch"
-    assert (SUITE, task) not in _compiled
+    assert (SUITE, task, "") not in _compiled
 
 
 def test_a_camera_can_be_moved_by_the_contract(env: LiberoTaskEnv) -> None:
