@@ -83,9 +83,11 @@ def run(
         title,
         common.command_line(),
         suite=suite,
-        method=f"{method.name}, {config.update.algorithm}",
+        method=f"{method.name}, {config.update.algorithm}" if method.needs_rollouts else method.name,
+        settings=method.settings,
         seed=config.seed,
         contract=f"{contract.name} {contract.id}",
+        policy=str(policy_folder),
         base_hash=policy.base_hash,
         config={"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)},
     )
