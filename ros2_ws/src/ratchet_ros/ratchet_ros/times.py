@@ -17,6 +17,8 @@ from agent.runtime.clock import ExternalClock, MonotonicClock
 
 REORDERED = 0.5  # s of simulated time that messages of different topics may overtake each other by
 
+LAST = 2.0**31 - 1  # s, the last whole second that a stamp can hold
+
 TICK = 1e-6  # s that count as the same moment: stamps are rounded to nanoseconds, deadlines are sums of periods
 
 
@@ -26,8 +28,8 @@ def seconds(stamp: Time) -> float:
 
 
 def to_time(moment: float) -> Time:
-    """Seconds as ROS time, rounded to nanoseconds; what is not finite or negative becomes 0."""
-    if not math.isfinite(moment) or moment < 0.0:
+    """Seconds as ROS time, rounded to nanoseconds; what is not finite, negative or beyond its 32 bits becomes 0."""
+    if not 0.0 <= moment < LAST:
         return Time()
     nanoseconds = round(moment * 1e9)
     return Time(sec=nanoseconds // 1_000_000_000, nanosec=nanoseconds % 1_000_000_000)
