@@ -15,18 +15,20 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from agent.adapters.store import FolderStore
 from agent.cli import common, sequential
 from agent.cli.pretrain import demonstration_states
+from agent.cli.study_analysis import Analyse
 from agent.errors import RatchetError
-from agent.learner.analysis import adapter_update
-from agent.learner.methods.registry import METHODS, method_named
+from agent.learner.methods import variants
+from agent.learner.methods.registry import METHODS
+from agent.learner.methods.variants import Variant
 from agent.learner.ppo import PpoConfig
 from agent.learner.sequence import SequenceConfig
-from agent.learner.study import MEASURES, Trial, as_dict, load_trial, markdown, summarise
+from agent.learner.study import MEASURES, Trial, as_dict, load_trial, markdown, require_same, summarise
+from agent.learner.study_claims import claims
 from agent.learner.study_report import write_study
 from agent.learner.update import UpdateConfig
-from sim import registry
+from sim import perturbations, registry
 from sim.demonstrations import Demonstrations, collect
 
 
@@ -40,13 +42,17 @@ class Run:
     tasks: tuple[str, ...]
     """Tasks in the order in which they are learned."""
     methods: tuple[str, ...] = ("seq_ft",)
-    """Methods: seq_ft, ewc, expert_replay, dark_replay, retain, slca, expansion, oracle, full_ft, supervised."""
+    """Rows of the table: seq_ft, ewc, expert_replay, dark_replay, retain, slca, expansion, oracle, full_ft, small_cnn,
+    supervised. Parameters follow a colon: retain:coefficient=0.5, ewc:strength=1e5; any method takes rank, alpha,
+    learning_rate and order (reversed, or a number that seeds a shuffle): seq_ft:alpha=8,order=reversed."""
     seeds: tuple[int, ...] = (0,)
     """One trial per method and seed."""
     suite: str = "metaworld"
     """Suite of the tasks."""
     held_out: tuple[str, ...] = ()
-    """Tasks that are evaluated and never trained."""
+    """Tasks that are evaluated and never trained; also `task@perturbation`, and `suite/task` of the same robot."""
+    perturb: tuple[str, ...] = ()
+    """Hold out every learned task under these changes of its world too: camera, light, base."""
     policy: Path | None = None
     """Folder of the base policy; the built-in one of the suite if absent."""
     out: Path = Path("runs/study")
@@ -65,8 +71,6 @@ class Run:
     """Episodes per task and evaluation."""
     horizon: int = 0
     """Longest episode in control steps; 0 takes each task's own."""
-    reverse: bool = False
-    """Learn the tasks in the opposite order."""
     lora: common.LoraOptions = field(default_factory=lambda: common.LoraOptions(rank=4, alpha=4.0))
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
@@ -74,11 +78,13 @@ class Run:
         )
     )
     full_learning_rate: float = 2e-4
-    """Learning rate of full_ft, whose weights need smaller steps than an adapter's."""
+    """Learning rate of full_ft and small_cnn, whose weights need smaller steps than an adapter's."""
     demonstrations: Path | None = None
     """Demonstrations for replay and supervision; the scripted experts record them if absent."""
     demonstration_episodes: int = 20
     """Demonstrations per task where they are recorded."""
+    rollouts: str = "local"
+    """Where the simulators run: "local", "local-ray", or the address of a Ray cluster such as ray://head:10001."""
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
@@ -91,42 +97,52 @@ class Run:
     def run(self) -> int:
         common.threads(self.threads)
         console = Console(stderr=self.json)
-        chosen = [method_named(name) for name in self.methods]
-        tasks = tuple(reversed(self.tasks)) if self.reverse else self.tasks
-        common.find_tasks(self.suite, [*tasks, *self.held_out])
-        data = self._demonstrations(console) if any(m.needs_demonstrations for m in chosen) else None
-        for seed in self.seeds:
-            for kind in chosen:
-                folder = self.out / kind.name / f"seed{seed}"
-                if load_trial(kind.name, seed, folder) is not None:
-                    continue
-                console.rule(f"{kind.name}, seed {seed}")
-                sequential.run(
-                    title=f"{kind.name}, seed {seed}",
-                    suite=self.suite,
-                    policy_folder=common.policy_folder(self.suite, self.policy),
-                    config=self._config(kind.name, tasks, seed),
-                    lora=self.lora,
-                    folder=folder,
-                    workers=self.workers,
-                    slots=self.slots,
-                    videos=False,
-                    console=console,
-                    method=kind(data) if kind.needs_demonstrations else kind(),
-                )
-                write(self.out, self._facts(), console)
+        chosen = [variants.parse(text) for text in self.methods]
+        held_out = (*self.held_out, *(f"{t}{perturbations.MARK}{kind}" for kind in self.perturb for t in self.tasks))
+        common.find_tasks(self.suite, [*self.tasks, *held_out])
+        folder = common.policy_folder(self.suite, self.policy)
+        plans = [(seed, v, self._config(v, held_out, seed), self._lora(v)) for seed in self.seeds for v in chosen]
+        for seed, variant, config, lora in plans:  # before hours are spent
+            facts: dict[str, Any] = {
+                "config": {"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)}
+            }
+            facts |= {"suite": self.suite, "settings": variant.make_settings()}
+            require_same(self.out / variant.label / f"seed{seed}", facts)
+        data = self._demonstrations(console) if any(v.kind.needs_demonstrations for v in chosen) else None
+        for seed, variant, config, lora in plans:
+            place = self.out / variant.label / f"seed{seed}"
+            if load_trial(variant.label, seed, place) is not None:
+                continue
+            console.rule(f"{variant.label}, seed {seed}")
+            sequential.run(
+                title=f"{variant.label}, seed {seed}",
+                suite=self.suite,
+                policy_folder=folder,
+                config=config,
+                lora=lora,
+                folder=place,
+                workers=self.workers,
+                slots=self.slots,
+                videos=False,
+                console=console,
+                rollouts=self.rollouts,
+                method=variant.make(data),
+            )
+            write(self.out, self._facts(), console)
         result = write(self.out, self._facts(), console)
         if self.json:
             print(json.dumps(result))
         return 0
 
-    def _config(self, method: str, tasks: tuple[str, ...], seed: int) -> SequenceConfig:
+    def _config(self, variant: Variant, held_out: tuple[str, ...], seed: int) -> SequenceConfig:
         update = self.update
-        if method == "full_ft":
+        if variant.kind.whole_model:
             update = dataclasses.replace(update, learning_rate=self.full_learning_rate)
+        if variant.learning_rate is not None:
+            update = dataclasses.replace(update, learning_rate=variant.learning_rate)
         return SequenceConfig(
-            tasks=tasks,
-            held_out=self.held_out,
+            tasks=variant.arranged(self.tasks),
+            held_out=held_out,
             updates=self.updates,
             groups=self.groups,
             group_size=self.group_size,
@@ -137,6 +153,10 @@ class Run:
             seed=seed,
             update=update,
         )
+
+    def _lora(self, variant: Variant) -> common.LoraOptions:
+        rank, alpha = variant.lora(self.lora.rank, self.lora.alpha)
+        return dataclasses.replace(self.lora, rank=rank, alpha=alpha)
 
     def _demonstrations(self, console: Console) -> Demonstrations:
         path = self.demonstrations or self.out / "demonstrations.safetensors"
@@ -173,7 +193,7 @@ class Run:
             suite=self.suite,
             tasks=list(self.tasks),
             held_out=list(self.held_out),
-            reverse=self.reverse,
+            perturbed={kind: perturbations.KINDS[kind] for kind in self.perturb},
             updates=self.updates,
             episodes_per_update=self.groups * self.group_size,
             lora=dataclasses.asdict(self.lora),
@@ -198,49 +218,6 @@ class Report:
 
 
 @dataclass
-class Analyse:
-    """Effective rank and norm of the update, layer by layer, of every adapter of a study or of one store."""
-
-    out: Annotated[Path, tyro.conf.Positional] = Path("runs/study")
-    """Study folder, run folder, or adapter store."""
-    json: bool = False
-    """Print the result as JSON."""
-
-    def run(self) -> int:
-        stores = sorted(p.parent for p in self.out.rglob("objects") if (p.parent / "tags").is_dir())
-        if not stores:
-            raise RatchetError("study.no_adapters", "no adapter store below this folder", where=str(self.out))
-        rows: list[dict[str, Any]] = []
-        for root in stores:
-            store = FolderStore(root)
-            for name in store.ids():
-                card = store.card(name)
-                layers = adapter_update(store.get(name))
-                rows.append(
-                    {
-                        "trial": str(root.parent.relative_to(self.out)) if root != self.out else ".",
-                        "adapter": name,
-                        "task": card.provenance.task,
-                        "stage": card.provenance.stage,
-                        "layers": [dataclasses.asdict(layer) for layer in layers],
-                        "mean_effective_rank": sum(x.effective_rank for x in layers) / len(layers),
-                        "norm": sum(x.norm**2 for x in layers) ** 0.5,
-                    }
-                )
-        if self.json:
-            print(json.dumps(rows))
-            return 0
-        table = Table(title="updates")
-        for column in ("trial", "stage", "task", "norm", "mean effective rank"):
-            table.add_column(column, overflow="fold")
-        for row in sorted(rows, key=lambda r: (r["trial"], r["stage"])):
-            rank = f"{row['mean_effective_rank']:.2f}"
-            table.add_row(row["trial"], str(row["stage"]), row["task"], f"{row['norm']:.3g}", rank)
-        Console(width=100).print(table)
-        return 0
-
-
-@dataclass
 class Study:
     """Compare Seq. FT with other methods on your own tasks.
 
@@ -248,11 +225,13 @@ class Study:
 
         ratchet study run --tasks button-press handle-press --methods seq_ft ewc --seeds 0 1 --out runs/study
 
+        ratchet study run --tasks button-press handle-press --methods seq_ft seq_ft:alpha=8 --perturb camera light
+
         ratchet study report runs/study
 
         ratchet study analyse runs/study
 
-    A study that was stopped goes on when the same command is given again.
+    A study that was stopped goes on when the same command is given again; methods and seeds may be added to it.
     """
 
     command: Annotated[
@@ -267,19 +246,17 @@ class Study:
 
 
 def write(out: Path, facts: dict[str, Any], console: Console) -> dict[str, Any]:
-    """All of a study's files from its finished trials; prints the table.
+    """All of a study's files from its finished trials; prints the table and what it says about the claims.
 
     Raises:
         RatchetError: study.nothing_finished.
     """
-    trials: list[Trial] = []
-    for name in METHODS:
-        for folder in sorted((out / name).glob("seed*"), key=lambda p: int(p.name[4:])):
-            trial = load_trial(name, int(folder.name[4:]), folder)
-            trials += [trial] if trial else []
+    trials = finished(out)
     if not trials:
         raise RatchetError("study.nothing_finished", "no finished trial", where=str(out), fix="run the study first")
     result = as_dict(trials, facts)
+    said = claims(trials)
+    result["claims"] = [c.as_dict() for c in said]
     common.write_json(out / "study.json", result)
     (out / "study.md").write_text(markdown(trials))
     page = write_study(trials, facts, out / "study.html")
@@ -289,5 +266,27 @@ def write(out: Path, facts: dict[str, Any], console: Console) -> dict[str, Any]:
     for s in summarise(trials):
         table.add_row(s.method, str(len(s.seeds)), *[v.percent() if (v := s.values[n]) else "-" for n in MEASURES])
     console.print(table)
+    table = Table(title="claims: a loss in points, at most the bound")
+    for column in ("method", "claim", "loss", "bound", "by the interval"):
+        table.add_column(column, overflow="fold")
+    for c in said:
+        loss = c.value.percent() if c.value else "-"
+        table.add_row(c.method, c.text, loss, f"{100 * c.bound:.0f}", c.verdict)
+    console.print(table)
     console.print(f"report: {page}")
     return result
+
+
+def finished(out: Path) -> list[Trial]:
+    """The study's finished trials, methods in the order of the list of methods, variants behind their method."""
+    order = list(METHODS)
+    rows = []
+    for folder in out.iterdir() if out.is_dir() else ():
+        if folder.is_dir() and folder.name.partition(":")[0] in METHODS:
+            rows.append(variants.parse(folder.name))
+    trials: list[Trial] = []
+    for variant in sorted(rows, key=lambda v: (order.index(v.kind.name), v.label)):
+        for folder in sorted((out / variant.label).glob("seed*"), key=lambda p: int(p.name[4:])):
+            trial = load_trial(variant.label, int(folder.name[4:]), folder, variant.kind.sequential)
+            trials += [trial] if trial else []
+    return trials

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from agent.learner.intervals import Interval, mean
 from agent.learner.metrics import Cell, difference
@@ -46,6 +46,20 @@ class Claim:
         if self.value.high <= self.bound + 1e-9:
             return "yes"
         return "no" if self.value.low > self.bound + 1e-9 else "undecided"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: points."""
+        value = self.value
+        return {
+            "method": self.method,
+            "claim": self.text,
+            "points": None if value is None else round(100 * value.estimate, 2),
+            "low": None if value is None else round(100 * value.low, 2),
+            "high": None if value is None else round(100 * value.high, 2),
+            "bound": 100 * self.bound,
+            "met": self.met,
+            "verdict": self.verdict,
+        }
 
 
 def claims(trials: Sequence[Trial], oracle: str = "oracle") -> list[Claim]:

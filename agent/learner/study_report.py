@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from agent.learner.metrics import SuccessMatrix
 from agent.learner.study import MEANING, MEASURES, Trial, forgetting, summarise
+from agent.learner.study_claims import claims
 
 TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>
@@ -39,6 +40,14 @@ over seeds, in %.</p>
 {% for name, image in heat %}<figure><figcaption>{{ name }}</figcaption><img alt="success matrix of {{ name }}"
 src="{{ image }}"></figure>{% endfor %}
 <h2>What learned tasks lose</h2><img alt="forgetting curves" src="{{ curves }}">
+{% if learning %}<h2>Success while learning</h2><p>Share of training episodes that succeeded, by update; mean over
+seeds. Lines between tasks. Methods that run no episodes are left out.</p>
+<img alt="learning curves" src="{{ learning }}">
+{% endif %}<h2>What this says about the claims</h2><p>Each is a loss in points that should be at most its bound. The
+verdict is the interval's: yes where all of it is within the bound, no where none of it is.</p>
+<table><tr><th>method</th><th style="text-align:left">claim</th><th>loss</th><th>bound</th><th>verdict</th></tr>
+{% for row in claims %}<tr><td>{{ row[0] }}</td><td style="text-align:left">{{ row[1] }}</td>{% for cell in row[2:] %}
+<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 <h2>What was run</h2><table>{% for key, value in facts %}<tr><td>{{ key }}</td>
 <td style="text-align:left">{{ value }}</td></tr>{% endfor %}</table></html>
 """
@@ -61,6 +70,11 @@ def write_study(trials: Sequence[Trial], facts: Mapping[str, Any], output: Path)
             rows=rows,
             heat=[(m, _uri(heat_map([t.matrix for t in trials if t.method == m]))) for m in methods],
             curves=_uri(forgetting_curves(trials)),
+            learning=_uri(drawn) if (drawn := learning_curves(trials)) else "",
+            claims=[
+                (c.method, c.text, c.value.percent() if c.value else "-", f"{100 * c.bound:.0f}", c.verdict)
+                for c in claims(trials)
+            ],
             facts=[(k, str(v)) for k, v in facts.items() if k != "methods"],
         )
     )
@@ -98,15 +112,48 @@ def forgetting_curves(trials: Sequence[Trial]) -> bytes:
     figure = Figure(figsize=(9.0, 3.4), dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for method in dict.fromkeys(t.method for t in trials):
+    shown = [t for t in trials if t.sequential]
+    for method in dict.fromkeys(t.method for t in shown):
         found: dict[int, list[float]] = {}
-        for trial in (t for t in trials if t.method == method):
+        for trial in (t for t in shown if t.method == method):
             for task in trial.matrix.tasks:
                 for since, rate in forgetting(trial.matrix, task):
                     found.setdefault(since, []).append(rate)
         stages = sorted(found)
         axes.plot(stages, [100 * float(np.mean(found[k])) for k in stages], marker="o", label=method)
     axes.set_xlabel("tasks learned since")
+    axes.set_ylabel("success in %")
+    axes.set_ylim(0, 100)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if shown:
+        axes.legend(fontsize=8, ncols=2)
+    figure.tight_layout()
+    return _png(figure)
+
+
+def learning_curves(trials: Sequence[Trial]) -> bytes:
+    """PNG: success of the training episodes against the number of updates so far, mean over seeds, per method; empty
+    where no trial ran episodes."""
+    curves: dict[str, list[list[float]]] = {}
+    borders: list[int] = []
+    for trial in trials:
+        rates = [u["successes"] / u["episodes"] for u in trial.updates if u["episodes"]]
+        if rates:
+            curves.setdefault(trial.method, []).append(rates)
+            stages = [u["stage"] for u in trial.updates if u["episodes"]]
+            borders = borders or [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
+    if not curves:
+        return b""
+    figure = Figure(figsize=(9.0, 3.4), dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for method, runs in curves.items():
+        length = min(map(len, runs))
+        mean = 100 * np.mean([r[:length] for r in runs], axis=0)
+        axes.plot(np.arange(1, length + 1), mean, label=method, linewidth=1.3)
+    for border in borders:
+        axes.axvline(border + 0.5, color="#9aa5b1", linewidth=0.8)
+    axes.set_xlabel("updates")
     axes.set_ylabel("success in %")
     axes.set_ylim(0, 100)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

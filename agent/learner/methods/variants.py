@@ -41,6 +41,11 @@ class Variant:
         """A fresh method. Raises RatchetError learn.no_demonstrations."""
         return self.kind(demonstrations if self.kind.needs_demonstrations else None, **self.settings)
 
+    def make_settings(self) -> dict[str, Any]:
+        """The method's own parameters that differ from their defaults, as a run of it would write them down."""
+        own = inspect.signature(self.kind.__init__).parameters
+        return {key: value for key, value in self.settings.items() if value != own[key].default}
+
     def arranged(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """The tasks in this entry's order."""
         if self.order == "given":
