@@ -35,7 +35,7 @@ class ExportOptions:
     """How a data set is written."""
 
     codec: VideoCodec = "h264"
-    """Video codec. av1 is smaller, but its encoder takes real-time priority where it may: never beside a running arm."""
+    """Video codec. av1 is smaller, but its encoder takes real-time priority where it may: not beside a running arm."""
     crf: int = 20
     """Quality of the video: lower is better and larger."""
     rate: Rate | None = None
