@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="8 episodes instead of 200")
     parser.add_argument("--lerobot", type=Path, help="Python of an environment with LeRobot")
     parser.add_argument("--backend", default="pyav", help="LeRobot's video backend: pyav or torchcodec")
-    parser.add_argument("--codec", default="av1", choices=["av1", "h264"])
+    parser.add_argument("--codec", default="h264", choices=["av1", "h264"])
     parser.add_argument("--size", type=int, default=192, help="pixels of each side")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/export.json")
     arguments = parser.parse_args(argv)

@@ -19,7 +19,6 @@ from agent.records import ActionChunk, ControlTick, Episode, Mark, Observation, 
 from sim import registry
 
 TASKS = ("drawer-open", "door-open", "faucet-open", "window-open", "button-press-topdown")
-CHUNK = 8
 
 
 def two_cameras(size: int) -> RobotContract:
@@ -30,8 +29,8 @@ def two_cameras(size: int) -> RobotContract:
     return dataclasses.replace(contract, cameras=(dataclasses.replace(first, width=size, height=size), side))
 
 
-def rollout(contract: RobotContract, task: str, initial: int, steps: int) -> Episode:
-    """One attempt: a frame of each camera, a state and a command per control step, decisions of `CHUNK` actions."""
+def rollout(contract: RobotContract, task: str, initial: int, steps: int, *, stop: bool = True) -> Episode:
+    """One attempt: a frame of each camera, a state and a command per control step. stop: soon after success."""
     env = registry.make_env("metaworld", task, contract)
     expert = registry.make_expert("metaworld", task)
     made: list[Step] = []
@@ -55,7 +54,7 @@ def rollout(contract: RobotContract, task: str, initial: int, steps: int) -> Epi
             ticks.append(ControlTick(stamp, stamp, i, action, action, Mark.NONE, i, 0, "0" * 64, state))
             env.step(action)
             solved = solved or env.success()
-            if solved and i % 10 == 9:
+            if stop and solved and i % 10 == 9:
                 break
     finally:
         env.close()

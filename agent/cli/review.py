@@ -11,7 +11,7 @@ from rich.console import Console
 
 from agent.cli.episodes import play
 from agent.cli.exchange import STORE
-from agent.episodes.review import LOOPBACK, Desk, Filters, check_address, make_app, new_token
+from agent.episodes.review import LOOPBACK, Filters, check_address, make_app, new_token, waiting_for
 from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import Seen, Verification
 from agent.errors import RatchetError
@@ -93,8 +93,9 @@ class Review:
     def _terminal(self, said: Verification) -> int:
         if not self.person.strip():
             raise RatchetError("episode.no_person", "a judgement needs a person's name", fix="give --person")
-        desk, skipped, judged = Desk(), set[str](), 0
-        while episode := desk.next(said, self.person, Filters(), frozenset(skipped)):
+        person, skipped, judged = " ".join(self.person.split()), set[str](), 0
+        while left := [e for e in waiting_for(said, person, Filters()) if e not in skipped]:
+            episode = left[0]
             card = said.store.card(episode)
             proposal = said.proposal(card)
             says = f"; {proposal.source} says {'success' if proposal.success else 'failure'}" if proposal else ""

@@ -34,9 +34,9 @@ OURS = "meta/ratchet.json"  # what LeRobot has no place for
 class ExportOptions:
     """How a data set is written."""
 
-    codec: VideoCodec = "av1"
-    """Video codec; av1 is what LeRobot writes by itself."""
-    crf: int = 30
+    codec: VideoCodec = "h264"
+    """Video codec. av1 is smaller, but its encoder takes real-time priority where it may: not beside a running arm."""
+    crf: int = 20
     """Quality of the video: lower is better and larger."""
     rate: Rate | None = None
     """Rows per control step or per decision; per control step where every episode has the frames, if absent."""

@@ -60,30 +60,37 @@ class Index:
         Raises:
             RatchetError: episode.index_changed, episode.disk_full, episode.io.
         """
-        with disk_refusals(self.path), self._guard, locked(self._lock_path):
-            self._read()
-            self._cut_torn_end()
-            made: list[Entry] = []
-            lines = b""
-            for kind, body in entries:
-                last = made[-1] if made else self._entries[-1] if self._entries else None
-                number = last.number + 1 if last else 0
-                entry, line = _make(number, kind, body, last.hash if last else FIRST)
-                made.append(entry)
-                lines += line
+        with disk_refusals(self.path):
             new = not self.path.exists()
             descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
             try:
-                view = memoryview(lines)
-                while view:
-                    view = view[os.write(descriptor, view) :]
+                with self._guard, locked(self._lock_path):
+                    made = self._append(descriptor, entries)
+                # Waiting for the disk needs no lock: whoever appends after this waits for these entries' bytes, too.
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             if new:
                 sync_folder(self.path.parent)
-            self._read()
-            return made
+        return made
+
+    def _append(self, descriptor: int, entries: Iterable[tuple[str, dict[str, Any]]]) -> list[Entry]:
+        """With both locks held."""
+        self._read()
+        self._cut_torn_end()
+        made: list[Entry] = []
+        lines = b""
+        for kind, body in entries:
+            last = made[-1] if made else self._entries[-1] if self._entries else None
+            number = last.number + 1 if last else 0
+            entry, line = _make(number, kind, body, last.hash if last else FIRST)
+            made.append(entry)
+            lines += line
+        view = memoryview(lines)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        self._read()
+        return made
 
     @property
     def head(self) -> str:

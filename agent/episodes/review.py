@@ -71,22 +71,25 @@ class Desk:
         self._leases: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
-    def next(self, said: Verification, person: str, filters: Filters, skip: frozenset[str]) -> str | None:
-        """The oldest episode that this person has not judged; one that nobody watches, if there is any."""
+    def next(self, waiting: list[str], person: str, skip: frozenset[str]) -> str | None:
+        """The oldest of these episodes; one that nobody else watches, if there is any."""
         now = time.monotonic()
         with self._lock:
             watched = {e for e, (who, until) in self._leases.items() if who != person and until > now}
-            second: str | None = None
-            for card in said.store.cards().values():
-                if card.id in skip or person in latest_of(said.labels(card.id)):
-                    continue
-                if not filters.pass_(card, said.standing(card.id)):
-                    continue
-                if card.id not in watched:
-                    self._leases[card.id] = (person, now + LEASE)
-                    return card.id
-                second = second or card.id
-            return second
+            wanted = [e for e in waiting if e not in skip]
+            free = next((e for e in wanted if e not in watched), None)
+            if free is not None:
+                self._leases[free] = (person, now + LEASE)
+            return free if free is not None else next(iter(wanted), None)
+
+
+def waiting_for(said: Verification, person: str, filters: Filters) -> list[str]:
+    """Episodes that this person has not judged and the filters let pass, oldest first."""
+    found = []
+    for card in said.store.cards().values():
+        if person not in latest_of(said.labels(card.id)) and filters.pass_(card, said.standing(card.id)):
+            found.append(card.id)
+    return found
 
 
 def check_address(host: str, token: str) -> None:
@@ -153,12 +156,8 @@ def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) 
     def following(
         person: str, filters: Annotated[Filters, Depends()], skip: Annotated[list[str] | None, Query()] = None
     ) -> dict[str, Any]:
-        found = desk.next(said, " ".join(person.split()), filters, frozenset(skip or ()))
-        left = 0
-        for card in said.store.cards().values():
-            mine = latest_of(said.labels(card.id))
-            left += " ".join(person.split()) not in mine and filters.pass_(card, said.standing(card.id))
-        return {"episode": found, "left": left}
+        waiting = waiting_for(said, " ".join(person.split()), filters)
+        return {"episode": desk.next(waiting, person, frozenset(skip or ())), "left": len(waiting)}
 
     @app.get("/api/episodes/{reference}")
     def show(reference: str, person: str = "") -> dict[str, Any]:
@@ -184,11 +183,12 @@ def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) 
         return Response(data, media_type="application/octet-stream", headers={"Cache-Control": "max-age=3600"})
 
     @app.post("/api/episodes/{reference}/label")
-    def judge(reference: str, given: Judgement) -> dict[str, Any]:
+    def judge(reference: str, given: Judgement, filters: Annotated[Filters, Depends()]) -> dict[str, Any]:
         card = said.store.card(reference)
         seen = Seen(given.share, given.seconds, card.cameras, "page")
         label = said.judge(card.id, given.verdict, given.person, note=given.note, seen=seen, settles=given.settles)
-        return {"label": _label(label), "standing": dataclasses.asdict(said.standing(card.id))}
+        left = len(waiting_for(said, label.person, filters))
+        return {"label": _label(label), "standing": dataclasses.asdict(said.standing(card.id)), "left": left}
 
     @app.get("/api/disagreements")
     def disagreements() -> list[dict[str, Any]]:

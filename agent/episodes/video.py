@@ -17,11 +17,12 @@ from agent.records import UInt8
 
 VideoCodec = Literal["av1", "h264"]
 _ENCODERS = {"av1": "libsvtav1", "h264": "libx264"}
+_OPTIONS = {"av1": {"preset": "12", "svtav1-params": "lp=1"}, "h264": {"preset": "veryfast"}}
 KEYFRAMES = 2  # frames between key frames: a trainer reads single frames at random
 
 
 class VideoFile:
-    """One MP4 being written. crf: quality; LeRobot's own default is 30 for AV1."""
+    """One MP4 being written. crf: quality, lower is better."""
 
     def __init__(self, path: Path, height: int, width: int, fps: int, codec: VideoCodec, crf: int) -> None:
         """Raises RatchetError export.bad_frame_size, export.no_encoder."""
@@ -43,9 +44,9 @@ class VideoFile:
         except (ValueError, av.error.FFmpegError) as error:
             raise RatchetError("export.no_encoder", str(error), where=codec, fix="choose the other codec") from error
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        preset = "12" if codec == "av1" else "veryfast"
-        stream.options = {"g": str(KEYFRAMES), "crf": str(crf), "preset": preset}
-        stream.codec_context.thread_count = 1
+        stream.options = {"g": str(KEYFRAMES), "crf": str(crf), **_OPTIONS[codec]}
+        if codec == "h264":
+            stream.codec_context.thread_count = 1
         self._stream = stream
         self.frames = 0
 

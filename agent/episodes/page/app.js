@@ -7,7 +7,7 @@ const shown = { episode: null, cameras: [], time: 0, playing: true, seen: new Se
 const ahead = new Map(); // id -> promise of a loaded episode
 const visited = [];
 let skipped = [];
-let busy = false;
+const sending = new Set(); // episodes whose label is on its way
 
 function say(text, bad = false) {
   $("message").textContent = text;
@@ -62,7 +62,7 @@ function load(id) {
 }
 
 async function following(also = []) {
-  const skip = [...skipped, ...also];
+  const skip = [...skipped, ...sending, ...also];
   return (await ask(`/api/next?${query({ skip })}`)).json();
 }
 
@@ -114,7 +114,12 @@ async function show(id) {
   draw();
   say("");
   document.body.dataset.episode = id;
-  following([id]).then(({ episode }) => episode && load(episode)).catch(() => {});
+  shown.upcoming = null;
+  following([id]).then(async ({ episode }) => {
+    if (!episode) return;
+    await load(episode);
+    if (shown.episode === id) shown.upcoming = episode;
+  }).catch(() => {});
 }
 
 function propose({ proposal, standing, labels }) {
@@ -182,20 +187,27 @@ function frame(now) {
   requestAnimationFrame(frame);
 }
 
+// The next episode is shown at once where it is loaded already; should the label not be stored, its episode comes back.
 async function judge(verdict) {
-  if (!shown.episode || busy) return;
-  busy = true;
-  const id = shown.episode;
+  if (!shown.episode || sending.has(shown.episode)) return;
+  const id = shown.episode, upcoming = shown.upcoming;
   const body = { person: person(), verdict, note: $("note").value, settles: shown.facts.standing.state === "disputed",
     share: shown.total ? shown.seen.size / shown.total : 0, seconds: (performance.now() - shown.began) / 1000 };
+  sending.add(id);
+  const stored = ask(`/api/episodes/${id}/label?${query()}`, body).then((answer) => answer.json());
+  stored.catch(() => {});
   try {
-    const told = await (await ask(`/api/episodes/${id}/label`, body)).json();
+    if (upcoming) await show(upcoming);
+    const told = await stored;
     ahead.delete(id);
-    const left = skipped.filter((other) => other !== id);
-    skipped = left;
-    await next();
+    skipped = skipped.filter((other) => other !== id);
+    if (!upcoming) await next();
+    else $("left").textContent = `${told.left} to judge`;
     say(`${id.slice(0, 8)}: ${verdict}, now ${told.standing.state.replace("_", " ")}`);
-  } catch (error) { say(error.message, true); } finally { busy = false; }
+  } catch (error) {
+    if (shown.episode !== id) await show(id).catch(() => {});
+    say(`not stored: ${error.message}`, true);
+  } finally { sending.delete(id); }
 }
 
 function toggle() {

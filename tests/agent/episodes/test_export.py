@@ -37,7 +37,7 @@ from agent.records import Episode, Mark
 from tests.agent.episodes.samples import episode, picture, small_contract, state
 
 CONTRACT = small_contract(64)
-H264 = ExportOptions(codec="h264", crf=18)
+H264 = ExportOptions(crf=18)
 
 
 def controlled(seed: int, steps: int = 12, human: tuple[int, int] = (0, 0)) -> Episode:
