@@ -74,7 +74,7 @@ def adapted(folder: Path | None, compute_dtype: str) -> PrismaticPolicy:
     if folder is None:
         policy = random_policy(compute_dtype)
     else:
-        policy = checkpoint.load(folder)
+        policy = checkpoint.load_discrete(folder)
         config = dataclasses.replace(policy.config, compute_dtype=compute_dtype)  # type: ignore[arg-type]
         tensors = policy.base_tensors()
         policy = PrismaticPolicy(config, policy.spec, policy.statistics, policy.tokenizer)

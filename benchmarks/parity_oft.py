@@ -30,8 +30,10 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.policy import published
 from agent.policy.checkpoint import load_tensors
+from agent.policy.images import Preparation
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.text import train_tokenizer
+from agent.policy.weights import read_weights
 
 GOAL = 1e-5
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,9 +61,10 @@ def build(folder: Path, attention: Attention) -> tuple[PrismaticPolicy, publishe
         attention=attention,
         contract=RobotContract.load(ROOT / "robots/libero.yaml"),
         cameras=CAMERAS[: facts["images"]],
+        images=Preparation(),
     )
     policy = PrismaticPolicy(found.config, found.spec, found.statistics, train_tokenizer(["pick up the bowl"], 300))
-    load_tensors(policy, published.read_weights(folder), str(folder))
+    load_tensors(policy, read_weights(folder), str(folder))
     return policy, found, facts["temperature"]
 
 

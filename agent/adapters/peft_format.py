@@ -103,9 +103,16 @@ def import_folder(folder: str | Path, binding: Binding) -> Adapter:
 
     Raises:
         RatchetError: adapter.missing_file, adapter.truncated, adapter.wrong_dtype, adapter.bad_config,
-            adapter.unsupported_config.
+            adapter.unsupported_config, adapter.is_base.
     """
     folder = Path(folder)
+    if not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
+        raise RatchetError(
+            "adapter.is_base",
+            "this folder holds a base model, not an adapter",
+            where=str(folder),
+            fix=f"give a folder with {CONFIG}; name this one as the base",
+        )
     config = read_config(read_file(folder / CONFIG), str(folder / CONFIG))
     tensors = read_weights(read_file(folder / WEIGHTS), str(folder / WEIGHTS))
     return Adapter(tensors, config, binding)

@@ -25,7 +25,7 @@ from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
 from agent.policy import checkpoint
-from agent.policy.prismatic import PrismaticPolicy
+from agent.policy.checkpoint import AnyPolicy
 from sim import registry
 from sim.base import TaskInfo
 from sim.vector import ChunkVectorEnv, Launcher, local_process
@@ -57,11 +57,11 @@ class LoraOptions:
 class Running:
     """A policy that is in use and whose adapter is changed by hot swap only."""
 
-    policy: PrismaticPolicy
+    policy: AnyPolicy
     swapper: HotSwapper
     swaps: list[SwapReport]
 
-    def serve(self, adapter_id: str) -> PrismaticPolicy:
+    def serve(self, adapter_id: str) -> AnyPolicy:
         """The policy with this adapter ("" for the base) in force."""
         wanted = adapter_id or self.swapper.base_id
         if self.swapper.current_id != wanted:
@@ -88,7 +88,7 @@ def policy_folder(suite: str, given: Path | None) -> Path:
     raise RatchetError("cli.no_policy", f"no built-in policy for suite '{suite}'", fix="name one with --policy FOLDER")
 
 
-def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> tuple[PrismaticPolicy, Lora]:
+def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> tuple[AnyPolicy, Lora]:
     """Load a base, check it against the robot, attach an empty adapter."""
     policy = checkpoint.load(folder)
     require_compatible(policy.spec, contract)
@@ -112,7 +112,7 @@ def open_running(folder: Path, contract: RobotContract, options: LoraOptions, st
 
 
 def make_vector(
-    policy: PrismaticPolicy, suite: str, contract: RobotContract, workers: int, slots: int, rollouts: str = "local"
+    policy: AnyPolicy, suite: str, contract: RobotContract, workers: int, slots: int, rollouts: str = "local"
 ) -> ChunkVectorEnv:
     """rollouts: where the simulators run, "local" processes, or Ray: "local-ray" or the address of a cluster."""
     launch: Launcher = local_process

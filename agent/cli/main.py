@@ -14,18 +14,25 @@ from rich.console import Console
 
 from agent.cli import (
     adapters,
+    ctl,
     demo,
+    doctor,
+    episodes,
     evaluate,
+    inspection,
     keys,
     learn,
     learner,
+    plan,
     pretrain,
     report,
+    review,
     robot,
     run,
     session,
     status,
     study,
+    up,
 )
 from agent.errors import RatchetError
 
@@ -36,10 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = {
         "demo": demo.Demo,
         "eval": evaluate.Eval,
+        "inspect": inspection.Inspect,
         "learn": learn.Learn,
         "pretrain": pretrain.Pretrain,
+        "plan": plan.PlanCommand,
         "adapters": adapters.Adapters,
         "report": report.Report,
+        "episodes": episodes.Episodes,
+        "review": review.Review,
         "run": run.Run,
         "keys": keys.Keys,
         "learner": learner.Learner,
@@ -47,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "session": session.SessionCommand,
         "status": status.Status,
         "study": study.Study,
+        "doctor": doctor.Doctor,
+        "up": up.Up,
+        "ctl": ctl.Ctl,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(

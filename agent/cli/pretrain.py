@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from agent.learner.pretrain import PretrainConfig, Pretrainer
 from agent.learner.pretrain import Progress as Report
 from agent.policy import checkpoint, presets
 from agent.policy.action_tokens import Statistics
+from agent.policy.flow import FlowPolicy, small_statistics
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.text import train_tokenizer
 from sim import registry
@@ -26,11 +28,13 @@ from sim.demonstrations import Demonstrations, NoiseConfig, collect
 
 @dataclass
 class Pretrain:
-    """Make a small VLA: record expert demonstrations, train by cross-entropy, save one folder.
+    """Make a small VLA: record expert demonstrations, train on them, save one folder.
 
     Commands to copy:
 
         ratchet pretrain --suite metaworld --tasks door-open faucet-open --episodes 40 --out models/mine
+
+        ratchet pretrain --suite metaworld --tasks door-open faucet-open --head flow --out models/mine-flow
 
     A training that was stopped goes on when the same command is given again.
     """
@@ -39,6 +43,8 @@ class Pretrain:
     """Tasks to demonstrate."""
     out: Path
     """Folder of the new policy; demonstrations and checkpoints go to its subfolder `work`."""
+    head: Literal["tokens", "flow"] = "tokens"
+    """How actions are given: "tokens" as in OpenVLA-OFT, "flow" by flow matching as in pi0."""
     suite: str = "metaworld"
     """Suite of the tasks."""
     episodes: int = 40
@@ -81,6 +87,9 @@ class Pretrain:
             )
         demonstrations = self._demonstrations(file, cameras, state, console)
         spec = presets.spec_for(contract, cameras=cameras, state=state, chunk=self.chunk, statistics_key=self.suite)
+        if self.head == "flow":
+            spec = replace(spec, bins=0)
+        policy: checkpoint.AnyPolicy
         if self.start is not None:
             policy = checkpoint.load(self.start)
             if policy.spec != spec:
@@ -92,10 +101,17 @@ class Pretrain:
                 )
         else:
             texts = [info.instruction for info in registry.tasks(self.suite)]
-            config = presets.small(image_size=spec.image_size)
             torch.manual_seed(self.train.seed)
-            tokenizer = train_tokenizer(texts, config.vocabulary - 256)
-            policy = PrismaticPolicy(config, spec, statistics_of(demonstrations, spec, self.suite), tokenizer)
+            if self.head == "flow":
+                flow = presets.small_flow(
+                    state=spec.state_size, actions=len(spec.action_names), chunk=spec.chunk, image_size=spec.image_size
+                )
+                numbers = small_statistics(demonstrations.actions, demonstrations.state, spec)
+                policy = FlowPolicy(flow, spec, numbers, train_tokenizer(texts, flow.vocabulary))
+            else:
+                config = presets.small(image_size=spec.image_size)
+                tokenizer = train_tokenizer(texts, config.vocabulary - 256)
+                policy = PrismaticPolicy(config, spec, statistics_of(demonstrations, spec, self.suite), tokenizer)
         trainer = Pretrainer(policy, list(policy.network.parameters()), demonstrations, self.train, work)
         history: list[Report] = []
         columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[note]}"))

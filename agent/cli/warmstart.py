@@ -20,7 +20,7 @@ from agent.cli import common
 from agent.errors import RatchetError
 from agent.learner.pretrain import Progress as Report
 from agent.learner.warmstart import WarmStartConfig, warm_start
-from agent.policy.prismatic import PrismaticPolicy
+from agent.policy.checkpoint import AnyPolicy
 from sim import registry
 from sim.demonstrations import Demonstrations, NoiseConfig, collect
 
@@ -108,7 +108,7 @@ def run(
 
 
 def _demonstrations(
-    suite: str, tasks: Sequence[str], policy: PrismaticPolicy, path: Path, options: Options, console: Console
+    suite: str, tasks: Sequence[str], policy: AnyPolicy, path: Path, options: Options, console: Console
 ) -> Demonstrations:
     if options.files:
         parts = [Demonstrations.load(_existing(f)) for f in options.files]

@@ -1,6 +1,7 @@
-"""Supervised training by cross-entropy on the action tokens: makes a small base, and warm-starts adapters.
+"""Supervised training: makes a small base, and warm-starts adapters.
 
-Knows samples, smoothing, augmentation, schedule and checkpoints. Knows neither simulator nor file formats of episodes.
+Knows samples, augmentation, schedule and checkpoints; objectives.py knows the losses. Knows neither simulator nor file
+formats of episodes.
 Order of samples and augmentation derive from (seed, step), so a killed run resumes to the same numbers.
 """
 
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from agent.errors import RatchetError
+from agent.learner.objectives import objective_of
+from agent.learner.objectives import soft_targets as soft_targets
+from agent.policy.flow import FlowPolicy
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import PolicyInput
 from agent.records import Float32, Int64, UInt8
@@ -73,7 +77,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class Progress:
-    """One report: step, losses (nats per token), mean absolute error in bins on validation, samples per second."""
+    """One report: step, loss, what `Objective.measure` gives on validation, samples per second."""
 
     step: int
     loss: float
@@ -81,15 +85,6 @@ class Progress:
     validation_error: float
     entropy: float
     samples_per_second: float
-
-
-def soft_targets(tokens: Tensor, bins: int, smoothing: float) -> Tensor:
-    """(…,) int64 -> (…, bins) float32: a Gaussian around each token, normalised over the bins that exist."""
-    if smoothing <= 0:
-        return functional.one_hot(tokens, bins).float()
-    distance = torch.arange(bins, device=tokens.device) - tokens[..., None]
-    weight = torch.exp(-0.5 * (distance / smoothing) ** 2)
-    return weight / weight.sum(-1, keepdim=True)
 
 
 def augment(images: Tensor, config: PretrainConfig, generator: torch.Generator) -> Tensor:
@@ -121,7 +116,7 @@ class Pretrainer:
 
     def __init__(
         self,
-        policy: PrismaticPolicy,
+        policy: PrismaticPolicy | FlowPolicy,
         parameters: Sequence[nn.Parameter],
         samples: Samples,
         config: PretrainConfig,
@@ -130,7 +125,7 @@ class Pretrainer:
     ) -> None:
         self.policy, self.samples, self.config, self.folder = policy, samples, config, folder
         self.parameters = list(parameters)
-        self.tokens = policy.tokens_of(torch.from_numpy(samples.actions))
+        self.objective = objective_of(policy, torch.from_numpy(samples.actions), config.smoothing)
         starts = np.unique(samples.start)
         chosen = np.random.default_rng(config.seed).permutation(len(starts))
         count = max(1, round(config.validation_share * len(starts)))
@@ -188,10 +183,6 @@ class Pretrainer:
                 state = state + noise * self.config.state_noise * self.state_scale
         return PolicyInput(images, state, [self.samples.instructions[t] for t in self.samples.task[rows]])
 
-    def _loss(self, logits: Tensor, rows: Int64) -> Tensor:
-        target = soft_targets(self.tokens[rows], logits.shape[-1], self.config.smoothing)
-        return -(target * logits.float().log_softmax(-1)).sum(-1).mean()
-
     def _train_step(self) -> float:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         if self.weights is None:
@@ -199,7 +190,7 @@ class Pretrainer:
         else:
             picks = torch.multinomial(self.weights, self.config.batch, replacement=True, generator=generator)
         rows = self.train_rows[picks.numpy()]
-        loss = self._loss(self.policy.logits(self._batch(rows, generator)), rows)
+        loss = self.objective.loss(self._batch(rows, generator), torch.from_numpy(rows), generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
@@ -218,11 +209,9 @@ class Pretrainer:
             return (float("nan"),) * 3
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(np.int64)]
         self.policy.module.eval()
-        logits = self.policy.logits(self._batch(rows, None)).float()
+        measured = self.objective.measure(self._batch(rows, None), torch.from_numpy(rows))
         self.policy.module.train()
-        error = (logits.argmax(-1) - self.tokens[rows]).abs().float().mean()
-        entropy = torch.distributions.Categorical(logits=logits).entropy().mean()  # type: ignore[no-untyped-call]
-        return float(self._loss(logits, rows)), float(error), float(entropy)
+        return measured
 
     def _fingerprint(self) -> str:
         facts = repr(

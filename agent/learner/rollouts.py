@@ -146,6 +146,13 @@ def run_episodes(
         raise RatchetError("rollout.no_episodes", "the list of episodes is empty", fix="ask for at least one")
     if keep and temperature <= 0:
         raise RatchetError("rollout.greedy_batch", "greedy episodes have no log-probabilities to learn from")
+    if keep and not getattr(policy, "gives_probabilities", True):
+        raise RatchetError(
+            "policy.no_probabilities",
+            "this policy's head gives actions without probabilities, so nothing can be learned from its episodes",
+            where=policy.spec.statistics_key,
+            fix="evaluate it only, or learn with a checkpoint that has a head of tokens or of flow matching",
+        )
     started = time.perf_counter()
     queues = [deque(range(g, len(specs), len(env.groups))) for g in range(len(env.groups))]
     running: dict[int, _Running] = {}

@@ -46,6 +46,8 @@ class UpdateConfig:
     """Passes over the batch; each sample is used this often."""
     micro_size: int = 64
     """Samples per forward and backward; gradients of micro-batches add up, so it changes memory, not the result."""
+    checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping what they made: memory for a third more time."""
     success_reward: float = 5.0
     """Reward of an episode that succeeded; failures get 0."""
     target_kl: float = 0.0
@@ -74,7 +76,7 @@ def pad(batch: RolloutBatch) -> Padded:
     chunks = int(position.max()) + 1
     row = torch.full((episodes, chunks), -1, dtype=torch.int64)
     row[episode, position] = torch.arange(len(episode))
-    k, d = batch.tokens.shape[1:]
+    k, d = batch.log_prob.shape[1:]
     old = torch.zeros(episodes, chunks, k, d)
     old[episode, position] = torch.from_numpy(batch.log_prob)
     valid = torch.zeros(episodes, chunks, k, dtype=torch.bool)
@@ -109,6 +111,11 @@ class Updater:
     ) -> None:
         if not parameters:
             raise RatchetError("learner.no_parameters", "nothing to train", fix="attach an adapter first")
+        if config.checkpointing:
+            recompute = getattr(policy.module, "set_checkpointing", None)
+            if recompute is None:
+                raise RatchetError("learner.no_checkpointing", "this policy cannot recompute layers", where="update")
+            recompute(True)
         self.policy = policy
         self.ranks = ranks
         self.parameters = list(parameters)

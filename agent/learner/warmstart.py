@@ -16,6 +16,7 @@ import numpy as np
 from agent.adapters.lora import Lora
 from agent.errors import RatchetError
 from agent.learner.pretrain import PretrainConfig, Pretrainer, Progress, Samples
+from agent.policy.flow import FlowPolicy
 from agent.policy.prismatic import PrismaticPolicy
 from agent.records import Float32
 
@@ -70,7 +71,7 @@ def mixture(samples: Samples, new_task: str, earlier: Sequence[str], share: floa
 
 
 def warm_start(
-    policy: PrismaticPolicy,
+    policy: PrismaticPolicy | FlowPolicy,
     lora: Lora,
     samples: Samples,
     new_task: str,

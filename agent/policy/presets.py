@@ -5,10 +5,14 @@ Knows sizes only.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from agent.contract import PolicySpec, RobotContract
 from agent.policy.action_tokens import BINS
+from agent.policy.flow_network import FlowConfig
+from agent.policy.flow_trunk import Sizes
+from agent.policy.images import OPENVLA
 from agent.policy.prismatic import PrismaticConfig
 from agent.policy.text import OPENVLA_PROMPT
 
@@ -44,6 +48,7 @@ def openvla_oft_7b(attention: str) -> PrismaticConfig:
         pad=32000,
         end_token=29871,
         compute_dtype="bfloat16",
+        images=dataclasses.asdict(OPENVLA),
     )
 
 
@@ -76,6 +81,44 @@ def small(
         pad=0,
         end_token=-1,
         prompt_length=prompt_length,
+        compute_dtype=compute_dtype,  # type: ignore[arg-type]
+    )
+
+
+def small_flow(
+    *,
+    state: int,
+    actions: int,
+    chunk: int,
+    image_size: int = 96,
+    hidden: int = 192,
+    expert: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    channels: Sequence[int] = (32, 64, 96, 128),
+    vocabulary: int = 512,
+    prompt_length: int = 16,
+    compute_dtype: str = "bfloat16",
+) -> FlowConfig:
+    """The built-in flow VLA: the small VLA's eyes and trunk, with an expert beside it as in pi0."""
+
+    def sizes(width: int) -> Sizes:
+        inner = width * 8 // 3 // 32 * 32
+        return Sizes(width, layers, heads, heads, hidden // heads, inner, "llama", 1e-6)
+
+    return FlowConfig(
+        vision="film_conv",
+        vision_options={"image_size": image_size, "channels": list(channels)},
+        language=sizes(hidden),
+        expert=sizes(expert),
+        vocabulary=vocabulary,
+        horizon=chunk,
+        action_width=actions,
+        state_width=max(state, 1),
+        prompt="{instruction}",
+        prompt_length=prompt_length,
+        state="suffix" if state else "none",
+        start="zeros",
         compute_dtype=compute_dtype,  # type: ignore[arg-type]
     )
 

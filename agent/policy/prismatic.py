@@ -1,4 +1,5 @@
-"""The discrete VLA: OpenVLA-OFT's architecture, from 7 billion parameters down to 3 million, as one class.
+"""The discrete VLA: OpenVLA's and OpenVLA-OFT's architecture, from 7 billion parameters down to 3 million, as one
+class.
 
 Knows prompts, statistics, sampling and log-probabilities around the network (network.py). Knows no file
 (checkpoint.py), no adapter and no robot. A chunk of K actions of D dimensions is decoded in ONE forward: K x D
@@ -12,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from agent.contract import PolicySpec
 from agent.errors import RatchetError
 from agent.policy.action_tokens import BINS, Statistics, decode, encode, normalise, unnormalise
+from agent.policy.images import prepare
 from agent.policy.network import PrismaticConfig, PrismaticNetwork
 from agent.policy.protocol import Chunks, PolicyInput
 from agent.policy.text import Prompt
@@ -41,10 +44,11 @@ class PrismaticPolicy:
     """
 
     def __init__(self, config: PrismaticConfig, spec: PolicySpec, statistics: Statistics, tokenizer: Tokenizer) -> None:
-        if spec.bins != BINS:
+        bins = BINS if config.head == "tokens" else 0
+        if spec.bins != bins:
             raise RatchetError(
                 "policy.no_probabilities",
-                f"the head has {spec.bins} bins per action, this class needs {BINS}",
+                f"the head has {spec.bins} bins per action, a head of {config.head} has {bins}",
                 fix="a regression (L1) head gives no probabilities; use the discrete checkpoint",
             )
         if spec.state and len(statistics.state_mean) != spec.state_size:
@@ -74,7 +78,8 @@ class PrismaticPolicy:
         self.config, self.statistics, self.tokenizer = config, statistics, tokenizer
         self._spec = spec
         self.actions = spec.chunk * len(spec.action_names)
-        self.network = PrismaticNetwork(config, self.actions, spec.state_size if spec.state else 0).eval()
+        state = spec.state_size if spec.state else 0
+        self.network = PrismaticNetwork(config, self.actions, state, len(spec.action_names)).eval()
         self.prompt = Prompt(
             tokenizer,
             config.prompt,
@@ -83,6 +88,7 @@ class PrismaticPolicy:
             end_token=config.end_token,
             length=config.prompt_length,
         )
+        self._preparation = config.preparation()
         self._base_hash = ""
 
     @property
@@ -92,6 +98,11 @@ class PrismaticPolicy:
     @property
     def module(self) -> nn.Module:
         return self.network
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether samples can be learned from; False for a regression head."""
+        return self.config.head == "tokens"
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +117,7 @@ class PrismaticPolicy:
         if not self._base_hash:
             digest = hashlib.sha256()
             facts = {
-                "config": dataclasses.asdict(self.config),
+                "config": self.config.facts(),
                 "spec": dataclasses.asdict(self._spec),
                 "statistics": self.statistics.as_dict(),
                 "tokenizer": json.loads(self.tokenizer.to_str()),
@@ -146,39 +157,63 @@ class PrismaticPolicy:
 
     @torch.no_grad()
     def predict(self, batch: PolicyInput) -> Chunks:
-        hidden = self._hidden(batch)
-        tokens = self._logits(hidden).argmax(-1)
-        return Chunks(
-            self.actions_of(tokens), tokens, torch.zeros(tokens.shape, device=tokens.device), hidden.float().mean(1)
-        )
+        if self.config.head == "l1":
+            hidden = self._hidden(batch)
+            with self.autocast():
+                values = self.network.action_head(hidden.to(self._dtype)).float()
+            return Chunks(unnormalise(values, self.statistics).float(), None, None, hidden.float().mean(1))
+        if self.config.decoding == "autoregressive":
+            tokens, hidden = self._one_by_one(batch, lambda logits, _: logits.argmax(-1))
+        else:
+            hidden = self._hidden(batch)
+            tokens = self._logits(hidden).argmax(-1)
+        zeros = torch.zeros(tokens.shape, device=tokens.device)
+        return Chunks(self.actions_of(tokens), tokens, zeros, hidden.float().mean(1))
 
     @torch.no_grad()
     def sample(self, batch: PolicyInput, temperature: float, noise: Tensor) -> Chunks:
+        self._require_probabilities()
         self._require_temperature(temperature)
         self._require_shape("noise", noise, len(batch))
-        hidden = self._hidden(batch)
-        log_prob = (self._logits(hidden) / temperature).log_softmax(-1)
-        # Inverse CDF in float64: rounding must never select a bin of probability zero beyond the last one.
-        cumulative = log_prob.exp().double().cumsum(-1)
-        threshold = noise.to(cumulative)[..., None] * cumulative[..., -1:]
-        tokens = (cumulative <= threshold).sum(-1).clamp(max=BINS - 1)
-        chosen = log_prob.gather(-1, tokens[..., None])[..., 0]
-        return Chunks(self.actions_of(tokens), tokens, chosen, hidden.float().mean(1))
+        if self.config.decoding == "autoregressive":
+            flat = noise.flatten(1)
+            kept: list[Tensor] = []
+
+            def choose(logits: Tensor, index: int) -> Tensor:
+                chosen, log_prob = _draw(logits, temperature, flat[:, index])
+                kept.append(log_prob)
+                return chosen
+
+            tokens, hidden = self._one_by_one(batch, choose)
+            log_prob = torch.stack(kept, 1).view(tokens.shape)
+        else:
+            hidden = self._hidden(batch)
+            tokens, log_prob = _draw(self._logits(hidden), temperature, noise)
+        return Chunks(self.actions_of(tokens), tokens, log_prob, hidden.float().mean(1))
 
     def log_prob(self, batch: PolicyInput, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        self._require_probabilities()
         self._require_temperature(temperature)
         self._require_shape("tokens", tokens, len(batch))
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < BINS:
             raise RatchetError("policy.bad_input", f"tokens are not all in [0, {BINS})", fix="give bins, not token ids")
-        log_prob = (self.logits(batch) / temperature).log_softmax(-1)
+        log_prob = (self.logits(batch, tokens) / temperature).log_softmax(-1)
         entropy = -(log_prob.exp() * log_prob).sum(-1)
         return log_prob.gather(-1, tokens.to(log_prob.device)[..., None])[..., 0], entropy
 
     # What training and checks use.
 
-    def logits(self, batch: PolicyInput) -> Tensor:
-        """(B, K, D, 256) float32 over the bins, with gradient."""
-        return self._logits(self._hidden(batch))
+    def logits(self, batch: PolicyInput, tokens: Tensor | None = None) -> Tensor:
+        """(B, K, D, 256) float32 over the bins, with gradient.
+
+        tokens: (B, K, D) bins; where each token follows those before it, they stand before the one that is read.
+        """
+        self._require_probabilities()
+        if self.config.decoding == "parallel":
+            return self._logits(self._hidden(batch))
+        if tokens is None:
+            raise RatchetError("policy.bad_input", "each token depends on those before it", fix="give the tokens")
+        return self._logits(self._hidden(batch, tokens.to(self.device).flatten(1)))
 
     def actions_of(self, tokens: Tensor) -> Tensor:
         """Bins (…, D) -> physical actions (…, D) float32."""
@@ -188,13 +223,15 @@ class PrismaticPolicy:
         """Physical actions (…, D) -> bins (…, D); values beyond the statistics take the outermost bin."""
         return encode(normalise(actions, self.statistics))
 
-    def hidden_states(self, pixels: Tensor, ids: Tensor, mask: Tensor, state: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, state: Tensor | None = None, given: Tensor | None = None
+    ) -> Tensor:
         """(B, K*D, hidden): final hidden states from which the action tokens are read, with gradient.
 
         pixels: as the tower's `prepare` gives them. ids, mask: (B, L) prompt ids and True where not padding.
-        state: (B, S) normalised; None where the policy takes none.
+        state: (B, S) normalised; None where the policy takes none. given: (B, K*D) bins before the one that is read.
         """
-        out: Tensor = self.network(pixels, ids, mask, state, self._dtype)
+        out: Tensor = self.network(pixels, ids, mask, state, self._dtype, given)
         return out
 
     def action_logits(self, hidden: Tensor) -> Tensor:
@@ -204,9 +241,22 @@ class PrismaticPolicy:
     def normalised_state(self, state: Tensor) -> Tensor:
         """(B, S) physical -> (B, S) in standard deviations of the training data."""
         mean = torch.tensor(self.statistics.state_mean, device=state.device)
-        return (state - mean) / torch.tensor(self.statistics.state_std, device=state.device)
+        out = (state - mean) / torch.tensor(self.statistics.state_std, device=state.device)
+        return out if self.config.state_style == "own" else out.clamp(-1, 1)
 
-    def _hidden(self, batch: PolicyInput) -> Tensor:
+    def _hidden(self, batch: PolicyInput, given: Tensor | None = None) -> Tensor:
+        pixels, ids, mask, state = self.inputs(batch)
+        with self.autocast():
+            return self.hidden_states(pixels, ids, mask, state, given)
+
+    def _one_by_one(self, batch: PolicyInput, choose: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
+        pixels, ids, mask, state = self.inputs(batch)
+        with self.autocast():
+            tokens, hidden = self.network.one_by_one(pixels, ids, mask, state, self._dtype, choose)
+        return tokens.view(len(batch), self._spec.chunk, len(self._spec.action_names)), hidden
+
+    def inputs(self, batch: PolicyInput) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Pixels, prompt ids and mask, normalised state: what the network takes, on its device."""
         images, state = self._check(batch)
         ids, mask = self.prompt(batch.instructions)
         if self.device.type == "cpu":
@@ -214,12 +264,15 @@ class PrismaticPolicy:
             shared = mask.any(0)
             ids, mask = ids[:, shared], mask[:, shared]
         ids, mask = ids.to(self.device), mask.to(self.device)
-        with self._autocast():
-            pixels = self.network.vision_backbone.prepare(images)
-            return self.hidden_states(pixels, ids, mask, None if state is None else self.normalised_state(state))
+        if self._preparation.any_size():
+            # A float copy of whole grey levels: the towers take bytes.
+            prepared = prepare(images, self._spec.image_size, self._preparation)
+            images = (prepared * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
+        pixels = self.network.vision_backbone.prepare(images)
+        return pixels, ids, mask, None if state is None else self.normalised_state(state)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             logits = self.action_logits(hidden)
         return logits.reshape(len(logits), self._spec.chunk, len(self._spec.action_names), BINS)
 
@@ -227,13 +280,16 @@ class PrismaticPolicy:
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.config.compute_dtype == "bfloat16" else torch.float32
 
-    def _autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[None]:
+        """What every forward runs under."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
 
     def _check(self, batch: PolicyInput) -> tuple[Tensor, Tensor | None]:
         images = torch.as_tensor(batch.images)
         size, views = self._spec.image_size, len(self._spec.cameras)
-        expected = (len(batch), views, size, size, 3)
+        expected: tuple[int, ...] = (len(batch), views, size, size, 3)
+        if self._preparation.any_size() and images.ndim == 5 and min(images.shape) > 0:
+            expected = (len(batch), views, *images.shape[2:4], 3)
         if tuple(images.shape) != expected or images.dtype != torch.uint8:
             raise RatchetError(
                 "policy.bad_input",
@@ -261,7 +317,27 @@ class PrismaticPolicy:
         if tuple(tensor.shape) != expected:
             raise RatchetError("policy.bad_input", f"{name} is {tuple(tensor.shape)}, expected {expected}", where=name)
 
+    def _require_probabilities(self) -> None:
+        if not self.gives_probabilities:
+            raise RatchetError(
+                "policy.no_probabilities",
+                "this checkpoint's regression (L1) head gives actions without probabilities, so nothing can be learned "
+                "from its samples",
+                where=self._spec.statistics_key,
+                fix="use it for prediction only; learn with a discrete checkpoint",
+            )
+
     @staticmethod
     def _require_temperature(temperature: float) -> None:
         if not 0 < temperature < math.inf:
             raise RatchetError("policy.bad_temperature", f"temperature {temperature} is not above 0", fix="use predict")
+
+
+def _draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Bins (…) by the inverse distribution function at `noise` (…), and their log-probabilities."""
+    log_prob = (logits / temperature).log_softmax(-1)
+    # In float64: rounding must never select a bin of probability zero beyond the last one.
+    cumulative = log_prob.exp().double().cumsum(-1)
+    threshold = noise.to(cumulative)[..., None] * cumulative[..., -1:]
+    tokens = (cumulative <= threshold).sum(-1).clamp(max=BINS - 1)
+    return tokens, log_prob.gather(-1, tokens[..., None])[..., 0]

@@ -8,12 +8,14 @@ last layer that computes the positions that are asked for and no others.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from agent.policy.linear import ALL, linear, together
 
@@ -32,6 +34,28 @@ class Places:
     cosine: Tensor
     sine: Tensor
     mask: Tensor | None
+
+    def part(self, begin: int, end: int) -> Places:
+        """Of the positions from `begin` to before `end`, which may see themselves and all before them."""
+        mask = self.mask
+        if mask is not None:
+            mask = (mask if mask.shape[2] == 1 else mask[:, :, begin:end])[..., :end]
+        return Places(self.cosine[:, begin:end], self.sine[:, begin:end], mask)
+
+
+@dataclass
+class KeyValue:
+    """Keys and values (B, heads, T, d) that one layer has computed so far."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of new positions; returns all."""
+        if self.key is not None and self.value is not None:
+            key, value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+        self.key, self.value = key, value
+        return key, value
 
 
 def places(
@@ -134,8 +158,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, where: Places, asked: slice) -> Tensor:
-        """(B, T, width) -> (B, asked, width)."""
+    def forward(self, x: Tensor, where: Places, asked: slice, memory: KeyValue | None = None) -> Tensor:
+        """(B, T, width) -> (B, asked, width). memory: of the positions before x; those of x are added to it."""
         batch, _, width = x.shape
         shape = (batch, -1, self.heads, width // self.heads)
         if asked == ALL:
@@ -147,6 +171,8 @@ class Attention(nn.Module):
         query = rotate(query.view(shape), cosine[:, asked], sine[:, asked]).transpose(1, 2)
         key = rotate(key.view(shape), cosine, sine).transpose(1, 2)
         value = value.view(shape).transpose(1, 2)
+        if memory is not None:
+            key, value = memory.extend(key, value)
         scale = 1 / math.sqrt(shape[-1])
         mask = where.mask
         if mask is not None and mask.shape[2] > 1:
@@ -182,8 +208,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(width, epsilon)
         self.post_attention_layernorm = RMSNorm(width, epsilon)
 
-    def forward(self, x: Tensor, where: Places, asked: slice, dtype: torch.dtype) -> Tensor:
-        x = x[:, asked] + self.self_attn(self.input_layernorm(x, dtype), where, asked)
+    def forward(
+        self, x: Tensor, where: Places, asked: slice, dtype: torch.dtype, memory: KeyValue | None = None
+    ) -> Tensor:
+        x = x[:, asked] + self.self_attn(self.input_layernorm(x, dtype), where, asked, memory)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x, dtype))
         return out
 
@@ -196,6 +224,7 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.heads, self.theta = width, heads, theta
+        self.checkpointing = False  # True recomputes each layer in the backward pass instead of keeping what it made
         self.embed_tokens = nn.Embedding(rows, width)
         self.layers = nn.ModuleList(Layer(width, heads, hidden, epsilon) for _ in range(layers))
         self.norm = RMSNorm(width, epsilon)
@@ -207,12 +236,24 @@ class Llama(nn.Module):
         """See the function of the same name."""
         return places(seen, attention, self.width // self.heads, self.theta, dtype)
 
-    def forward(self, x: Tensor, where: Places, asked: slice, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        where: Places,
+        asked: slice,
+        dtype: torch.dtype,
+        memory: Sequence[KeyValue] | None = None,
+    ) -> Tensor:
         """Embeddings (B, T, width) -> final hidden states (B, asked, width) in `dtype`.
 
         asked: the positions that are read. dtype: of matrix products and attention; sums and norms keep x's.
+        memory: one per layer, of the positions before x.
         """
-        for layer in self.layers[:-1]:
-            x = layer(x, where, ALL, dtype)
-        out: Tensor = self.norm(self.layers[-1](x, where, asked, dtype), dtype)
+        for index, layer in enumerate(self.layers):
+            wanted = asked if index == len(self.layers) - 1 else ALL
+            if self.checkpointing and torch.is_grad_enabled() and memory is None:
+                x = checkpoint(layer, x, where, wanted, dtype, use_reentrant=False)
+            else:
+                x = layer(x, where, wanted, dtype, None if memory is None else memory[index])
+        out: Tensor = self.norm(x, dtype)
         return out

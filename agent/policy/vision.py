@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from agent.errors import RatchetError
 
@@ -100,6 +101,7 @@ class _ViT(nn.Module):
     ) -> None:
         super().__init__()
         self.prefix = (1 + registers) if dino else 0
+        self.checkpointing = False  # as in trunk.Llama
         self.patch_embed = _PatchEmbed(width, patch)
         self.pos_embed = nn.Parameter(torch.zeros(1, patches, width))
         if dino:
@@ -112,8 +114,10 @@ class _ViT(nn.Module):
         if self.prefix:
             b = len(x)
             x = torch.cat([self.cls_token.expand(b, -1, -1), self.reg_token.expand(b, -1, -1), x], 1)
-        out: Tensor = self.blocks(x)[:, self.prefix :]
-        return out
+        for block in self.blocks:
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        return x[:, self.prefix :]
 
 
 class FusedDinoSiglip(VisionTower):

@@ -109,17 +109,17 @@ class ControlLoop:
         success: asked after each tick; None where nobody can tell, and `EpisodeEnd.success` stays None.
         source: who judges, as in `Episode.success_source`.
         """
-        self.begin(task, instruction)
-        started = self.clock.now()
-        termination, solved = Termination.FAULT, None if success is None else False
-        try:
-            with undisturbed():
+        with undisturbed():  # before `begin`: from there on the first deadline runs
+            self.begin(task, instruction)
+            started = self.clock.now()
+            termination, solved = Termination.FAULT, None if success is None else False
+            try:
                 termination, solved = until_end(self, horizon, success, hold_timeout, on_tick)
-        finally:
-            reason = self.safety.cause
-            self._stop_or_hold()
-            seconds = self.clock.now() - started
-            self.sink.end(termination.value, solved, source if solved is not None else "", self.clock.now())
+            finally:
+                reason = self.safety.cause
+                self._stop_or_hold()
+                seconds = self.clock.now() - started
+                self.sink.end(termination.value, solved, source if solved is not None else "", self.clock.now())
         return EpisodeEnd(termination, solved, self._index, seconds, self._events, reason)
 
     def stop(self) -> None:

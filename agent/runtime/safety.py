@@ -71,6 +71,11 @@ class SafetyFilter:
         return self._cause
 
     @property
+    def pending(self) -> bool:
+        """Whether something was reported from outside that the next step will take up."""
+        return bool(self._pending)
+
+    @property
     def resting(self) -> bool:
         """Whether the last command left the arm without speed."""
         return self.limiter.resting

@@ -10,9 +10,10 @@ import torch
 
 from agent.contract import PolicySpec, RobotContract
 from agent.policy.action_tokens import Statistics
-from agent.policy.presets import small, spec_for
+from agent.policy.flow import FlowPolicy, FlowStatistics
+from agent.policy.presets import small, small_flow, spec_for
 from agent.policy.prismatic import PrismaticConfig, PrismaticPolicy
-from agent.policy.protocol import PolicyInput
+from agent.policy.protocol import Policy, PolicyInput
 from agent.policy.text import train_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -66,9 +67,55 @@ def policy(compute_dtype: str = "float32", seed: int = 0, state: bool = True, **
     return made
 
 
-def batch(of: PrismaticPolicy, count: int = 3, seed: int = 0) -> PolicyInput:
+def batch(of: Policy, count: int = 3, seed: int = 0) -> PolicyInput:
     generator = torch.Generator().manual_seed(seed)
     size, views = of.spec.image_size, len(of.spec.cameras)
     images = torch.randint(0, 256, (count, views, size, size, 3), generator=generator, dtype=torch.uint8)
     state = torch.randn(count, of.spec.state_size, generator=generator) if of.spec.state else None
     return PolicyInput(images, state, [WORDS[i % len(WORDS)] for i in range(count)])
+
+
+def flow_spec(chunk: int = 2, state: bool = True) -> PolicySpec:
+    return dataclasses.replace(metaworld_spec(chunk, state), bins=0)
+
+
+def flow_statistics(spec: PolicySpec, **changes: Any) -> FlowStatistics:
+    fields: dict[str, Any] = {
+        "key": spec.statistics_key,
+        "units": spec.action_units,
+        "action_offset": (0.01, 0.0, -0.01, 0.0),
+        "action_scale": (0.02, 0.03, 0.02, 1.0),
+        "state_offset": tuple(0.1 * i for i in range(spec.state_size)),
+        "state_scale": tuple(0.5 + i for i in range(spec.state_size)),
+    }
+    return FlowStatistics(**{**fields, **changes})
+
+
+def flow(compute_dtype: str = "float32", seed: int = 0, **changes: Any) -> FlowPolicy:
+    """A flow policy of 60 thousand parameters whose outputs differ clearly from one input to the next."""
+    spec = flow_spec()
+    config = small_flow(
+        state=spec.state_size,
+        actions=4,
+        chunk=2,
+        image_size=32,
+        hidden=32,
+        expert=32,
+        layers=2,
+        heads=2,
+        channels=(8, 8, 16, 16),
+        vocabulary=300,
+        prompt_length=24,
+        compute_dtype=compute_dtype,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = FlowPolicy(dataclasses.replace(config, **changes), spec, flow_statistics(spec), TOKENIZER)
+        with torch.no_grad():
+            made.network.action_out_proj.weight.normal_(std=0.2)
+            made.network.embed_tokens.weight.normal_(std=0.5)
+            for stack in (made.network.language, made.network.expert):
+                for module in stack.modules():
+                    if isinstance(module, torch.nn.Linear):
+                        module.weight.normal_(std=0.2)
+    return made
