@@ -58,6 +58,8 @@ def note_of(type: str, path: Path) -> dict[str, Any]:
         source = str(raw["source"])
         if not source.startswith("human:"):
             raise ValueError("a label must be a person's")
-        return {"label": {"episode": str(raw["episode"]), "success": bool(raw["success"]), "source": source}}
+        if raw["success"] not in (True, False, None):
+            raise ValueError("success is true, false or null")
+        return {"label": {"episode": str(raw["episode"]), "success": raw["success"], "source": source}}
     except (ValueError, KeyError, TypeError, OSError) as error:
         return {"unreadable": str(error)[:200]}
