@@ -115,14 +115,13 @@ def raw(total: int, curve: bool, folder: Path | None = None) -> float:
     if curve:
         push.curve_serverkey, push.curve_publickey, push.curve_secretkey = server[0], client[0], client[1]
     push.connect(f"tcp://127.0.0.1:{hear()}")
-    piece = os.urandom(CHUNK)
+    episode = memoryview(os.urandom(EPISODE))  # as large as what the link sends, so that no cache holds it
     push.send(b"first")
     file = os.open(folder / "source", os.O_RDONLY) if folder is not None else -1
     for place in range(0, total, CHUNK):
         size = min(CHUNK, total - place)
-        if file >= 0:
-            piece = os.pread(file, CHUNK, place % (EPISODE // CHUNK * CHUNK))
-        push.send(piece[:size] if size < CHUNK else piece, copy=False)
+        at = place % (EPISODE // CHUNK * CHUNK)
+        push.send(os.pread(file, size, at) if file >= 0 else episode[at : at + size], copy=False)
     if file >= 0:
         os.close(file)
     speed = float(hear())
