@@ -31,13 +31,9 @@ from typing import Any
 import psutil
 import torch
 import zmq
-from torch import Tensor, nn
 
 from agent.adapters.hotswap import HotSwapper
-from agent.adapters.identity import Adapter, binding_of
-from agent.adapters.lora import Lora, attach, lora_config
 from agent.adapters.store import FolderStore
-from agent.contract import PolicySpec
 from agent.link import keys as link_keys
 from agent.link.client import LinkClient
 from agent.link.fetch import Fetcher
@@ -48,7 +44,7 @@ from agent.link.outbox import Outbox
 from agent.link.server import LinkServer
 from agent.link.shelf import AdapterShelf
 from agent.link.wire import CHUNK
-from agent.policy.protocol import Chunks, PolicyInput
+from benchmarks.large_adapter import large_adapter, wide
 from benchmarks.small_world import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,14 +115,13 @@ def raw(total: int, curve: bool, folder: Path | None = None) -> float:
     if curve:
         push.curve_serverkey, push.curve_publickey, push.curve_secretkey = server[0], client[0], client[1]
     push.connect(f"tcp://127.0.0.1:{hear()}")
-    piece = os.urandom(CHUNK)
+    episode = memoryview(os.urandom(EPISODE))  # as large as what the link sends, so that no cache holds it
     push.send(b"first")
     file = os.open(folder / "source", os.O_RDONLY) if folder is not None else -1
     for place in range(0, total, CHUNK):
         size = min(CHUNK, total - place)
-        if file >= 0:
-            piece = os.pread(file, CHUNK, place % (EPISODE // CHUNK * CHUNK))
-        push.send(piece[:size] if size < CHUNK else piece, copy=False)
+        at = place % (EPISODE // CHUNK * CHUNK)
+        push.send(os.pread(file, size, at) if file >= 0 else episode[at : at + size], copy=False)
     if file >= 0:
         os.close(file)
     speed = float(hear())
@@ -218,59 +213,6 @@ def link(root: Path, episodes: int) -> dict[str, float]:
     tell("stop")
     os.waitpid(pid, 0)
     return {"speed": speed, "filled": filled, "robot_cpu_ms_per_mb": 1e9 * spent / total}
-
-
-# -- a large adapter ---------------------------------------------------------------------------------------------------
-
-WIDTH, OUT, RANK, LAYERS = 65536, 16, 32, 13  # 109 MB of float32 in the adapter, half of that in the base
-
-
-class Wide(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, OUT) for _ in range(LAYERS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([layer(x) for layer in self.layers]).sum(0)
-
-
-class WidePolicy:
-    """Stand-in whose adapters are large for its own size: wide, flat layers behind the policy's protocol."""
-
-    spec = PolicySpec(
-        cameras=("front",), image_size=4, state=(), state_size=0, control_mode="ee_delta", rotation="none",
-        frame="base", action_names=("x",), action_units=("m",), gripper_dim=None, gripper_open=None,
-        gripper_closed=None, chunk=1, control_hz=10.0, statistics_key="wide", bins=8,
-    )  # fmt: skip
-    base_hash = "ab" * 32
-
-    def __init__(self) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.module: nn.Module = Wide()
-
-    @torch.no_grad()
-    def predict(self, batch: PolicyInput) -> Chunks:
-        out: Tensor = self.module(torch.ones(len(batch), WIDTH))
-        return Chunks(out[:, :1, None], None, None)
-
-    def sample(self, batch: PolicyInput, temperature: float, noise: Tensor) -> Chunks:
-        return self.predict(batch)
-
-    def log_prob(self, batch: PolicyInput, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("this policy only stands for its adapters' size")
-
-
-def wide() -> tuple[WidePolicy, Lora]:
-    policy = WidePolicy()
-    return policy, attach(policy.module, lora_config(RANK, float(RANK), r"layers\.\d+"))
-
-
-def large_adapter(seed: int) -> Adapter:
-    policy, lora = wide()
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {n: torch.randn(p.shape, generator=generator) * 0.01 for n, p in lora.parameters.items()}
-    return Adapter(tensors, lora.config, binding_of(policy))
 
 
 def adapter(root: Path) -> dict[str, float]:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from agent.cli import (
     adapters,
+    courier,
     ctl,
     demo,
     doctor,
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "run": run.Run,
         "keys": keys.Keys,
         "learner": learner.Learner,
+        "courier": courier.Courier,
         "robot": robot.Robot,
         "session": session.SessionCommand,
         "status": status.Status,

@@ -58,7 +58,7 @@ class Ledger:
     arrivals: dict[str, Arrival] = field(default_factory=dict)
     unruled: list[str] = field(default_factory=list)
     filled: dict[int, str] = field(default_factory=dict)
-    labels: dict[str, tuple[bool, str]] = field(default_factory=dict)
+    labels: dict[str, tuple[bool | None, str]] = field(default_factory=dict)
     session_ended: bool = False
     updates: list[dict[str, Any]] = field(default_factory=list)
     gates: list[dict[str, Any]] = field(default_factory=list)

@@ -241,6 +241,9 @@ class LinkClient:
         except RatchetError as error:  # a full disk, a damaged adapter: told here, and asked for again later
             log.warning("%s", error)
             self._fail(str(error))
+        except Exception as error:  # whoever follows the state failed; the link goes on
+            log.exception("unexpected")
+            self._fail(f"{type(error).__name__}: {error}")
         with self._changed:
             self._changed.notify_all()
 

@@ -227,8 +227,12 @@ class Inbox:
             sha = path.name.removesuffix(".json")
             if sha in received or not self.path(sha).is_file():
                 continue
-            raw: Mapping[str, Any] = json.loads(path.read_bytes())
-            parcel = Parcel(**raw)
+            try:
+                raw: Mapping[str, Any] = json.loads(path.read_bytes())
+                parcel = Parcel(**raw)
+            except (ValueError, TypeError):
+                self._disk.remove(path)  # never acknowledged: what it says comes again with the next offer
+                continue
             if self._same(parcel):
                 self._accept(parcel)
             else:

@@ -71,10 +71,18 @@ class Outbox:
 
     # -- for whoever has files -----------------------------------------------------------------------------------
 
-    def put(self, content: Path | bytes, type: str, key: str, meta: Mapping[str, Any] | None = None) -> Item | None:
+    def put(
+        self,
+        content: Path | bytes,
+        type: str,
+        key: str,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        keep: bool = False,
+    ) -> Item | None:
         """Accept a file; it survives a power cut when this returns. None where this key was accepted before.
 
-        content: bytes, or a file, which is moved here (copied from another file system).
+        content: bytes, or a file, which is moved here (copied from another file system). keep: copy it in any case.
 
         Raises:
             RatchetError: link.outbox_full, link.disk_full, link.io, link.bad_item; nothing was accepted then and a
@@ -98,7 +106,7 @@ class Outbox:
                         fix="bring the learner back, or raise the limit",
                     )
                 require_space(self.root, size, self.reserve)
-                sha = self._take(content)
+                sha = self._take(content, keep)
                 item = Item(self._last + 1, sha, size, type, key, meta)
                 scratch = self._scratch / secrets.token_hex(8)
                 self._files.create(scratch, (json.dumps(asdict(item)) + "\n").encode())
@@ -134,6 +142,12 @@ class Outbox:
         self._finish(item, code, self.root / "refused" / item.sha)
 
     @property
+    def accepted(self) -> int:
+        """Sequence number of the last file accepted, which is how many there ever were."""
+        with self._lock:
+            return self._last
+
+    @property
     def size(self) -> int:
         with self._lock:
             return sum(item.size for item in self._items.values())
@@ -157,14 +171,14 @@ class Outbox:
     def _entry(self, item: Item) -> Path:
         return self._queue / f"{item.sequence:012d}-{item.sha}.json"
 
-    def _take(self, content: Path | bytes) -> str:
+    def _take(self, content: Path | bytes, keep: bool) -> str:
         scratch = self._scratch / secrets.token_hex(8)
         if isinstance(content, bytes):
             self._files.create(scratch, content)
             sha = hash_file(scratch)
         else:
             sha = hash_file(content)
-            if content.stat().st_dev == self._scratch.stat().st_dev:
+            if not keep and content.stat().st_dev == self._scratch.stat().st_dev:
                 scratch = content
             else:
                 shutil.copyfile(content, scratch)
@@ -174,7 +188,7 @@ class Outbox:
                 self._files.step("fsync", scratch)
                 os.fsync(file.fileno())
         self._files.rename(scratch, self._data / sha)
-        if isinstance(content, Path) and scratch != content:
+        if isinstance(content, Path) and scratch != content and not keep:
             content.unlink()
         return sha
 

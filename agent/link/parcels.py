@@ -22,8 +22,9 @@ def session_parcel(
     return (json.dumps(body) + "\n").encode()
 
 
-def label_parcel(episode: str, success: bool, person: str, note: str = "") -> bytes:
-    """Tells the learner what a person saw. episode: SHA-256 of the episode's file.
+def label_parcel(episode: str, success: bool | None, person: str, note: str = "") -> bytes:
+    """Tells the learner what a person saw. episode: SHA-256 of the episode's file. success: None takes back what was
+    said before, as when readers disagree.
 
     Raises:
         RatchetError: link.no_person without a name: an unnamed verdict is none.

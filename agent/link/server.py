@@ -7,18 +7,15 @@ the robot one repeated question.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgpack
 import zmq
 
 import agent
@@ -26,10 +23,18 @@ from agent.errors import RatchetError
 from agent.link import sockets, wire
 from agent.link.inbox import Inbox, Parcel
 from agent.link.keys import AllowList, KeyPair
+from agent.link.peers import Counts, Peer, version_of
 
 log = logging.getLogger("ratchet.link")
-PRESENT = 5.0  # seconds after its last word that a robot counts as present
-AGAIN = {"link.disk_full", "link.io", "link.hash_mismatch", "link.incomplete", "adapter.unknown", "adapter.store_io"}
+AGAIN = {
+    "link.failed",
+    "link.disk_full",
+    "link.io",
+    "link.hash_mismatch",
+    "link.incomplete",
+    "adapter.unknown",
+    "adapter.store_io",
+}
 
 
 class Shelf(Protocol):
@@ -40,38 +45,6 @@ class Shelf(Protocol):
         ...
 
     def read(self, adapter: str, name: str, offset: int, size: int) -> bytes: ...
-
-
-@dataclass
-class Peer:
-    """What is known of a robot. seen: monotonic seconds. report: its own words, see `client.LinkClient.report`."""
-
-    name: str
-    seen: float
-    report: dict[str, Any] = field(default_factory=dict)
-    software: str = ""
-    routing: bytes = b""
-    version: str = ""  # of the state that it has
-
-    def present(self, now: float) -> bool:
-        return now - self.seen < PRESENT
-
-
-@dataclass
-class Counts:
-    """messages: well-formed ones from allowed robots. malformed, strangers: refused. received: files counted."""
-
-    messages: int = 0
-    malformed: int = 0
-    strangers: int = 0
-    refused: int = 0
-    received: int = 0
-    bytes: int = 0
-
-
-def version_of(body: Mapping[str, Any]) -> str:
-    """A state's version: equal states have one version, whoever computes it."""
-    return hashlib.sha256(msgpack.packb(body)).hexdigest()[:16]
 
 
 class LinkServer:
@@ -232,11 +205,13 @@ class LinkServer:
         self._meet(routing, robot, message)
         try:
             self._answer(routing, robot, message)
-        except RatchetError as error:
+        except Exception as caught:
+            # Whatever one robot's message runs into, the others are served on.
+            refusal = caught if isinstance(caught, RatchetError) else _unexpected(caught)
             self.counts.refused += 1
             about = message.fields.get("sha") or message.fields.get("adapter") or message.kind
-            log.warning("%s: %s", robot, error)
-            self._refuse(routing, about, error)
+            log.warning("%s: %s", robot, refusal)
+            self._refuse(routing, about, refusal)
 
     def _meet(self, routing: bytes, robot: str, message: wire.Message) -> None:
         now = time.monotonic()
@@ -308,8 +283,8 @@ class LinkServer:
             error: RatchetError | None = None
             try:
                 self._inbox.settle(sha)
-            except RatchetError as caught:
-                error = caught
+            except Exception as caught:
+                error = caught if isinstance(caught, RatchetError) else _unexpected(caught)
             self._settled.append((routing, sha, error))
             with self._lock:
                 self._ring(b"settled")
@@ -336,3 +311,9 @@ class LinkServer:
                 self._router.send_multipart(out, zmq.DONTWAIT)
         except zmq.ZMQError:
             log.info("an answer was dropped: the robot is gone or takes nothing; it will ask again")
+
+
+def _unexpected(error: Exception) -> RatchetError:
+    """A fault of this program, told like a refusal; the log has its trace."""
+    log.error("unexpected: %s", error, exc_info=error)
+    return RatchetError("link.failed", f"{type(error).__name__}: {error}", fix="see the learner's log and report it")

@@ -262,6 +262,20 @@ def test_a_partial_file_torn_by_a_power_cut_is_found(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_sidecar_that_cannot_be_read_is_asked_for_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.jsonl")
+    files = tmp_path / "inbox" / "files"
+    files.mkdir(parents=True)
+    (files / SHA).write_bytes(CONTENT)
+    (files / f"{SHA}.json").write_text("{torn")
+    inbox = Inbox(tmp_path / "inbox", journal, reserve=0)
+    assert not journal.events
+    assert inbox.offer(parcel()) is None
+    assert [e.data["key"] for e in journal.of("received")] == ["k"]
+    inbox.close()
+    journal.close()
+
+
 def test_one_key_counts_once_whatever_its_bytes(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.jsonl")
     inbox = Inbox(tmp_path / "inbox", journal, reserve=0)

@@ -417,6 +417,30 @@ def test_bytes_that_are_no_link_at_all_do_not_stop_the_learner(tmp_path: Path) -
         assert learner.received() == ["a"]
 
 
+def test_a_fault_of_ones_own_is_answered_and_the_thread_goes_on(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def broken(state: dict[str, Any]) -> None:
+        told.append("state")
+        raise ValueError("a listener with a fault")
+
+    with both(tmp_path, on_state=broken) as (learner, robot):
+        offer, calls = learner.inbox.offer, []
+
+        def once_broken(parcel: Any) -> int | None:
+            calls.append(parcel.key)
+            if len(calls) == 1:
+                raise ZeroDivisionError("a fault in the learner")
+            return offer(parcel)
+
+        learner.inbox.offer = once_broken  # type: ignore[method-assign]
+        learner.server.publish({"note": 1})
+        put(robot, "a")
+        robot.wait(lambda: not len(robot.outbox) and bool(told))
+        assert learner.received() == ["a"]
+        assert calls[:2] == ["a", "a"]
+
+
 def test_equal_states_are_told_once(tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
     learner = LearnerEnd(tmp_path / "learner").start()
