@@ -63,7 +63,7 @@ class FlowConformance(PolicySuite):
         steps, total, spread = policy.config.sample_steps, torch.zeros(len(batch)), 0.0
         for i in range(steps):
             t = 1 - i / steps
-            v = policy._velocity(prefix)(chain[:, i], torch.full((len(batch),), t))
+            v = policy.velocity(prefix)(chain[:, i], torch.full((len(batch),), t))
             s = policy.config.noise_level * 1.3 * math.sqrt(min(t, 1 - 1 / steps) / (1 - min(t, 1 - 1 / steps)))
             mean = chain[:, i] - (v + s * s / (2 * t) * (chain[:, i] + (1 - t) * v)) / steps
             normal = torch.distributions.Normal(mean, s / math.sqrt(steps))
@@ -145,7 +145,7 @@ class TestSwap(SwapSuite):
         def velocity(policy: FlowPolicy) -> Tensor:
             batch = samples.batch(policy)
             x = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
-            return policy._velocity(policy.prefix(batch))(x, torch.tensor([0.2, 0.5, 1.0]))
+            return policy.velocity(policy.prefix(batch))(x, torch.tensor([0.2, 0.5, 1.0]))
 
         return velocity
 
