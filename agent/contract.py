@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from agent.errors import RatchetError
+from agent.wiring import RosWiring, problems
 
 ControlMode = Literal["ee_delta", "ee_absolute", "joint_delta", "joint_absolute", "joint_velocity"]
 RotationRepr = Literal["none", "axis_angle", "euler_xyz", "quaternion_xyzw"]
@@ -167,6 +168,7 @@ class RobotContract:
     watchdog: Watchdog
     simulator: SimulatorSpec | None = None
     description: str = ""
+    ros: RosWiring | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> RobotContract:
@@ -191,10 +193,14 @@ class RobotContract:
         return cls.from_dict(raw, str(path))
 
     @classmethod
-    def from_dict(cls, raw: Any, where: str = "contract") -> RobotContract:
-        """Validate plain data, such as `to_dict` gives or YAML holds; raises like `load`."""
+    def from_dict(cls, raw: Any, where: str = "contract", *, rules: bool = True) -> RobotContract:
+        """Validate plain data, such as `to_dict` gives or YAML holds; raises like `load`.
+
+        rules: False checks names and types only, for a contract that was in force when an older version recorded.
+        """
         contract: RobotContract = _build(cls, raw, where)
-        contract._validate(where)
+        if rules:
+            contract._validate(where)
         return contract
 
     def to_dict(self) -> dict[str, Any]:
@@ -281,6 +287,17 @@ class RobotContract:
                 refuse(f"watchdog.{name}", "times must be positive and finite", "give seconds")
         if self.simulator and (self.simulator.steps_per_control < 1 or self.simulator.settle_steps < 0):
             refuse("simulator", "at least one step per control step, and no negative settling", "give whole numbers")
+        if self.ros is not None:
+            for field_name, what, fix in problems(
+                self.ros,
+                [(c.name, c.topic) for c in self.cameras],
+                [(s.name, s.size, s.topic) for s in self.state],
+                self.action.control_mode,
+                self.action.rotation,
+                [d.name for d in self.action.dims],
+                gripper.dim if gripper else "",
+            ):
+                refuse(field_name, what, fix)
 
 
 @dataclass(frozen=True)

@@ -134,10 +134,10 @@ def run(hz: float, seconds: float, folder: Path, scheduled: bool) -> dict[str, A
     with PolicyClient(contract, launch) as client:
         executor = DeployExecutor(contract, use=max(1, (client.spec.chunk if client.spec else 8) * 3 // 4))
         loop = ControlLoop(robot, client, SafetyFilter(contract), executor, sink=sink, clock=clock)
-        loop.begin("benchmark", "open the door")
         scheduling = real_time() if scheduled else "normal scheduling"
         gc.collect()
         gc.disable()
+        loop.begin("benchmark", "open the door")
         asked = began = clock.now()
         missed, number = 0, 0
         while clock.now() - began < seconds:

@@ -61,7 +61,15 @@ STUCK = 240.0  # seconds after which a scenario counts as stuck
 PHASES = {
     "learner": [
         *("open", "write", "rename", "write journal.jsonl", "fsync journal.jsonl", "phase update", "phase updated"),
-        *("write", "rename adapter", "rename training", "phase gate", "phase gated", "rename active", "phase promoted"),
+        *(
+            "fsync 2.tmp",
+            "write adapter_model",
+            "rename training",
+            "phase gate",
+            "phase gated",
+            "rename active",
+            "phase promoted",
+        ),
     ],
     "robot": [
         *("phase rollout", "phase rollout", "open", "rename", "write done.jsonl", "fsync done.jsonl"),

@@ -188,7 +188,8 @@ class _Frames:
 _FRAMES: dict[tuple[str, str, bool], _Frames] = {}
 
 
-def _close_frames() -> None:
+def close_frames() -> None:
+    """Close every renderer that is kept between environments."""
     for frames in _FRAMES.values():
         frames.close()
     _FRAMES.clear()
@@ -198,8 +199,8 @@ def _close_frames_first_at_exit() -> None:
     """GL contexts must go before the display does. MuJoCo and robosuite have the display closed by exit handlers that
     they register with their first context, and handlers run in reverse order: so this goes to the end again and
     again."""
-    atexit.unregister(_close_frames)
-    atexit.register(_close_frames)
+    atexit.unregister(close_frames)
+    atexit.register(close_frames)
 
 
 _CLASSES: dict[str, type] = {}

@@ -6,6 +6,7 @@ Knows names, contracts and constructors; imports a simulator only when a task of
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -83,3 +84,10 @@ def make_expert(suite: str, name: str) -> Expert:
     from sim.experts.libero import make_libero_expert
 
     return make_libero_expert(suite, name)
+
+
+def release() -> None:
+    """Close the renderers that this process keeps for the next environment; the next one makes its own."""
+    module = sys.modules.get("sim.metaworld")  # not imported: nothing to close
+    if module is not None:
+        module.close_frames()

@@ -61,6 +61,7 @@ def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, si
         frames += [_framed(env.render(VIEWER), success)] * 8
     finally:
         env.close()
+        registry.release()
     path.parent.mkdir(parents=True, exist_ok=True)
     imageio.imwrite(path, np.stack(frames), duration=round(1000 * every / contract.control_hz), loop=0)
     return success

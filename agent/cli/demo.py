@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from agent.cli import common, sequential
+from agent.cli import common, demo_ros, sequential
 from agent.cli.recipes import DEMO, SHORT, Recipe
 from agent.errors import RatchetError
 from agent.learner.metrics import difference
@@ -45,6 +45,8 @@ class Demo:
     """After Meta-World, also the short LIBERO part."""
     videos: bool = True
     """Write before/after GIFs."""
+    ros: bool = False
+    """Then run base and learned adapter through the ROS nodes, with a hot swap while the arm moves."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -60,6 +62,9 @@ class Demo:
         results = [self._part(console, self.suite, DEMO[self.suite], self.out, "")]
         if self.libero and self.suite == "metaworld":
             results.append(self._part(console, "libero_object", SHORT["libero_object"], self.out / "libero", ", short"))
+        if self.ros:
+            policy = common.policy_folder(self.suite, None)
+            demo_ros.run(results[0].folder, self.suite, DEMO[self.suite].tasks, policy, console)
         console.print(f"{sum(r.seconds for r in results) / 60:.1f} minutes in all")
         for result in results:
             console.print(f"report: {result.report}")

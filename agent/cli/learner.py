@@ -21,7 +21,7 @@ from agent.learner.gatekeeper import Gatekeeper
 from agent.learner.host import LearnerHost
 from agent.learner.service import Gate
 from agent.learner.service_config import CHANGES, ServiceConfig, real_robot
-from agent.learner.telemetry import story
+from agent.learner.telemetry import Story
 from agent.learner.trainer import Trainer
 from agent.learner.update import UpdateConfig
 from agent.link import keys as link_keys
@@ -140,13 +140,14 @@ class Learner:
 
             return ask
 
-        shown = 0
+        shown, teller = 0, Story()
 
         def tell(host: LearnerHost) -> None:
             nonlocal shown
             events = host.journal.events
-            for line in story(events[shown:]):
-                console.print(line, highlight=False, soft_wrap=True)
+            for event in events[shown:]:
+                if line := teller.tell(event):
+                    console.print(line, highlight=False, soft_wrap=True)
             shown = len(events)
 
         host = LearnerHost(

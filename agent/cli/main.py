@@ -14,7 +14,10 @@ from rich.console import Console
 
 from agent.cli import (
     adapters,
+    ctl,
     demo,
+    doctor,
+    episodes,
     evaluate,
     inspection,
     keys,
@@ -23,10 +26,13 @@ from agent.cli import (
     plan,
     pretrain,
     report,
+    review,
     robot,
     run,
     session,
     status,
+    study,
+    up,
 )
 from agent.errors import RatchetError
 
@@ -43,12 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plan": plan.PlanCommand,
         "adapters": adapters.Adapters,
         "report": report.Report,
+        "episodes": episodes.Episodes,
+        "review": review.Review,
         "run": run.Run,
         "keys": keys.Keys,
         "learner": learner.Learner,
         "robot": robot.Robot,
         "session": session.SessionCommand,
         "status": status.Status,
+        "study": study.Study,
+        "doctor": doctor.Doctor,
+        "up": up.Up,
+        "ctl": ctl.Ctl,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(

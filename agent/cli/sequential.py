@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agent.adapters.store import FolderStore
 from agent.cli import common
+from agent.learner.methods.base import SeqFT
 from agent.learner.metrics import SuccessMatrix, difference, measures
 from agent.learner.report import print_matrix, video_name, write_report
 from agent.learner.sequence import SequenceConfig, SequentialRun
@@ -65,6 +66,7 @@ def run(
     videos: bool,
     console: Console,
     rollouts: str = "local",
+    method: SeqFT | None = None,
 ) -> Result:
     """Run (or go on with) a sequential fine-tuning in `folder` and write its report."""
     started = time.perf_counter()
@@ -72,13 +74,16 @@ def run(
     tasks = common.find_tasks(suite, [*config.tasks, *config.held_out])
     policy, adapter = common.open_policy(policy_folder, contract, lora)
     store = FolderStore(folder / "adapters", create=True)
-    running = common.open_running(policy_folder, contract, lora, store)
+    method = method or SeqFT()
+    room = method.serving_rank(lora.rank, len(config.tasks))
+    served = dataclasses.replace(lora, rank=room, alpha=lora.alpha * room / lora.rank)
+    running = common.open_running(policy_folder, contract, served, store)
     common.print_contract(console, contract)
     facts = common.describe_run(
         title,
         common.command_line(),
         suite=suite,
-        method=f"Seq. FT, {config.update.algorithm}",
+        method=f"{method.name}, {config.update.algorithm}",
         seed=config.seed,
         contract=f"{contract.name} {contract.id}",
         base_hash=policy.base_hash,
@@ -93,7 +98,7 @@ def run(
         with _progress(console) as progress:
             view = _View(progress, console, config)
             sequence = SequentialRun(
-                policy, adapter, env, tasks, store, running.serve, config, folder / "state", view.event
+                policy, adapter, env, tasks, store, running.serve, config, folder / "state", view.event, method
             )
             with ticking:
                 matrix = sequence.run()
@@ -105,7 +110,7 @@ def run(
         source = folder / "state" / name
         if source.exists():
             (folder / name).write_bytes(source.read_bytes())
-    cards = [store.card(i) for i in sequence.adapter_ids[1:]]
+    cards = [store.card(i) for i in sequence.adapter_ids[1:] if i in store.ids()]
     tags: dict[str, list[str]] = {}
     for tag, identity in store.tags().items():
         tags.setdefault(identity, []).append(tag)

@@ -157,7 +157,7 @@ class EpisodeInfo:
 
     def robot(self) -> RobotContract:
         """The contract in force, as an object; checked against its id."""
-        contract = RobotContract.from_dict(self.contract, "the episode's contract")
+        contract = RobotContract.from_dict(self.contract, "the episode's contract", rules=False)
         if contract.id != self.contract_id:
             raise RatchetError(
                 "episode.other_contract",

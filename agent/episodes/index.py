@@ -44,15 +44,15 @@ class Index:
         self._size = 0  # bytes of the file that `_entries` holds
         self._identity = (0, 0)
 
-    def entries(self) -> list[Entry]:
-        """All entries, oldest first, including what other processes have appended meanwhile.
+    def entries(self, since: int = 0) -> list[Entry]:
+        """Entries from number `since` on, oldest first, including what other processes have appended meanwhile.
 
         Raises:
             RatchetError: episode.index_changed where a line is not what its successor says, or is unreadable.
         """
         with self._guard:
             self._read()
-            return list(self._entries)
+            return self._entries[since:]
 
     def append(self, entries: Iterable[tuple[str, dict[str, Any]]]) -> list[Entry]:
         """Add (kind, body) entries, together; on the disk when this returns.

@@ -15,68 +15,22 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from agent.contract import RobotContract
-from agent.episodes.format import LOSSLESS, Codec, check_meta
+from agent.episodes.format import check_meta
 from agent.episodes.handoff import Sender
+from agent.episodes.recorder_types import Outcome, RecorderConfig, RecorderStatus
 from agent.episodes.recording import make_info
 from agent.errors import RatchetError
-from agent.records import ActionChunk, ControlTick, Int64, Observation, SafetyEvent, UInt8
+from agent.records import ActionChunk, ControlTick, Observation, SafetyEvent, UInt8
+
+__all__ = ["Recorder", "RecorderConfig", "RecorderStatus"]
 
 REMEMBER = 16  # newest frames per camera that an observation may share
-
-
-@dataclass(frozen=True)
-class RecorderConfig:
-    """How episodes are recorded."""
-
-    stream: Codec = "jpeg"
-    """Codec of the camera streams."""
-    decisions: Codec | None = "raw"
-    """Codec of the frames that decisions were made on; None shares the stream's (lossy streams are then not exact)."""
-    quality: int = 90
-    """Of lossy codecs, 1..100."""
-    memory_mb: int = 256
-    """Frames that may wait for the disk, in MiB."""
-    flush_seconds: float = 0.25
-    """What a power cut may cost, in seconds of recording; at most 0.5."""
-    min_free_gb: float = 2.0
-    """Recording stops cleanly when the disk has less than this."""
-    nice: int = 0
-    """Politeness of the recorder process; it needs little, but beside a busy policy a polite one starves."""
-
-
-class Outcome(Protocol):
-    """What became of a chunk, as `agent.runtime.sink.ChunkOutcome` tells it."""
-
-    @property
-    def sequence(self) -> int: ...
-    @property
-    def marks(self) -> Int64: ...
-
-
-@dataclass(frozen=True)
-class RecorderStatus:
-    """How the recorder is doing.
-
-    state: "idle", "recording", "disk_low", "failed" or "dead". error: why, in words.
-    dropped: what was lost since the start -> how often. waiting: share of the frame memory in use, in [0, 1].
-    rate: MB/s written during the last seconds. free_gb: on the disk. finished: ids of finished episodes, oldest first.
-    """
-
-    state: str
-    error: str = ""
-    dropped: dict[str, int] = field(default_factory=dict)
-    waiting: float = 0.0
-    written: int = 0
-    rate: float = 0.0
-    free_gb: float = 0.0
-    finished: tuple[str, ...] = ()
 
 
 class Recorder:
@@ -102,7 +56,7 @@ class Recorder:
             RatchetError: recorder.bad_config, recorder.not_started, and what opening the store raises.
         """
         self.root, self.contract, self.config = Path(root), contract, config or RecorderConfig()
-        self._check_config()
+        self.config.check(str(self.root))
         self._session, self._calibrations = session, calibrations or {}
         largest = max((c.height * c.width * 3 for c in contract.cameras), default=1)
         count = max(4 * len(contract.cameras), (self.config.memory_mb << 20) // largest)
@@ -345,20 +299,6 @@ class Recorder:
                     fix="its own message is above; check that the folder is writable",
                 )
             time.sleep(0.005)
-
-    def _check_config(self) -> None:
-        config = self.config
-        problem = ""
-        if not 0 < config.flush_seconds <= 0.5:
-            problem = f"flush_seconds is {config.flush_seconds}, at most 0.5 s may be lost"
-        elif not 1 <= config.quality <= 100:
-            problem = f"quality is {config.quality}, not in 1..100"
-        elif config.memory_mb < 1 or config.min_free_gb < 0:
-            problem = "memory_mb and min_free_gb must be positive"
-        elif config.decisions is not None and config.decisions not in LOSSLESS:
-            problem = f"decisions cannot be {config.decisions}: give raw, png, or None to share the stream's frames"
-        if problem:
-            raise RatchetError("recorder.bad_config", problem, where=str(self.root), fix="see RecorderConfig")
 
 
 def _plain(record: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -117,22 +118,27 @@ class EpisodeStore:
             self.index.append([("store", {"format": fmt.FORMAT})])
         self._cards: dict[str, Card] = {}
         self._seen = 0
+        self._guard = threading.Lock()  # the review page asks from several threads
 
     # -- what is there ------------------------------------------------------------------------------------------
 
     def cards(self) -> dict[str, Card]:
         """Id -> card, oldest first."""
-        entries = self.index.entries()
-        if len(entries) < self._seen:
-            self._cards, self._seen = {}, 0
-        for entry in entries[self._seen :]:
-            if entry.kind == "episode":
-                raw = {**entry.body, "cameras": tuple(entry.body["cameras"])}
-                self._cards[raw["id"]] = Card(**raw)
-            elif entry.kind == "removed":
-                self._cards.pop(entry.body["id"], None)
-        self._seen = len(entries)
-        return dict(self._cards)
+        self._take()
+        with self._guard:
+            return dict(self._cards)
+
+    def _take(self) -> None:
+        """Take in what the index has got since the last look."""
+        with self._guard:
+            entries = self.index.entries(self._seen)
+            for entry in entries:
+                if entry.kind == "episode":
+                    raw = {**entry.body, "cameras": tuple(entry.body["cameras"])}
+                    self._cards[raw["id"]] = Card(**raw)
+                elif entry.kind == "removed":
+                    self._cards.pop(entry.body["id"], None)
+            self._seen += len(entries)
 
     def resolve(self, reference: str) -> str:
         """The full id for an id or a unique prefix of one.
@@ -140,9 +146,11 @@ class EpisodeStore:
         Raises:
             RatchetError: episode.unknown, episode.ambiguous.
         """
-        cards = self.cards()
-        if reference in cards:
-            return reference
+        self._take()
+        with self._guard:
+            if reference in self._cards:
+                return reference
+            cards = list(self._cards)
         found = [i for i in cards if i.startswith(reference)] if re.fullmatch(r"[0-9a-f]{4,64}", reference) else []
         if len(found) == 1:
             return found[0]
@@ -153,7 +161,7 @@ class EpisodeStore:
         )
 
     def card(self, reference: str) -> Card:
-        return self.cards()[self.resolve(reference)]
+        return self._cards[self.resolve(reference)]
 
     def path(self, reference: str) -> Path:
         return self.root / self.card(reference).file

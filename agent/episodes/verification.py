@@ -7,6 +7,7 @@ not even one's own. Rules are at `Verification.standing`.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -77,6 +78,7 @@ class Verification:
         self._proposals: dict[str, Proposal] = {}
         self._second_reader = 0.0
         self._taken = 0
+        self._guard = threading.Lock()
 
     # -- saying -------------------------------------------------------------------------------------------------
 
@@ -163,7 +165,7 @@ class Verification:
         given. All persons say discard: discarded. Fewer persons than needed: second_reader. Else verified; a simulated
         episode needs no person, and a person who differs from the simulator makes it a dispute.
         """
-        card = self.store.cards()[episode]
+        card = self.store.card(episode)
         latest = latest_of(self.labels(episode))
         settling = [label for label in latest.values() if label.settles]
         if settling:
@@ -241,16 +243,17 @@ class Verification:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _take(self) -> None:
-        entries = self.store.index.entries()
-        for entry in entries[self._taken :]:
-            if entry.kind == "label":
-                label = _label(entry.number, entry.time, entry.body)
-                self._labels.setdefault(label.episode, []).append(label)
-            elif entry.kind == "proposal":
-                self._proposals[entry.body["episode"]] = Proposal(**entry.body)
-            elif entry.kind == "rule":
-                self._second_reader = float(entry.body["second_reader"])
-        self._taken = len(entries)
+        with self._guard:
+            entries = self.store.index.entries(self._taken)
+            for entry in entries:
+                if entry.kind == "label":
+                    label = _label(entry.number, entry.time, entry.body)
+                    self._labels.setdefault(label.episode, []).append(label)
+                elif entry.kind == "proposal":
+                    self._proposals[entry.body["episode"]] = Proposal(**entry.body)
+                elif entry.kind == "rule":
+                    self._second_reader = float(entry.body["second_reader"])
+            self._taken += len(entries)
 
 
 def latest_of(labels: list[Label]) -> dict[str, Label]:

@@ -230,7 +230,7 @@ def judge(candidate: str, active: str, comparisons: Sequence[Comparison], config
     if decision == "promote":
         new = next(c for c in comparisons if c.role == "new")
         earlier = sum(c.role == "earlier" for c in comparisons)
-        text = f"{new.task} {100 * new.change.estimate:+.0f} points, {earlier} earlier tasks kept"
+        text = f"{new.task} {100 * new.change.estimate:+.0f} points, earlier tasks kept: {earlier}"
         notes.insert(0, Reason("gate.passed", text, new.task, blocks=False))
     return Verdict(decision, (*worse, *doubts, *notes), candidate, active, tuple(comparisons), config)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,14 @@ class Recorder:
         self._board = folder / "tensorboard" if tensorboard else None
         self._writer: Any = None
         self._last = self._mend()
-        self._updates = 0
+        self._updates = self._seen = 0
 
-    def take(self, events: Iterable[Event]) -> None:
+    def take(self, events: Sequence[Event]) -> None:
         """All events so far, oldest first; only `updated` ones that are not in the files yet are written."""
         fresh = []
-        self._updates = 0
-        for event in events:
+        while self._seen < len(events):
+            event = events[self._seen]
+            self._seen += 1
             if event.kind == "updated":
                 self._updates += 1
                 if event.n > self._last:
@@ -184,42 +185,48 @@ class Recorder:
 
 def story(events: Iterable[Event]) -> list[str]:
     """The journal in words, one line per event that a person cares for."""
-    lines = []
-    arrived: dict[str, int] = {}
-    for event in events:
-        data = event.data
-        text = ""
-        if event.kind == "run":
-            names = ", ".join(data["config"]["tasks"])
-            text = f"run {data['fingerprint'][:12]} on base {data['base'][:12]}, tasks {names}"
-        elif event.kind == "ordered":
-            text = f"collecting {data['task']} under {data['adapter'][:12]} (update {data['update'] + 1})"
-        elif event.kind == "ruled":
+    teller = Story()
+    return [line for event in events if (line := teller.tell(event))]
+
+
+class Story:
+    """Tells one event after the other."""
+
+    def __init__(self) -> None:
+        self._arrived: dict[str, int] = {}
+
+    def tell(self, event: Event) -> str:
+        """A line, or nothing where nobody would care."""
+        text = self._words(event.kind, event.data)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
+        return f"{event.n:6d}  {stamp}  {text}" if text else ""
+
+    def _words(self, kind: str, data: dict[str, Any]) -> str:
+        if kind == "ruled":
             key = data["code"] or data["decision"]
-            arrived[key] = arrived.get(key, 0) + 1
-        elif event.kind == "updated":
-            counts = ", ".join(f"{n} {k}" for k, n in sorted(arrived.items()))
-            arrived = {}
+            self._arrived[key] = self._arrived.get(key, 0) + 1
+        elif kind == "run":
+            names = ", ".join(data["config"]["tasks"])
+            return f"run {data['fingerprint'][:12]} on base {data['base'][:12]}, tasks {names}"
+        elif kind == "ordered":
+            return f"collecting {data['task']} under {data['adapter'][:12]} (update {data['update'] + 1})"
+        elif kind == "updated":
+            counts = ", ".join(f"{n} {k}" for k, n in sorted(self._arrived.items()))
+            self._arrived = {}
             rate = f"{data['successes']}/{len(data['episodes'])}"
             end = f"skipped: {data['facts']['skipped']}" if "skipped" in data["facts"] else f"-> {data['adapter'][:12]}"
-            text = f"update {data['update'] + 1} of {data['task']}: success {rate} ({counts}), {end}"
-        elif event.kind == "gated":
+            return f"update {data['update'] + 1} of {data['task']}: success {rate} ({counts}), {end}"
+        elif kind == "gated":
             reasons = "; ".join(f"{r['task']} {r['text']}".strip() for r in data["reasons"])
-            text = f"gate on {data['candidate'][:12]}: {data['decision']}: {reasons}"
-        elif event.kind == "promoted":
-            text = f"{data['adapter'][:12]} is active, by {data['by']}"
-        elif event.kind == "finished":
+            return f"gate on {data['candidate'][:12]}: {data['decision']}: {reasons}"
+        elif kind == "promoted":
+            return f"{data['adapter'][:12]} is active, by {data['by']}"
+        elif kind == "finished":
             how = "learned" if data["learned"] else "given up"
-            text = f"{data['task']} {how}, active {data['adapter'][:12] or 'base'}"
-        elif event.kind == "moved":
-            text = f"active was set to {data['adapter'][:12]} by {data['by']}"
-        elif event.kind == "started":
-            text = f"the learner started (process {data['pid']})"
-        elif event.kind in ("waits", "declined", "done"):
-            text = {"waits": "waiting for a person", "declined": "a person declined it", "done": "all tasks are over"}[
-                event.kind
-            ]
-        if text:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
-            lines.append(f"{event.n:6d}  {stamp}  {text}")
-    return lines
+            return f"{data['task']} {how}, active {data['adapter'][:12] or 'base'}"
+        elif kind == "moved":
+            return f"active was set to {data['adapter'][:12]} by {data['by']}"
+        elif kind == "started":
+            return f"the learner started (process {data['pid']})"
+        plain = {"waits": "waiting for a person", "declined": "a person declined it", "done": "all tasks are over"}
+        return plain.get(kind, "")

@@ -49,7 +49,7 @@ class _Partial:
 
 
 class Inbox:
-    """Used by one thread, the server's; `path` and `knows` from any.
+    """Used by one thread, the server's, but for `settle`; `path` and `knows` from any.
 
     Args:
         journal: where `received` is written; its history says what was received before.
@@ -73,6 +73,7 @@ class Inbox:
             self._disk.folder(self._partial_folder)
             self._disk.folder(self._files)
         self._open: OrderedDict[str, _Partial] = OrderedDict()
+        self._sealed: dict[str, _Partial] = {}
         self._known: dict[str, str] = {}  # "robot key" -> sha
         for event in journal.of("received"):
             self._known[f"{event.data['robot']} {event.data['key']}"] = event.data["sha"]
@@ -92,6 +93,8 @@ class Inbox:
         """
         if self.knows(parcel.robot, parcel.key):
             return None
+        if parcel.sha in self._sealed:
+            return parcel.size  # all bytes are here and being made durable; the answer to that is still to come
         with disk_errors(self.root):
             if self.path(parcel.sha).is_file() and self._same(parcel):
                 self._accept(parcel)
@@ -128,25 +131,42 @@ class Inbox:
         return partial is not None and partial.offset == partial.parcel.size
 
     def finish(self, sha: str) -> None:
-        """All bytes are there: check them, make them durable, count the file. Then it may be acknowledged.
+        """`seal`, then `settle`: afterwards the file may be acknowledged. Raises what they raise."""
+        self.seal(sha)
+        self.settle(sha)
+
+    def seal(self, sha: str) -> None:
+        """All bytes are there: check them. Nothing more is written to this file.
 
         Raises:
-            RatchetError: link.incomplete; link.hash_mismatch, after which it must be sent from its first byte;
-                link.disk_full, link.io, after which it is continued where it was.
+            RatchetError: link.incomplete; link.hash_mismatch, after which it must be sent from its first byte; link.io.
         """
-        partial = self._open.get(sha)
-        if partial is None or partial.offset != partial.parcel.size:
+        if not self.complete(sha):
             raise RatchetError("link.incomplete", "not all bytes are here", where=sha[:12])
-        path = self._partial_folder / sha
-        if partial.sha.hexdigest() != sha:
+        if self._open[sha].sha.hexdigest() != sha:
             self._forget(sha)
-            self._disk.remove(path)
+            with disk_errors(self.root):
+                self._disk.remove(self._partial_folder / sha)
             raise RatchetError("link.hash_mismatch", "the bytes are not the announced ones", where=sha[:12])
-        with disk_errors(self.root):
-            self._disk.step("fsync", path)
-            os.fsync(partial.handle)
-            self._accept(partial.parcel, path)
-        self._forget(sha)
+        self._sealed[sha] = self._open.pop(sha)
+
+    def settle(self, sha: str) -> None:
+        """Make a sealed file durable and count it. May run in another thread than the rest, one file at a time.
+
+        Raises:
+            RatchetError: link.disk_full, link.io; the file can be sealed and settled again then.
+        """
+        partial = self._sealed[sha]
+        path = self._partial_folder / sha
+        try:
+            with disk_errors(self.root):
+                self._disk.step("fsync", path)
+                os.fsync(partial.handle)
+                self._accept(partial.parcel, path)
+        finally:
+            # What could not be settled is on the disk: the next offer finds it there.
+            del self._sealed[sha]
+            os.close(partial.handle)
 
     def close(self) -> None:
         for sha in list(self._open):

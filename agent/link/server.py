@@ -1,15 +1,18 @@
 """The learner's end of the link: takes files into the inbox, gives adapters out, tells everybody the state.
 
 Knows messages, robots and their names. Knows no model and no learning; what the state says is somebody else's.
-One thread owns the socket. It answers and never asks, so a lost answer costs the robot one repeated question.
+One thread owns the socket, another forces files to the disk. The server answers and never asks, so a lost answer costs
+the robot one repeated question.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +106,8 @@ class LinkServer:
         self._version = version_of({})
         self._peers: dict[str, Peer] = {}
         self._thread: threading.Thread | None = None
+        self._sealed: queue.SimpleQueue[tuple[bytes, str] | None] = queue.SimpleQueue()
+        self._settled: deque[tuple[bytes, str, RatchetError | None]] = deque()
         self.counts = Counts()
         self.address = ""
 
@@ -121,7 +126,9 @@ class LinkServer:
         self._bell = self._context.socket(zmq.PAIR)
         self._bell.connect("inproc://wake")
         self._thread = threading.Thread(target=self._run, name="link-server", daemon=True)
+        self._settler = threading.Thread(target=self._settle, name="link-settle", daemon=True)
         self._thread.start()
+        self._settler.start()
 
     def publish(self, body: Mapping[str, Any]) -> str:
         """What every robot should know from now on; present ones are told at once, others when they ask.
@@ -157,6 +164,8 @@ class LinkServer:
         with self._lock:
             self._ring(b"stop")
         thread.join()
+        self._sealed.put(None)
+        self._settler.join()
         self._end()
 
     # -- the thread ----------------------------------------------------------------------------------------------
@@ -182,9 +191,13 @@ class LinkServer:
         while True:
             ready = dict(poller.poll())
             if self._wake in ready:
-                if self._wake.recv() == b"stop":
+                word = self._wake.recv()
+                if word == b"stop":
                     return
-                self._announce()
+                if word == b"settled":
+                    self._acknowledge()
+                else:
+                    self._announce()
             if self._router in ready:
                 frames = sockets.receive(self._router, keep=3)
                 self._take(bytes(frames[0].buffer), frames[1:])
@@ -283,10 +296,34 @@ class LinkServer:
             raise RatchetError("link.bad_message", "this kind is the learner's to send", where=kind)
 
     def _finish(self, routing: bytes, sha: str) -> None:
+        """Have a complete file made durable, while the next one's pieces go on arriving."""
         if self._inbox.complete(sha):
-            self._inbox.finish(sha)
-            self.counts.received += 1
-            self._send(routing, "stored", {"sha": sha})
+            self._inbox.seal(sha)
+            self._sealed.put((routing, sha))
+
+    def _settle(self) -> None:
+        """The second thread: forces files to the disk, one after the other, in the order of their completion."""
+        while (job := self._sealed.get()) is not None:
+            routing, sha = job
+            error: RatchetError | None = None
+            try:
+                self._inbox.settle(sha)
+            except RatchetError as caught:
+                error = caught
+            self._settled.append((routing, sha, error))
+            with self._lock:
+                self._ring(b"settled")
+
+    def _acknowledge(self) -> None:
+        while self._settled:
+            routing, sha, error = self._settled.popleft()
+            if error is None:
+                self.counts.received += 1
+                self._send(routing, "stored", {"sha": sha})
+            else:
+                self.counts.refused += 1
+                log.warning("%s", error)
+                self._refuse(routing, sha, error)
 
     def _refuse(self, routing: bytes, about: str, error: RatchetError) -> None:
         fields = {"about": about[:64], "code": error.code[:64], "what": error.what[:400], "fix": error.fix[:400]}

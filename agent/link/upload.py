@@ -17,8 +17,8 @@ from agent.link.disk import disk_errors, hash_file
 from agent.link.outbox import Item, Outbox
 from agent.link.wire import CHUNK, Message
 
-ACTIVE = 2  # files under way at once: while the learner makes one durable, the next one's pieces arrive
-WINDOW = 24 * 1024 * 1024  # bytes that may be on their way unanswered
+ACTIVE = 3  # files under way at once: while the learner makes one durable, the next ones' pieces arrive
+WINDOW = 32 * 1024 * 1024  # bytes that may be on their way unanswered
 DELAY = (1.0, 30.0)  # seconds before a file refused for the moment is offered again: first, and at most
 
 Send = Callable[..., bool]

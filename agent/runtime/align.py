@@ -56,16 +56,23 @@ class Aligner:
     """Collects what drivers deliver and gives out observations. Thread-safe.
 
     cameras: those to wait for; all of the contract's if absent. max_skew: seconds that any part may be off.
-    keep: samples remembered per source.
+    keep, keep_frames: samples remembered per state field and per camera.
     """
 
     def __init__(
-        self, contract: RobotContract, *, max_skew: float, cameras: Iterable[str] | None = None, keep: int = 64
+        self,
+        contract: RobotContract,
+        *,
+        max_skew: float,
+        cameras: Iterable[str] | None = None,
+        keep: int = 64,
+        keep_frames: int = 8,
     ) -> None:
         names = [c.name for c in contract.cameras] if cameras is None else list(cameras)
-        self._frames: dict[str, _Track[UInt8]] = {contract.camera(n).name: _Track(keep) for n in names}
+        self._frames: dict[str, _Track[UInt8]] = {contract.camera(n).name: _Track(keep_frames) for n in names}
         self._states: dict[str, _Track[Float32]] = {s.name: _Track(keep) for s in contract.state}
         self._sizes = {s.name: s.size for s in contract.state}
+        self.cameras = tuple(names)
         self._max_skew, self._lock = max_skew, threading.Lock()
         self.dropped = 0
 

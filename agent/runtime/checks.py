@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from agent.contract import RobotContract
-from agent.records import ActionChunk
+from agent.records import ActionChunk, SafetyEvent
+from agent.runtime.axis import Cut
 from agent.runtime.limits import Limiter
 from agent.runtime.measured import Measured
 from agent.runtime.safety_types import Proposal
@@ -70,3 +71,13 @@ def lag(limiter: Limiter, measured: Measured, factor: float) -> Problem | None:
             text = f"{limiter.names[i]} is {abs(aim - place):.3g} from its command, limit {allowed:.3g}"
             return "safety.tracking", text
     return None
+
+
+def cut_event(contract: RobotContract, now: float, name: str, cut: Cut, ramp: bool) -> SafetyEvent:
+    """What a limit did to one dimension of an action. ramp: the speed was permitted, but not yet."""
+    code = "safety.ramp" if ramp else f"safety.{cut.kind}"
+    if cut.kind == "position" and contract.action.control_mode.startswith("ee"):
+        code = "safety.workspace"
+    unit = {"velocity": "per s", "acceleration": "per s^2", "jerk": "per s^3", "rate": "s"}.get(cut.kind, "")
+    text = f"{name or 'command'} cut from {cut.value:.6g} to {cut.limit:.6g} {unit}".rstrip()
+    return SafetyEvent(now, code, text, name, float(cut.value), float(cut.limit))

@@ -53,11 +53,12 @@ class ManualClock:
 class ExternalClock:
     """Time told by somebody else, such as a simulator's /clock. `update` from any thread.
 
-    stall_timeout: real seconds without an update after which waiting is given up.
+    stall_timeout: real seconds without an update after which waiting is given up. From then on, until the next update,
+        a wait takes no longer than it would on a running clock, so that a stop goes on at its rate.
     """
 
-    def __init__(self, stall_timeout: float = 1.0) -> None:
-        self._stall = stall_timeout
+    def __init__(self, stall_timeout: float = 0.2) -> None:
+        self._stall, self._stalled = stall_timeout, False
         self._now = 0.0
         self._changed = threading.Condition()
 
@@ -67,12 +68,14 @@ class ExternalClock:
     def update(self, now: float) -> None:
         """Told time. A step back is passed on: the safety stage treats it as a fault."""
         with self._changed:
-            self._now = now
+            self._now, self._stalled = now, False
             self._changed.notify_all()
 
     def sleep_until(self, moment: float) -> bool:
         with self._changed:
             while self._now < moment:
-                if not self._changed.wait(self._stall):
+                patience = min(self._stall, moment - self._now) if self._stalled else self._stall
+                if not self._changed.wait(patience):
+                    self._stalled = True
                     return False
         return True

@@ -8,7 +8,6 @@ purpose.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import threading
 from collections.abc import Callable
 
@@ -18,7 +17,9 @@ from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent
 from agent.runtime.chunks import ChunkExecutor
 from agent.runtime.clock import Clock, MonotonicClock
+from agent.runtime.episode import until_end
 from agent.runtime.outcome import EpisodeEnd, FrameStamped, Termination, Timing
+from agent.runtime.priority import undisturbed
 from agent.runtime.robot import Robot
 from agent.runtime.safety import MOVING, Proposal, SafetyFilter, SafetyState, Verdict
 from agent.runtime.sink import GuardedSink, NoSink, TickSink
@@ -66,6 +67,8 @@ class ControlLoop:
         self._moved_at = -np.inf
         self._events = 0
         self._was_moving = False
+        self._seen: Observation | None = None
+        self._blind = ""
 
     # -- an episode ----------------------------------------------------------------------------------------------
 
@@ -75,7 +78,7 @@ class ControlLoop:
         Raises:
             RatchetError: safety.latched, safety.state, and what the robot raises.
         """
-        seen = self.robot.observe(cameras=False)
+        seen = self._seen = self.robot.observe(cameras=False)
         now = self.clock.now()
         self.safety.start(seen.state, now)
         self.executor.reset()
@@ -106,38 +109,17 @@ class ControlLoop:
         success: asked after each tick; None where nobody can tell, and `EpisodeEnd.success` stays None.
         source: who judges, as in `Episode.success_source`.
         """
-        self.begin(task, instruction)
-        started, held_since = self.clock.now(), None
-        termination, solved = Termination.HORIZON, None if success is None else False
-        frozen = gc.isenabled()
-        gc.collect()
-        gc.disable()  # a collection in mid-motion is a late command; memory of a tick is freed by reference counts
-        try:
-            for _ in range(horizon):
-                tick = self.tick()
-                if on_tick is not None:
-                    on_tick(tick)
-                if success is not None and success():
-                    termination, solved = Termination.SUCCESS, True
-                    break
-                state = self.safety.state
-                if state is SafetyState.LATCHED:
-                    termination = Termination.FAULT
-                    break
-                if self._cancel.is_set():
-                    termination = Termination.CANCELLED
-                    break
-                held_since = (held_since or tick.stamp) if state is SafetyState.HOLDING else None
-                if held_since is not None and tick.stamp - held_since > hold_timeout:
-                    termination = Termination.HOLD_TIMEOUT
-                    break
-        finally:
-            reason = self.safety.cause
-            self.stop()
-            if frozen:
-                gc.enable()
-            seconds = self.clock.now() - started
-            self.sink.end(termination.value, solved, source if solved is not None else "", self.clock.now())
+        with undisturbed():  # before `begin`: from there on the first deadline runs
+            self.begin(task, instruction)
+            started = self.clock.now()
+            termination, solved = Termination.FAULT, None if success is None else False
+            try:
+                termination, solved = until_end(self, horizon, success, hold_timeout, on_tick)
+            finally:
+                reason = self.safety.cause
+                self._stop_or_hold()
+                seconds = self.clock.now() - started
+                self.sink.end(termination.value, solved, source if solved is not None else "", self.clock.now())
         return EpisodeEnd(termination, solved, self._index, seconds, self._events, reason)
 
     def stop(self) -> None:
@@ -150,6 +132,17 @@ class ControlLoop:
         self._settle()
         self.source.forget()
         self.watchdog.forget()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancel.is_set()
+
+    def _stop_or_hold(self) -> None:
+        try:
+            self.stop()
+        except BaseException:
+            self.robot.hold()  # no controlled stop is possible any more
+            raise
 
     def cancel(self) -> None:
         """End `run_episode` after the current tick, with a controlled stop. Any thread."""
@@ -174,7 +167,7 @@ class ControlLoop:
         if self._lock_step:
             seen = self._ask_and_wait(now)
         else:
-            seen = self._observe(cameras=False)
+            seen = self._state()
             self._answers(self.source.poll(), now)
         self._watch(now)
         proposal = self._propose(self._human, deadline, now)
@@ -260,7 +253,14 @@ class ControlLoop:
         allowed = state in MOVING or (state is SafetyState.HOLDING and self.safety.resting)
         if not (allowed and self._human is None and self.source.ready and self.executor.wants(deadline)):
             return None
-        seen = self._observe(cameras=True)
+        try:
+            seen = self._observe(cameras=True)
+        except RatchetError as error:
+            if error.code != self._blind:  # told once; without observations the arm runs out of actions and holds
+                self._tell(SafetyEvent(now, error.code, f"{error.what} ({error.where})"))
+            self._blind = error.code
+            return None
+        self._blind = ""
         problem = self.watchdog.frozen(seen.images, now, not self.safety.resting)
         problem = problem or self.watchdog.old(seen.stamp, self.clock.now())
         if problem is not None:
@@ -278,7 +278,7 @@ class ControlLoop:
         self._answers(self.source.poll(), now)
         seen = self._ask(self._deadline, now)
         if seen is None:
-            return self._observe(cameras=False)
+            return self._state()
         replies = self.source.wait(self._patience)
         if not replies:
             self.safety.fail("safety.policy_timeout", f"no chunk after {self._patience} real seconds")
@@ -325,6 +325,16 @@ class ControlLoop:
     def _observe(self, cameras: bool) -> Observation:
         seen = self.robot.observe(cameras)
         return dataclasses.replace(seen, stamp=self.clock.now()) if self._lock_step else seen
+
+    def _state(self) -> Observation:
+        """The measured state; where the robot cannot tell, the last one, which grows too old, and a fault."""
+        try:
+            self._seen = self._observe(cameras=False)
+        except RatchetError as error:
+            if self._seen is None:
+                raise
+            self.safety.fail("safety.observation_age", f"no state: {error.code}: {error.what}")
+        return self._seen
 
     def _tell(self, event: SafetyEvent) -> None:
         self._events += 1

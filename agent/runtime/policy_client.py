@@ -9,33 +9,26 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from agent.contract import PolicySpec, RobotContract
 from agent.errors import RatchetError
-from agent.records import ActionChunk, Float32, Observation
+from agent.records import ActionChunk, Observation
 from agent.runtime import wire
-from agent.runtime.policy_process import PolicyLaunch, PolicyProcess, PolicyStatus, launch_with, remote_error
-from agent.runtime.source import Ahead, PolicyFault, Reply
+from agent.runtime.policy_process import (
+    PolicyLaunch,
+    PolicyProcess,
+    PolicyStatus,
+    Request,
+    launch_with,
+    remote_error,
+)
+from agent.runtime.source import Ahead, Noise, PolicyFault, Reply, independent
 
 __all__ = ["PolicyClient", "PolicyLaunch", "PolicyStatus", "launch_with"]
-
-Noise = Callable[[np.random.Generator, tuple[int, int]], Float32]
-
-
-@dataclass
-class _Request:
-    number: int
-    stamp: float
-    sequence: int
-    temperature: float
-    sent: float
-    wanted: bool = True
 
 
 class PolicyClient:
@@ -58,7 +51,7 @@ class PolicyClient:
         self._lock = threading.RLock()
         self._arrived = threading.Condition(self._lock)
         self._replies: deque[Reply] = deque()
-        self._out: _Request | None = None
+        self._out: Request | None = None
         self._waiting: dict[int, Future[Any]] = {}
         self._swapping = 0
         self._numbers = self._asked = self._answered = self._discarded = self._restarts = 0
@@ -142,7 +135,7 @@ class PolicyClient:
             arrays: dict[str, Any] = {}
             if self._temperature > 0.0:
                 shape = (spec.chunk, len(spec.action_names))
-                draw = self._noise or _independent
+                draw = self._noise or independent
                 arrays["noise"] = draw(self._generator, shape)
             if ahead is not None:
                 arrays["committed"] = np.asarray(ahead.committed, np.float32)
@@ -156,7 +149,7 @@ class PolicyClient:
                 "temperature": self._temperature,
                 "delay": ahead.delay if ahead else 0,
             }
-            self._out = _Request(
+            self._out = Request(
                 self._numbers, observation.stamp, observation.sequence, self._temperature, time.monotonic()
             )
             self._asked += 1
@@ -229,13 +222,19 @@ class PolicyClient:
     def _launch(self) -> None:
         link = PolicyProcess(self.launch)
         with self._lock:
+            self._require_running()
             self._link = link
         link.start(self.contract, self._wanted_adapter, self.base_hash)
         with self._lock:
+            self._require_running()
             self.spec, self.base_hash, self.warnings = link.spec, link.base_hash, link.warnings
             self._adapter_id = self._wanted_adapter = link.adapter_id
             self._state, self._error, self._killed_for = "ready", "", ""
             self._arrived.notify_all()
+
+    def _require_running(self) -> None:
+        if self._state == "stopped":
+            raise RatchetError("policy.stopped", "the policy process was stopped while it started")
 
     def _kill(self, code: str, why: str) -> None:
         """With the lock held. The reader thread notices the end and tells it."""
@@ -301,17 +300,7 @@ class PolicyClient:
         else:
             self._adapter_id = message["adapter_id"]
             self._inference = float(message["seconds"])
-            self._replies.append(
-                ActionChunk(
-                    actions=arrays["actions"],
-                    tokens=arrays.get("tokens"),
-                    log_prob=arrays.get("log_prob"),
-                    adapter_id=message["adapter_id"],
-                    temperature=out.temperature,
-                    observation_stamp=out.stamp,
-                    observation_sequence=out.sequence,
-                )
-            )
+            self._replies.append(out.answer(message, arrays))
 
     def _lost(self) -> bool:
         """The process is gone. True where another one was started in its place."""
@@ -336,6 +325,8 @@ class PolicyClient:
         except (RatchetError, OSError) as error:
             self._end()
             with self._arrived:
+                if self._state == "stopped":
+                    return False
                 self._state, self._error = "failed", str(error)
                 self._replies.append(PolicyFault("policy.crashed", f"restart failed: {error}"))
                 self._arrived.notify_all()
@@ -356,7 +347,3 @@ class PolicyClient:
             if not self._link.send({**message, "id": self._numbers}):
                 self._kill("policy.hung", "the policy process takes no messages")
         return future
-
-
-def _independent(generator: np.random.Generator, shape: tuple[int, int]) -> Float32:
-    return generator.random(shape, np.float32)

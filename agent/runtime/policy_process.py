@@ -19,6 +19,7 @@ from typing import Any
 
 from agent.contract import PolicySpec, RobotContract, require_compatible
 from agent.errors import RatchetError
+from agent.records import ActionChunk
 from agent.runtime import wire
 from agent.runtime.frames import FrameLayout, Frames, create_memory
 from agent.runtime.policy_worker import PROTOCOL
@@ -72,6 +73,30 @@ class PolicyStatus:
     busy_for: float
     inference: float
     error: str
+
+
+@dataclass
+class Request:
+    """A question that is out. stamp, sequence: the observation's; sent: time.monotonic; wanted: not forgotten."""
+
+    number: int
+    stamp: float
+    sequence: int
+    temperature: float
+    sent: float
+    wanted: bool = True
+
+    def answer(self, message: dict[str, Any], arrays: wire.Arrays) -> ActionChunk:
+        """The chunk that answers it."""
+        return ActionChunk(
+            actions=arrays["actions"],
+            tokens=arrays.get("tokens"),
+            log_prob=arrays.get("log_prob"),
+            adapter_id=message["adapter_id"],
+            temperature=self.temperature,
+            observation_stamp=self.stamp,
+            observation_sequence=self.sequence,
+        )
 
 
 class PolicyProcess:

@@ -7,6 +7,7 @@ It is not a safety-rated function; it works inside the robot's own limits. State
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +16,6 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import ActionChunk, Float32, Mark, SafetyEvent
 from agent.runtime import checks
-from agent.runtime.axis import Cut
 from agent.runtime.limits import Limiter
 from agent.runtime.measured import Measured
 from agent.runtime.pacing import Pacer
@@ -48,7 +48,7 @@ class SafetyFilter:
         self._cause = ""
         self._after_stop = SafetyState.IDLE
         self._e_stop = False
-        self._pending: list[tuple[str, str]] = []  # (code, message) of faults reported from outside
+        self._pending: deque[tuple[str, str]] = deque()  # (code, message) of faults, from any thread
         self._dead_man_stamp = -math.inf
         self._moving_since = 0.0
         self._stopping_since, self._stop_steps = 0.0, 0
@@ -69,6 +69,11 @@ class SafetyFilter:
     def cause(self) -> str:
         """Code of what stopped the motion; empty while moving or idle."""
         return self._cause
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was reported from outside that the next step will take up."""
+        return bool(self._pending)
 
     @property
     def resting(self) -> bool:
@@ -269,8 +274,9 @@ class SafetyFilter:
 
     def _take_faults(self, now: float, events: list[SafetyEvent]) -> None:
         """Every fault since the last step becomes an event; the first of the gravest kind decides the state."""
-        pending, self._pending = self._pending, []
-        for code, message in pending:
+        self._blocked = bool(self._pending)
+        while self._pending:
+            code, message = self._pending.popleft()
             latching = code in self.config.latch_on
             if self._state is SafetyState.LATCHED or (self._state is SafetyState.IDLE and code != "safety.e_stop"):
                 continue
@@ -291,7 +297,6 @@ class SafetyFilter:
                 self._brake_then(SafetyState.HOLDING, code)
             elif self._state is SafetyState.HOLDING:
                 self._cause = code
-        self._blocked = bool(pending)
 
     def _may_resume(self) -> bool:
         return not self._blocked and (self.config.resume == "automatic" or self._resume_asked)
@@ -333,16 +338,8 @@ class SafetyFilter:
         for name, cut in cuts:
             slowed = ramping and cut.kind == "velocity"
             marks |= Mark.RAMPED if slowed else Mark.CLIPPED
-            events.append(self._cut(now, name, cut, slowed))
+            events.append(checks.cut_event(self.contract, now, name, cut, slowed))
         return Verdict(command, marks, self._state, True, tuple(events))
-
-    def _cut(self, now: float, name: str, cut: Cut, ramp: bool) -> SafetyEvent:
-        code = "safety.ramp" if ramp else f"safety.{cut.kind}"
-        if cut.kind == "position" and self.contract.action.control_mode.startswith("ee"):
-            code = "safety.workspace"
-        unit = {"velocity": "per s", "acceleration": "per s^2", "jerk": "per s^3", "rate": "s"}.get(cut.kind, "")
-        text = f"{name or 'command'} cut from {cut.value:.6g} to {cut.limit:.6g} {unit}".rstrip()
-        return SafetyEvent(now, code, text, name, float(cut.value), float(cut.limit))
 
     def _event(
         self, now: float, code: str, message: str, *, value: float = 0.0, limit: float = 0.0, latched: bool = False

@@ -5,8 +5,11 @@ Knows requests, replies and faults. Knows no process, no socket and no model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from agent.records import ActionChunk, Float32, Observation
 
@@ -20,6 +23,13 @@ class PolicyFault:
 
 
 Reply = ActionChunk | PolicyFault
+
+Noise = Callable[[np.random.Generator, tuple[int, int]], Float32]  # draws (K, D) uniform in [0, 1)
+
+
+def independent(generator: np.random.Generator, shape: tuple[int, int]) -> Float32:
+    """(K, D) float32 uniform in [0, 1), every number on its own."""
+    return generator.random(shape, np.float32)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 from agent.adapters.store import FolderStore
 from agent.cli.main import main
 
-VERBS = ["demo", "learn", "eval", "pretrain", "adapters", "report", "run"]
+VERBS = ["study", "demo", "learn", "eval", "pretrain", "adapters", "report", "run"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

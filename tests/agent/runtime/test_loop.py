@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from agent.contract import RobotContract
+from agent.errors import RatchetError
 from agent.records import Mark, Observation
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from agent.runtime.clock import ExternalClock, ManualClock
@@ -283,6 +284,39 @@ def test_a_camera_that_repeats_itself_while_the_arm_moves_is_noticed() -> None:
     rig.robot._pictures = lambda: pictures  # type: ignore[method-assign]
     rig.run(20)
     assert "safety.frozen_frame" in rig.codes
+
+
+def test_a_robot_that_cannot_tell_its_state_is_a_hold_and_one_that_cannot_see_runs_out_of_actions() -> None:
+    for blind, code in ((False, "safety.observation_age"), (True, "observation.skew")):
+        rig = Rig(DeployExecutor(CONTRACT, use=6), delay=0.1)
+        rig.run(12)
+        observe = rig.robot.observe
+
+        def broken(cameras: bool = True, blind: bool = blind, observe: object = observe) -> Observation:
+            if cameras or not blind:
+                raise RatchetError("observation.skew", "too far apart", where="wrist")
+            return observe(cameras)  # type: ignore[operator, no-any-return]
+
+        rig.robot.observe = broken  # type: ignore[method-assign]
+        rig.run(20)
+        assert rig.codes[0] == code
+        assert rig.safety.state is SafetyState.HOLDING
+        assert rig.robot.commands[-1][1] is None
+        rig.robot.observe = observe  # type: ignore[method-assign]
+        rig.run(12)
+        assert rig.safety.state is SafetyState.RUNNING
+
+
+def test_an_error_in_mid_motion_leaves_the_arm_held() -> None:
+    rig = Rig(CollectExecutor(CONTRACT))
+
+    def broken(tick: object) -> None:
+        raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        rig.loop.run_episode("t", "move", horizon=50, on_tick=broken)
+    assert rig.robot.commands[-1][1] is None
+    assert rig.sink.episodes[-1][:2] == ("end", "fault")
 
 
 def test_a_told_clock_that_stops_ends_in_a_latched_hold() -> None:

@@ -1,0 +1,110 @@
+"""A graph of node processes: started together, watched, stopped in order, one folder of logs.
+
+Knows processes and parameter files. Knows no ROS beyond its command line; needs no launch package.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agent.cli import ros
+from agent.errors import RatchetError
+
+GRACE = 10.0  # s that a node has to come to rest after an interrupt
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """One process. module: of ratchet_ros; parameters: as the node declares them; vital: the graph ends with it."""
+
+    module: str
+    name: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    remap: tuple[tuple[str, str], ...] = ()
+    vital: bool = True
+
+
+class Graph:
+    """Node processes in one log folder. Use as a context manager; leaving it stops everything, last started first."""
+
+    def __init__(self, folder: Path, namespace: str = "", environment: dict[str, str] | None = None) -> None:
+        self.folder, self._namespace = folder, namespace
+        self._environment = ros.environment(environment)
+        self._running: dict[str, tuple[NodeSpec, subprocess.Popen[bytes]]] = {}
+
+    def start(self, spec: NodeSpec) -> None:
+        """Start one node; it configures and activates itself."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{spec.name}.yaml"
+        file.write_text(yaml.safe_dump({"/**": {"ros__parameters": {"autostart": True, **spec.parameters}}}))
+        command = ros.command(spec.module, "--ros-args", "--params-file", str(file), "-r", f"__node:={spec.name}")
+        for old, new in spec.remap:
+            command += ["-r", f"{old}:={new}"]
+        if self._namespace:
+            command += ["-r", f"__ns:={self._namespace}"]
+        with (self.folder / f"{spec.name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                cwd=ros.ROOT,
+                start_new_session=True,  # an interrupt from the terminal reaches the nodes through `stop`, in order
+            )
+        self._running[spec.name] = (spec, process)
+
+    def watch(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Wait until a vital node ends or `until` says so.
+
+        Raises:
+            RatchetError: up.node_ended with the end of its log.
+        """
+        while not until():
+            for name, (spec, process) in self._running.items():
+                if spec.vital and process.poll() is not None:
+                    raise RatchetError(
+                        "up.node_ended",
+                        f"{name} ended with status {process.returncode}: {self.tail(name)}",
+                        where=str(self.folder / f"{name}.log"),
+                        fix="correct what it says, then start again",
+                    )
+            time.sleep(0.2)  # how soon a dead node is noticed; the arm's hold does not depend on it
+
+    def tail(self, name: str) -> str:
+        """The last line of a node's log."""
+        lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no output"
+
+    def stop(self) -> dict[str, int]:
+        """Interrupt, wait, then kill; exit statuses by node."""
+        codes = {}
+        for name, (_, process) in reversed(self._running.items()):
+            codes[name] = _end(process)
+        self._running = {}
+        return codes
+
+    def __enter__(self) -> Graph:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        return process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()

@@ -1,0 +1,207 @@
+"""`ratchet up sim|real`: start the nodes of one arm without the launch package, and stop them cleanly."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from agent.cli import ros
+from agent.cli.graph import Graph, NodeSpec
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+from agent.runtime.session import utc
+
+
+@dataclass
+class _Shared:
+    policy: Path | None = None
+    """Folder of the policy checkpoint."""
+    store: Path | None = None
+    """Folder of the adapter store."""
+    adapter: str = ""
+    """Adapter id or tag to start with."""
+    mode: Literal["deploy", "collect"] = "deploy"
+    """Chunk execution."""
+    episodes: Path | None = None
+    """Record every task into this folder."""
+    namespace: str = ""
+    """Namespace, such as /left for one of two arms."""
+    logs: Path | None = None
+    """Log folder; runs/up/<time> if absent."""
+    loopback: bool = False
+    """Keep all traffic on this machine."""
+    policy_module: str = "agent.runtime.policy_worker"
+    """Python module that serves the policy."""
+    policy_options: str = "{}"
+    """Further options of the policy module, JSON."""
+    max_seconds: float = 0.0
+    """Stop after so many seconds; 0 runs until interrupted."""
+    json: bool = False
+    """Print one JSON line when everything was started."""
+
+    def _policy(self, contract: Path, **parameters: Any) -> NodeSpec:
+        values = {
+            "contract": ros.absolute(contract),
+            "policy": ros.absolute(self.policy),
+            "store": ros.absolute(self.store),
+            "adapter": self.adapter,
+            "mode": self.mode,
+            "policy_python": ros.policy_python(),
+            "policy_module": self.policy_module,
+            "policy_options": self.policy_options,
+            **parameters,
+        }
+        return NodeSpec("policy_node", "policy_node", values)
+
+    def _recorder(self, contract: Path, **parameters: Any) -> list[NodeSpec]:
+        if self.episodes is None:
+            return []
+        values = {"contract": ros.absolute(contract), "folder": ros.absolute(self.episodes), **parameters}
+        return [NodeSpec("recorder", "recorder", values, vital=False)]
+
+    def _up(self, specs: list[NodeSpec]) -> int:
+        folder = self.logs or Path("runs/up") / utc().replace(":", "").replace("-", "")
+        console = Console(stderr=self.json, soft_wrap=True)
+        profile = ros.PACKAGE / "config" / ("fastdds_loopback.xml" if self.loopback else "fastdds.xml")
+        variables = {n: str(profile) for n in ("FASTDDS_DEFAULT_PROFILES_FILE",)} if self.loopback else {}
+        stopped = _Stopper(self.max_seconds)
+        with Graph(folder, self.namespace, variables) as graph:
+            for spec in specs:
+                graph.start(spec)
+            if self.json:
+                print(json.dumps({"logs": str(folder), "nodes": [s.name for s in specs]}), flush=True)
+            console.print(f"started {', '.join(s.name for s in specs)}; logs in {folder}; stop with Ctrl-C")
+            graph.watch(stopped)
+            codes = graph.stop()
+        bad = {name: code for name, code in codes.items() if code}
+        console.print("stopped" if not bad else f"stopped; not clean: {bad}")
+        return 1 if bad else 0
+
+
+class _Stopper:
+    """True once a signal came or time is up."""
+
+    def __init__(self, limit: float) -> None:
+        self._asked = False
+        self._checks_left = limit / 0.2 if limit else float("inf")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = True
+
+    def __call__(self) -> bool:
+        self._checks_left -= 1
+        return self._asked or self._checks_left <= 0
+
+
+@dataclass
+class Sim(_Shared):
+    """A simulated arm behind the same topics as a real one.
+
+    Commands to copy:
+
+        ratchet up sim --task door-open --policy models/small-metaworld
+
+        ratchet up sim --task door-open --policy models/small-metaworld --lock-step
+    """
+
+    suite: str = "metaworld"
+    """Suite of the task."""
+    task: str = "door-open"
+    """Name of the task."""
+    initial_state: int = -1
+    """Id of the initial state; -1 for the first training state."""
+    contract: Path | None = None
+    """Robot contract; the suite's own if absent."""
+    speed: float = 1.0
+    """Simulated seconds per real second."""
+    lock_step: bool = False
+    """Time stands still while the policy thinks."""
+
+    def run(self) -> int:
+        name = "metaworld" if self.suite == "metaworld" else "libero"
+        contract = self.contract or ros.ROOT / "robots" / f"{name}.yaml"
+        RobotContract.load(contract)
+        timed = {"use_sim_time": True, "lock_step": self.lock_step}
+        scene = {
+            "contract": ros.absolute(contract),
+            "suite": self.suite,
+            "task": self.task,
+            "initial_state": self.initial_state,
+            "speed": self.speed,
+            "lock_step": self.lock_step,
+        }
+        return self._up(
+            [
+                NodeSpec("sim_robot_node", "sim_robot_node", scene),
+                NodeSpec("safety_node", "safety_node", {"contract": ros.absolute(contract), **timed}),
+                self._policy(contract, judge="scene", **timed),
+                *self._recorder(contract),
+            ]
+        )
+
+
+@dataclass
+class Real(_Shared):
+    """A real arm whose own driver runs already; `ratchet doctor --contract …` first.
+
+    Commands to copy:
+
+        ratchet up real --contract robots/ur5e.yaml --policy models/mine --store runs/adapters --adapter active
+
+        ratchet up real --contract robots/so101.yaml --policy models/mine --cameras front=uvc:/dev/video0
+    """
+
+    contract: Path = Path("robots/ur5e.yaml")
+    """Robot contract."""
+    cameras: list[str] = field(default_factory=list)
+    """Cameras that we open: name=realsense:SERIAL, name=uvc:/dev/video0, name=recorded:FILE."""
+    joy: list[str] = field(default_factory=list)
+    """Take-over by gamepad: dimension=axis pairs; the joy driver runs already."""
+    person: str = ""
+    """Who judges with the gamepad."""
+    resume: Literal["automatic", "manual"] = "manual"
+    """After a hold: go on by itself, or wait for a person."""
+    dead_man: bool = False
+    """Motion needs the dead-man switch."""
+    sessions: Path | None = Path("runs/sessions")
+    """Where sessions with their manifests go."""
+
+    def run(self) -> int:
+        loaded = RobotContract.load(self.contract)
+        path = ros.absolute(self.contract)
+        specs = [_camera(loaded, path, line) for line in self.cameras]
+        safe = {"resume": self.resume, "dead_man": self.dead_man}
+        specs.append(NodeSpec("safety_node", "safety_node", {"contract": path, **safe}))
+        specs.append(self._policy(self.contract, sessions=ros.absolute(self.sessions), **safe))
+        if self.joy:
+            joy = {"contract": path, "axes": self.joy, "person": self.person}
+            specs.append(NodeSpec("teleop_node", "teleop_node", joy, vital=False))
+        return self._up([*specs, *self._recorder(self.contract)])
+
+
+def _camera(contract: RobotContract, path: str, line: str) -> NodeSpec:
+    name, equals, rest = line.partition("=")
+    kind, colon, source = rest.partition(":")
+    if not equals or kind not in ("realsense", "uvc", "recorded"):
+        raise RatchetError("up.bad_camera", f"{line!r} is not name=kind:source", fix="kinds: realsense, uvc, recorded")
+    contract.camera(name)
+    values = {"contract": path, "camera": name, "device": kind, "source": source if colon else ""}
+    return NodeSpec("camera_node", f"camera_{name}", values)
+
+
+@dataclass
+class Up:
+    """Start all nodes of one arm, real or simulated; Ctrl-C brings the arm to rest and ends them in order."""
+
+    command: Annotated[Sim, tyro.conf.subcommand("sim")] | Annotated[Real, tyro.conf.subcommand("real")]
+
+    def run(self) -> int:
+        return self.command.run()

@@ -1,0 +1,134 @@
+"""Export to robomimic's HDF5 layout, which LIBERO's tools read too: one file, atomic, compared with the recordings.
+
+Knows the layout. Frames are stored as they are, without loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from agent.contract import RobotContract
+from agent.episodes.disk import disk_refusals, sync_folder
+from agent.episodes.export import choose
+from agent.episodes.export_check import Progress
+from agent.episodes.rows import Rate, Row, best_rate, rows
+from agent.episodes.verification import Verification
+from agent.errors import RatchetError
+
+
+@dataclass(frozen=True)
+class Hdf5Report:
+    """What was written. Every value and pixel was compared with the recordings."""
+
+    target: str
+    episodes: int
+    frames: int
+    rate: Rate
+    bytes: int
+    seconds: float
+
+
+def export_hdf5(
+    said: Verification,
+    target: Path,
+    references: Sequence[str] = (),
+    *,
+    unverified: bool = False,
+    compress: bool = True,
+    progress: Progress | None = None,
+) -> Hdf5Report:
+    """Write one robomimic HDF5 file: data/demo_N with actions, rewards, dones and obs/<camera>_image, obs/<state>.
+
+    Raises:
+        RatchetError: export.exists, export.differs, and what `export.choose` raises; nothing is left behind then.
+    """
+    tell = progress or (lambda what, done, of: None)
+    chosen = choose(said, references, unverified)
+    if target.exists():
+        raise RatchetError("export.exists", "there is something already", where=str(target), fix="name a new file")
+    began = time.monotonic()
+    readers = [said.store.open(card.id) for card, _ in chosen]
+    contract = readers[0].info.robot()
+    rate: Rate = "control" if all(best_rate(r) == "control" for r in readers) else "decisions"
+    scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    total = 0
+    with disk_refusals(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with h5py.File(scratch, "w") as file:
+                data = file.create_group("data")
+                for i, ((card, standing), reader) in enumerate(zip(chosen, readers, strict=True)):
+                    success = standing.success if standing.state == "verified" else card.success
+                    kept = list(rows(reader, rate, success))
+                    if not kept:
+                        raise RatchetError("export.empty_episode", "it has no step with an action", where=card.id[:12])
+                    demo = data.create_group(f"demo_{i}")
+                    _write(demo, kept, contract, compress)
+                    demo.attrs["num_samples"] = len(kept)
+                    demo.attrs["episode_id"] = card.id
+                    demo.attrs["adapter_id"] = card.adapter_id
+                    demo.attrs["verification"] = json.dumps(dataclasses.asdict(standing))
+                    total += len(kept)
+                    tell("written", i + 1, len(chosen))
+                data.attrs["total"] = total
+                data.attrs["env_args"] = json.dumps({"env_name": contract.name, "type": 1, "env_kwargs": {}})
+                data.attrs["problem_info"] = json.dumps({"language_instruction": chosen[0][0].instruction})
+                data.attrs["contract"] = json.dumps(dataclasses.asdict(contract))
+                file.create_dataset("mask/train", data=np.array([f"demo_{i}" for i in range(len(chosen))], "S"))
+            _compare(said, scratch, rate, contract, chosen, tell)
+            with scratch.open("rb") as whole:
+                os.fsync(whole.fileno())
+            scratch.rename(target)
+            sync_folder(target.parent)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+    return Hdf5Report(str(target), len(chosen), total, rate, target.stat().st_size, time.monotonic() - began)
+
+
+def _write(demo: Any, kept: list[Row], contract: RobotContract, compress: bool) -> None:
+    demo.create_dataset("actions", data=np.stack([r.action for r in kept]))
+    demo.create_dataset("rewards", data=np.array([r.reward for r in kept]))
+    demo.create_dataset("dones", data=np.array([r.done for r in kept], np.int64))
+    demo.create_dataset("is_intervention", data=np.array([r.human for r in kept], np.int64))
+    if kept[0].chunk is not None:
+        lengths = {len(r.chunk) for r in kept if r.chunk is not None}
+        if len(lengths) == 1:
+            demo.create_dataset("action_chunks", data=np.stack([r.chunk for r in kept if r.chunk is not None]))
+    obs = demo.create_group("obs")
+    options: dict[str, Any] = {"compression": "gzip", "compression_opts": 1} if compress else {}
+    for camera in contract.cameras:
+        frames = np.stack([r.images[camera.name] for r in kept])
+        obs.create_dataset(f"{camera.name}_image", data=frames, chunks=(1, *frames.shape[1:]), **options)
+    for state in contract.state:
+        obs.create_dataset(state.name, data=np.stack([r.state[state.name] for r in kept]))
+
+
+def _compare(
+    said: Verification, path: Path, rate: Rate, contract: RobotContract, chosen: Sequence[Any], tell: Progress
+) -> None:
+    with h5py.File(path, "r") as file:
+        for i, (card, standing) in enumerate(chosen):
+            demo = file[f"data/demo_{i}"]
+            success = standing.success if standing.state == "verified" else card.success
+            count = 0
+            for row in rows(said.store.open(card.id), rate, success):
+                same = np.array_equal(demo["actions"][count], row.action) and demo["rewards"][count] == row.reward
+                same &= all(np.array_equal(demo[f"obs/{n}_image"][count], im) for n, im in row.images.items())
+                same &= all(np.array_equal(demo[f"obs/{s.name}"][count], row.state[s.name]) for s in contract.state)
+                if not same:
+                    raise RatchetError("export.differs", f"read back: row {count} is not equal", where=card.id[:12])
+                count += 1
+            if count != len(demo["actions"]):
+                raise RatchetError("export.differs", f"{len(demo['actions'])} rows, not {count}", where=card.id[:12])
+            tell("compared", i + 1, len(chosen))

@@ -1,0 +1,57 @@
+"""When an episode is over: success, horizon, cancel, latched fault, or a hold that does not end.
+
+Knows a loop's ticks and its safety stage. Knows neither how a tick works nor who judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from agent.records import ControlTick
+from agent.runtime.outcome import Termination
+from agent.runtime.safety import SafetyFilter, SafetyState
+
+
+class Ticking(Protocol):
+    """A control loop, as far as an episode's end is concerned."""
+
+    safety: SafetyFilter
+
+    @property
+    def cancelled(self) -> bool: ...
+
+    def tick(self) -> ControlTick: ...
+
+
+def until_end(
+    loop: Ticking,
+    horizon: int,
+    success: Callable[[], bool] | None,
+    hold_timeout: float,
+    on_tick: Callable[[ControlTick], None] | None,
+) -> tuple[Termination, bool | None]:
+    """Tick until something ends the episode; how it ended, and success (None where nobody judges).
+
+    Arguments as in `ControlLoop.run_episode`. Success goes before everything else that happens in the same tick.
+    """
+    solved: bool | None = None if success is None else False
+    held_since: float | None = None
+    for _ in range(horizon):
+        tick = loop.tick()
+        if on_tick is not None:
+            on_tick(tick)
+        if success is not None and success():
+            return Termination.SUCCESS, True
+        state = loop.safety.state
+        if state is SafetyState.LATCHED:
+            return Termination.FAULT, solved
+        if loop.cancelled:
+            return Termination.CANCELLED, solved
+        if state is not SafetyState.HOLDING:
+            held_since = None
+        elif held_since is None:
+            held_since = tick.stamp
+        elif tick.stamp - held_since > hold_timeout:
+            return Termination.HOLD_TIMEOUT, solved
+    return Termination.HORIZON, solved

@@ -1,0 +1,86 @@
+"""The nodes of a real arm whose own driver runs already. `ros2 launch real.launch.py contract:=… policy:=…`
+
+Check first with `ratchet doctor --contract …`. Without the launch package, `ratchet up real` starts the same graph.
+"""
+
+from launch.actions import DeclareLaunchArgument, SetEnvironmentVariable
+from launch.conditions import IfCondition
+from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
+from launch_ros.actions import LifecycleNode
+from launch_ros.substitutions import FindPackageShare
+
+from launch import LaunchDescription
+
+
+def generate_launch_description() -> LaunchDescription:
+    arguments = [
+        DeclareLaunchArgument("contract", description="Path of the robot contract (YAML)."),
+        DeclareLaunchArgument("policy", description="Folder of the policy checkpoint."),
+        DeclareLaunchArgument("store", default_value="", description="Folder of the adapter store; empty for none."),
+        DeclareLaunchArgument("adapter", default_value="", description="Adapter id or tag to start with."),
+        DeclareLaunchArgument("policy_python", default_value="", description="Interpreter of the policy process."),
+        DeclareLaunchArgument("mode", default_value="deploy", description="deploy or collect."),
+        DeclareLaunchArgument("resume", default_value="manual", description="After a hold: automatic or manual."),
+        DeclareLaunchArgument("dead_man", default_value="false", description="Motion needs the dead-man switch."),
+        DeclareLaunchArgument("sessions", default_value="runs/sessions", description="Where session manifests go."),
+        DeclareLaunchArgument("record", default_value="true", description="Record every task."),
+        DeclareLaunchArgument("episodes", default_value="runs/episodes", description="Where recordings go."),
+        DeclareLaunchArgument("teleop", default_value="false", description="Start teleop_node; needs a joy driver."),
+        DeclareLaunchArgument("teleop_params", default_value="", description="Parameter file of teleop_node."),
+        DeclareLaunchArgument(
+            "namespace", default_value="", description="Namespace, such as left for one of two arms."
+        ),
+        DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal."),
+        DeclareLaunchArgument(
+            "dds_profile",
+            default_value=PathJoinSubstitution([FindPackageShare("ratchet_ros"), "config", "fastdds.xml"]),
+            description="Fast DDS profile; camera drivers outside this file must load it as well.",
+        ),
+    ]
+    contract = LaunchConfiguration("contract")
+    safe = {"resume": LaunchConfiguration("resume"), "dead_man": LaunchConfiguration("dead_man")}
+
+    def node(executable: str, parameters: list[object], **options: object) -> LifecycleNode:
+        return LifecycleNode(
+            package="ratchet_ros",
+            executable=executable,
+            name=executable,
+            namespace=LaunchConfiguration("namespace"),
+            output="both",
+            arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],
+            parameters=[{"autostart": True, "contract": contract}, *parameters],
+            **options,
+        )
+
+    return LaunchDescription(
+        [
+            *arguments,
+            SetEnvironmentVariable("FASTDDS_DEFAULT_PROFILES_FILE", LaunchConfiguration("dds_profile")),
+            SetEnvironmentVariable("FASTRTPS_DEFAULT_PROFILES_FILE", LaunchConfiguration("dds_profile")),
+            node("safety_node", [safe]),
+            node(
+                "policy_node",
+                [
+                    safe,
+                    {
+                        "policy": LaunchConfiguration("policy"),
+                        "store": LaunchConfiguration("store"),
+                        "adapter": LaunchConfiguration("adapter"),
+                        "policy_python": LaunchConfiguration("policy_python"),
+                        "mode": LaunchConfiguration("mode"),
+                        "sessions": LaunchConfiguration("sessions"),
+                    },
+                ],
+            ),
+            node(
+                "recorder",
+                [{"folder": LaunchConfiguration("episodes")}],
+                condition=IfCondition(LaunchConfiguration("record")),
+            ),
+            node(
+                "teleop_node",
+                [LaunchConfiguration("teleop_params")],
+                condition=IfCondition(LaunchConfiguration("teleop")),
+            ),
+        ]
+    )

@@ -1,0 +1,81 @@
+"""The same nodes as on a real arm, with a simulated one behind the topics. `ros2 launch sim.launch.py policy:=…`
+
+Without the launch package, `ratchet up sim` starts the same graph.
+"""
+
+from launch.actions import DeclareLaunchArgument
+from launch.conditions import IfCondition
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import LifecycleNode
+
+from launch import LaunchDescription
+
+
+def generate_launch_description() -> LaunchDescription:
+    arguments = [
+        DeclareLaunchArgument("contract", description="Path of the suite's robot contract (YAML)."),
+        DeclareLaunchArgument("suite", default_value="metaworld", description="Suite of the task."),
+        DeclareLaunchArgument("task", default_value="door-open", description="Name of the task in the suite."),
+        DeclareLaunchArgument("initial_state", default_value="-1", description="Initial state; -1 for the first."),
+        DeclareLaunchArgument("speed", default_value="1.0", description="Simulated seconds per real second."),
+        DeclareLaunchArgument("lock_step", default_value="false", description="Time waits for the policy."),
+        DeclareLaunchArgument("policy", description="Folder of the policy checkpoint."),
+        DeclareLaunchArgument("store", default_value="", description="Folder of the adapter store; empty for none."),
+        DeclareLaunchArgument("adapter", default_value="", description="Adapter id or tag to start with."),
+        DeclareLaunchArgument("policy_python", default_value="", description="Interpreter of the policy process."),
+        DeclareLaunchArgument("mode", default_value="deploy", description="deploy or collect."),
+        DeclareLaunchArgument("record", default_value="false", description="Record every task."),
+        DeclareLaunchArgument("episodes", default_value="runs/episodes", description="Where recordings go."),
+        DeclareLaunchArgument("namespace", default_value="", description="Namespace of all nodes."),
+    ]
+    contract, lock_step = LaunchConfiguration("contract"), LaunchConfiguration("lock_step")
+
+    def node(executable: str, parameters: list[object], **options: object) -> LifecycleNode:
+        return LifecycleNode(
+            package="ratchet_ros",
+            executable=executable,
+            name=executable,
+            namespace=LaunchConfiguration("namespace"),
+            output="both",
+            parameters=[{"autostart": True, "contract": contract}, *parameters],
+            **options,
+        )
+
+    timed = {"use_sim_time": True, "lock_step": lock_step}
+    return LaunchDescription(
+        [
+            *arguments,
+            node(
+                "sim_robot_node",
+                [
+                    {
+                        "suite": LaunchConfiguration("suite"),
+                        "task": LaunchConfiguration("task"),
+                        "initial_state": LaunchConfiguration("initial_state"),
+                        "speed": LaunchConfiguration("speed"),
+                        "lock_step": lock_step,
+                    }
+                ],
+            ),
+            node("safety_node", [timed]),
+            node(
+                "policy_node",
+                [
+                    timed,
+                    {
+                        "policy": LaunchConfiguration("policy"),
+                        "store": LaunchConfiguration("store"),
+                        "adapter": LaunchConfiguration("adapter"),
+                        "policy_python": LaunchConfiguration("policy_python"),
+                        "mode": LaunchConfiguration("mode"),
+                        "judge": "scene",
+                    },
+                ],
+            ),
+            node(
+                "recorder",
+                [{"folder": LaunchConfiguration("episodes")}],
+                condition=IfCondition(LaunchConfiguration("record")),
+            ),
+        ]
+    )

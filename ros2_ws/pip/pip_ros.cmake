@@ -1,0 +1,28 @@
+# For a ROS 2 that came from pip wheels only, injected with -DCMAKE_PROJECT_INCLUDE; a sourced ROS 2 never reads this file.
+# 1. The ament index is looked up through AMENT_PREFIX_PATH, which no setup.sh has set.
+if("$ENV{AMENT_PREFIX_PATH}" STREQUAL "")
+  find_package(ament_cmake_core CONFIG QUIET)
+  if(ament_cmake_core_DIR)
+    get_filename_component(_pip_ros_prefix "${ament_cmake_core_DIR}/../../.." ABSOLUTE)
+    set(ENV{AMENT_PREFIX_PATH} "${_pip_ros_prefix}")
+    message(STATUS "pip ROS prefix: ${_pip_ros_prefix}")
+  endif()
+endif()
+
+# 2. The wheels' exported targets name include folders of the machine they were built on: drop what does not exist.
+function(_pip_ros_drop_missing_includes)
+  get_property(_targets DIRECTORY PROPERTY IMPORTED_TARGETS)
+  foreach(_target IN LISTS _targets)
+    get_target_property(_folders ${_target} INTERFACE_INCLUDE_DIRECTORIES)
+    if(_folders)
+      set(_kept)
+      foreach(_folder IN LISTS _folders)
+        if(_folder MATCHES "\\$<" OR EXISTS "${_folder}")
+          list(APPEND _kept "${_folder}")
+        endif()
+      endforeach()
+      set_target_properties(${_target} PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${_kept}")
+    endif()
+  endforeach()
+endfunction()
+cmake_language(DEFER CALL _pip_ros_drop_missing_includes)

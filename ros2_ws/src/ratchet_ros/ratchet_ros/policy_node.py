@@ -1,0 +1,440 @@
+"""policy_node: cameras and state in, commands for the safety node out; RunTask, adapter exchange, status.
+
+Knows topics, services and one action. The work is agent.runtime's: the control loop runs in a thread of its own, the
+policy in a process of its own, so neither a slow model nor this node's callbacks move a deadline.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ratchet_msgs import msg, srv
+from ratchet_msgs.action import RunTask
+from rclpy.action import ActionServer, CancelResponse
+from rclpy.clock import Clock, ClockType
+from rosgraph_msgs.msg import Clock as ClockMessage
+from std_msgs.msg import Bool
+from std_srvs.srv import Trigger
+
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+from agent.records import ActionChunk, SafetyEvent
+from agent.runtime.loop import ControlLoop
+from agent.runtime.policy_client import PolicyClient
+from agent.runtime.priority import real_time
+from agent.runtime.session import Session
+from ratchet_ros import convert, policy_params, qos, task_run
+from ratchet_ros.intake import Intake
+from ratchet_ros.node import ERROR, OK, WARN, Line, RatchetNode, spin
+from ratchet_ros.robot import LockStepRosRobot, NotingSafety, RosRobot, StampedRosRobot
+from ratchet_ros.times import SimulatedTime, SteadyTime, TimeBase, seconds
+from ratchet_ros.waiting import in_thread, settled
+
+STEADY = Clock(clock_type=ClockType.STEADY_TIME)
+STATUS_PERIOD, FEEDBACK_PERIOD = 0.5, 0.2
+RECENT = 1000  # ticks that the published jitter is taken over
+
+
+class PolicyNode(RatchetNode):
+    """See the module's words; topics and services are listed in docs/ros.md."""
+
+    Parameters = policy_params.Parameters
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("policy_node", **options)
+        self.client: PolicyClient | None = None
+        self.intake: Intake | None = None
+        self.session: Session | None = None
+        self.loop: ControlLoop | None = None
+        self._things: list[Any] = []
+        self._ticking: list[Any] = []
+        self._goal: task_run.Goal | None = None
+        self._thread: Any = None
+        self._last_stage: msg.SafetyStatus | None = None
+        self._episodes = 0
+
+    # -- lifecycle -------------------------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        settings = self.settings
+        self.contract = RobotContract.load(settings.contract)
+        simulated, lock_step = bool(self.get_parameter("use_sim_time").value), settings.lock_step
+        if lock_step and not simulated:
+            raise RatchetError("ros.bad_parameter", "lock_step needs use_sim_time", where="lock_step")
+        timeout = settings.patience if lock_step else settings.clock_timeout
+        self.clock: TimeBase = SimulatedTime(timeout) if simulated else SteadyTime()
+        if simulated:
+            profile = qos.LOCK_STEP if lock_step else qos.CLOCK
+            self._keep(self.create_subscription(ClockMessage, "/clock", self._on_clock, profile))
+        self.safety = NotingSafety(self.contract, policy_params.safety_config(settings))
+        self.client = PolicyClient(self.contract, policy_params.launch(settings))
+        spec = self.client.start()
+        policy_params.executor(settings, settings.mode, self.contract, spec.chunk)
+        for warning in self.client.warnings:
+            self.get_logger().warn(warning)
+        self.robot = self._make_robot(spec.cameras)
+        self.safety.robot = self.robot
+        self.robot.fail = self.safety.fail
+        period = 1.0 / self.contract.control_hz
+        self.judge = task_run.Judge(settings.judge, period, settings.patience if lock_step else 0.0)
+        self.sink = task_run.NodeSink(self._on_chunk, self._on_event)
+        if settings.sessions:
+            self.session = Session.start(
+                Path(settings.sessions),
+                self.contract,
+                base_hash=self.client.base_hash,
+                adapter_id=self.client.adapter_id,
+                calibrations=policy_params.calibrations(settings),
+            )
+        self._make_publishers()
+        self._make_servers()
+
+    def start(self) -> None:
+        self.robot.connect()
+        self._publish_status()
+
+    def halt(self) -> None:
+        if self.loop is not None and self._thread is not None:
+            self.loop.cancel()
+            wait = self.contract.watchdog.stop_time + 3.0
+            self._join(wait)
+        self._publish_status()
+
+    def teardown(self) -> None:
+        if self.client is not None:
+            self.client.stop()
+            self.client = None
+        if self.session is not None:
+            self.session.stop("cleaned up")
+            self.session = None
+        if self.intake is not None:
+            self.intake.close()
+            self.intake = None
+        for timer in self._ticking:
+            self.destroy_timer(timer)
+        for thing in self._things:
+            thing.destroy()
+        self._ticking, self._things = [], []
+
+    def diagnose(self) -> list[Line]:
+        assert self.client is not None
+        assert self.intake is not None
+        status = self.client.status()
+        bad = status.state in ("failed", "stopped")
+        level = ERROR if bad else WARN if status.state in ("starting", "restarting") else OK
+        values = {
+            "adapter": status.adapter_id,
+            "asked": status.asked,
+            "answered": status.answered,
+            "restarts": status.restarts,
+            "inference_s": f"{status.inference:.4f}",
+        }
+        lines: list[Line] = [(level, "policy", status.error or status.state, values)]
+        missing, problems = self.intake.missing(), [str(e) for e in self.intake.problems.values()]
+        text = f"missing {', '.join(missing)}" if missing else "; ".join(problems) or "complete"
+        ages = {"state_age_s": f"{self.clock.now() - self.intake.aligner.state_stamp():.4f}"}
+        if self.intake.aligner.cameras:
+            ages["frame_age_s"] = f"{self.clock.now() - self.intake.aligner.frames_stamp():.4f}"
+        lines.append((ERROR if missing or problems else OK, "observation", text, ages | {"skew_s": self.robot.skew}))
+        if self._last_stage is None:
+            lines.append((ERROR, "safety node", "not heard of", {}))
+        if self.loop is not None:
+            timing = self.loop.timing
+            level = WARN if timing.missed else OK
+            lines.append((level, "control loop", f"{timing.missed} missed", {"overruns": timing.overruns}))
+        return lines
+
+    # -- what goes in and out --------------------------------------------------------------------------------------
+
+    def _make_robot(self, cameras: tuple[str, ...]) -> RosRobot:
+        settings, lock_step = self.settings, self.settings.lock_step
+        skew = settings.max_skew or self.contract.watchdog.observation_max_age
+        self._commands = self._keep(self.create_publisher(msg.Command, "command", qos.COMMANDS))
+        waker: list[Any] = []
+        self.intake = Intake(
+            self,
+            self.contract,
+            self.clock,
+            cameras=cameras,
+            max_skew=skew,
+            reliable=lock_step,
+            on_data=lambda: [w() for w in waker] and None,
+        )
+        publish = self._commands.publish
+        if lock_step:
+            robot = LockStepRosRobot(self.contract, self.intake, self.clock, publish, settings.patience)
+            waker.append(robot.arrived)
+            return robot
+        return StampedRosRobot(self.contract, self.intake, self.clock, publish)
+
+    def _make_publishers(self) -> None:
+        self._status = self._keep(self.create_publisher(msg.PolicyStatus, "policy_status", qos.STATUS))
+        self._chunks = self._keep(self.create_publisher(msg.ActionChunk, "chunks", qos.EVENTS))
+        self._events = self._keep(self.create_publisher(msg.SafetyEvent, "safety_events", qos.EVENTS))
+        self._marks = self._keep(self.create_publisher(msg.EpisodeMark, "episode", qos.MARKS))
+        self._ticking.append(self.create_timer(STATUS_PERIOD, self._publish_status, clock=STEADY))
+
+    def _make_servers(self) -> None:
+        keep = self._keep
+        keep(self.create_subscription(msg.SafetyStatus, "safety_status", self._on_last_stage, qos.STATUS))
+        keep(self.create_subscription(msg.OperatorInput, "operator", self._on_operator, qos.INPUT))
+        keep(self.create_subscription(Bool, "e_stop", self._on_e_stop, qos.STATUS))
+        if self.settings.judge == "scene":
+            keep(self.create_subscription(msg.SceneStatus, "scene_status", self.judge.scene, qos.STATUS))
+        keep(self.create_service(srv.SwapAdapter, "~/swap_adapter", self._serve_swap))
+        keep(self.create_service(srv.ListAdapters, "~/list_adapters", self._serve_list))
+        keep(self.create_service(srv.ClearFault, "~/clear_fault", self._serve_clear))
+        keep(self.create_service(Trigger, "~/resume", self._serve_resume))
+        keep(ActionServer(self, RunTask, "~/run_task", self._run_task, cancel_callback=self._on_cancel))
+
+    def _on_clock(self, message: ClockMessage) -> None:
+        self.clock.update(seconds(message.clock))  # type: ignore[attr-defined]
+
+    def _on_last_stage(self, message: msg.SafetyStatus) -> None:
+        self._last_stage = message
+        if message.latched and self._goal is not None:
+            self.safety.fail("safety.last_stage", f"the safety node stopped the arm: {message.cause}")
+
+    def _on_e_stop(self, message: Bool) -> None:
+        self.safety.e_stop(message.data)
+
+    def _on_operator(self, message: msg.OperatorInput) -> None:
+        now = self.clock.now()
+        self.safety.dead_man(message.dead_man, now)
+        self.judge.operator(message)
+        if self.loop is None or self._goal is None:
+            return
+        wanted = message.intervene and len(message.action) == self.contract.action.size
+        self.loop.human(np.frombuffer(message.action, np.float32) if wanted else None)
+
+    def _on_chunk(self, chunk: ActionChunk) -> None:
+        self._chunks.publish(convert.chunk(chunk, self.robot.image_stamps, self.clock))
+
+    def _on_event(self, event: SafetyEvent) -> None:
+        self._events.publish(convert.event(event, "policy_node", self.clock))
+        log = self.get_logger()
+        (log.error if event.latched else log.debug)(f"{event.code}: {event.message}")
+
+    # -- services --------------------------------------------------------------------------------------------------
+
+    async def _serve_swap(self, request: srv.SwapAdapter.Request, response: srv.SwapAdapter.Response) -> Any:
+        try:
+            assert self.client is not None
+            report = await settled(self, self.client.swap(request.reference, request.expected_id))
+        except RatchetError as error:
+            self.get_logger().warn(str(error))
+            return convert.refused(response, error)
+        response.success = True
+        response.old_id, response.new_id = report["old_id"], report["new_id"]
+        response.ready, response.unavailable = float(report["ready"]), float(report["unavailable"])
+        response.warnings = [str(w) for w in report["warnings"]]
+        response.message = f"{report['old_id'][:12]} -> {report['new_id'][:12]}"
+        if self.session is not None:
+            self.session.adapter(report["new_id"])
+        self._publish_status()
+        return response
+
+    async def _serve_list(self, request: srv.ListAdapters.Request, response: srv.ListAdapters.Response) -> Any:
+        try:
+            assert self.client is not None
+            rows = await settled(self, self.client.adapters())
+        except RatchetError as error:
+            return convert.refused(response, error)
+        response.success = True
+        response.adapters = [msg.AdapterInfo(**row) for row in rows]
+        return response
+
+    def _serve_clear(self, request: srv.ClearFault.Request, response: srv.ClearFault.Response) -> Any:
+        try:
+            response.cleared = self.safety.cause
+            event = self.safety.clear(request.person)
+        except RatchetError as error:
+            return convert.refused(response, error)
+        self._on_event(event)
+        response.success, response.message = True, event.message
+        return response
+
+    def _serve_resume(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self.safety.resume()
+        response.success = True
+        return response
+
+    # -- the task --------------------------------------------------------------------------------------------------
+
+    def _on_cancel(self, handle: Any) -> CancelResponse:
+        if self.loop is not None:
+            self.loop.cancel()
+        return CancelResponse.ACCEPT
+
+    async def _run_task(self, handle: Any) -> RunTask.Result:
+        try:
+            goal = self._checked(handle.request)
+            self._prepare(goal)
+        except RatchetError as error:
+            self.get_logger().warn(str(error))
+            handle.abort()
+            return task_run.refusal(error)
+        assert self.loop is not None
+        loop, robot, timeout = self.loop, self.robot, self.settings.hold_timeout
+        feedback = self.create_timer(FEEDBACK_PERIOD, lambda: self._feed_back(handle), clock=STEADY)
+        simulated = isinstance(self.clock, SimulatedTime)
+
+        def work() -> RunTask.Result:
+            if not simulated:
+                self.get_logger().info(f"control loop: {real_time()}")
+            return task_run.run(loop, robot, self.judge, goal, timeout, self._mark)
+
+        self._thread = in_thread(work, "control-loop")
+        try:
+            result = await settled(self, self._thread)
+        finally:
+            self._goal = None
+            self.destroy_timer(feedback)
+        result.adapter_id = self.sink.progress.adapter_id
+        self.get_logger().info(f"{goal.task}: {result.message}")
+        self._publish_status()
+        if handle.is_cancel_requested:
+            handle.canceled()
+        elif result.termination in (RunTask.Result.END_FAULT, RunTask.Result.END_REFUSED):
+            handle.abort()
+        else:
+            handle.succeed()
+        return result
+
+    def _checked(self, request: RunTask.Goal) -> task_run.Goal:
+        """Everything that can be refused before anything moves."""
+        assert self.client is not None
+        if not self.active:
+            raise RatchetError("ros.not_active", "the node is not active", fix="ratchet ctl lifecycle activate")
+        if self._goal is not None:
+            raise RatchetError("ros.busy", f"task {self._goal.task!r} is running", fix="cancel it or wait")
+        if self._last_stage is None or not self.count_subscribers("command"):
+            raise RatchetError("ros.no_safety_node", "no safety node listens", fix="start safety_node and activate it")
+        if self._last_stage.latched:
+            cause = self._last_stage.cause
+            raise RatchetError("safety.latched", f"the safety node is latched by {cause}", fix="ratchet ctl clear")
+        status = self.client.status()
+        if status.state != "ready":
+            raise RatchetError("policy.not_ready", f"the policy is {status.state}", where=status.error)
+        if request.expected_adapter and request.expected_adapter != status.adapter_id:
+            raise RatchetError(
+                "adapter.not_active", f"{request.expected_adapter[:12]} is expected, {status.adapter_id[:12]} is active"
+            )
+        self._episodes += 1
+        stem = self.session.id if self.session is not None else uuid.uuid4().hex[:12]
+        return task_run.Goal(
+            task=request.task,
+            instruction=request.instruction or request.task,
+            horizon=request.horizon or self.settings.horizon,
+            mode=request.mode or self.settings.mode,
+            temperature=float(request.temperature),
+            seed=int(request.seed),
+            expected_adapter=request.expected_adapter,
+            episode=f"{stem}-{self._episodes:04d}",
+        )
+
+    def _prepare(self, goal: task_run.Goal) -> None:
+        assert self.client is not None
+        assert self.client.spec is not None
+        self.robot.connect()
+        steps = policy_params.executor(self.settings, goal.mode, self.contract, self.client.spec.chunk)
+        self.client.sample(goal.temperature, goal.seed)
+        self.loop = ControlLoop(
+            self.robot,
+            self.client,
+            self.safety,
+            steps,
+            sink=self.sink,
+            clock=self.clock,
+            lock_step=self.settings.lock_step,
+            patience=self.settings.patience,
+            frozen_after=self.settings.frozen_after,
+        )
+        self._goal = goal
+
+    def _feed_back(self, handle: Any) -> None:
+        progress, loop = self.sink.progress, self.loop
+        if not handle.is_active or loop is None:
+            return
+        feedback = RunTask.Feedback(
+            tick=progress.ticks,
+            seconds=float(progress.ticks * loop.period),
+            motion=self.safety.state.value,
+            motion_cause=self.safety.cause,
+            adapter_id=progress.adapter_id,
+            missed=loop.timing.missed,
+        )
+        handle.publish_feedback(feedback)
+
+    def _mark(self, kind: int, result: RunTask.Result | None) -> None:
+        goal, client = self._goal, self.client
+        if goal is None or client is None:
+            return
+        mark = msg.EpisodeMark(
+            stamp=self.clock.to_ros(self.clock.now()),
+            kind=kind,
+            episode=goal.episode,
+            task=goal.task,
+            instruction=goal.instruction,
+            mode=goal.mode,
+            contract_id=self.contract.id,
+            adapter_id=client.adapter_id,
+            temperature=goal.temperature,
+            seed=goal.seed,
+        )
+        if result is not None:
+            mark.termination, mark.outcome = result.termination, result.outcome
+            mark.outcome_source = result.outcome_source
+        self._marks.publish(mark)
+
+    def _publish_status(self) -> None:
+        client = self.client
+        if client is None:
+            return
+        policy, goal, loop = client.status(), self._goal, self.loop
+        status = msg.PolicyStatus(
+            state=policy.state,
+            error=policy.error,
+            contract_id=self.contract.id,
+            base_hash=policy.base_hash,
+            adapter_id=policy.adapter_id,
+            swapping=policy.swapping,
+            running=goal is not None,
+            instruction=goal.instruction if goal else "",
+            motion=self.safety.state.value,
+            motion_cause=self.safety.cause,
+            inference=policy.inference,
+            asked=policy.asked,
+            answered=policy.answered,
+            restarts=policy.restarts,
+            observation_skew=float(self.robot.skew),
+        )
+        if loop is not None:
+            recent = loop.timing.jitter[-RECENT:]
+            status.ticks, status.missed = self.sink.progress.ticks, loop.timing.missed
+            status.jitter_p99 = float(np.percentile(recent, 99)) if len(recent) else 0.0
+        status.header.stamp = self.clock.to_ros(self.clock.now())
+        self._status.publish(status)
+
+    def _join(self, wait: float) -> None:
+        """The task's thread ends by itself after the controlled stop."""
+        ended = threading.Event()
+        self._thread.add_done_callback(lambda _: ended.set())
+        if not ended.wait(wait):
+            self.get_logger().error("[ros.stuck] the control loop did not end; the safety node holds the arm")
+
+    def _keep(self, thing: Any) -> Any:
+        self._things.append(thing)
+        return thing
+
+
+def main() -> int:
+    return spin(PolicyNode)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,137 @@
+"""Parameters of policy_node, and what they mean for the policy process and the safety stage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
+from agent.runtime.policy_client import PolicyLaunch
+from agent.runtime.safety import SafetyConfig
+from agent.runtime.safety_types import LATCHING
+from ratchet_ros.params import parameter
+
+
+@dataclass(frozen=True)
+class Parameters:
+    contract: str = parameter("", "Path of the robot contract (YAML).")
+    policy: str = parameter("", "Folder of the policy checkpoint.")
+    store: str = parameter("", "Folder of the adapter store; empty to run without adapters.")
+    adapter: str = parameter("", "Adapter id or tag to start with; empty for the base alone.")
+    policy_python: str = parameter("", "Interpreter of the policy process, which has no ROS; empty for this one.")
+    policy_module: str = parameter("agent.runtime.policy_worker", "Python module that serves the policy.")
+    policy_options: str = parameter(
+        "{}", "JSON object: further options of the policy module (threads, device, image_fit)."
+    )
+    nice: int = parameter(5, "Added to the policy process's niceness.", low=0, high=19)
+    memory_limit_mb: int = parameter(
+        0, "Private memory that the policy process may have; 0 for no limit.", low=0, high=1 << 20
+    )
+    start_timeout: float = parameter(300.0, "Seconds until the policy process must be ready.", low=1.0, high=3600.0)
+    hang_timeout: float = parameter(10.0, "Seconds without an answer after which it is killed.", low=0.1, high=600.0)
+    restarts: int = parameter(3, "How often it is started again after a crash or a hang.", low=0, high=1000)
+    mode: str = parameter("deploy", "Chunk execution where a goal does not say.", one_of=("deploy", "collect"))
+    use: int = parameter(
+        0, "Actions of each chunk before the next takes over; 0: half (deploy), all (collect).", low=0, high=1000
+    )
+    blend: int = parameter(2, "Ticks over which a new chunk is mixed with the old one (deploy).", low=0, high=50)
+    horizon: int = parameter(500, "Control periods of a task where a goal does not say.", low=1, high=1_000_000)
+    hold_timeout: float = parameter(
+        10.0, "Seconds of holding after which a task ends.", low=0.1, high=3600.0, live=True
+    )
+    judge: str = parameter(
+        "operator",
+        "Who says that a task is solved: nobody, the operator's buttons, or the simulated scene.",
+        one_of=("none", "operator", "scene"),
+    )
+    resume: str = parameter(
+        "automatic",
+        "After a hold that is not latched: go on by itself with the ramp, or wait for ~/resume.",
+        one_of=("automatic", "manual"),
+    )
+    dead_man: bool = parameter(False, "Motion needs the dead-man switch of an OperatorInput.")
+    dead_man_timeout: float = parameter(0.2, "Seconds for which one report of the switch holds.", low=0.02, high=2.0)
+    max_skew: float = parameter(
+        0.0,
+        "Seconds that images and states of one observation may be apart; 0: the contract's observation_max_age.",
+        low=0.0,
+        high=10.0,
+    )
+    frozen_after: float = parameter(
+        0.0,
+        "Seconds after which a camera that repeats one picture while the arm moves counts as frozen; 0: not looked at.",
+        low=0.0,
+        high=60.0,
+    )
+    lock_step: bool = parameter(False, "Simulation only: time stands still while the policy thinks.")
+    clock_timeout: float = parameter(
+        1.0, "Simulation only: real seconds without /clock after which it counts as lost.", low=0.1, high=600.0
+    )
+    patience: float = parameter(
+        30.0, "Lock-step only: real seconds to wait for an answer or an observation.", low=0.1, high=3600.0
+    )
+    sessions: str = parameter("", "Folder in which a session with its manifest is made; empty for none.")
+    calibrations: list[str] = parameter([], "Calibrations in force, as camera=id.")  # noqa: RUF009
+
+
+def launch(settings: Parameters) -> PolicyLaunch:
+    """How the policy process is started. Raises RatchetError ros.bad_parameter."""
+    try:
+        options: dict[str, Any] = json.loads(settings.policy_options or "{}")
+        if not isinstance(options, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise RatchetError("ros.bad_parameter", str(error), where="policy_options", fix="give a JSON object") from None
+    for name in ("policy", "store"):
+        path = getattr(settings, name)
+        if path:
+            options[name] = str(Path(path).resolve())
+    if settings.adapter:
+        options["adapter"] = settings.adapter
+    return PolicyLaunch(
+        options=options,
+        module=settings.policy_module,
+        python=settings.policy_python or sys.executable,
+        nice=settings.nice,
+        memory_limit=settings.memory_limit_mb << 20,
+        start_timeout=settings.start_timeout,
+        hang_timeout=settings.hang_timeout,
+        restarts=settings.restarts,
+    )
+
+
+def safety_config(settings: Parameters) -> SafetyConfig:
+    """The node's own stage; a latched last stage latches it too."""
+    return SafetyConfig(
+        latch_on=LATCHING | {"safety.last_stage"},
+        resume="manual" if settings.resume == "manual" else "automatic",
+        dead_man=settings.dead_man,
+        dead_man_timeout=settings.dead_man_timeout,
+    )
+
+
+def executor(settings: Parameters, mode: str, contract: RobotContract, chunk: int) -> ChunkExecutor:
+    """Raises RatchetError ros.bad_mode, ros.bad_parameter."""
+    if settings.use > chunk:
+        raise RatchetError("ros.bad_parameter", f"{settings.use} of a chunk of {chunk}", where="use")
+    if mode == "collect":
+        return CollectExecutor(contract, use=settings.use or None)
+    if mode == "deploy":
+        return DeployExecutor(contract, use=settings.use or max(1, chunk // 2), blend=settings.blend)
+    raise RatchetError("ros.bad_mode", f"no execution mode {mode!r}", fix="deploy or collect")
+
+
+def calibrations(settings: Parameters) -> dict[str, str]:
+    """Raises RatchetError ros.bad_parameter."""
+    found = {}
+    for line in settings.calibrations:
+        camera, equals, name = line.partition("=")
+        if not equals or not name:
+            raise RatchetError("ros.bad_parameter", f"{line!r} is not camera=id", where="calibrations")
+        found[camera] = name
+    return found

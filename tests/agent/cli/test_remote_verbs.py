@@ -1,0 +1,169 @@
+"""The verbs of the remote learner, as a person gives them: keys, status, session, and refusals in one line.
+
+Pinned: what they print with --json, exit codes, and what a session leaves on the disk. Deterministic: no sockets, no
+simulator; the robot's process is played by `SessionDesk` in this one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.cli.main import main
+from agent.contract import RobotContract
+from agent.link.journal import Journal
+from agent.link.outbox import Outbox
+from agent.runtime.session_desk import SessionDesk
+
+ROOT = Path(__file__).resolve().parents[3]
+BASE, ONE = "b" * 64, "1" * 64
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
+    code = main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, learner = str(tmp_path), str(tmp_path / "learner")
+    for name in ("learner", "robot-1"):
+        assert told(capsys, "keys", "make", name, "--out", out)[0] == 0
+    key = str(tmp_path / "robot-1" / "robot-1.key")
+    assert told(capsys, "keys", "allow", key, "--learner", learner) == (0, {"allowed": "robot-1"})
+    assert list(told(capsys, "keys", "list", "--learner", learner)[1]) == ["robot-1"]
+    assert told(capsys, "keys", "revoke", "robot-1", "--learner", learner) == (0, {"revoked": "robot-1"})
+    assert told(capsys, "keys", "list", "--learner", learner) == (0, {})
+    code, answer = told(capsys, "keys", "make", "learner", "--out", out)
+    assert (code, answer["error"]["code"]) == (2, "link.key_exists")
+
+
+class Robot:
+    """The robot's process, as far as sessions go."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self.adapter = BASE
+        self.open()
+
+    def open(self) -> None:
+        self.outbox = Outbox(self.folder / "outbox", reserve=0)
+        contract = RobotContract.load(ROOT / "robots" / "metaworld.yaml")
+        self.desk = SessionDesk(self.folder, contract, self.outbox, BASE, lambda: self.adapter)
+
+    def kill(self) -> None:
+        self.outbox.close()
+        self.open()
+
+    def episode(self, name: str) -> None:
+        self.outbox.put(name.encode(), "episode", name, {"session": self.desk.id})
+
+
+def test_a_session_from_start_to_stop_with_a_kill_between(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "robot")
+    robot = Robot(tmp_path / "robot")
+    assert robot.desk.id == ""
+    assert told(capsys, "session", "start", "--robot", folder, "--note", "new cups") == (0, {"wished": "start"})
+    assert told(capsys, "session", "status", "--robot", folder)[1]["wish_pending"] is True
+    robot.desk.look()
+    session = robot.desk.id
+    robot.episode("a")
+    robot.adapter = ONE
+    robot.desk.look()
+    robot.kill()
+    assert robot.desk.id == session
+    robot.episode("b")
+    status = told(capsys, "session", "status", "--robot", folder)[1]
+    assert (status["open"], status["wish_pending"]) == (session, False)
+    assert told(capsys, "session", "stop", "--robot", folder, "--reason", "lunch")[0] == 0
+    robot.desk.look()
+    assert robot.desk.id == ""
+    robot.episode("outside")
+    [row] = told(capsys, "session", "status", "--robot", folder)[1]["sessions"]
+    assert [e["key"] for e in row["episodes"]] == ["a", "b"]
+    assert [adapter for _, adapter in row["adapters"]] == [BASE, ONE]
+    assert (row["base_hash"], row["reason"], row["notes"]) == (BASE, "lunch", {"note": "new cups"})
+    assert len(row["contract_id"]) == 64
+    assert row["software"]
+    types = [i.type for i in robot.outbox.waiting()]
+    assert types == ["episode", "episode", "session", "episode"]
+    parcel = json.loads(robot.outbox.path(robot.outbox.waiting()[2]).read_bytes())
+    assert (parcel["session"], parcel["ended"], len(parcel["episodes"])) == (session, True, 2)
+    robot.outbox.close()
+    assert main(["session", "status", "--robot", folder]) == 0
+
+
+def test_a_session_of_no_robot_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = told(capsys, "session", "start", "--robot", str(tmp_path / "nothing"))
+    assert (code, answer["error"]["code"]) == (2, "session.no_robot")
+
+
+def learner_status(**changes: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "phase": "collecting", "stage": 1, "order": "x", "training": ONE, "active": "", "error": "",
+        "queue": [{"task": "door-open", "state": "learning", "updates": 2}],
+        "episodes": {"accepted": 3, "replay": 1}, "kept_out": {"inbox.other_adapter": 1},
+        "last_update": {"task": "door-open", "update": 1, "adapter": ONE, "successes": 2, "facts": {"approx_kl": 0.01}},
+        "last_update_episodes": 8,
+        "last_gate": {"decision": "hold", "candidate": ONE, "reasons": [{"task": "door-open", "text": "why"}]},
+        "robots": [{"name": "robot-1", "age": 1.0, "report": {"doing": "running", "waiting": 1, "waiting_bytes": 5}}],
+        "link": {"received": 4, "bytes": 100, "malformed": 0}, "free_bytes": 10**10, "alerts": [],
+        "written": time.time(),
+    }  # fmt: skip
+    return {**facts, **changes}
+
+
+def test_status_of_a_learner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = tmp_path / "status.json", str(tmp_path)
+    path.write_text(json.dumps(learner_status()))
+    assert main(["status", "--learner", folder]) == 0
+    text = capsys.readouterr().out
+    for word in ("door-open", "inbox.other_adapter", "hold", "robot-1", "2/8"):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 100
+    path.write_text(json.dumps(learner_status(alerts=[{"code": "learner.sync", "text": "no word"}])))
+    assert main(["status", "--learner", folder]) == 1
+    assert "learner.sync" in capsys.readouterr().out
+    path.write_text(json.dumps(learner_status(written=time.time() - 60)))
+    code, facts = told(capsys, "status", "--learner", folder)
+    assert (code, facts["running"]) == (1, False)
+
+
+def test_status_of_a_robot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {
+        "robot": "robot-1", "doing": "waiting", "error": "", "adapter": ONE, "session": "",
+        "link": {"up": False, "heard": None, "error": "the learner does not let this key in"},
+        "outbox": {"waiting": 2, "bytes": 10, "delivered": 5}, "refused": {"link.damaged_file": 1},
+        "written": time.time(),
+    }  # fmt: skip
+    (tmp_path / "status.json").write_text(json.dumps(facts))
+    assert main(["status", "--robot", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "does not let this key in" in text
+    assert "link.damaged_file" in text
+
+
+def test_the_story_and_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("started", pid=7, address="x")
+    journal.append("promoted", adapter=ONE, by="the gate")
+    journal.close()
+    assert main(["status", "--learner", str(tmp_path), "--story"]) == 0
+    assert "is active, by the gate" in capsys.readouterr().out
+    assert [e["kind"] for e in told(capsys, "status", "--learner", str(tmp_path), "--story")[1]] == [
+        "started",
+        "promoted",
+    ]
+    code, answer = told(capsys, "status", "--learner", str(tmp_path / "nothing"))
+    assert (code, answer["error"]["code"]) == (2, "status.none")
+
+
+def test_what_the_robot_mode_changes_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["learner", "--mode", "robot", "--tasks", "door-open", "--explain"]) == 0
+    text = capsys.readouterr().out
+    for word in ("1,024", "leave-one-out", "take-over"):
+        assert word in text

@@ -1,0 +1,104 @@
+"""The study's table is what people quote: a wrong mean or a seed counted twice would be quoted too.
+
+Pinned: measures and intervals over seeds against values computed by hand, what an unmeasured cell does, the files
+that a reader gets. Determinism: made-up matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from agent.errors import RatchetError
+from agent.learner.metrics import Cell, SuccessMatrix
+from agent.learner.study import Trial, as_dict, forgetting, load_trial, markdown, over_seeds, plasticity, summarise
+from agent.learner.study_report import write_study
+
+
+def matrix(rates: list[list[int]], trials: int = 10) -> SuccessMatrix:
+    """rates[stage][task] successes of `trials`; the last column is held out."""
+    made = SuccessMatrix(("a", "b"), ("c",))
+    for stage, row in enumerate(rates):
+        for task, successes in zip(made.columns, row, strict=True):
+            made.record(stage, task, Cell(successes, trials))
+    return made
+
+
+FIRST = [[4, 2, 1], [8, 3, 2], [7, 9, 2]]
+SECOND = [[4, 2, 1], [9, 2, 1], [9, 8, 4]]
+
+
+def trials() -> list[Trial]:
+    return [Trial("seq_ft", 0, matrix(FIRST), 3600.0, 100), Trial("seq_ft", 1, matrix(SECOND), 1800.0, 120)]
+
+
+def test_measures_over_seeds_by_hand() -> None:
+    (summary,) = summarise(trials())
+    assert summary.seeds == (0, 1)
+    assert summary.hours == pytest.approx(1.5)
+    assert summary.episodes == 220
+    expected = {
+        "AVG": [(0.7 + 0.9) / 2, (0.9 + 0.8) / 2],
+        "NBT": [0.8 - 0.7, 0.9 - 0.9],
+        "FWT": [0.3 - 0.2, 0.2 - 0.2],
+        "ZS": [0.2, 0.4],
+        "plasticity": [((0.8 - 0.4) + (0.9 - 0.3)) / 2, ((0.9 - 0.4) + (0.8 - 0.2)) / 2],
+    }
+    for name, values in expected.items():
+        found = summary.values[name]
+        assert found is not None
+        mean = sum(values) / 2
+        half = stats.t.ppf(0.975, 1) * abs(values[0] - values[1]) / math.sqrt(2) / math.sqrt(2)
+        assert found.estimate == pytest.approx(mean), name
+        assert found.high - found.estimate == pytest.approx(half), name
+
+
+def test_one_seed_keeps_the_evaluations_interval() -> None:
+    one = plasticity(matrix(FIRST))
+    assert one is not None
+    assert over_seeds([one]) == one
+    with pytest.raises(RatchetError):
+        over_seeds([])
+
+
+def test_what_was_not_measured_is_not_invented() -> None:
+    partial = SuccessMatrix(("a", "b"))
+    partial.record(0, "a", Cell(1, 2))
+    (summary,) = summarise([Trial("ewc", 0, partial, 1.0, 1)])
+    assert all(v is None for v in summary.values.values())
+    assert as_dict([Trial("ewc", 0, partial, 1.0, 1)], {})["methods"]["ewc"]["AVG"] is None
+
+
+def test_points_in_the_json() -> None:
+    methods = as_dict(trials(), {"command": "x"})["methods"]
+    assert methods["seq_ft"]["AVG"]["points"] == pytest.approx(82.5)
+    assert methods["seq_ft"]["matrices"]["1"]["tasks"] == ["a", "b"]
+
+
+def test_forgetting_starts_where_a_task_was_learned() -> None:
+    assert forgetting(matrix(FIRST), "a") == [(0, 0.8), (1, 0.7)]
+    assert forgetting(matrix(FIRST), "b") == [(0, 0.9)]
+
+
+def test_the_page_and_the_table_hold_every_method(tmp_path: Path) -> None:
+    both = [*trials(), Trial("ewc", 0, matrix(SECOND), 60.0, 10)]
+    page = write_study(both, {"title": "A study", "command": "ratchet study"}, tmp_path / "study.html").read_text()
+    for text in ("A study", "seq_ft", "ewc", "82.5", "data:image/png;base64"):
+        assert text in page
+    assert "<script" not in page
+    assert len(markdown(both).splitlines()) == 4
+
+
+def test_an_unfinished_trial_is_not_a_trial(tmp_path: Path) -> None:
+    assert load_trial("ewc", 0, tmp_path) is None
+    matrix(FIRST).save(tmp_path / "matrix.json")
+    (tmp_path / "run.json").write_text('{"seconds": 3}')
+    assert load_trial("ewc", 0, tmp_path) is None
+    (tmp_path / "run.json").write_text('{"seconds": 3, "finished": "now"}')
+    (tmp_path / "updates.jsonl").write_text('{"episodes": 5}\n{"episodes": 7}\n')
+    trial = load_trial("ewc", 0, tmp_path)
+    assert trial is not None
+    assert trial.episodes == 12

@@ -1,0 +1,304 @@
+"""The whole graph as processes over DDS: simulated arm, safety node, policy node with its policy process, recorder.
+
+It matters because each part can be right and the graph still wrong: topics, clocks, orders of arrival, kills. Pinned:
+an episode through ROS is bit by bit the one in process; an adapter is exchanged in motion between two chunks; cancel
+comes to rest; a killed policy process latches a fault, holds, and moves again only after a person cleared it;
+recordings open in another project's reader; `ratchet ctl` and `ratchet doctor` speak with the graph. Determinism:
+lock-step, so that no load of the machine changes what happens; waiting is for events only.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from action_msgs.msg import GoalStatus
+from mcap.reader import make_reader
+from ratchet_msgs import msg, srv
+from ratchet_msgs.action import RunTask
+from ratchet_ros import qos
+from rosbags.rosbag2 import Reader
+
+from agent.adapters.lora import attach, lora_config
+from agent.adapters.store import FolderStore
+from agent.cli.main import main
+from agent.policy import checkpoint
+from agent.policy.protocol import PolicyInput
+from sim.robot import SimRobot
+from tests.conformance.swap_suite import noise
+from tests.ros2_ws.graph import ROOT, Graph, Watcher, active
+
+POLICY = ROOT / "models" / "small-metaworld"
+CONTRACT = str(ROOT / "robots" / "metaworld.yaml")
+TASK, STATE, HORIZON = "door-open", 3, 64
+ENDLESS = {"instruction": "stand still", "horizon": 100_000}  # moves, but never opens the door
+
+
+class Running:
+    """The graph and what was heard from it."""
+
+    def __init__(self, folder: Path) -> None:
+        policy = checkpoint.load(POLICY)
+        self.base = policy.base_hash
+        lora = attach(policy.module, lora_config(4, 8.0))
+        store = FolderStore(folder / "store", create=True)
+        self.adapter = store.put(noise(lora, policy, 1)).id
+        store.tag("candidate", self.adapter)
+        self.folder, self.episodes = folder, folder / "episodes"
+        self.graph, self.watcher = Graph(folder), Watcher()
+        timed = {"contract": CONTRACT, "use_sim_time": True, "lock_step": True}
+        self.graph.start("sim_robot_node", contract=CONTRACT, task=TASK, initial_state=STATE, lock_step=True)
+        self.graph.start("safety_node", **timed)
+        self.graph.start(
+            "policy_node",
+            **timed,
+            policy=str(POLICY),
+            store=str(folder / "store"),
+            policy_python=str(ROOT / ".venv" / "bin" / "python"),
+            judge="scene",
+            mode="collect",
+            sessions=str(folder / "sessions"),
+            restarts=1,
+        )
+        self.graph.start("recorder", contract=CONTRACT, folder=str(self.episodes))
+        self.applied = self.watcher.collect(msg.Applied, "applied", qos.EVENTS)
+        self.chunks = self.watcher.collect(msg.ActionChunk, "chunks", qos.EVENTS)
+        self.events = self.watcher.collect(msg.SafetyEvent, "safety_events", qos.EVENTS)
+        self.scene = self.watcher.collect(msg.SceneStatus, "scene_status", qos.STATUS)
+        active(self.watcher, "sim_robot_node", "safety_node", "policy_node", "recorder")
+
+    def forget(self) -> None:
+        for heard in (self.applied, self.chunks, self.events):
+            heard.clear()
+
+    def reset(self, state: int = STATE) -> None:
+        answer = self.watcher.call(srv.ResetScene, "/sim_robot_node/reset", srv.ResetScene.Request(initial_state=state))
+        assert answer.success, answer.message
+        self.watcher.until(lambda: self.scene and self.scene[-1].step == 0, "scene at its start")
+
+    def run(self, **goal: Any) -> Any:
+        goal = {"task": TASK, "instruction": self.scene[-1].instruction, "horizon": HORIZON} | goal
+        return self.watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(**goal))
+
+    def ratchet(self, *arguments: str) -> tuple[int, Any]:
+        """The command line, in this process; its ROS half is a process of its own. Exit status and last JSON line."""
+        out = io.StringIO()
+        with redirect_stdout(out):
+            code = main([*arguments, "--json"])
+        return code, json.loads(out.getvalue().strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def running(ros: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    made = Running(tmp_path_factory.mktemp("graph"))
+    yield made
+    codes = made.graph.stop()
+    made.watcher.close()
+    logs = {n: made.graph.log(n) for n in codes}
+    assert set(codes.values()) == {0}, logs
+    assert not any("Traceback" in text for text in logs.values()), logs
+
+
+def in_process() -> tuple[np.ndarray, bool]:
+    """The plain way: observe, infer, execute the chunk; stop at success."""
+    torch.set_num_threads(1)
+    policy, robot = checkpoint.load(POLICY), SimRobot("metaworld", TASK, STATE)
+    robot.connect()
+    sent: list[np.ndarray] = []
+    while True:
+        seen = robot.observe()
+        state = torch.from_numpy(np.concatenate([seen.state[n] for n in policy.spec.state]))[None]
+        images = np.stack([seen.images[n] for n in policy.spec.cameras])[None]
+        for action in policy.predict(PolicyInput(images, state, [seen.instruction])).actions[0].numpy():
+            robot.act(action)
+            sent.append(action)
+            if robot.success() or len(sent) == HORIZON:
+                solved = robot.success()
+                robot.close()
+                return np.stack(sent), solved
+
+
+def test_an_episode_over_topics_is_the_one_in_process(running: Running) -> None:
+    expected, solved = in_process()
+    running.forget()
+    told: list[Any] = []
+    goal = RunTask.Goal(task=TASK, instruction=running.scene[-1].instruction, horizon=HORIZON)
+    handle = running.watcher.goal(RunTask, "/policy_node/run_task", goal, told.append)
+    answer = running.watcher.result(handle)
+    result = answer.result
+    assert answer.status == GoalStatus.STATUS_SUCCEEDED
+    assert result.outcome == (RunTask.Result.OUTCOME_SUCCESS if solved else RunTask.Result.OUTCOME_FAILURE)
+    assert result.outcome_source == "simulator"
+    assert result.adapter_id == running.base
+    assert solved
+    assert result.termination == "success"
+    sent = [a for a in running.applied if a.chunk_sequence >= 0]
+    np.testing.assert_array_equal(np.array([a.action for a in sent], np.float32), expected)
+    assert {a.marks for a in sent} == {0}
+    assert [e.code for e in running.events] == []
+    offsets = [(a.chunk_sequence, a.chunk_offset) for a in sent]
+    assert offsets == sorted(offsets)
+    assert told, "no feedback came"
+
+
+def test_the_recording_of_it_opens_in_another_reader(running: Running) -> None:
+    running.watcher.until(lambda: list(running.episodes.glob("*.mcap")), "the recording")
+    path = next(running.episodes.glob("*.mcap"))
+    with path.open("rb") as file:
+        reader = make_reader(file)
+        counts: dict[str, int] = {}
+        for _, channel, _ in reader.iter_messages():
+            counts[channel.topic] = counts.get(channel.topic, 0) + 1
+        about = {m.name: m.metadata for m in make_reader(path.open("rb")).iter_metadata()}
+    assert about["episode"]["task"] == TASK
+    assert about["end"]["termination"] == "success"
+    assert about["end"]["dropped"] == "0"
+    commands, applied = _decoded(path, "/command", msg.Command), _decoded(path, "/applied", msg.Applied)
+    assert [c.number for c in commands] == [a.number for a in applied]
+    assert [c.kind for c in commands[-2:]] == [msg.Command.HOLD, msg.Command.STOP]
+    assert counts["/corner2/image_raw"] >= len(commands) - 2
+    answer = running.watcher.call(
+        srv.VerifyEpisode,
+        "/recorder/verify",
+        srv.VerifyEpisode.Request(episode=path.stem, label=srv.VerifyEpisode.Request.SUCCESS, person="Ada"),
+    )
+    assert answer.success
+    line = json.loads((running.episodes / "verdicts.jsonl").read_text())
+    assert (line["label"], line["person"]) == ("success", "Ada")
+    nobody = srv.VerifyEpisode.Request(episode=path.stem, label=1, person=" ")
+    assert running.watcher.call(srv.VerifyEpisode, "/recorder/verify", nobody).code == "episode.no_person"
+
+
+def _decoded(path: Path, topic: str, kind: type[Any]) -> list[Any]:
+    from rclpy.serialization import deserialize_message
+
+    with path.open("rb") as file:
+        return [deserialize_message(m.data, kind) for _, _, m in make_reader(file).iter_messages(topics=[topic])]
+
+
+def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) -> None:
+    running.reset(5)
+    running.forget()
+    handle = running.run(**ENDLESS)
+    running.watcher.until(lambda: len(running.applied) > 20, "motion")
+    refused = running.watcher.call(
+        srv.SwapAdapter, "/policy_node/swap_adapter", srv.SwapAdapter.Request(reference="nobody")
+    )
+    assert not refused.success
+    assert refused.code == "adapter.unknown"
+    before = len(running.applied)
+    swap = srv.SwapAdapter.Request(reference="candidate", expected_id=running.adapter)
+    answer = running.watcher.call(srv.SwapAdapter, "/policy_node/swap_adapter", swap)
+    assert answer.success, answer.message
+    assert (answer.old_id, answer.new_id) == (running.base, running.adapter)
+    running.watcher.until(lambda: running.chunks[-1].adapter_id == running.adapter, "a chunk of the new adapter")
+    running.watcher.until(lambda: len(running.applied) > before + 30, "motion with it")
+    cancel = handle.cancel_goal_async()
+    result = running.watcher.result(handle)
+    assert cancel.done()
+    assert result.status == GoalStatus.STATUS_CANCELED
+    assert result.result.termination == "cancelled"
+    of_chunk: dict[int, set[str]] = {}
+    for a in running.applied:
+        if a.chunk_sequence >= 0:
+            of_chunk.setdefault(a.chunk_sequence, set()).add(a.adapter_id)
+    assert all(len(ids) == 1 for ids in of_chunk.values())
+    order = [next(iter(of_chunk[n])) for n in sorted(of_chunk)]
+    seam = order.index(running.adapter)
+    assert order == [running.base] * seam + [running.adapter] * (len(order) - seam)
+    numbers = [a.number for a in running.applied if a.number]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))  # no tick without its command
+    assert not [e for e in running.events if e.latched]
+    listed = running.watcher.call(srv.ListAdapters, "/policy_node/list_adapters", srv.ListAdapters.Request())
+    assert {a.id: a.active for a in listed.adapters} == {running.base: False, running.adapter: True}
+
+
+def test_a_cancelled_task_has_come_to_rest(running: Running) -> None:
+    last = running.applied[-1]
+    assert list(last.action) == []
+    assert last.marks & msg.Applied.HELD
+    status = running.watcher.collect(msg.SafetyStatus, "safety_status", qos.STATUS)
+    running.watcher.until(lambda: status and status[-1].state == "idle", "an idle last stage")
+
+
+def test_ctl_and_doctor_speak_with_the_graph(running: Running) -> None:
+    code, status = running.ratchet("ctl", "status")
+    assert code == 0
+    assert status["policy"]["adapter_id"] == running.adapter
+    assert status["safety"]["state"] == "idle"
+    code, told = running.ratchet("ctl", "swap", "base")
+    assert code == 0
+    assert told["new_id"] == running.base
+    code, told = running.ratchet("ctl", "params", "policy_node", "hold_timeout", "7.5")
+    assert (code, told[0]["value"]) == (0, 7.5)
+    code, told = running.ratchet("ctl", "params", "policy_node", "hold_timeout", "-1.0")
+    assert (code, told["error"]["code"]) == (2, "ctl.parameter_refused")
+    code, told = running.ratchet("ctl", "params", "policy_node", "blend", "3")
+    assert (code, told["error"]["code"]) == (2, "ctl.parameter_refused")
+    assert "fixed while" in told["error"]["what"]
+    running.reset()
+    code, told = running.ratchet("ctl", "run", TASK, "--instruction", running.scene[-1].instruction, "--horizon", "64")
+    assert (code, told["outcome"]) == (0, "success")
+    code, found = running.ratchet("doctor", "--contract", CONTRACT, "--running", "--sim-time", "--seconds", "1")
+    levels = {f["code"]: f["level"] for f in found}
+    assert levels["doctor.segment"] == levels["doctor.nodes"] == "ok"
+    assert "doctor.second_publisher" not in levels
+
+
+def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
+    running.reset(5)
+    running.forget()
+    handle = running.run(**ENDLESS)
+    running.watcher.until(lambda: len(running.applied) > 10, "motion")
+    code, _ = running.ratchet("ctl", "stop")
+    assert code == 0
+    result = running.watcher.result(handle)
+    assert result.status == GoalStatus.STATUS_ABORTED
+    assert result.result.termination == "fault"
+    refused = running.watcher.result(running.run()).result
+    assert (refused.termination, refused.code) == ("refused", "safety.latched")
+    code, told = running.ratchet("ctl", "clear", "Ada")
+    assert (code, told["error"]["code"]) == (2, "safety.e_stop")
+    assert running.ratchet("ctl", "stop", "--release")[0] == 0
+    assert running.ratchet("ctl", "clear", "Ada")[0] == 0
+
+
+def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Running) -> None:
+    running.reset(5)
+    running.forget()
+    handle = running.run(**ENDLESS)
+    running.watcher.until(lambda: len(running.applied) > 10, "motion")
+    node = psutil.Process(running.graph.processes["policy_node"].pid)
+    worker = next(p for p in node.children(recursive=True) if "policy_worker" in " ".join(p.cmdline()))
+    worker.send_signal(signal.SIGKILL)
+    result = running.watcher.result(handle)
+    assert (result.result.termination, result.result.code) == ("fault", "policy.crashed")
+    assert list(running.applied[-1].action) == []
+    assert running.ratchet("ctl", "clear", "Ada")[0] == 0
+    status = running.watcher.collect(msg.PolicyStatus, "policy_status", qos.STATUS)
+    running.watcher.until(lambda: status and status[-1].state == "ready" and status[-1].restarts == 1, "a new process")
+    running.reset()
+    assert running.watcher.result(running.run()).result.termination == "success"
+
+
+def test_a_session_has_its_manifest(running: Running) -> None:
+    manifest = json.loads(next((running.folder / "sessions").glob("*/session.json")).read_text())
+    assert manifest["base_hash"] == running.base
+    assert [i for _, i in manifest["adapters"]] == [running.base, running.adapter, running.base]
+
+
+def test_rosbags_reads_a_recording_as_a_bag(running: Running) -> None:
+    path = next(running.episodes.glob("*.mcap"))
+    with Reader(path) as reader:
+        kinds = {c.topic: c.msgtype for c in reader.connections}
+    assert kinds["/applied"] == "ratchet_msgs/msg/Applied"
+    assert kinds["/corner2/image_raw"] == "sensor_msgs/msg/Image"
