@@ -40,11 +40,16 @@ class Layout:
 
 
 class Arena:
-    """Memory for one adapter: `blocks[dtype]` is flat, `views[name]` are its tensors. Starts as zeros: no effect."""
+    """Memory for one adapter: `blocks[dtype]` is flat, `views[name]` are its tensors. Starts as zeros: no effect.
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    pinned: page-locked host memory, which a GPU copies from while it computes.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, pinned: bool = False) -> None:
         self.layout = layout
-        self.blocks = {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in layout.sizes.items()}
+        self.blocks = {
+            dtype: torch.zeros(n, dtype=dtype, device=device, pin_memory=pinned) for dtype, n in layout.sizes.items()
+        }
         self.views = {
             place.name: self.blocks[place.dtype][place.offset :][: torch.Size(place.shape).numel()].view(place.shape)
             for place in layout.places.values()

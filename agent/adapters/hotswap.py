@@ -185,13 +185,20 @@ class HotSwapper:
             scaling = self._lora.check(found.tensors, found.config)
         validate = lap()
         with self._staging:
-            arena = Arena(self._lora.layout, torch.device("cpu"))
+            on_gpu = self._lora.device.type == "cuda"
+            arena = Arena(self._lora.layout, torch.device("cpu"), pinned=on_gpu)
             if found is not None:
                 self._lora.write(arena, found.tensors, scaling)
             if self._lora.device.type != "cpu":
                 on_device = self._lora.new_arena()
-                on_device.copy_(arena)
-                torch.cuda.synchronize(self._lora.device)
+                if on_gpu:  # beside the running forwards, which it neither waits for nor holds up
+                    side = torch.cuda.Stream(self._lora.device)  # type: ignore[no-untyped-call]
+                    side.wait_stream(torch.cuda.current_stream(self._lora.device))  # zeros are written there first
+                    with torch.cuda.stream(side):
+                        on_device.copy_(arena)
+                    side.synchronize()
+                else:
+                    on_device.copy_(arena)
                 arena = on_device
             effect = self._lora.effect(arena)
             stage = lap()

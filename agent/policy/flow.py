@@ -176,10 +176,10 @@ class FlowPolicy:
         configuration's.
         """
         prefix = self.prefix(batch)
-        velocity = self._velocity(prefix)
+        velocity = self.velocity(prefix)
         if guide is not None:
             velocity = rtc.guided(velocity, guide)
-        start = self._start(len(batch)) if noise is None else noise.to(self.device)
+        start = self.start(len(batch)) if noise is None else noise.to(self.device)
         x = flow_sde.integrate(velocity, start, steps or self.config.steps)
         actions = self.actions_of(x)
         return Chunks(actions, None, torch.zeros(actions.shape, device=actions.device), prefix.summary.float())
@@ -194,7 +194,7 @@ class FlowPolicy:
         first, shocks = self._draws(noise)
         prefix = self.prefix(batch)
         level = self.config.noise_level * temperature
-        velocity = self._velocity(prefix)
+        velocity = self.velocity(prefix)
         chain, density = flow_sde.sample(velocity, first, shocks, level)
         log_prob, _ = self._folded(density, density)
         return Chunks(self.actions_of(chain[:, -1]), chain, log_prob, prefix.summary.float())
@@ -213,7 +213,7 @@ class FlowPolicy:
             )
         if not bool(torch.isfinite(tokens).all()):
             raise RatchetError("policy.bad_input", "the chain is not finite", where="tokens")
-        velocity = self._velocity(self.prefix(batch))
+        velocity = self.velocity(self.prefix(batch))
         chain = tokens.to(self.device, torch.float32)
         return self._folded(*flow_sde.log_density(velocity, chain, config.noise_level * temperature))
 
@@ -225,7 +225,7 @@ class FlowPolicy:
         actions: (B, K, D) physical. noise: (B, H, A) standard normal. time: (B,) in (0, 1].
         """
         wanted = self.normalised(actions.to(self.device))
-        velocity = self._velocity(self.prefix(batch))
+        velocity = self.velocity(self.prefix(batch))
         return flow_sde.matching_loss(velocity, wanted, noise.to(self.device), time.to(self.device))
 
     def normalised(self, actions: Tensor) -> Tensor:
@@ -274,12 +274,14 @@ class FlowPolicy:
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.config.compute_dtype == "bfloat16" else torch.float32
 
-    def _velocity(self, prefix: Prefix) -> flow_sde.Velocity:
-        def velocity(x: Tensor, time: Tensor) -> Tensor:
+    def velocity(self, prefix: Prefix) -> flow_sde.Velocity:
+        """Where noisy actions move, given what the language model left, with gradient."""
+
+        def at(x: Tensor, time: Tensor) -> Tensor:
             with self.autocast():
                 return self.network.velocity(prefix, x, time, self._dtype)
 
-        return velocity
+        return at
 
     def _folded(self, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, A) -> (B, K, D) with the same sum: what padding holds is spread evenly over the real actions."""
@@ -292,7 +294,8 @@ class FlowPolicy:
 
         return fold(log_prob), fold(entropy)
 
-    def _start(self, rows: int) -> Tensor:
+    def start(self, rows: int) -> Tensor:
+        """(B, H, A) what prediction starts from."""
         shape = (1, self.config.horizon, self.config.action_width)
         if self.config.start == "zeros":
             start = torch.zeros(shape)

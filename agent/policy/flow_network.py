@@ -146,20 +146,35 @@ class FlowNetwork(nn.Module):
             self.time_mlp_in = nn.Linear(inner, inner)
             self.time_mlp_out = nn.Linear(inner, inner)
 
-    def prefix(self, pixels: Tensor, ids: Tensor, mask: Tensor, state: Tensor | None, dtype: torch.dtype) -> Prefix:
-        """Run the language model once.
-
-        pixels: (B, V, 3, size, size) in [0, 1]. ids, mask: (B, L) padded at the end. state: (B, state_width)
-        normalised.
-        """
-        config = self.config
-        root = math.sqrt(config.language.width)
+    def see(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, patches, width): the images as the language model takes them."""
         words = self.embed_tokens(ids)
         said = mask[..., None].to(words.dtype)
         text = (words * said).sum(1) / said.sum(1).clamp(min=1)
         views = pixels.shape[1]
         patches = self.vision(pixels.flatten(0, 1), text.repeat_interleave(views, 0)).to(words.dtype)
-        patches = patches.unflatten(0, (-1, views)).flatten(1, 2)
+        out: Tensor = patches.reshape(len(ids), -1, patches.shape[-1])
+        return out
+
+    def prefix(
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        state: Tensor | None,
+        dtype: torch.dtype,
+        patches: Tensor | None = None,
+    ) -> Prefix:
+        """Run the language model once.
+
+        pixels: (B, V, 3, size, size) in [0, 1]. ids, mask: (B, L) padded at the end. state: (B, state_width)
+        normalised. patches: what `see` gave for these images, where they were seen before.
+        """
+        config = self.config
+        root = math.sqrt(config.language.width)
+        words = self.embed_tokens(ids)
+        if patches is None:
+            patches = self.see(pixels, ids, mask)
         parts = [
             patches * (root if config.image_scale == "root" else 1.0),
             words * (root if config.word_scale == "root" else 1.0),

@@ -189,9 +189,22 @@ Memory = tuple[Tensor, Tensor]
 def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
     """(B, T, heads, d), (B, P, groups, d) twice, additive (B, 1, T, P) -> (B, T, heads * d)."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    grouped = key.shape[1] != query.shape[1]
-    out = functional.scaled_dot_product_attention(query, key, value, hidden.to(query.dtype), enable_gqa=grouped)
+    heads, groups = query.shape[1], key.shape[1]
+    on_cpu = query.device.type == "cpu"
+    if groups != heads and not on_cpu:
+        # A GPU's fused kernel with a mask takes equal heads only; the other one would be several times slower.
+        key, value = repeated(key, heads), repeated(value, heads)
+    mask = hidden.to(query.dtype)
+    out = functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=on_cpu and groups != heads)
     return out.transpose(1, 2).flatten(2)
+
+
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """(B, groups, P, d) -> (B, heads, P, d), each group as often as it is shared."""
+    batch, groups, length, width = x.shape
+    if groups == 1:
+        return x.expand(-1, heads, -1, -1)
+    return x[:, :, None].expand(-1, -1, heads // groups, -1, -1).reshape(batch, heads, length, width)
 
 
 def rotary(position: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -33,8 +33,11 @@ def linear(layer: nn.Module, x: Tensor, rows: slice = ALL) -> Tensor:
         out: Tensor = layer(x)
         return out[..., rows]
     base, down, up = parts
-    bias = None if base.bias is None else base.bias[rows].to(x.dtype)
-    out = functional.linear(x, base.weight[rows].to(x.dtype), bias)
+    weight: Tensor = base.weight
+    bias: Tensor | None = base.bias
+    if rows != ALL:
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    out = functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if not down:
         return out
     return _add_low_rank(out, x, _cat(down), _cat([b[rows] for b in up], 1))
@@ -69,10 +72,10 @@ def _parts(layer: nn.Module) -> tuple[nn.Linear, list[Tensor], list[Tensor]] | N
     if type(layer) is not LoraLinear:
         return None
     lora = cast(Any, layer)
-    base = lora.get_base_layer()
+    base = layer._modules["base_layer"]  # looked up directly: small models run thousands of these a second
     if type(base) is not nn.Linear or lora.lora_variant:
         return None
-    if lora.disable_adapters or lora.merged:
+    if lora.merged_adapters or lora._disable_adapters:
         return base, [], []
     names = [name for name in lora.active_adapters if name in lora.lora_A]
     for name in names:

@@ -243,15 +243,31 @@ class PrismaticNetwork(nn.Module):
         out: Tensor = self.language_model.model(torch.cat([prefix, slots], 1), where, asked, dtype)
         return out
 
-    def prefix(
-        self, pixels: Tensor, ids: Tensor, mask: Tensor, state: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, P, hidden) of everything before the slots, and (B, P) which of them are not padding."""
+    def see(self, pixels: Tensor, ids: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, patches, hidden): the images as the trunk takes them."""
         embedded = self.language_model.model.embed_tokens(ids)
         said = mask[..., None].to(embedded.dtype)
         said[:, 0] = 0  # the first token says nothing about the task
         text = (embedded * said).sum(1) / said.sum(1).clamp(min=1)
-        patches = self.projector(self.vision_backbone(pixels, text).to(dtype)).to(embedded.dtype)
+        out: Tensor = self.projector(self.vision_backbone(pixels, text).to(dtype)).to(embedded.dtype)
+        return out
+
+    def prefix(
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        state: Tensor | None,
+        dtype: torch.dtype,
+        patches: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, P, hidden) of everything before the slots, and (B, P) which of them are not padding.
+
+        patches: what `see` gave for these images, where they were seen before.
+        """
+        embedded = self.language_model.model.embed_tokens(ids)
+        if patches is None:
+            patches = self.see(pixels, ids, mask, dtype)
         seen = [mask[:, :1], mask.new_ones(patches.shape[:2]), mask[:, 1:]]
         parts = [embedded[:, :1], patches, embedded[:, 1:]]
         if state is not None:

@@ -12,7 +12,7 @@ from agent.contract import PolicySpec, RobotContract
 from agent.policy.action_tokens import BINS
 from agent.policy.flow_network import FlowConfig
 from agent.policy.flow_trunk import Sizes
-from agent.policy.images import OPENVLA
+from agent.policy.images import OPENPI, OPENVLA, SMOLVLA
 from agent.policy.prismatic import PrismaticConfig
 from agent.policy.text import OPENVLA_PROMPT
 
@@ -120,6 +120,64 @@ def small_flow(
         state="suffix" if state else "none",
         start="zeros",
         compute_dtype=compute_dtype,  # type: ignore[arg-type]
+    )
+
+
+def smolvla_base() -> FlowConfig:
+    """SmolVLA's sizes: SmolVLM2-500M's first 16 layers, an expert of three quarters of its width."""
+    language = Sizes(960, 16, 15, 5, 64, 2560, "llama", 1e-5)
+    return FlowConfig(
+        vision="smolvlm",
+        vision_options={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 512,
+            "patch_size": 16,
+            "shuffle": 4,
+        },
+        language=language,
+        expert=dataclasses.replace(language, width=720, hidden=2048),
+        vocabulary=49280,
+        horizon=50,
+        action_width=32,
+        state_width=32,
+        prompt="{instruction}\n",
+        prompt_length=48,
+        image_scale="root",
+        crossed=2,
+        order="causal",
+        state="prefix",
+        images=dataclasses.asdict(SMOLVLA),
+        compute_dtype="bfloat16",
+    )
+
+
+def pi0_base() -> FlowConfig:
+    """pi0's sizes: PaliGemma 3B, an expert of 300 M."""
+    language = Sizes(2048, 18, 8, 1, 256, 16384, "gemma", 1e-6)
+    return FlowConfig(
+        vision="siglip",
+        vision_options={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        language=language,
+        expert=dataclasses.replace(language, width=1024, hidden=4096),
+        vocabulary=257152,
+        horizon=50,
+        action_width=32,
+        state_width=32,
+        prompt="{instruction}\n",
+        prompt_length=48,
+        images=dataclasses.asdict(OPENPI),
+        compute_dtype="bfloat16",
     )
 
 

@@ -27,7 +27,7 @@ from agent.errors import RatchetError
 from agent.learner.pretrain import PretrainConfig, Pretrainer, Progress
 from agent.learner.rollouts import EpisodeSpec, RolloutBatch
 from agent.learner.update import UpdateConfig, Updater
-from agent.policy import checkpoint, flow_sde, rtc
+from agent.policy import checkpoint, flow_sde, flow_trunk, rtc
 from agent.policy.flow import FlowPolicy, small_statistics
 from agent.policy.protocol import Policy, PolicyInput
 from tests.agent.policy import samples
@@ -63,7 +63,7 @@ class FlowConformance(PolicySuite):
         steps, total, spread = policy.config.sample_steps, torch.zeros(len(batch)), 0.0
         for i in range(steps):
             t = 1 - i / steps
-            v = policy._velocity(prefix)(chain[:, i], torch.full((len(batch),), t))
+            v = policy.velocity(prefix)(chain[:, i], torch.full((len(batch),), t))
             s = policy.config.noise_level * 1.3 * math.sqrt(min(t, 1 - 1 / steps) / (1 - min(t, 1 - 1 / steps)))
             mean = chain[:, i] - (v + s * s / (2 * t) * (chain[:, i] + (1 - t) * v)) / steps
             normal = torch.distributions.Normal(mean, s / math.sqrt(steps))
@@ -145,7 +145,7 @@ class TestSwap(SwapSuite):
         def velocity(policy: FlowPolicy) -> Tensor:
             batch = samples.batch(policy)
             x = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
-            return policy._velocity(policy.prefix(batch))(x, torch.tensor([0.2, 0.5, 1.0]))
+            return policy.velocity(policy.prefix(batch))(x, torch.tensor([0.2, 0.5, 1.0]))
 
         return velocity
 
@@ -194,6 +194,18 @@ def test_correlated_noise_reaches_the_first_point() -> None:
     other, others = policy._draws(noise + 0.01)
     assert float((shocks - others).abs().min()) > 0  # every shock moves with the row
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_shared_keys_are_repeated_as_the_kernel_shares_them(groups: int) -> None:
+    """What a GPU's kernel is given, against the kernel that shares them itself."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 4, 8, generator=generator)
+    key, value = (torch.randn(2, 5, groups, 8, generator=generator) for _ in range(2))
+    hidden = torch.zeros(2, 1, 3, 5)
+    shared = flow_trunk.attend(query, key, value, hidden)
+    own = [flow_trunk.repeated(x.transpose(1, 2), 4).transpose(1, 2) for x in (key, value)]
+    assert torch.allclose(flow_trunk.attend(query, own[0], own[1], hidden), shared, atol=1e-6)
 
 
 # Real-time chunking.

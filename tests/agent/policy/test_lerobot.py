@@ -85,7 +85,7 @@ def test_actions_loss_and_chunking_are_lerobots(folders: dict[str, Path], kind: 
     policy = load(folders[kind])
     batch, io = observations(kind)
     prefix = policy.prefix(batch)
-    velocity = policy._velocity(prefix)
+    velocity = policy.velocity(prefix)
     assert error(flow_sde.integrate(velocity, io["noise"], 5)[..., :4], io["actions"]) < GOAL
     assert error(policy.predict(batch, noise=io["noise"]).actions, io["physical"]) < GOAL
     wanted = torch.nn.functional.pad(io["loss.actions"], (0, 4))
