@@ -2,8 +2,8 @@
 
 Pinned: a recording plays as a camera, in the contract's encoding and raw orientation, stamped, so that decoding gives
 the upright picture back; a camera of another size, kind or topic is refused when it is configured; a stick becomes an
-action in physical units with the contract's signs, the gripper keeps what its buttons chose, and a joystick that falls silent
-releases everything. Determinism: pictures without noise; joystick messages are sent until they are heard.
+action in physical units with the contract's signs, the gripper keeps what its buttons chose, and a joystick that falls
+silent releases everything. Determinism: pictures without noise; joystick messages are sent until they are heard.
 """
 
 from __future__ import annotations

@@ -212,11 +212,11 @@ def test_a_gripper_is_told_only_what_changes() -> None:
     assert encoder.hold({}, NOW) is None
 
 
-@given(st.floats(0.0, 4e9))
+@given(st.floats(0.0, 2.1e9))
 def test_seconds_survive_the_stamp(moment: float) -> None:
     assert seconds(to_time(moment)) == pytest.approx(moment, abs=1e-6)
 
 
-@pytest.mark.parametrize("moment", [-1.0, math.inf, math.nan, -math.inf])
+@pytest.mark.parametrize("moment", [-1.0, math.inf, math.nan, -math.inf, 2.0**31])
 def test_a_moment_that_is_none_becomes_zero(moment: float) -> None:
     assert to_time(moment) == Time()
