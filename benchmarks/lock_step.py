@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
@@ -48,7 +49,10 @@ def random_policy(contract: RobotContract, instruction: str, folder: Path) -> Pa
     low = tuple(d.low if d.name == gripper else 0.3 * d.low for d in dims)
     high = tuple(d.high if d.name == gripper else 0.3 * d.high for d in dims)
     moved = tuple(d.name != gripper for d in dims)
-    statistics = Statistics("bench", tuple(d.unit for d in dims), low, high, moved)
+    size = sum(s.size for s in contract.state)
+    statistics = Statistics(
+        "bench", tuple(d.unit for d in dims), low, high, moved, state_mean=(0.0,) * size, state_std=(1.0,) * size
+    )
     spec = spec_for(
         contract,
         cameras=[c.name for c in contract.cameras],
@@ -116,6 +120,7 @@ def through_ros(
 
 
 def compare(suite: str, task: str, policy: Path | None, state: int, horizon: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
     robot = SimRobot(suite, task, state)
     robot.connect()
     with tempfile.TemporaryDirectory() as scratch:
@@ -140,12 +145,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="shorter episodes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "lock_step.json")
     given = parser.parse_args(argv)
-    torch.set_num_threads(1)
     libero = registry.tasks("libero_object")[0]
-    rows = [
-        compare("metaworld", "door-open", ROOT / "models" / "small-metaworld", 3, 64),
-        compare("libero_object", libero.name, None, libero.evaluation_states[0], 24 if given.quick else 96),
+    length = 24 if given.quick else 96
+    asked = [
+        ("metaworld", "door-open", ROOT / "models" / "small-metaworld", 3, 64),
+        ("libero_object", libero.name, None, libero.evaluation_states[0], length),
     ]
+    rows = []
+    for one in asked:  # the two simulators' renderers do not share a process well
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(pool.apply(compare, one))
     table = Table(title="One episode in process, through the runtime, through ROS in lock-step")
     for column in ("suite", "actions", "success", "runtime", "ROS"):
         table.add_column(column)

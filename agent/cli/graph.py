@@ -40,6 +40,8 @@ class Graph:
         self.folder, self._namespace = folder, namespace
         self._environment = ros.environment(environment)
         self._running: dict[str, tuple[NodeSpec, subprocess.Popen[bytes]]] = {}
+        self._read: dict[str, int] = {}
+        self._told: set[str] = set()
 
     def start(self, spec: NodeSpec) -> None:
         """Start one node; it configures and activates itself."""
@@ -63,8 +65,8 @@ class Graph:
             )
         self._running[spec.name] = (spec, process)
 
-    def watch(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Wait until a vital node ends or `until` says so.
+    def watch(self, until: Callable[[], bool] = lambda: False, tell: Callable[[str], None] = lambda line: None) -> None:
+        """Wait until a vital node ends or `until` says so. tell: given every new error of a node, each once.
 
         Raises:
             RatchetError: up.node_ended with the end of its log.
@@ -78,7 +80,27 @@ class Graph:
                         where=str(self.folder / f"{name}.log"),
                         fix="correct what it says, then start again",
                     )
+            for line in self.errors():
+                tell(line)
             time.sleep(0.2)  # how soon a dead node is noticed; the arm's hold does not depend on it
+
+    def errors(self) -> list[str]:
+        """Errors that the nodes logged since the last call, as `node: message`; one that repeats is told once."""
+        found = []
+        for name in self._running:
+            path = self.folder / f"{name}.log"
+            with path.open("rb") as log:
+                log.seek(self._read.get(name, 0))
+                new = log.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._read[name] = self._read.get(name, 0) + len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                if line.startswith(("[ERROR]", "[FATAL]")):
+                    text = f"{name}: {line.split(']: ', 1)[-1]}"
+                    if text not in self._told:
+                        self._told.add(text)
+                        found.append(text)
+        return found
 
     def tail(self, name: str) -> str:
         """The last line of a node's log."""

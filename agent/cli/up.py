@@ -77,7 +77,7 @@ class _Shared:
             if self.json:
                 print(json.dumps({"logs": str(folder), "nodes": [s.name for s in specs]}), flush=True)
             console.print(f"started {', '.join(s.name for s in specs)}; logs in {folder}; stop with Ctrl-C")
-            graph.watch(stopped)
+            graph.watch(stopped, lambda line: console.print(line, style="yellow", markup=False, highlight=False))
             codes = graph.stop()
         bad = {name: code for name, code in codes.items() if code}
         console.print("stopped" if not bad else f"stopped; not clean: {bad}")

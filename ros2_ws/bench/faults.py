@@ -192,6 +192,10 @@ def main() -> None:
                 process.send_signal(signal.SIGCONT)
         bench.nodes.stop()
         bench.background[0].shutdown()
+        bench.background[1].join()
+        bench.client.destroy()
+        bench.node.destroy_node()
+        bench.driver.destroy_node()
         rclpy.try_shutdown()
 
 

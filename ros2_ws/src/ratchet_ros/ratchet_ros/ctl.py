@@ -40,6 +40,7 @@ SHUTDOWN = {
     2: Transition.TRANSITION_INACTIVE_SHUTDOWN,
     3: Transition.TRANSITION_ACTIVE_SHUTDOWN,
 }
+DISCOVERY, LONGEST_DISCOVERY = 1.0, 5.0  # s until nodes have found each other: usually, and on a busy machine
 OUTCOMES = {0: "unjudged", 1: "success", 2: "failure"}
 
 
@@ -79,17 +80,23 @@ class Control:
             raise RatchetError(answer.code or "ctl.refused", answer.message)
         return answer
 
-    def latest(self, kind: Any, topic: str) -> Any:
-        """The latched message of a topic; None where nobody publishes it."""
-        got: list[Any] = []
-        subscription = self.node.create_subscription(kind, topic, got.append, qos.STATUS)
-        try:
-            self.until(lambda: bool(got), topic, 2.0)
-        except RatchetError:
-            return None
-        finally:
+    def latest(self, topics: dict[str, Any], vital: int) -> dict[str, Any]:
+        """The latched message of each topic that somebody publishes. topics: name -> message class; the first `vital`
+        of them belong to every graph, the others are waited for only as long as discovery usually takes."""
+        got: dict[str, Any] = {}
+
+        def keep(topic: str) -> Callable[[Any], None]:
+            return lambda message: got.__setitem__(topic, message)
+
+        subscriptions = [self.node.create_subscription(k, n, keep(n), qos.STATUS) for n, k in topics.items()]
+        usual, end = time.monotonic() + DISCOVERY, time.monotonic() + min(self.limit, LONGEST_DISCOVERY)
+        while len(got) < len(topics) and time.monotonic() < end:
+            if time.monotonic() > usual and all(n in got for n in list(topics)[:vital]):
+                break
+            self.executor.spin_once(timeout_sec=0.1)
+        for subscription in subscriptions:
             self.node.destroy_subscription(subscription)
-        return got[-1]
+        return got
 
 
 def lifecycle(control: Control, request: dict[str, Any]) -> Any:
@@ -231,15 +238,12 @@ def reset(control: Control, request: dict[str, Any]) -> Any:
 
 
 def status(control: Control, request: dict[str, Any]) -> Any:
-    out: dict[str, Any] = {}
-    for name, kind, topic in (
-        ("policy", msg.PolicyStatus, "policy_status"),
-        ("safety", msg.SafetyStatus, "safety_status"),
-        ("scene", msg.SceneStatus, "scene_status"),
-    ):
-        got = control.latest(kind, topic)
-        if got is not None:
-            out[name] = {f: getattr(got, f) for f in got.get_fields_and_field_types() if f != "header"}
+    names = {"policy_status": "policy", "safety_status": "safety", "scene_status": "scene"}
+    kinds = {"policy_status": msg.PolicyStatus, "safety_status": msg.SafetyStatus, "scene_status": msg.SceneStatus}
+    out = {
+        names[topic]: {f: getattr(got, f) for f in got.get_fields_and_field_types() if f != "header"}
+        for topic, got in control.latest(kinds, 2).items()
+    }
     if not out:
         raise RatchetError("ctl.nobody", "no node of ours answers", fix="ratchet up sim|real, or check ROS_DOMAIN_ID")
     return out

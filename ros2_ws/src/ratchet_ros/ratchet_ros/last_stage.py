@@ -1,8 +1,8 @@
 """The last stage before the arm: commands in, verdicts of a SafetyFilter out, in a thread of its own.
 
 Knows the order of commands, silence, and when to brake by itself. Knows no topic: sending is an argument.
-A command is checked the moment it comes, so that the stage adds no period of delay. Silence is noticed by deadline:
-after two periods the arm brakes and waits, after the contract's `action_max_age` that is a fault and it holds.
+A command is checked the moment it comes, so that the stage adds no period of delay. Silence is noticed by deadline: a
+little before two periods the arm brakes and waits, after the contract's `action_max_age` that is a fault and it holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from agent.runtime.align import Aligner
 from agent.runtime.safety import Proposal, SafetyConfig, SafetyFilter, SafetyState, Verdict
 from ratchet_ros.times import TimeBase
 
-PATIENCE = 2.0  # periods without a command until the arm brakes
+PATIENCE = 1.75  # periods without a command until the arm brakes; less than what counts as a pause of the whole motion
 MOVING = (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
 
 

@@ -75,7 +75,7 @@ class PolicyNode(RatchetNode):
         spec = self.client.start()
         policy_params.executor(settings, settings.mode, self.contract, spec.chunk)
         for warning in self.client.warnings:
-            self.get_logger().warn(warning)
+            self.get_logger().warning(warning)
         self.robot = self._make_robot(spec.cameras)
         self.safety.robot = self.robot
         self.robot.fail = self.safety.fail
@@ -197,6 +197,8 @@ class PolicyNode(RatchetNode):
     def _on_last_stage(self, message: msg.SafetyStatus) -> None:
         self._last_stage = message
         if message.latched and self._goal is not None:
+            if isinstance(self.robot, LockStepRosRobot):
+                self.robot.abandon(True)
             self.safety.fail("safety.last_stage", f"the safety node stopped the arm: {message.cause}")
 
     def _on_e_stop(self, message: Bool) -> None:
@@ -226,7 +228,7 @@ class PolicyNode(RatchetNode):
             assert self.client is not None
             report = await settled(self, self.client.swap(request.reference, request.expected_id))
         except RatchetError as error:
-            self.get_logger().warn(str(error))
+            self.get_logger().warning(str(error))
             return convert.refused(response, error)
         response.success = True
         response.old_id, response.new_id = report["old_id"], report["new_id"]
@@ -275,7 +277,7 @@ class PolicyNode(RatchetNode):
             goal = self._checked(handle.request)
             self._prepare(goal)
         except RatchetError as error:
-            self.get_logger().warn(str(error))
+            self.get_logger().warning(str(error))
             handle.abort()
             return task_run.refusal(error)
         assert self.loop is not None
@@ -343,6 +345,8 @@ class PolicyNode(RatchetNode):
         self.robot.connect()
         steps = policy_params.executor(self.settings, goal.mode, self.contract, self.client.spec.chunk)
         self.client.sample(goal.temperature, goal.seed)
+        if isinstance(self.robot, LockStepRosRobot):
+            self.robot.begin()
         self.loop = ControlLoop(
             self.robot,
             self.client,

@@ -141,8 +141,33 @@ class LockStepRosRobot(RosRobot):
         self, contract: RobotContract, intake: Intake, clock: TimeBase, publish: Publish, patience: float
     ) -> None:
         super().__init__(contract, intake, clock, publish)
+        self._standing = True  # the last command was a hold, or there was none
         self._patience, self._tolerance = patience, 0.25 / contract.control_hz
         self._arrived = threading.Condition()
+        self._abandoned = False
+
+    def abandon(self, given_up: bool) -> None:
+        """Nothing makes the simulation go on: neither it nor its clock is waited for until this is taken back."""
+        self._clock.abandon(given_up)  # type: ignore[attr-defined]
+        with self._arrived:
+            self._abandoned = given_up
+            self._arrived.notify_all()
+
+    def begin(self) -> None:
+        """A new task: the simulation waits for its first command."""
+        self._standing = True
+        self.abandon(False)
+
+    def act(self, action: Float32) -> None:
+        self._standing = False
+        super().act(action)
+
+    def hold(self) -> None:
+        """The first hold after a motion takes the simulation one step further; the next ones do not."""
+        super().hold()
+        if self._standing:
+            self.abandon(True)
+        self._standing = True
 
     def arrived(self) -> None:
         """The intake has something new."""
@@ -154,7 +179,9 @@ class LockStepRosRobot(RosRobot):
         aligner = self._intake.aligner
 
         def there() -> bool:
-            return aligner.state_stamp() >= moment and (not cameras or aligner.frames_stamp() >= moment)
+            return self._abandoned or (
+                aligner.state_stamp() >= moment and (not cameras or aligner.frames_stamp() >= moment)
+            )
 
         with self._arrived:
             if not self._arrived.wait_for(there, self._patience):

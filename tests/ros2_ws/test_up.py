@@ -1,0 +1,101 @@
+"""`ratchet up sim` is how people without the launch package start everything; it must come up, and go down clean.
+
+Pinned: all nodes become active, one log folder holds parameters and logs, an interrupt
+ends every process with status 0, and nothing is left running; what cannot work is refused before anything starts.
+Determinism: a fake policy; waiting is for events.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from agent.cli import graph as graphs
+from agent.cli.main import main
+from tests.ros2_ws.graph import ROOT, Watcher, active
+
+FAKE = ["--policy-module", "agent.runtime.fake_policy_worker", "--policy-options", '{"image_size": 96}']
+
+
+def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    command = [sys.executable, "-m", "agent.cli.main", "up", "sim", "--logs", str(logs), "--json", *FAKE]
+    command += ["--episodes", str(tmp_path / "episodes"), "--speed", "0.5"]
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
+    watcher = Watcher()
+    try:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        assert told["nodes"] == ["sim_robot_node", "safety_node", "policy_node", "recorder"]
+        active(watcher, *told["nodes"])
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert (
+            "policy_node: [ros.no_data]" in errors or "nothing received" not in (logs / "policy_node.log").read_text()
+        )
+    finally:
+        if process.poll() is None:
+            process.kill()
+        watcher.close()
+    assert not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
+    assert {p.name for p in logs.iterdir()} == {f"{n}.{k}" for n in told["nodes"] for k in ("yaml", "log")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["up", "real", "--contract", "robots/nothing.yaml"], "contract.missing_file"),
+        (["up", "real", "--contract", "robots/so101.yaml", "--cameras", "front=polaroid:1"], "up.bad_camera"),
+        (["up", "real", "--contract", "robots/so101.yaml", "--cameras", "back=uvc:0"], "contract.unknown_camera"),
+        (["ctl", "status", "--limit", "0.5"], "ctl.nobody"),
+    ],
+)
+def test_what_cannot_work_is_refused_first(
+    ros: None, arguments: list[str], code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main([*arguments, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == code
+
+
+def test_without_ros_the_way_to_get_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("RATCHET_ROS_PYTHON", "ROS_DISTRO"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(graphs.ros, "BUILT_IN", tmp_path / "none")
+    assert main(["doctor", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "ros.no_environment"
+    assert "make ros" in error["fix"]
+
+
+def test_a_node_that_ends_ends_the_graph_with_its_last_word(tmp_path: Path) -> None:
+    with graphs.Graph(tmp_path) as graph:
+        graph.start(graphs.NodeSpec("nonsense_node", "nonsense"))
+        with pytest.raises(graphs.RatchetError, match="nonsense") as refused:
+            graph.watch()
+    assert refused.value.code == "up.node_ended"
+
+
+def test_an_error_of_a_node_is_told_once(tmp_path: Path) -> None:
+    with graphs.Graph(tmp_path) as graph:
+        graph.start(graphs.NodeSpec("nonsense_node", "nonsense", vital=False))
+        with (tmp_path / "nonsense.log").open("a") as log:
+            log.write("[ERROR] [1.2] [nonsense]: [a.b] broken\n[INFO] [1.3] [nonsense]: fine\n")
+        assert [e for e in graph.errors() if "broken" in e] == ["nonsense: [a.b] broken"]
+        with (tmp_path / "nonsense.log").open("a") as log:
+            log.write("[ERROR] [2.2] [nonsense]: [a.b] broken\n")
+        assert graph.errors() == []
