@@ -85,6 +85,7 @@ class SimulatedTime(ExternalClock):
     def __init__(self, stall_timeout: float) -> None:
         super().__init__(stall_timeout)
         self._limit, self._told = stall_timeout, math.inf
+        self._abandoned = False
         self._watchers: list[Callable[[], None]] = []
         self._guard = threading.Lock()
 
@@ -98,7 +99,19 @@ class SimulatedTime(ExternalClock):
             changed()
 
     def sleep_until(self, moment: float) -> bool:
-        return super().sleep_until(moment - TICK)
+        with self._changed:
+            while self._now < moment - TICK:
+                standing = self._stalled or self._abandoned  # then a stop goes on at the rate of a running clock
+                if not self._changed.wait(min(self._limit, moment - self._now) if standing else self._limit):
+                    self._stalled = True
+                    return False
+        return True
+
+    def abandon(self, given_up: bool) -> None:
+        """Whoever makes time go on has stopped for good: waiting ends at once, until this is taken back. Any thread."""
+        with self._changed:
+            self._abandoned = given_up
+            self._changed.notify_all()
 
     def from_ros(self, stamp: Time) -> float:
         """Data of a moment shows that the moment has come, whether or not /clock got here first."""
