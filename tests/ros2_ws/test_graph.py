@@ -80,6 +80,11 @@ class Running:
         for heard in (self.applied, self.chunks, self.events):
             heard.clear()
 
+    def at_rest(self) -> bool:
+        """The newest command that was heard is a hold; results and commands are topics of their own, in any order."""
+        last = self.applied[-1]
+        return list(last.action) == [] and bool(last.marks & msg.Applied.HELD)
+
     def reset(self, state: int = STATE) -> None:
         answer = self.watcher.call(srv.ResetScene, "/sim_robot_node/reset", srv.ResetScene.Request(initial_state=state))
         assert answer.success, answer.message
@@ -223,9 +228,7 @@ def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) 
 
 
 def test_a_cancelled_task_has_come_to_rest(running: Running) -> None:
-    last = running.applied[-1]
-    assert list(last.action) == []
-    assert last.marks & msg.Applied.HELD
+    running.watcher.until(running.at_rest, "the hold after the cancelled motion")
     status = running.watcher.collect(msg.SafetyStatus, "safety_status", qos.STATUS)
     running.watcher.until(lambda: status and status[-1].state == "idle", "an idle last stage")
 
@@ -282,7 +285,7 @@ def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Runn
     worker.send_signal(signal.SIGKILL)
     result = running.watcher.result(handle)
     assert (result.result.termination, result.result.code) == ("fault", "policy.crashed")
-    assert list(running.applied[-1].action) == []
+    running.watcher.until(running.at_rest, "the hold after the crash")
     assert running.ratchet("ctl", "clear", "Ada")[0] == 0
     status = running.watcher.collect(msg.PolicyStatus, "policy_status", qos.STATUS)
     running.watcher.until(lambda: status and status[-1].state == "ready" and status[-1].restarts == 1, "a new process")

@@ -22,6 +22,7 @@ from ratchet_ros.intake import require_wiring
 from ratchet_ros.times import seconds
 
 AHEAD = 0.02  # s that a stamp may lie in the future: clocks of two machines under NTP
+UNNAMED = "_NODE_NAME_UNKNOWN_"  # rmw's name for a node that has not been discovered
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class GraphCheck:
         for sink in require_wiring(self.contract).commands:
             found += self._sink(sink)
         return found
+
+    def unnamed(self) -> bool:
+        """Whether a publisher of commands is seen whose node is not: endpoints are discovered before names."""
+        sinks = [self.node.resolve_topic_name(s.topic) for s in require_wiring(self.contract).commands]
+        return any(i.node_name == UNNAMED for t in sinks for i in self.node.get_publishers_info_by_topic(t))
 
     # -- listening ---------------------------------------------------------------------------------------------------
 

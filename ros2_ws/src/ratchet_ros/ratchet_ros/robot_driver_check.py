@@ -17,15 +17,19 @@ from agent.errors import RatchetError
 from ratchet_ros import dds
 from ratchet_ros.checks import Finding, GraphCheck, worst
 
+DISCOVERY = 10.0  # s that the middleware may need to tell which node a publisher belongs to
+
 
 def check(node: Node, contract: RobotContract, duration: float, *, alone: bool) -> list[Finding]:
-    """Listen for `duration` seconds and judge."""
+    """Listen for `duration` seconds and judge; longer only while some publisher has not told its name yet."""
     graph = GraphCheck(node, contract, alone=alone)
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     end = time.monotonic() + duration
     while (left := end - time.monotonic()) > 0.0:
         executor.spin_once(timeout_sec=left)
+    while graph.unnamed() and time.monotonic() < end + DISCOVERY:
+        executor.spin_once(timeout_sec=0.1)
     executor.remove_node(node)
     return graph.findings()
 
