@@ -24,7 +24,7 @@ from agent.adapters.lora import Lora, attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
-from agent.policy import checkpoint
+from agent.policy import checkpoint, device
 from agent.policy.checkpoint import AnyPolicy
 from sim import registry
 from sim.base import TaskInfo
@@ -89,8 +89,8 @@ def policy_folder(suite: str, given: Path | None) -> Path:
 
 
 def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> tuple[AnyPolicy, Lora]:
-    """Load a base, check it against the robot, attach an empty adapter."""
-    policy = checkpoint.load(folder)
+    """Load a base onto the device that RATCHET_DEVICE names, check it against the robot, attach an empty adapter."""
+    policy = checkpoint.load(folder, device.choose())
     require_compatible(policy.spec, contract)
     return policy, attach(policy.module, lora_config(options.rank, options.alpha, options.targets), seed=options.seed)
 
@@ -167,7 +167,12 @@ def describe_run(title: str, command: str, **facts: Any) -> dict[str, Any]:
         "title": title,
         "command": command,
         "started": now(),
-        "host": {"processor": _processor(), "cores": torch.get_num_threads(), "python": platform.python_version()},
+        "host": {
+            "processor": _processor(),
+            "cores": torch.get_num_threads(),
+            "device": str(device.choose()),
+            "python": platform.python_version(),
+        },
         "versions": versions,
         **facts,
     }

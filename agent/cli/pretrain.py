@@ -17,7 +17,7 @@ from agent.cli import common
 from agent.errors import RatchetError
 from agent.learner.pretrain import PretrainConfig, Pretrainer
 from agent.learner.pretrain import Progress as Report
-from agent.policy import checkpoint, presets
+from agent.policy import checkpoint, device, presets
 from agent.policy.action_tokens import Statistics
 from agent.policy.flow import FlowPolicy, small_statistics
 from agent.policy.prismatic import PrismaticPolicy
@@ -91,7 +91,7 @@ class Pretrain:
             spec = replace(spec, bins=0)
         policy: checkpoint.AnyPolicy
         if self.start is not None:
-            policy = checkpoint.load(self.start)
+            policy = checkpoint.load(self.start, device.choose())
             if policy.spec != spec:
                 raise RatchetError(
                     "learn.changed_spec",
@@ -112,6 +112,7 @@ class Pretrain:
                 config = presets.small(image_size=spec.image_size)
                 tokenizer = train_tokenizer(texts, config.vocabulary - 256)
                 policy = PrismaticPolicy(config, spec, statistics_of(demonstrations, spec, self.suite), tokenizer)
+        policy.network.to(device.choose())
         trainer = Pretrainer(policy, list(policy.network.parameters()), demonstrations, self.train, work)
         history: list[Report] = []
         columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[note]}"))

@@ -19,7 +19,7 @@ from agent.adapters.lora import attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
-from agent.policy import checkpoint
+from agent.policy import checkpoint, device
 from agent.policy.commands import robot_actions
 from agent.policy.protocol import Chunks, Policy, PolicyInput
 from agent.records import Float32, UInt8
@@ -155,7 +155,7 @@ def open_prismatic(options: dict[str, Any], contract: RobotContract) -> ChunkSer
         RatchetError: whatever checkpoint, compatibility check, store and swapper refuse.
     """
     torch.set_num_threads(int(options.get("threads", 1)))
-    policy = checkpoint.load(Path(options["policy"]), options.get("device", "cpu"))
+    policy = checkpoint.load(Path(options["policy"]), device.choose(options.get("device", "")))
     swapper, store = None, None
     if options.get("store"):
         store = FolderStore(Path(options["store"]))
