@@ -81,7 +81,8 @@ def measure(board: Board, detections: Sequence[Detection]) -> Coverage:
 def choose(board: Board, detections: Sequence[Detection], most: int) -> list[int]:
     """Indices of at most `most` views, in the order in which each adds most: new cells, then other tilts and scales."""
     views = [describe(board, d) for d in detections]
-    left, chosen = list(range(len(views))), []
+    left = list(range(len(views)))
+    chosen: list[int] = []
     counts = np.zeros(GRID[0] * GRID[1])
     while left and len(chosen) < most:
 
@@ -91,7 +92,7 @@ def choose(board: Board, detections: Sequence[Detection], most: int) -> list[int
             pose = np.array([*view.tilt, np.log(view.scale)])
             others = [np.array([*views[k].tilt, np.log(views[k].scale)]) for k in chosen]
             apart = min((float(np.linalg.norm(pose - o)) for o in others), default=1.0)
-            return fresh + min(apart, 1.0)
+            return float(fresh + min(apart, 1.0))
 
         best = max(left, key=gain)
         left.remove(best)

@@ -399,7 +399,11 @@ def _cross_validated(problem: Problem, state: State, noise: Noise, folds: int) -
         out = list(range(fold, count, folds))
         kept = [v for v in range(count) if v not in out]
         part = Problem(
-            problem.board, problem.camera, problem.mounting, problem.poses[kept], [problem.detections[v] for v in kept]
+            problem.board,
+            problem.camera,
+            problem.mounting,
+            list(problem.poses[kept]),
+            [problem.detections[v] for v in kept],
         )
         fitted = part.solve(State(state.x, state.y, state.errors[kept]), noise)
         for view in out:

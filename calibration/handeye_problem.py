@@ -67,7 +67,7 @@ class Problem:
     ) -> None:
         """poses: base_T_flange of every view."""
         self.board, self.camera, self.mounting = board, camera, mounting
-        self.poses, self.detections = np.stack(poses), list(detections)
+        self.poses, self.detections = np.stack(list(poses)), list(detections)
 
     def board_in_camera(self, state: State, view: int, known: bool = True) -> Float:
         """(4, 4) camera_T_board. known: with the estimated pose error; else as the robot says."""

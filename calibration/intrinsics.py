@@ -6,7 +6,7 @@ Knows OpenCV's estimators. Knows no camera device and no file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -210,8 +210,9 @@ def _estimate(board: Board, detections: Sequence[Detection], model: Model) -> tu
             where=model,
             fix="check the board's description; take pictures from more sides",
         )
-    numbers = [float(x) for x in (k[0, 0], k[1, 1], k[0, 2], k[1, 2])]
-    camera = CameraModel(*size, *numbers, model, tuple(float(x) for x in np.ravel(d)[: COEFFICIENTS[model]]))
+    distortion = tuple(float(x) for x in np.ravel(d)[: COEFFICIENTS[model]])
+    fx, fy, cx, cy = (float(x) for x in (k[0, 0], k[1, 1], k[0, 2], k[1, 2]))
+    camera = CameraModel(size[0], size[1], fx, fy, cx, cy, model, distortion)
     poses = [transform(cv2.Rodrigues(np.ravel(a))[0], np.ravel(b)) for a, b in zip(r, t, strict=True)]
     return camera, poses
 
@@ -295,11 +296,7 @@ def _with_deviations(
     noise = float(np.sqrt(squares / max(rows - count, 1)))
     covariance = noise**2 * np.linalg.pinv(information)
     deviations = tuple(float(x) for x in np.sqrt(np.maximum(np.diag(covariance), 0.0)))
-    return CameraModel(**{**_plain(camera), "deviations": deviations}), noise
-
-
-def _plain(camera: CameraModel) -> dict[str, object]:
-    return {name: getattr(camera, name) for name in camera.__dataclass_fields__}
+    return replace(camera, deviations=deviations), noise
 
 
 def _by_camera(camera: CameraModel, points: Float) -> Float:

@@ -1,0 +1,136 @@
+"""What a calibration says about one camera, as data, and the id that its content gives it.
+
+Knows the YAML's fields and their checks. Knows no folder; store.py does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from agent.errors import RatchetError
+from calibration.boards import Board
+from calibration.camera_model import CameraModel
+from calibration.geometry import Float, from_quaternion, quaternion
+
+SCHEMA = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """Where the camera is. mounting: eye_in_hand or eye_to_hand. parent, child: frame names.
+
+    position: (3,) m, orientation: (4,) quaternion xyzw, of the child in the parent. covariance: 36 numbers, row by row,
+    of a small motion in the child's frame: rotation in rad, then translation in m. Errors as in handeye.HandEyeResult.
+    """
+
+    mounting: str
+    parent: str
+    child: str
+    position: tuple[float, ...]
+    orientation: tuple[float, ...]
+    covariance: tuple[float, ...]
+    poses: int
+    rms: float
+    held_out_pixels: float
+    held_out_position: float
+    held_out_rotation: float
+
+    @property
+    def pose(self) -> Float:
+        """(4, 4) parent_T_child."""
+        return from_quaternion(self.position, self.orientation)
+
+    @classmethod
+    def of(cls, pose: Float, **others: Any) -> Mount:
+        """From a (4, 4) matrix; covariance may be (6, 6)."""
+        others["covariance"] = tuple(float(x) for x in np.ravel(others["covariance"]))
+        return cls(position=tuple(map(float, pose[:3, 3])), orientation=tuple(map(float, quaternion(pose))), **others)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One camera at one resolution.
+
+    camera: name in the contract. camera_serial, robot, robot_serial: which devices these were; "" where there is none.
+    date: ISO 8601, UTC. rms, held_out_rms: px. views: that the intrinsics were estimated from. mount: None where only
+    the intrinsics are known. images: name -> SHA-256 of the picture beside it. notes: by a person.
+    """
+
+    camera: str
+    model: CameraModel
+    board: Board
+    date: str
+    rms: float
+    held_out_rms: float
+    views: int
+    camera_serial: str = ""
+    robot: str = ""
+    robot_serial: str = ""
+    mount: Mount | None = None
+    images: dict[str, str] = field(default_factory=dict)
+    notes: str = ""
+    schema: int = SCHEMA
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the content; the same numbers give the same id."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        out = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        out |= {"model": self.model.to_dict(), "board": self.board.to_dict(), "images": dict(self.images)}
+        out["mount"] = None if self.mount is None else json.loads(json.dumps(asdict(self.mount)))
+        return out
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str) -> Calibration:
+        """Plain data as `to_dict` gives.
+
+        Raises:
+            RatchetError: calibration.bad_file naming file and field.
+        """
+
+        def refuse(what: str) -> None:
+            raise RatchetError("calibration.bad_file", what, where=where, fix="take it from the store again")
+
+        if not isinstance(raw, dict):
+            refuse("not a calibration")
+        unknown, missing = set(raw) - set(cls.__dataclass_fields__), {"camera", "model", "board", "date"} - set(raw)
+        if unknown or missing:
+            refuse(f"unknown fields {sorted(unknown)}, missing {sorted(missing)}")
+        if raw.get("schema") != SCHEMA:
+            refuse(f"schema {raw.get('schema')!r} is not {SCHEMA}")
+        if not isinstance(raw["camera"], str) or not NAME.fullmatch(raw["camera"]):
+            refuse(f"camera {raw['camera']!r} is no name")
+        images = raw.get("images") or {}
+        if not isinstance(images, dict) or not all(NAME.fullmatch(str(k)) for k in images):
+            refuse("images is no list of names and hashes")
+        values = dict(raw) | {
+            "model": CameraModel.from_dict(raw["model"], where),
+            "board": Board.from_dict(raw["board"], where),
+            "images": dict(images),
+        }
+        if raw.get("mount") is not None:
+            try:
+                mount = Mount(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw["mount"].items()})
+            except (TypeError, AttributeError):
+                refuse("mount is not what it should be")
+            if (len(mount.position), len(mount.orientation), len(mount.covariance)) != (3, 4, 36):
+                refuse("mount has the wrong number of values")
+            if not np.isfinite([*mount.position, *mount.orientation, *mount.covariance]).all():
+                refuse("mount has values that are not finite")
+            if abs(np.linalg.norm(mount.orientation) - 1) > 1e-6:
+                refuse("the mount's orientation is no unit quaternion")
+            values["mount"] = mount
+        numbers = [values.get(k) for k in ("rms", "held_out_rms", "views")]
+        if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers):
+            refuse("rms, held_out_rms and views must be numbers")
+        return cls(**values)
