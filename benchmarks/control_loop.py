@@ -1,8 +1,8 @@
 """Whether the control loop keeps time while a VLA infers beside it, everything is recorded, and adapters are swapped.
 
 The built-in VLA runs in its own process (deploy execution, frames through shared memory), the loop at 50 and 100 Hz on
-an arm without hardware (FakeArm), every tick, frame and event goes to a file through a queue, and another adapter is
-swapped in every three seconds. Two cores for all of it.
+an arm without hardware (FakeArm), every tick, frame and event goes into an episode through the recorder's process, and
+another adapter is swapped in every three seconds. Two cores for all of it.
 
     python -m benchmarks.control_loop [--quick] [--minutes 10]
 
@@ -16,12 +16,10 @@ import gc
 import json
 import os
 import platform
-import queue
 import resource
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -36,9 +34,9 @@ from agent.adapters.identity import Adapter, binding_of
 from agent.adapters.lora import attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract
+from agent.episodes.recorder import Recorder, RecorderConfig
 from agent.errors import RatchetError
 from agent.policy import checkpoint
-from agent.records import ActionChunk, ControlTick, Observation, SafetyEvent
 from agent.runtime.chunks import DeployExecutor
 from agent.runtime.clock import MonotonicClock
 from agent.runtime.fake_arm import FakeArm
@@ -46,56 +44,11 @@ from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.priority import normal, real_time
 from agent.runtime.safety import SafetyFilter, SafetyState
-from agent.runtime.sink import ChunkOutcome
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICY = ROOT / "models" / "small-metaworld"
 SWAP_EVERY = 3.0  # s: 20 a minute
 MISSED = 1e-3
-
-
-class FileSink:
-    """Stands in for the recorder: hands everything to a thread that writes raw bytes to a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._queue: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
-        self._file = path.open("wb")
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
-        self.bytes = 0
-
-    def begin(self, task: str, instruction: str, now: float) -> None:
-        self._queue.put([task.encode()])
-
-    def observation(self, observation: Observation) -> None:
-        self._queue.put([image.tobytes() for image in observation.images.values()])
-
-    def chunk(self, chunk: ActionChunk) -> None:
-        self._queue.put([chunk.actions.tobytes(), chunk.adapter_id.encode()])
-
-    def tick(self, tick: ControlTick) -> None:
-        command = tick.command.tobytes() if tick.command is not None else b""
-        self._queue.put([command, *(v.tobytes() for v in tick.state.values())])
-
-    def event(self, event: SafetyEvent) -> None:
-        self._queue.put([event.message.encode()])
-
-    def outcome(self, outcome: ChunkOutcome) -> None:
-        self._queue.put([outcome.marks.tobytes()])
-
-    def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
-        self._queue.put([reason.encode()])
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        self._file.close()
-
-    def _write(self) -> None:
-        while (parts := self._queue.get()) is not None:
-            for part in parts:
-                self._file.write(part)
-                self.bytes += len(part)
 
 
 def prepared(folder: Path, hz: float) -> tuple[Path, Path, RobotContract]:
@@ -123,7 +76,7 @@ def run(hz: float, seconds: float, folder: Path, scheduled: bool) -> dict[str, A
     clock = MonotonicClock()
     robot = FakeArm(contract, clock, keep=False)
     robot.connect()
-    sink = FileSink(folder / f"recording-{hz:g}")
+    sink = Recorder(folder / f"episodes-{hz:g}", contract, RecorderConfig(min_free_gb=0.5))
     options = {"policy": str(policy), "store": str(adapters), "threads": 1}
     launch = PolicyLaunch(options=options, environment={"OMP_NUM_THREADS": "1"})
     lost: list[tuple[float, int, bool, int]] = []  # when, periods, during a swap, preemptions of the loop's thread
@@ -137,6 +90,7 @@ def run(hz: float, seconds: float, folder: Path, scheduled: bool) -> dict[str, A
         scheduling = real_time() if scheduled else "normal scheduling"
         gc.collect()
         gc.disable()
+        sink.describe(adapter_id=client.adapter_id, mode="deploy")
         loop.begin("benchmark", "open the door")
         asked = began = clock.now()
         missed, number = 0, 0
@@ -162,7 +116,7 @@ def run(hz: float, seconds: float, folder: Path, scheduled: bool) -> dict[str, A
         loop.stop()
         gc.enable()
         normal()
-    sink.close()
+    recorded = sink.close()
     ticks = len(loop.timing.jitter)
     during = sum(n for _, n, swapping, _ in lost if swapping)
     return {
@@ -180,7 +134,9 @@ def run(hz: float, seconds: float, folder: Path, scheduled: bool) -> dict[str, A
         "chunks": status.answered,
         "inference_last_ms": status.inference * 1e3,
         "held_ticks": holding,
-        "recorded_bytes": sink.bytes,
+        "recorded_bytes": recorded.written,
+        "recorder_dropped": sum(recorded.dropped.values()),
+        "episodes": len(recorded.finished),
         "scheduling": scheduling,
         "lost": lost[:100],
         **{f"{k}_ms": v * 1e3 for k, v in loop.timing.percentiles().items()},
