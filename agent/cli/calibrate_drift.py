@@ -6,7 +6,7 @@ Knows reference pictures in the store and devices. The comparison is calibration
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,8 @@ from agent.contract import CameraSpec
 from agent.errors import RatchetError
 from agent.runtime.camera_devices import open_device
 from agent.runtime.newest_frame import NewestFrame
-from calibration import drift
+from calibration import drift, last_check
+from calibration.last_check import Check
 from calibration.record import Calibration
 from calibration.store import CalibrationStore
 
@@ -36,7 +37,7 @@ class Drift:
     """Compare the camera's view with the one that was stored; exit 2 with a picture where it has moved.
 
     The first time, --remember stores the present view as the reference. `ratchet session start` and `ratchet up` refuse
-    to start with a camera whose last check failed; --override lets a named person take responsibility, with a reason.
+    a camera whose last check failed or is old; --override lets a named person take responsibility, with a reason.
     """
 
     calibration: Annotated[str, tyro.conf.Positional]
@@ -91,10 +92,11 @@ class Drift:
         if found.moved:
             cv2.imwrite(str(self.out), drift.picture(reference, current, found)[..., ::-1])
             result["picture"] = str(self.out)
+        check = Check(common.now(), found.moved, self.override if found.moved else "", self.person, result)
+        last_check.write(self.store, calibration.id, check)
         if found.moved and self.override:
-            line = {"date": common.now(), "person": self.person, "reason": self.override} | result
             with (folder / OVERRIDES).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(asdict(check)) + "\n")
             console.print(f"moved; {self.person} overrides: {self.override}", markup=False)
         if self.json:
             print(json.dumps(result))
