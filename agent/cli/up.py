@@ -182,10 +182,11 @@ class Real(_Shared):
         last_check.require(self.calibrations, loaded)
         path = ros.absolute(self.contract)
         specs = [_camera(loaded, path, line) for line in self.cameras]
-        tied = [f"{c.name}={c.calibration_id}" for c in loaded.cameras if c.calibration_id]
+        ids = [f"{c.name}={c.calibration_id}" for c in loaded.cameras if c.calibration_id]
+        tied = {"calibrations": ids} if ids else {}  # an empty list has no type on the way to a node
         safe = {"resume": self.resume, "dead_man": self.dead_man}
         specs.append(NodeSpec("safety_node", "safety_node", {"contract": path, **safe}))
-        specs.append(self._policy(self.contract, sessions=ros.absolute(self.sessions), calibrations=tied, **safe))
+        specs.append(self._policy(self.contract, sessions=ros.absolute(self.sessions), **tied, **safe))
         if self.joy:
             joy = {"contract": path, "axes": self.joy, "person": self.person}
             specs.append(NodeSpec("teleop_node", "teleop_node", joy, vital=False))
