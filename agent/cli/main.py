@@ -1,11 +1,13 @@
 """The command `ratchet`: one verb per file; this one only picks the verb and words refusals.
 
-Knows argument parsing and exit codes: 0 done, 1 a measured goal or check failed, 2 refused with a coded reason.
+Knows argument parsing and exit codes: 0 done, 1 a measured goal or check failed, 2 refused with a coded reason, 130
+interrupted, 141 where nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -81,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             Console(stderr=True, soft_wrap=True).print(f"[bold red]refused[/] {_escape(str(error))}", highlight=False)
         return 2
+    except BrokenPipeError:  # `ratchet … | head`: nobody reads on, and nobody needs to hear of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on from the last checkpoint")
         return 130

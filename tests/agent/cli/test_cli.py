@@ -7,12 +7,16 @@ Determinism: no simulator is started; every case ends before an environment is b
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from agent.adapters.store import FolderStore
 from agent.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[3]
 
 VERBS = ["study", "demo", "learn", "eval", "pretrain", "adapters", "report", "run"]
 
@@ -67,3 +71,10 @@ def test_an_empty_store_lists_and_verifies(tmp_path: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out) == {"adapters": [], "tags": {}}
     assert main(["adapters", "verify", "--store", str(tmp_path / "store"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"set -o pipefail; {sys.executable} -m agent.cli.main study run --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode in (0, 141)  # 0 where all of it was written before the reader left
+    assert "Traceback" not in done.stderr
