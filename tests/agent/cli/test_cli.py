@@ -18,7 +18,30 @@ from agent.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[3]
 
-VERBS = ["study", "demo", "learn", "eval", "pretrain", "adapters", "report", "run"]
+VERBS = [
+    "demo",
+    "eval",
+    "inspect",
+    "learn",
+    "pretrain",
+    "plan",
+    "adapters",
+    "report",
+    "episodes",
+    "review",
+    "run",
+    "keys",
+    "learner",
+    "courier",
+    "robot",
+    "session",
+    "status",
+    "study",
+    "calibrate",
+    "doctor",
+    "up",
+    "ctl",
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)
