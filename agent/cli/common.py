@@ -88,9 +88,26 @@ def policy_folder(suite: str, given: Path | None) -> Path:
     raise RatchetError("cli.no_policy", f"no built-in policy for suite '{suite}'", fix="name one with --policy FOLDER")
 
 
-def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> tuple[AnyPolicy, Lora]:
+def device_of(name: str) -> torch.device:
+    """The device that a user named: cpu, cuda or cuda:1.
+
+    Raises:
+        RatchetError: cli.no_device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).splitlines()[0]
+        raise RatchetError("cli.no_device", text, where=f"--device {name}", fix="use --device cpu") from None
+    return device
+
+
+def open_policy(
+    folder: Path, contract: RobotContract, options: LoraOptions, device: torch.device | str = "cpu"
+) -> tuple[AnyPolicy, Lora]:
     """Load a base, check it against the robot, attach an empty adapter."""
-    policy = checkpoint.load(folder)
+    policy = checkpoint.load(folder, device)
     require_compatible(policy.spec, contract)
     return policy, attach(policy.module, lora_config(options.rank, options.alpha, options.targets), seed=options.seed)
 
@@ -106,9 +123,29 @@ def lora_of(store: FolderStore, reference: str) -> LoraOptions:
     )
 
 
-def open_running(folder: Path, contract: RobotContract, options: LoraOptions, store: FolderStore | None) -> Running:
-    policy, lora = open_policy(folder, contract, options)
+def open_running(
+    folder: Path,
+    contract: RobotContract,
+    options: LoraOptions,
+    store: FolderStore | None,
+    device: torch.device | str = "cpu",
+) -> Running:
+    policy, lora = open_policy(folder, contract, options, device)
     return Running(policy, HotSwapper(policy, lora, store=store), [])
+
+
+def share_base(policy: AnyPolicy, other: AnyPolicy) -> int:
+    """Let a policy read another's frozen weights instead of keeping its own; returns the bytes that this frees.
+
+    Both must be the same base with LoRA layers, on one device, and nobody may change the base's weights afterwards.
+    """
+    theirs = {n: p for n, p in other.module.named_parameters() if not p.requires_grad}
+    freed = 0
+    for name, parameter in policy.module.named_parameters():
+        if not parameter.requires_grad and name in theirs:
+            parameter.data = theirs[name].data
+            freed += parameter.nbytes
+    return freed
 
 
 def make_vector(

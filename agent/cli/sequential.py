@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from agent.adapters.store import FolderStore
 from agent.cli import common
+from agent.learner.distributed import Ranks
 from agent.learner.methods.base import SeqFT
 from agent.learner.metrics import SuccessMatrix, difference, measures
 from agent.learner.report import print_matrix, video_name, write_report
@@ -67,17 +69,29 @@ def run(
     console: Console,
     rollouts: str = "local",
     method: SeqFT | None = None,
+    device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
+    shard: bool = False,
 ) -> Result:
-    """Run (or go on with) a sequential fine-tuning in `folder` and write its report."""
+    """Run (or go on with) a sequential fine-tuning in `folder` and write its report.
+
+    device: where both policies are. ranks: the processes that run this together, each with `workers` simulators of its
+    own; rank 0 alone writes and shows. shard: each rank keeps a part of the frozen base while it updates.
+    """
     started = time.perf_counter()
+    main = ranks is None or ranks.main
     contract = registry.contract_for(suite)
     tasks = common.find_tasks(suite, [*config.tasks, *config.held_out])
-    policy, adapter = common.open_policy(policy_folder, contract, lora)
+    policy, adapter = common.open_policy(policy_folder, contract, lora, device)
     store = FolderStore(folder / "adapters", create=True)
     method = method or SeqFT()
     room = method.serving_rank(lora.rank, len(config.tasks))
     served = dataclasses.replace(lora, rank=room, alpha=lora.alpha * room / lora.rank)
-    running = common.open_running(policy_folder, contract, served, store)
+    running = common.open_running(policy_folder, contract, served, store, device)
+    if shard and ranks is not None:
+        ranks.shard(policy, adapter.trainable())
+    elif type(method) is SeqFT:
+        common.share_base(running.policy, policy)  # other methods may change the weights of the one that they train
     common.print_contract(console, contract)
     facts = common.describe_run(
         title,
@@ -90,22 +104,26 @@ def run(
         policy=str(policy_folder),
         base_hash=policy.base_hash,
         config={"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)},
+        **({} if ranks is None else {"processes": ranks.world, "sharded": shard}),
     )
-    common.write_json(folder / "run.json", facts)
-    if videos:
+    if main:
+        common.write_json(folder / "run.json", facts)
+    if videos and main:
         _videos(running, "", [*config.tasks, *config.held_out], tasks, folder, "before", console)
     env = common.make_vector(policy, suite, contract, workers, slots, rollouts)
-    ticking = _Ticker(running, tasks[config.tasks[0]].instruction)
+    ticking = _Ticker(running)
     try:
         with _progress(console) as progress:
             view = _View(progress, console, config)
             sequence = SequentialRun(
-                policy, adapter, env, tasks, store, running.serve, config, folder / "state", view.event, method
+                policy, adapter, env, tasks, store, running.serve, config, folder / "state", view.event, method, ranks
             )
             with ticking:
                 matrix = sequence.run()
     finally:
         env.close()
+    if not main:
+        return Result(suite, folder, matrix, [], time.perf_counter() - started, folder / "report.html")
     if videos:
         _videos(running, sequence.adapter_ids[-1], [*config.tasks, *config.held_out], tasks, folder, "after", console)
     for name in ("matrix.json", "updates.jsonl"):
@@ -159,8 +177,8 @@ def run(
 class _Ticker:
     """Keeps asking the running policy for chunks at 1 Hz, so that every swap happens on a policy in use."""
 
-    def __init__(self, running: common.Running, instruction: str) -> None:
-        self.running, self.instruction = running, instruction
+    def __init__(self, running: common.Running) -> None:
+        self.running = running
         self.count = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
