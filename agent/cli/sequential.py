@@ -89,7 +89,7 @@ def run(
     served = dataclasses.replace(lora, rank=room, alpha=lora.alpha * room / lora.rank)
     running = common.open_running(policy_folder, contract, served, store, device)
     if shard and ranks is not None:
-        ranks.shard(policy, adapter.trainable())
+        ranks.shard(policy, adapter)
     elif type(method) is SeqFT:
         common.share_base(running.policy, policy)  # other methods may change the weights of the one that they train
     common.print_contract(console, contract)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
+from agent.adapters.lora import Lora
 from agent.errors import RatchetError
 from agent.learner.minibatch import Diagnostics, Minibatch
 from agent.learner.rollouts import ChunkEnv, EpisodeSpec, Outcomes, RolloutBatch, run_episodes
@@ -29,6 +30,7 @@ from agent.policy.protocol import Policy
 # The longest silence between ranks. The learner's service may wait days for a robot's episodes; a rank that dies is
 # noticed by its closed connections and not by this.
 PATIENCE = timedelta(days=30)
+PIECE = 1 << 28  # bytes per message between ranks
 
 
 def join(device: str = "cpu") -> Ranks | None:
@@ -131,8 +133,12 @@ class Ranks:
         Raises:
             RatchetError: learner.off_policy where the ranks sampled under different adapters.
         """
-        parts = self.exchange(b"" if batch is None else pack(batch))
-        return concatenate([unpack(p) for p in parts if p])
+        mine = b"" if batch is None else pack(batch)
+        parts = []
+        for source in range(self.world):
+            data = self.broadcast(mine, source)
+            parts += [unpack(data)] if data else []
+        return concatenate(parts)
 
     def exchange(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, by rank. One sender after the other, so that no rank pads to the longest."""
@@ -145,9 +151,10 @@ class Ranks:
         if not int(size):
             return b""
         mine = self.rank == source
-        piece = torch.frombuffer(bytearray(data), dtype=torch.uint8) if mine else torch.empty(int(size)).byte()
-        distributed.broadcast(piece, source)
-        return data if mine else piece.numpy().tobytes()
+        content = bytearray(data) if mine else bytearray(int(size))
+        for piece in torch.frombuffer(content, dtype=torch.uint8).split(PIECE):  # type: ignore[no-untyped-call]
+            distributed.broadcast(piece, source)
+        return data if mine else bytes(content)
 
     def agree(self, what: str, value: Any) -> None:
         """Refuse to go on where ranks differ in something that must be the same: plain data.
@@ -164,21 +171,21 @@ class Ranks:
                 fix="give all ranks the same command, the same release and a folder that all of them see",
             )
 
-    def shard(self, policy: Policy, adapter: Sequence[nn.Parameter]) -> None:
-        """Shard the frozen weights of a policy's layers over all ranks; `whole` has them back for a while.
-
-        adapter: trainable parameters, which stay whole.
+    def shard(self, policy: Policy, lora: Lora) -> None:
+        """Shard the frozen weights of a policy's layers over all ranks; `whole` has them back for a while. The
+        adapter's own parameters stay whole.
 
         Raises:
             RatchetError: learner.cannot_shard for a network without layers that can be sharded.
         """
         layers = layers_of(policy.module)
-        self.agree("the base", policy.base_hash)  # it is taken over whole weights, and kept
+        self.agree("the base", policy.base_hash)
+        lora.effect()  # hash and norms are taken over whole weights, and kept
         if not layers:
             raise RatchetError(
                 "learner.cannot_shard", "this policy's layers cannot be sharded", fix="leave --shard out: it is small"
             )
-        shard_base(layers, adapter)
+        shard_base(layers, lora.trainable())
         self._sharded = layers
 
     @contextmanager

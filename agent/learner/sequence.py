@@ -302,7 +302,8 @@ class SequentialRun:
             )
 
     def _watch(self, what: str, total: int) -> Callable[[int, bool], None]:
-        return lambda done, ok: self.on_event("episode", {"done": done, "of": total, "success": ok, "what": what})
+        mine = total if self.ranks is None else len(range(total)[self.ranks.own(total)])
+        return lambda done, ok: self.on_event("episode", {"done": done, "of": mine, "success": ok, "what": what})
 
     def _training_specs(self) -> list[EpisodeSpec]:
         """The update's episodes, spread evenly over the stage's tasks."""

@@ -9,16 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from agent.errors import RatchetError
 from agent.learner.distributed import Ranks, join, unpack
 from agent.learner.sequence import Stop
+from agent.learner.service_config import ServiceConfig
+from agent.learner.trainer import Trainer
 from agent.learner.update import UpdateConfig, Updater
+from agent.records import Episode
+from benchmarks.small_world import read_episode
 from tests.agent.learner.runs import CONFIG as CONFIG_OF_RUNS
 from tests.agent.learner.runs import start, tiny_with_adapter
 
 CONFIG = {"learning_rate": 1e-3, "minibatches": 2, "micro_size": 7}
+SERVICE = ServiceConfig(("door-open",), update=UpdateConfig(algorithm="ppo", **CONFIG))  # type: ignore[arg-type]
 
 
 def main(folder: Path, mode: str) -> None:
@@ -30,6 +36,8 @@ def main(folder: Path, mode: str) -> None:
         what, base = mode.split("-")
         if what == "sequence":
             sequence(folder, ranks, base == "sharded")
+        elif what == "service":
+            service(folder, ranks, base == "sharded")
         else:
             update(folder, ranks, what, base == "sharded")
     except RatchetError as error:
@@ -43,7 +51,7 @@ def update(folder: Path, ranks: Ranks, algorithm: str, sharded: bool) -> None:
     policy, lora = tiny_with_adapter()
     if sharded:
         whole = sum(p.numel() for p in policy.network.parameters())
-        ranks.shard(policy, lora.trainable())
+        ranks.shard(policy, lora)
         local = sum(
             (p.to_local() if hasattr(p, "to_local") else p).numel()  # type: ignore[operator]
             for p in policy.network.parameters()
@@ -76,6 +84,33 @@ def sequence(folder: Path, ranks: Ranks, sharded: bool) -> None:
     except Stop:
         return
     (folder / f"ids{ranks.rank}.json").write_text(json.dumps([done.adapter_ids, done.matrix.to_dict()]))
+
+
+def service(folder: Path, ranks: Ranks, sharded: bool) -> None:
+    """Two updates of the learner's service with a refused batch between, rank 1 assisting."""
+    policy, lora = tiny_with_adapter()
+    if sharded:
+        ranks.shard(policy, lora)
+    trainer = Trainer(policy, lora, SERVICE, ranks=ranks)
+    if not ranks.main:
+        trainer.assist()
+        return
+    episodes = [read_episode(path) for path in sorted(folder.glob("*.episode"))]
+    two_updates(trainer, episodes)
+    trainer.save(folder / "checkpoint.pt")
+    trainer.dismiss()
+
+
+def two_updates(trainer: Trainer, episodes: list[Episode]) -> None:
+    """Both from the same episodes, the second with the optimiser that the first left."""
+    start = trainer.adapter()
+    groups = [0] * (len(episodes) // 2) + [1] * (len(episodes) - len(episodes) // 2)
+    trainer.begin(start, 0, 0)
+    trainer.train(episodes, groups)
+    with pytest.raises(RatchetError, match=r"learner\.off_policy"):
+        trainer.train(episodes, groups)
+    trainer.lora.load(start.tensors, start.config)
+    trainer.train(episodes, groups)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def start(
     method = method or SeqFT()
     policy, lora = tiny_with_adapter()
     if shard and ranks is not None:
-        ranks.shard(policy, lora.trainable())
+        ranks.shard(policy, lora)
     running, running_lora = tiny_with_adapter(method.serving_rank(4, len(config.tasks)))
     store = FolderStore(folder / "adapters", create=True)
     swapper = HotSwapper(running, running_lora, store=store)

@@ -20,13 +20,18 @@ import numpy as np
 import pytest
 import torch
 
+from agent.adapters.identity import binding_of
 from agent.adapters.store import FolderStore
+from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.learner.distributed import Ranks, concatenate, join, pack, unpack
 from agent.learner.rollouts import RolloutBatch, run_episodes
+from agent.learner.samples import to_episodes
 from agent.learner.sequence import SequentialRun
+from agent.learner.trainer import Trainer
 from agent.learner.update import UpdateConfig, Updater
-from tests.agent.learner.ranks import CONFIG
+from benchmarks.small_world import write_episode
+from tests.agent.learner.ranks import CONFIG, SERVICE, two_updates
 from tests.agent.learner.runs import ROOT, fake_env, start, tiny_with_adapter
 from tests.agent.learner.test_rollouts import specs
 
@@ -127,6 +132,8 @@ def test_a_whole_run_of_two_processes_is_that_of_one(base: str, alone: Sequentia
     assert len(set(ids)) == 3
     assert matrix == alone.matrix.to_dict()
     store = FolderStore(tmp_path / "run" / "adapters")
+    effects = [store.card(i).provenance.effect for i in ids[1:]]
+    assert effects == pytest.approx([alone.store.card(i).provenance.effect for i in alone.adapter_ids[1:]], rel=1e-3)
     assert sorted(store.ids()) == sorted(ids[1:])
     for mine, theirs in zip(ids[1:], alone.adapter_ids[1:], strict=True):
         ours, single = store.get(mine).tensors, alone.store.get(theirs).tensors
@@ -161,3 +168,29 @@ def test_parts_of_ranks_are_everything_once() -> None:
             ranks.rank, ranks.world = rank, 4
             parts += list(range(count))[ranks.own(count)]
         assert parts == list(range(count))
+
+
+@pytest.mark.parametrize("base", ["whole", "sharded"])
+def test_the_service_updates_as_alone_with_a_rank_that_assists(base: str, tmp_path: Path) -> None:
+    policy, lora = tiny_with_adapter()
+    name = lora.adapter(binding_of(policy)).id
+    wanted = specs(12)
+    env = fake_env(1, 4)
+    try:
+        _, batch = run_episodes(policy, env, wanted, temperature=SERVICE.temperature, adapter_id=name)
+    finally:
+        env.close()
+    assert batch is not None
+    batch.success[::3] = True
+    contract = RobotContract.load(ROOT / "robots" / "metaworld.yaml")
+    episodes = to_episodes(batch, wanted, policy, contract)
+    for number, episode in enumerate(episodes):
+        write_episode(tmp_path / f"{number:02}.episode", episode)
+    together(tmp_path, f"service-{base}")
+    single = Trainer(policy, lora, SERVICE)
+    before = lora.export()
+    two_updates(single, episodes)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert max(float((tensor - before[name]).abs().max()) for name, tensor in lora.export().items()) > 1e-4
+    for tensor_name, tensor in lora.export().items():
+        torch.testing.assert_close(state["lora"][tensor_name], tensor, rtol=1e-3, atol=2e-5)
