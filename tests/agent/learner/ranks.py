@@ -1,11 +1,10 @@
-"""One rank in its own process: `python -m tests.agent.learner.ranks FOLDER MODE`, with torchrun's variables set."""
+"""What one rank does in a process of its own, with torchrun's variables set."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,3 @@ def two_updates(trainer: Trainer, episodes: list[Episode]) -> None:
         trainer.train(episodes, groups)
     trainer.lora.load(start.tensors, start.config)
     trainer.train(episodes, groups)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

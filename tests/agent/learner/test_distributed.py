@@ -12,8 +12,7 @@ import dataclasses
 import json
 import os
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,8 @@ from agent.learner.samples import to_episodes
 from agent.learner.sequence import SequentialRun
 from agent.learner.trainer import Trainer
 from agent.learner.update import UpdateConfig, Updater
-from benchmarks.small_world import write_episode
+from benchmarks.small_world import forked, write_episode
+from tests.agent.learner import ranks
 from tests.agent.learner.ranks import CONFIG, SERVICE, two_updates
 from tests.agent.learner.runs import ROOT, fake_env, start, tiny_with_adapter
 from tests.agent.learner.test_rollouts import specs
@@ -52,20 +52,23 @@ def halves() -> list[RolloutBatch]:
 
 
 def together(folder: Path, mode: str, **environment: str) -> None:
-    """Run two ranks to their end, as torchrun would start them."""
+    """Run two ranks to their end with the variables that torchrun gives; forked, so that nothing is imported again."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    given = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-    command = [sys.executable, "-m", "tests.agent.learner.ranks", str(folder), mode]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env={**given, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
-    ]
-    try:
-        assert [p.wait(timeout=180) for p in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+
+    def rank(number: int) -> Callable[[], None]:
+        def work() -> None:
+            os.environ.update(given, RANK=str(number), LOCAL_RANK=str(number))
+            ranks.main(folder, mode)
+
+        return work
+
+    logs = [folder / f"rank{number}.log" for number in range(2)]
+    children = [forked(rank(number), log) for number, log in enumerate(logs)]
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert ends == [0, 0], "".join(log.read_text() for log in logs)
 
 
 def same(one: RolloutBatch, two: RolloutBatch) -> bool:
