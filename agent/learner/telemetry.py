@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -219,7 +219,7 @@ class Story:
     """Tells one event after the other."""
 
     def __init__(self) -> None:
-        self._arrived: dict[str, int] = {}
+        self._arrived: dict[str, str] = {}  # episode -> what was last decided about it, since the update before
 
     def tell(self, event: Event) -> str:
         """A line, or nothing where nobody would care."""
@@ -229,15 +229,14 @@ class Story:
 
     def _words(self, kind: str, data: dict[str, Any]) -> str:
         if kind == "ruled":
-            key = data["code"] or data["decision"]
-            self._arrived[key] = self._arrived.get(key, 0) + 1
+            self._arrived[data["sha"]] = data["code"] or data["decision"]
         elif kind == "run":
             names = ", ".join(data["config"]["tasks"])
             return f"run {data['fingerprint'][:12]} on base {data['base'][:12]}, tasks {names}"
         elif kind == "ordered":
             return f"collecting {data['task']} under {data['adapter'][:12]} (update {data['update'] + 1})"
         elif kind == "updated":
-            counts = ", ".join(f"{n} {k}" for k, n in sorted(self._arrived.items()))
+            counts = ", ".join(f"{n} {k}" for k, n in sorted(Counter(self._arrived.values()).items()))
             self._arrived = {}
             rate = f"{data['successes']}/{len(data['episodes'])}"
             end = f"skipped: {data['facts']['skipped']}" if "skipped" in data["facts"] else f"-> {data['adapter'][:12]}"

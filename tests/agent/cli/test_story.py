@@ -156,7 +156,11 @@ def test_the_story_at_an_arm(
     capsys.readouterr()
     assert main(["status", "--learner", "runs/learner", "--story"]) == 0
     told = capsys.readouterr().out
-    for words in ("success 2/4", "waiting for a person", "by a person", "1 inbox.other_adapter"):
+    for words in (
+        "success 2/4 (4 accepted)",
+        "waiting for a person",
+        "success 2/4 (4 accepted, 1 inbox.other_adapter)",
+    ):
         assert words in told
     assert main(["status", "--learner", "runs/learner", "--json"]) in (0, 1)
     shown = json.loads(capsys.readouterr().out)
