@@ -84,7 +84,7 @@ class Learn:
     device: str = "cpu"
     """Where the policy is: cpu, or cuda; under several processes each takes a GPU of its own."""
     shard: bool = False
-    """With several processes: each keeps only a part of the frozen base while it updates (FSDP)."""
+    """With several processes: each keeps only a part of the frozen base while it updates (FSDP); without videos."""
     videos: bool = True
     """Write before/after GIFs."""
     json: bool = False
