@@ -183,7 +183,7 @@ def round_of(arm: Arm, client: PolicyClient, learner: Process, adapter: str) -> 
     learner.until(": hold")
     learner.until("waiting for a person")
     candidate = FolderStore("runs/learner/adapters").tags()["candidate"]
-    promote = ["adapters", "promote", "candidate", "--store", "runs/learner/adapters", "--override"]
+    promote = ["adapters", "promote", "candidate", "--store", "runs/learner/adapters", "--workers", "0", "--override"]
     assert main([*promote, "ten good runs on the arm"]) == 0
     learner.until(f"{candidate[:12]} is active, by a person")
     eventually(client, lambda: client.adapter_id == candidate)
