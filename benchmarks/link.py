@@ -340,7 +340,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    rounds, episodes, gone = (2, 4, 100) if arguments.quick else (7, 10, 1000)
+    rounds, episodes, gone = (2, 2, 40) if arguments.quick else (7, 10, 1000)
     torch.set_num_threads(1)
     scratch = Path(tempfile.mkdtemp(prefix="ratchet-link-"))
     rows: list[dict[str, float]] = []
@@ -358,7 +358,7 @@ def main() -> int:
                 f"{row['raw_files']:.0f} from file to file; link {row['speed']:.0f} MB/s = {row['share']:.0%}",
                 flush=True,
             )
-        adapters = [adapter(scratch / f"adapter-{n}") for n in range(2 if arguments.quick else 5)]
+        adapters = [adapter(scratch / f"adapter-{n}") for n in range(1 if arguments.quick else 5)]
         memory = away(scratch / "away", gone, 1_000_000)
     finally:
         shutil.rmtree(scratch)

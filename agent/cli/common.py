@@ -88,9 +88,14 @@ def policy_folder(suite: str, given: Path | None) -> Path:
     raise RatchetError("cli.no_policy", f"no built-in policy for suite '{suite}'", fix="name one with --policy FOLDER")
 
 
-def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> tuple[AnyPolicy, Lora]:
-    """Load a base onto the device that RATCHET_DEVICE names, check it against the robot, attach an empty adapter."""
-    policy = checkpoint.load(folder, device.choose())
+def open_policy(
+    folder: Path, contract: RobotContract, options: LoraOptions, where: torch.device | str = ""
+) -> tuple[AnyPolicy, Lora]:
+    """Load a base, check it against the robot, attach an empty adapter.
+
+    where: a device, or its name; "" for the one that RATCHET_DEVICE names, see `agent.policy.device.choose`.
+    """
+    policy = checkpoint.load(folder, where if isinstance(where, torch.device) else device.choose(where))
     require_compatible(policy.spec, contract)
     return policy, attach(policy.module, lora_config(options.rank, options.alpha, options.targets), seed=options.seed)
 
@@ -106,9 +111,29 @@ def lora_of(store: FolderStore, reference: str) -> LoraOptions:
     )
 
 
-def open_running(folder: Path, contract: RobotContract, options: LoraOptions, store: FolderStore | None) -> Running:
-    policy, lora = open_policy(folder, contract, options)
+def open_running(
+    folder: Path,
+    contract: RobotContract,
+    options: LoraOptions,
+    store: FolderStore | None,
+    where: torch.device | str = "",
+) -> Running:
+    policy, lora = open_policy(folder, contract, options, where)
     return Running(policy, HotSwapper(policy, lora, store=store), [])
+
+
+def share_base(policy: AnyPolicy, other: AnyPolicy) -> int:
+    """Let a policy read another's frozen weights instead of keeping its own; returns the bytes that this frees.
+
+    Both must be the same base with LoRA layers, on one device, and nobody may change the base's weights afterwards.
+    """
+    theirs = {n: p for n, p in other.module.named_parameters() if not p.requires_grad}
+    freed = 0
+    for name, parameter in policy.module.named_parameters():
+        if not parameter.requires_grad and name in theirs:
+            parameter.data = theirs[name].data
+            freed += parameter.nbytes
+    return freed
 
 
 def make_vector(

@@ -11,8 +11,11 @@ import tyro
 from rich.console import Console
 
 from agent.cli import common, sequential, warmstart
+from agent.errors import RatchetError
+from agent.learner import distributed
 from agent.learner.sequence import SequenceConfig
 from agent.learner.update import UpdateConfig
+from agent.policy import device
 
 
 @dataclass
@@ -30,7 +33,10 @@ class Learn:
 
         ratchet learn --from demonstrations --tasks window-close --warm.replay window-open --out runs/warm
 
-    A run that was stopped goes on when the same command is given again.
+        accelerate launch --num-processes 8 -m agent.cli.main learn --device cuda --tasks ... --out runs/eight
+
+    Under `accelerate launch` or `torchrun` the processes share episodes and updates; see docs/scale.md. A run that was
+    stopped goes on when the same command is given again.
     """
 
     tasks: tuple[str, ...]
@@ -76,6 +82,11 @@ class Learn:
     """Episodes at once per simulator process."""
     threads: int = 1
     """Threads for the policy."""
+    device: str = ""
+    """Where the policy is: cpu, cuda or auto; what RATCHET_DEVICE says if absent. Of several processes each takes a GPU
+    of its own."""
+    shard: bool = False
+    """With several processes: each keeps only a part of the frozen base while it updates (FSDP); without videos."""
     videos: bool = True
     """Write before/after GIFs."""
     json: bool = False
@@ -83,7 +94,25 @@ class Learn:
 
     def run(self) -> int:
         common.threads(self.threads)
-        console = Console(stderr=self.json)
+        ranks = distributed.join(device.choose(self.device).type)
+        try:
+            return self._run(ranks)
+        finally:
+            if ranks is not None:
+                ranks.leave()
+
+    def _run(self, ranks: distributed.Ranks | None) -> int:
+        console = Console(stderr=self.json, quiet=ranks is not None and not ranks.main)
+        if self.source == "demonstrations" and ranks is not None:
+            raise RatchetError(
+                "learn.one_process", "a warm start runs in one process", fix="start it without accelerate or torchrun"
+            )
+        if self.shard and ranks is None:
+            raise RatchetError(
+                "learn.one_process",
+                "--shard divides the base among processes, and there is one",
+                fix="start it with accelerate launch or torchrun, or leave --shard out",
+            )
         if self.source == "demonstrations":
             facts = warmstart.run(
                 suite=self.suite,
@@ -124,7 +153,12 @@ class Learn:
             videos=self.videos,
             console=console,
             rollouts=self.rollouts,
+            device=device.choose(self.device) if ranks is None else ranks.device,
+            ranks=ranks,
+            shard=self.shard,
         )
+        if ranks is not None and not ranks.main:
+            return 0
         if self.json:
             print(json.dumps(result.as_dict()))
         else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,8 @@ from agent.adapters.store import FolderStore
 from agent.cli import common
 from agent.cli.recipes import DEMO
 from agent.episodes.reader import EpisodeReader
+from agent.errors import RatchetError
+from agent.learner import distributed
 from agent.learner.gate import GateConfig, Verdict
 from agent.learner.gatekeeper import Gatekeeper
 from agent.learner.host import LearnerHost
@@ -25,8 +28,10 @@ from agent.learner.telemetry import Story
 from agent.learner.trainer import Trainer
 from agent.learner.update import UpdateConfig
 from agent.link import keys as link_keys
+from agent.policy import device
 from agent.records import Episode
 from sim import registry
+from sim.base import TaskInfo
 
 KEYS = Path("keys/learner/learner.key_secret")
 
@@ -42,6 +47,8 @@ class Learner:
         ratchet learner --mode robot --tasks stack-cups --suite metaworld --batch 24 --batch-when session
 
         ratchet learner --tasks button-press --address tcp://127.0.0.1:5544 --plain      (one machine, no keys)
+
+        torchrun --nproc-per-node 4 -m agent.cli.main learner --device cuda --tasks ...     (updates on four GPUs)
 
     Killed at any moment, the same command goes on where it was. Robots keep running meanwhile. A second terminal:
     `ratchet status --learner runs/learner`.
@@ -100,6 +107,11 @@ class Learner:
     """Episodes at once per simulator process."""
     threads: int = 1
     """Threads for the policy."""
+    device: str = ""
+    """Where the policy is: cpu, cuda or auto; what RATCHET_DEVICE says if absent. Of several processes each takes a GPU
+    of its own."""
+    shard: bool = False
+    """With several processes: each keeps only a part of the frozen base (FSDP)."""
     until_done: bool = False
     """End when all tasks are over, instead of waiting for more."""
     verbose: bool = False
@@ -111,6 +123,14 @@ class Learner:
             print_changes(console)
             return 0
         common.threads(self.threads)
+        ranks = distributed.join(device.choose(self.device).type)
+        try:
+            return self._run(console, ranks)
+        finally:
+            if ranks is not None:
+                ranks.leave()
+
+    def _run(self, console: Console, ranks: distributed.Ranks | None) -> int:
         logging.basicConfig(
             level=logging.DEBUG if self.verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s"
         )
@@ -118,9 +138,30 @@ class Learner:
         tasks = common.find_tasks(self.suite, [*self.tasks, *self.held_out])
         folder = common.policy_folder(self.suite, self.policy)
         config, lora = self.config()
+        where = device.choose(self.device) if ranks is None else ranks.device
+        policy, adapter = common.open_policy(folder, contract, lora, where)
+        if ranks is not None and self.shard:
+            ranks.shard(policy, adapter)
+        trainer = Trainer(policy, adapter, config, ranks=ranks)
+        if ranks is not None and not ranks.main:
+            for sign in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(sign, signal.SIG_IGN)  # rank 0 finishes its step and says when to end
+            trainer.assist()
+            return 0
+        try:
+            self._serve(console, trainer, tasks, where)
+        except RatchetError:
+            trainer.dismiss()
+            raise
+        trainer.dismiss()
+        return 0
+
+    def _serve(self, console: Console, trainer: Trainer, tasks: dict[str, TaskInfo], where: torch.device) -> None:
+        """Run the service to its end."""
+        config, contract = trainer.config, registry.contract_for(self.suite)
+        folder, lora = common.policy_folder(self.suite, self.policy), self.config()[1]
         if config.mode == "robot":
             print_changes(console)
-        policy, adapter = common.open_policy(folder, contract, lora)
         pair = None if self.plain else link_keys.load(self.keys)
         closing: list[Callable[[], Any]] = []
 
@@ -130,7 +171,7 @@ class Learner:
 
             def ask(candidate: str, active: str, held_out: tuple[str, ...]) -> Verdict:
                 if not built:
-                    running = common.open_running(folder, contract, lora, store)
+                    running = common.open_running(folder, contract, lora, store, where)
                     env = None
                     if self.workers:
                         env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
@@ -153,7 +194,7 @@ class Learner:
         host = LearnerHost(
             self.out,
             config,
-            Trainer(policy, adapter, config),
+            trainer,
             read_episode,
             make_gate,
             tasks,
@@ -165,13 +206,12 @@ class Learner:
         )
         for sign in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sign, lambda *_: host.stop())
-        console.print(f"learner in {self.out}, policy {policy.base_hash[:12]}, listening on {self.address}")
+        console.print(f"learner in {self.out}, policy {trainer.policy.base_hash[:12]}, listening on {self.address}")
         try:
             host.run(lambda: self.until_done and host.service.ledger.phase == "done" and host.told())
         finally:
             for close in closing:
                 close()
-        return 0
 
     def config(self) -> tuple[ServiceConfig, common.LoraOptions]:
         """The service's settings and the adapter's shape."""

@@ -58,9 +58,9 @@ def show(name: str, config: PrismaticConfig, options: plan.Options, made: plan.P
         "GPU: context, workspace": (made.reserved, "allowance"),
         "GPU: together": (made.gpu, ""),
         "host": (made.host, f"{options.samples} frames as bytes, two adapters, 4 GiB for processes"),
-        "disk": (made.disk, "base, one update's frames as JPEG, a checkpoint"),
+        "disk": (made.disk, "base, one update's episodes, a checkpoint"),
         "network, adapter": (made.network_adapter, "bfloat16, once per update"),
-        "network, episodes": (made.network_episodes, "frames as JPEG at a tenth, once per update"),
+        "network, episodes": (made.network_episodes, "lossless, at the share measured in simulation, once per update"),
     }
     for label, (size, how) in gb.items():
         table.add_row(label, f"{size / 1e9:.2f} GB", how)

@@ -55,7 +55,7 @@ class Promote:
     override: str = ""
     """Promote whatever the verdict, for this reason, which is kept in the history."""
     workers: int = 2
-    """Simulator processes."""
+    """Simulator processes; 0 has no simulator: the gate then holds, and only --override promotes."""
     slots: int = 12
     """Episodes at once per simulator process."""
     threads: int = 1
@@ -88,6 +88,9 @@ class Promote:
     def _measure(self, store: FolderStore, candidate: str, active: str, console: Console) -> None:
         names = [store.card(candidate).provenance.task, *earlier_tasks(store, candidate, active), *self.held_out]
         folder = self.store / "gate"
+        if not self.workers:
+            Gatekeeper(_no_policy, None, {}, store, self.gate, folder).run(candidate, active, self.held_out)
+            return
         try:
             tasks, env, running = self._world(store, candidate, [n for n in dict.fromkeys(names) if n], console)
         except RatchetError as error:

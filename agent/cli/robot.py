@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import time
 from dataclasses import dataclass, field
@@ -179,6 +180,7 @@ class Robot:
             "refused": link.refused,
             "fetching": link.fetching,
             "order": client.state.get("order"),
+            "pid": os.getpid(),
             "written": time.time(),
         }
         scratch = self.out / f"{STATUS}.tmp"

@@ -41,6 +41,8 @@ class Run:
         ratchet run --task door-open --execute deploy --realtime
 
         ratchet run --task faucet-open --adapter active --store runs/demo/adapters --episodes 5 --json
+
+        ratchet run --task button-press --store runs/robot/adapters --follow active --realtime --episodes 20
     """
 
     task: str
@@ -52,7 +54,9 @@ class Run:
     adapter: str = ""
     """Id, id prefix or tag of an adapter; the base alone if absent."""
     store: Path | None = None
-    """Adapter store; needed with --adapter."""
+    """Adapter store; needed with --adapter and --follow."""
+    follow: str = ""
+    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once."""
     episodes: int = 1
     """Episodes, from the first so many evaluation states."""
     execute: Literal["collect", "deploy"] = "collect"
@@ -89,6 +93,7 @@ class Run:
             "policy": str(common.policy_folder(self.suite, self.policy)),
             "store": str(self.store) if self.store else "",
             "adapter": self.adapter,
+            "follow": self.follow,
             "threads": self.threads,
         }
         robot = SimRobot(self.suite, info.name, info.evaluation_states[0], contract)

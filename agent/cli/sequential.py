@@ -5,21 +5,28 @@ Knows how `learn` and `demo` present a run. The run itself is `agent.learner.seq
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from agent.adapters.identity import binding_of
+from agent.adapters.lora import Lora
 from agent.adapters.store import FolderStore
 from agent.cli import common
+from agent.errors import RatchetError
+from agent.learner.distributed import Ranks
 from agent.learner.methods.base import SeqFT
 from agent.learner.metrics import SuccessMatrix, difference, measures
 from agent.learner.report import print_matrix, video_name, write_report
 from agent.learner.sequence import SequenceConfig, SequentialRun
+from agent.policy.checkpoint import AnyPolicy
 from sim import registry
 from sim.video import record
 
@@ -67,17 +74,32 @@ def run(
     console: Console,
     rollouts: str = "local",
     method: SeqFT | None = None,
+    device: torch.device | str = "",
+    ranks: Ranks | None = None,
+    shard: bool = False,
 ) -> Result:
-    """Run (or go on with) a sequential fine-tuning in `folder` and write its report."""
+    """Run (or go on with) a sequential fine-tuning in `folder` and write its report.
+
+    device: where both policies are. ranks: the processes that run this together, each with `workers` simulators of its
+    own; rank 0 alone writes and shows. shard: each rank keeps a part of the frozen base while it updates.
+    """
     started = time.perf_counter()
+    main = ranks is None or ranks.main
     contract = registry.contract_for(suite)
     tasks = common.find_tasks(suite, [*config.tasks, *config.held_out])
-    policy, adapter = common.open_policy(policy_folder, contract, lora)
+    policy, adapter = common.open_policy(policy_folder, contract, lora, device)
     store = FolderStore(folder / "adapters", create=True)
     method = method or SeqFT()
     room = method.serving_rank(lora.rank, len(config.tasks))
     served = dataclasses.replace(lora, rank=room, alpha=lora.alpha * room / lora.rank)
-    running = common.open_running(policy_folder, contract, served, store)
+    running: common.Running | None = None
+    if shard and ranks is not None:
+        # A second policy would be whole on every rank: what is trained is evaluated itself, and no videos are made.
+        ranks.shard(policy, adapter)
+    else:
+        running = common.open_running(policy_folder, contract, served, store, device)
+        if type(method) is SeqFT:
+            common.share_base(running.policy, policy)  # other methods may change the weights of the one they train
     common.print_contract(console, contract)
     facts = common.describe_run(
         title,
@@ -90,23 +112,28 @@ def run(
         policy=str(policy_folder),
         base_hash=policy.base_hash,
         config={"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)},
+        **({} if ranks is None else {"processes": ranks.world, "sharded": shard}),
     )
-    common.write_json(folder / "run.json", facts)
-    if videos:
+    if main:
+        common.write_json(folder / "run.json", facts)
+    if videos and main and running is not None:
         _videos(running, "", [*config.tasks, *config.held_out], tasks, folder, "before", console)
     env = common.make_vector(policy, suite, contract, workers, slots, rollouts)
-    ticking = _Ticker(running, tasks[config.tasks[0]].instruction)
+    ticking = _Ticker(running) if running is not None else None
     try:
         with _progress(console) as progress:
             view = _View(progress, console, config)
+            serve = running.serve if running is not None else lambda wanted: _trained(wanted, policy, adapter)
             sequence = SequentialRun(
-                policy, adapter, env, tasks, store, running.serve, config, folder / "state", view.event, method
+                policy, adapter, env, tasks, store, serve, config, folder / "state", view.event, method, ranks
             )
-            with ticking:
+            with ticking or contextlib.nullcontext():
                 matrix = sequence.run()
     finally:
         env.close()
-    if videos:
+    if not main:
+        return Result(suite, folder, matrix, [], time.perf_counter() - started, folder / "report.html")
+    if videos and running is not None:
         _videos(running, sequence.adapter_ids[-1], [*config.tasks, *config.held_out], tasks, folder, "after", console)
     for name in ("matrix.json", "updates.jsonl"):
         source = folder / "state" / name
@@ -138,7 +165,7 @@ def run(
             "unavailable_ms": 1e3 * s.unavailable,
             "warnings": [w.code for w in s.warnings],
         }
-        for s in running.swaps
+        for s in (running.swaps if running is not None else [])
     ]
     seconds = time.perf_counter() - started
     facts |= {
@@ -148,7 +175,7 @@ def run(
             f"{s['from']} -> {s['to']}: ready in {s['ready_ms']:.0f} ms, unavailable {s['unavailable_ms']:.3f} ms"
             for s in swaps
         ),
-        "forwards of the running policy meanwhile": ticking.count,
+        "forwards of the running policy meanwhile": ticking.count if ticking is not None else 0,
     }
     common.write_json(folder / "run.json", facts)
     report = write_report(folder)
@@ -156,11 +183,28 @@ def run(
     return Result(suite, folder, matrix, swaps, seconds, report)
 
 
+def _trained(wanted: str, policy: AnyPolicy, adapter: Lora) -> AnyPolicy:
+    """The policy under training itself, which stands at what is to be evaluated whenever a stage is over.
+
+    Raises:
+        RatchetError: learn.not_served where another adapter is asked for.
+    """
+    present = adapter.adapter(binding_of(policy)).id
+    if wanted != present and (wanted or adapter.effect().overall > 0.0):
+        raise RatchetError(
+            "learn.not_served",
+            f"with --shard only the adapter under training can be evaluated, not {wanted[:12] or 'the base'}",
+            where=present[:12],
+            fix="leave --shard out",
+        )
+    return policy
+
+
 class _Ticker:
     """Keeps asking the running policy for chunks at 1 Hz, so that every swap happens on a policy in use."""
 
-    def __init__(self, running: common.Running, instruction: str) -> None:
-        self.running, self.instruction = running, instruction
+    def __init__(self, running: common.Running) -> None:
+        self.running = running
         self.count = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -56,8 +56,8 @@ class Status:
         facts = _read(folder / "status.json")
         age = time.time() - float(facts.get("written", 0.0))
         facts["age"] = age
-        # A clock that was set makes the age senseless; the process is then asked by its id.
-        facts["running"] = -OLD < age < OLD
+        # A file from the future was written before the clock was set back: ask whether its process lives.
+        facts["running"] = -OLD < age < OLD or (age < 0 and _alive(facts.get("pid")))
         if self.json:
             print(json.dumps(facts))
         elif self.robot:
@@ -80,6 +80,10 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise RatchetError("status.none", "not a status file", where=str(path))
     return raw
+
+
+def _alive(pid: object) -> bool:
+    return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
 
 
 def _head(facts: dict[str, Any], what: str, console: Console) -> None:
@@ -110,7 +114,8 @@ def _show_learner(facts: dict[str, Any], console: Console) -> None:
     if last:
         rate = f"{last['successes']}/{facts['last_update_episodes']}"
         end = last["facts"].get("skipped") or f"KL {last['facts'].get('approx_kl', 0):.4f}, {last['adapter'][:12]}"
-        table.add_row("last update", f"{last['task']} {last['update'] + 1}: success {rate}, {end}")
+        took = f" in {last['facts']['seconds']:.0f} s" if "seconds" in last["facts"] else ""
+        table.add_row("last update", f"{last['task']} {last['update'] + 1}: success {rate}, {end}{took}")
     gate = facts["last_gate"]
     if gate:
         reasons = "; ".join(f"{r['task']} {r['text']}".strip() for r in gate["reasons"])
@@ -123,6 +128,12 @@ def _show_learner(facts: dict[str, Any], console: Console) -> None:
     table.add_row(
         "link",
         f"{link['received']} files, {link['bytes'] / 1e6:.0f} MB; refused {link['malformed']} malformed messages",
+    )
+    rates = facts["rates"]
+    table.add_row(
+        "rates",
+        f"{rates['episodes_per_hour']:.0f} episodes/h, {rates['bytes_per_second'] / 1e6:.2f} MB/s "
+        f"over {rates['seconds'] / 60:.0f} min",
     )
     table.add_row("disk", f"{facts['free_bytes'] / 1024**3:.1f} GiB free")
     console.print(table)

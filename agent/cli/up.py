@@ -27,6 +27,8 @@ class _Shared:
     """Folder of the adapter store."""
     adapter: str = ""
     """Adapter id or tag to start with."""
+    follow: str = ""
+    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once."""
     mode: Literal["deploy", "collect"] = "deploy"
     """Chunk execution."""
     episodes: Path | None = None
@@ -55,10 +57,20 @@ class _Shared:
             "mode": self.mode,
             "policy_python": ros.policy_python(),
             "policy_module": self.policy_module,
-            "policy_options": self.policy_options,
+            "policy_options": self._options(),
             **parameters,
         }
         return NodeSpec("policy_node", "policy_node", values)
+
+    def _options(self) -> str:
+        if not self.follow:
+            return self.policy_options
+        try:
+            return json.dumps({**json.loads(self.policy_options), "follow": self.follow})
+        except (ValueError, TypeError) as error:
+            raise RatchetError(
+                "up.bad_options", str(error), where="--policy-options", fix="give a JSON object"
+            ) from None
 
     def _recorder(self, contract: Path, **parameters: Any) -> list[NodeSpec]:
         if self.episodes is None:

@@ -23,7 +23,7 @@ from agent.errors import RatchetError
 from agent.learner.sequence import Task
 from agent.learner.service import Gate, LearnerService
 from agent.learner.service_config import ServiceConfig
-from agent.learner.telemetry import Limits, Recorder, status
+from agent.learner.telemetry import Limits, Rates, Recorder, status
 from agent.learner.trainer import Trainer
 from agent.link.inbox import Inbox
 from agent.link.journal import Journal
@@ -90,6 +90,7 @@ class LearnerHost:
             raise
         self._inbox = inbox
         self._recorder = Recorder(folder, tensorboard=tensorboard)
+        self._rates = Rates()
         self._shown = 0.0
         self.error = ""
 
@@ -131,7 +132,9 @@ class LearnerHost:
             for p in self.server.peers()
         ]
         free = shutil.disk_usage(self.folder).free
-        found = status(self.service.ledger, self.config.tasks, peers, asdict(self.server.counts), free, self._limits)
+        ledger, counts = self.service.ledger, asdict(self.server.counts)
+        rates = self._rates.at(now, len(ledger.arrivals), counts["bytes"])
+        found = status(ledger, self.config.tasks, peers, counts, free, self._limits, rates)
         return {**found, "address": self.server.address, "pid": os.getpid(), "error": self.error}
 
     def _turn(self) -> None:

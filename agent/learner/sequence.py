@@ -22,9 +22,10 @@ import torch
 from agent.adapters.lora import Lora
 from agent.adapters.protocol import AdapterStore, Provenance
 from agent.errors import RatchetError
+from agent.learner.distributed import Ranks, share_episodes
 from agent.learner.methods.base import SeqFT, TaskUpdater
 from agent.learner.metrics import Cell, SuccessMatrix
-from agent.learner.rollouts import ChunkEnv, EpisodeSpec, RolloutBatch, run_episodes
+from agent.learner.rollouts import ChunkEnv, EpisodeSpec, RolloutBatch
 from agent.learner.update import UpdateConfig
 from agent.policy.protocol import Policy
 
@@ -128,6 +129,8 @@ class SequentialRun:
             swaps, and what is evaluated is what it returns.
         on_event: called with ("evaluated" | "update" | "stage", facts).
         method: Seq. FT if absent; see `methods`.
+        ranks: the processes that run this together, all with the same arguments but `env`; rank 0 writes the folder,
+            which all of them see. None for one process.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class SequentialRun:
         folder: Path,
         on_event: Event = lambda kind, facts: None,
         method: SeqFT | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         for name in (*config.tasks, *config.held_out):
             if name not in tasks:
@@ -149,6 +153,7 @@ class SequentialRun:
         self.policy, self.lora, self.env, self.tasks = policy, lora, env, tasks
         self.store, self.serve, self.config, self.folder = store, serve, config, folder
         self.on_event = on_event
+        self.ranks, self._writes = ranks, ranks is None or ranks.main
         self.method = method or SeqFT()
         self._base_hash = policy.base_hash  # of the base as it came: a method may change the weights
         self.method.bind(policy, lora, config.tasks, config.seed)
@@ -166,10 +171,14 @@ class SequentialRun:
     def run(self) -> SuccessMatrix:
         """Go from wherever the folder is to the end of the list."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint_path.exists():
+        resumed = self.checkpoint_path.exists()
+        if resumed:
             self._resume()
         else:
             self.method.start(derive_seed(self.config.seed, "lora"))
+        if self.ranks is not None:
+            # Before anything is written: a rank with another command, release or folder would learn something else.
+            self.ranks.agree("the run", [self._fingerprint(), resumed, self.stage, self.update, self.adapter_ids])
         self._evaluate_stage()
         while self.stage < len(self.config.tasks):
             self._learn(self.config.tasks[self.stage])
@@ -212,7 +221,8 @@ class SequentialRun:
     def _rollout(self, name: str) -> tuple[RolloutBatch, dict[str, Any]]:
         facts = self._facts(name)
         specs = self._training_specs()
-        outcomes, batch = run_episodes(
+        outcomes, batch = share_episodes(
+            self.ranks,
             self.policy,
             self.env,
             specs,
@@ -238,7 +248,10 @@ class SequentialRun:
         self.method.end_task(self.stage)
         effect = self.lora.effect().overall
         provenance = Provenance(parent=parent, task=task, stage=self.stage + 1, effect=effect, notes=self.method.name)
-        adapter_id = self.method.publish(self.store, provenance)
+        adapter_id = self.method.publish(self.store, provenance) if self._writes else ""
+        if self.ranks is not None:
+            # The others wait here until the adapter is in the store, from which they serve it.
+            adapter_id = self.ranks.broadcast(adapter_id.encode()).decode()
         self.adapter_ids.append(adapter_id)
         self.stage += 1
         self.update = 0
@@ -263,7 +276,8 @@ class SequentialRun:
                 )
                 for s in states
             ]
-            outcomes, _ = run_episodes(
+            outcomes, _ = share_episodes(
+                self.ranks,
                 policy,
                 self.env,
                 specs,
@@ -273,7 +287,8 @@ class SequentialRun:
             )
             cell = Cell.of({f"state-{s}": bool(ok) for s, ok in zip(states, outcomes.success, strict=True)})
             self.matrix.record(self.stage, name, cell)
-            self.matrix.save(self.folder / "matrix.json")
+            if self._writes:
+                self.matrix.save(self.folder / "matrix.json")
             self._save()
             self.on_event(
                 "evaluated",
@@ -287,7 +302,8 @@ class SequentialRun:
             )
 
     def _watch(self, what: str, total: int) -> Callable[[int, bool], None]:
-        return lambda done, ok: self.on_event("episode", {"done": done, "of": total, "success": ok, "what": what})
+        mine = total if self.ranks is None else len(range(total)[self.ranks.own(total)])
+        return lambda done, ok: self.on_event("episode", {"done": done, "of": mine, "success": ok, "what": what})
 
     def _training_specs(self) -> list[EpisodeSpec]:
         """The update's episodes, spread evenly over the stage's tasks."""
@@ -309,9 +325,11 @@ class SequentialRun:
 
     def _new_updater(self) -> TaskUpdater:
         seed = derive_seed(self.config.seed, "shuffle", self.stage)
-        return self.method.make_updater(self.config.update, torch.Generator().manual_seed(seed))
+        return self.method.make_updater(self.config.update, torch.Generator().manual_seed(seed), self.ranks)
 
     def _log(self, facts: Mapping[str, Any]) -> None:
+        if not self._writes:
+            return
         with (self.folder / "updates.jsonl").open("a") as file:
             file.write(json.dumps(facts) + "\n")
             file.flush()
@@ -325,6 +343,8 @@ class SequentialRun:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _save(self) -> None:
+        if not self._writes:
+            return
         state = {
             "fingerprint": self._fingerprint(),
             "stage": self.stage,
@@ -344,7 +364,7 @@ class SequentialRun:
         _sync_folder(self.folder)
 
     def _resume(self) -> None:
-        state = torch.load(self.checkpoint_path, weights_only=True)
+        state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         if state["fingerprint"] != self._fingerprint():
             raise RatchetError(
                 "learn.changed_run",
@@ -360,7 +380,8 @@ class SequentialRun:
         if state["updater"] is not None:
             self.updater = self._new_updater()
             self.updater.load_state_dict(state["updater"])
-        self._drop_log_lines_after_checkpoint()
+        if self._writes:
+            self._drop_log_lines_after_checkpoint()
 
     def _drop_log_lines_after_checkpoint(self) -> None:
         """An update that was logged but not checkpointed is run again and must not stand twice."""

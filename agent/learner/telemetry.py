@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,28 @@ class Alert:
 
     code: str
     text: str
+
+
+class Rates:
+    """What came in over the last minutes. Times are of a monotonic clock, which no setting of the clock moves."""
+
+    def __init__(self, window: float = 600.0) -> None:
+        self._window = window
+        self._seen: deque[tuple[float, int, int]] = deque()
+
+    def at(self, now: float, episodes: int, received: int) -> dict[str, float]:
+        """now: seconds. episodes, received: numbers so far, the second in bytes."""
+        self._seen.append((now, episodes, received))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - self._window:
+            self._seen.popleft()
+        then, before, bytes_before = self._seen[0]
+        span = now - then
+        share = 1.0 / span if span > 0 else 0.0
+        return {
+            "seconds": span,
+            "episodes_per_hour": 3600.0 * (episodes - before) * share,
+            "bytes_per_second": (received - bytes_before) * share,
+        }
 
 
 def alerts(ledger: Ledger, sync_age: float, free: int, limits: Limits) -> list[Alert]:
@@ -78,8 +101,10 @@ def status(
     counts: Mapping[str, int],
     free: int,
     limits: Limits,
+    rates: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything that `ratchet status` shows, as plain data. peers: name, age (seconds since the last word), report."""
+    """Everything that `ratchet status` shows, as plain data. peers: name, age (seconds since the last word), report.
+    rates: as `Rates.at` gives them."""
     age = min((p["age"] for p in peers), default=math.inf)
     last = ledger.updates[-1] if ledger.updates else None
     return {
@@ -99,6 +124,7 @@ def status(
         "last_gate": ledger.gates[-1] if ledger.gates else None,
         "robots": peers,
         "link": dict(counts),
+        "rates": dict(rates),
         "sync_age": None if math.isinf(age) else age,
         "free_bytes": free,
         "alerts": [asdict(a) for a in alerts(ledger, age, free, limits)],
@@ -193,7 +219,7 @@ class Story:
     """Tells one event after the other."""
 
     def __init__(self) -> None:
-        self._arrived: dict[str, int] = {}
+        self._arrived: dict[str, str] = {}  # episode -> what was last decided about it, since the update before
 
     def tell(self, event: Event) -> str:
         """A line, or nothing where nobody would care."""
@@ -203,15 +229,14 @@ class Story:
 
     def _words(self, kind: str, data: dict[str, Any]) -> str:
         if kind == "ruled":
-            key = data["code"] or data["decision"]
-            self._arrived[key] = self._arrived.get(key, 0) + 1
+            self._arrived[data["sha"]] = data["code"] or data["decision"]
         elif kind == "run":
             names = ", ".join(data["config"]["tasks"])
             return f"run {data['fingerprint'][:12]} on base {data['base'][:12]}, tasks {names}"
         elif kind == "ordered":
             return f"collecting {data['task']} under {data['adapter'][:12]} (update {data['update'] + 1})"
         elif kind == "updated":
-            counts = ", ".join(f"{n} {k}" for k, n in sorted(self._arrived.items()))
+            counts = ", ".join(f"{n} {k}" for k, n in sorted(Counter(self._arrived.values()).items()))
             self._arrived = {}
             rate = f"{data['successes']}/{len(data['episodes'])}"
             end = f"skipped: {data['facts']['skipped']}" if "skipped" in data["facts"] else f"-> {data['adapter'][:12]}"

@@ -1,12 +1,16 @@
 """The adapter under training and its optimiser: from a checkpoint, through one update, to the next checkpoint.
 
 Knows policy, LoRA, updater and files that hold their state. Knows no network, no order of tasks and no gate.
+With several processes rank 0 holds the state; the others (`assist`) get it with each batch and keep nothing.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from agent.adapters.files import Files
 from agent.adapters.identity import Adapter, binding_of
 from agent.adapters.lora import Lora
 from agent.errors import RatchetError
+from agent.learner.distributed import Ranks, pack, unpack
 from agent.learner.samples import log_prob_gap, to_batch
 from agent.learner.sequence import derive_seed
 from agent.learner.service_config import ServiceConfig
@@ -24,12 +29,22 @@ from agent.link.disk import disk_errors, hash_file
 from agent.policy.protocol import Policy
 from agent.records import Episode
 
+log = logging.getLogger("ratchet.learner")
+_LOOK = b"look"
+
 
 class Trainer:
     """Owns the learner's policy, its module carrying `lora`. Between calls it is exactly what the last one left."""
 
-    def __init__(self, policy: Policy, lora: Lora, config: ServiceConfig, files: Files | None = None) -> None:
-        self.policy, self.lora, self.config = policy, lora, config
+    def __init__(
+        self,
+        policy: Policy,
+        lora: Lora,
+        config: ServiceConfig,
+        files: Files | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.policy, self.lora, self.config, self._ranks = policy, lora, config, ranks
         self._files = files or Files()
         self._binding = binding_of(policy)
         self._updater: Updater | None = None
@@ -62,10 +77,7 @@ class Trainer:
                 where=str(path),
                 fix="the update is repeated from the one before",
             )
-        state = torch.load(path, weights_only=True)
-        self.lora.load(state["lora"])
-        self._updater = self._new(stage, attempt)
-        self._updater.load_state_dict(state["updater"])
+        self._take(path, stage, attempt)
 
     def train(self, episodes: Sequence[Episode], groups: Sequence[int]) -> dict[str, Any]:
         """One update. Facts to log; `skipped` among them where nothing was learned and nothing has changed.
@@ -75,19 +87,25 @@ class Trainer:
         """
         assert self._updater is not None
         before = self.adapter().id
-        batch = to_batch(episodes, groups, self.policy, features=self.config.update.algorithm == "ppo")
-        if batch.adapter_id != before:
-            raise RatchetError(
-                "learner.off_policy",
-                f"episodes of {batch.adapter_id[:12]}",
-                where=before[:12],
-                fix="nothing was changed",
-            )
-        gap = log_prob_gap(batch, self.policy)
+        if self._ranks is not None:
+            self._ranks.broadcast(_LOOK)
+        with self._ranks.whole() if self._ranks is not None else nullcontext():
+            batch = to_batch(episodes, groups, self.policy, features=self.config.update.algorithm == "ppo")
+            if batch.adapter_id != before:
+                raise RatchetError(
+                    "learner.off_policy",
+                    f"episodes of {batch.adapter_id[:12]}",
+                    where=before[:12],
+                    fix="nothing was changed",
+                )
+            gap = log_prob_gap(batch, self.policy)
         facts: dict[str, Any] = {"log_prob_gap": gap, "decisions": len(batch.tokens)}
         if not gap <= self.config.tolerance:
             why = f"robot and learner disagree by {gap:.3f} nats per token under one adapter"
             return {**facts, "skipped": why, "code": "learner.policy_mismatch"}
+        if self._ranks is not None:
+            self._ranks.broadcast(self._state())
+            self._ranks.broadcast(pack(batch))
         try:
             return {**facts, **self._updater.update(batch)}
         except RatchetError as error:
@@ -103,7 +121,7 @@ class Trainer:
             self._files.folder(path.parent)
             self._files.step("write", scratch)
             with scratch.open("wb") as file:
-                torch.save({"lora": self.lora.export(), "updater": self._updater.state_dict()}, file)
+                file.write(self._state())
                 file.flush()
                 self._files.step("fsync", scratch)
                 os.fsync(file.fileno())
@@ -111,7 +129,47 @@ class Trainer:
             self._files.rename(scratch, path)
         return sha
 
+    def assist(self) -> None:
+        """What the other ranks do while rank 0 runs the service: their share of every update, until `dismiss`."""
+        assert self._ranks is not None
+        while word := self._ranks.broadcast(b""):
+            if word == _LOOK:
+                with self._ranks.whole():
+                    pass  # rank 0 looks at the episodes with the whole base
+                continue
+            self._take(word, 0, 0)
+            batch = unpack(self._ranks.broadcast(b""))
+            assert self._updater is not None
+            try:
+                self._updater.update(batch)
+            except RatchetError as error:
+                if error.code not in ("learner.no_samples", "learner.not_finite"):
+                    raise  # rank 0 came to the same two refusals; anything else is this rank's own
+
+    def dismiss(self) -> None:
+        """Let the assisting ranks end."""
+        if self._ranks is None:
+            return
+        try:
+            self._ranks.broadcast(b"")
+        except RuntimeError as error:
+            log.warning("the other ranks are gone already: %s", str(error).splitlines()[0])
+
+    def _state(self) -> bytes:
+        """Everything that the next update depends on."""
+        assert self._updater is not None
+        out = io.BytesIO()
+        torch.save({"lora": self.lora.export(), "updater": self._updater.state_dict()}, out)
+        return out.getvalue()
+
+    def _take(self, state: bytes | Path, stage: int, attempt: int) -> None:
+        source = io.BytesIO(state) if isinstance(state, bytes) else state
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+        self.lora.load(loaded["lora"])
+        self._updater = self._new(stage, attempt)
+        self._updater.load_state_dict(loaded["updater"])
+
     def _new(self, stage: int, attempt: int) -> Updater:
         name = ("shuffle", stage) if attempt == 0 else ("shuffle", stage, attempt)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, *name))
-        return Updater(self.policy, self.lora.trainable(), self.config.update, generator)
+        return Updater(self.policy, self.lora.trainable(), self.config.update, generator, self._ranks)

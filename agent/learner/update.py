@@ -267,11 +267,13 @@ class Updater:
             tokens = torch.from_numpy(batch.tokens[rows])
             log_prob, entropy = self.policy.log_prob(batch.policy_input(rows), tokens, batch.temperature)
             log_prob, entropy = log_prob.cpu(), entropy.cpu()  # the batch's own numbers live there; these are as small
-            if self.config.algorithm == "grpo":
-                loss, diagnostics = grpo.loss(log_prob, entropy, micro, self.config.grpo)
-            else:
-                assert micro.old_value is not None
-                loss, diagnostics = ppo.loss(log_prob, entropy, micro.old_value, micro, self.config.ppo)
+            try:
+                loss, diagnostics = self._loss(log_prob, entropy, micro)
+            except RatchetError as error:
+                if self.ranks is None or error.code != "learner.not_finite":
+                    raise
+                # The other ranks are on their way to the sum of gradients: take part, and let all refuse this step.
+                loss, diagnostics = log_prob.sum() * float("nan"), Diagnostics()
             (loss * factor).backward()  # type: ignore[no-untyped-call]
             if factor:
                 total = total + diagnostics
@@ -293,3 +295,9 @@ class Updater:
         self.optimizer.step()
         self.schedule.step()
         return total, norm
+
+    def _loss(self, log_prob: Tensor, entropy: Tensor, micro: Minibatch) -> tuple[Tensor, Diagnostics]:
+        if self.config.algorithm == "grpo":
+            return grpo.loss(log_prob, entropy, micro, self.config.grpo)
+        assert micro.old_value is not None
+        return ppo.loss(log_prob, entropy, micro.old_value, micro, self.config.ppo)

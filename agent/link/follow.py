@@ -43,6 +43,10 @@ class Follower:
 
     def on_state(self, state: Mapping[str, Any]) -> None:
         active = state.get("tags", {}).get("active", "")
+        if not active and state.get("mode") == "robot":
+            # Nothing was promoted yet. The adapter that is trained from is empty and acts as the base, but only under
+            # its id is what the arm does on-policy.
+            active = (state.get("order") or {}).get("adapter", "")
         with self._changed:
             if isinstance(active, str) and active and active != self._wish:
                 self._wish = active

@@ -277,7 +277,11 @@ class PolicyClient:
             future = self._waiting.pop(number, None)
             if message["type"] == "swapped":
                 self._adapter_id = self._wanted_adapter = message["report"]["new_id"]
+                self._error = ""
+                self._arrived.notify_all()
             if future is None:
+                if message["type"] == "refused":  # the tag that the policy follows leads to something that does not fit
+                    self._error = str(remote_error(message["error"]))
                 return
             self._swapping -= message["type"] != "adapters"
         if message["type"] == "refused":

@@ -149,7 +149,7 @@ def open_prismatic(options: dict[str, Any], contract: RobotContract) -> ChunkSer
 
     options: policy (folder), store (folder of adapters, "" for none), adapter (id or tag, "" for the base alone), rank,
     alpha, targets (shape of the adapter layers where the store has no adapter to take it from), threads, device,
-    image_fit.
+    image_fit; follow (a tag whose moves the running policy follows at once, see `following`).
 
     Raises:
         RatchetError: whatever checkpoint, compatibility check, store and swapper refuse.

@@ -27,6 +27,7 @@ from agent.contract import PolicySpec, RobotContract, require_compatible
 from agent.errors import RatchetError
 from agent.records import Float32, Int64, UInt8
 from agent.runtime import wire
+from agent.runtime.following import TagFollower
 from agent.runtime.frames import FrameLayout, Frames
 from agent.runtime.source import Ahead
 
@@ -81,6 +82,8 @@ class _Worker:
         self._sending = threading.Lock()
         self._swapping = threading.Lock()
         self._server: ChunkServer | None = None
+        self._following = ("", "", 1.0)  # store, tag, seconds between looks
+        self._told = ""
         self._frames: Frames | None = None
 
     def run(self) -> int:
@@ -111,6 +114,9 @@ class _Worker:
             case "layout":
                 self._frames = Frames(self._memory, FrameLayout.from_dict(message["layout"]), create=False)
                 self._send({"type": "serving"})
+                store, tag, period = self._following
+                if tag:
+                    TagFollower(Path(store) / "tags" / tag, period, lambda: self._follow(tag))
             case "infer":
                 self._infer(message, arrays)
             case "swap":
@@ -127,6 +133,14 @@ class _Worker:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         os.nice(message.get("nice", 0))
         contract = RobotContract.from_dict(message["contract"], "contract")
+        options = message["options"]
+        store, tag = str(options.get("store") or ""), str(options.get("follow") or "")
+        if tag and (not store or not tag.replace("-", "").replace("_", "").isalnum()):
+            raise RatchetError(
+                "policy.cannot_follow", f"no tag '{tag}' to follow", where=store, fix="name a store and a tag in it"
+            )
+        # A quarter of a control period, so that what a tag's move leads to is in force within one.
+        self._following = (store, tag, 0.25 / contract.control_hz)
         server = self._open(message["options"], contract)
         require_compatible(server.spec, contract)
         self._server = server
@@ -165,6 +179,20 @@ class _Worker:
             sent |= {"tokens": out.tokens, "log_prob": out.log_prob}
         seconds = time.perf_counter() - began
         self._send({"type": "chunk", "id": number, "adapter_id": out.adapter_id, "seconds": seconds}, sent)
+
+    def _follow(self, tag: str) -> bool:
+        """Swap to where the tag points now; what came of it is told without having been asked for, as number 0."""
+        with self._swapping:
+            try:
+                report = self._ready().swap(tag, "")
+            except RatchetError as error:
+                if str(error) != self._told:
+                    self._told = str(error)
+                    self._send({"type": "refused", "id": 0, "error": error.as_dict()})
+                return False
+            self._told = ""
+            self._send({"type": "swapped", "id": 0, "report": report})
+            return True
 
     def _swap(self, message: dict[str, Any]) -> None:
         number = message["id"]

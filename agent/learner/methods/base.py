@@ -18,6 +18,7 @@ from agent.adapters.identity import Adapter, binding_of
 from agent.adapters.lora import Lora
 from agent.adapters.protocol import AdapterStore, Provenance
 from agent.errors import RatchetError
+from agent.learner.distributed import Ranks
 from agent.learner.pretrain import Samples
 from agent.learner.update import UpdateConfig, Updater
 from agent.policy.prismatic import PrismaticPolicy
@@ -94,13 +95,14 @@ class SeqFT:
 
     # -- an update -------------------------------------------------------------------------------------------
 
-    def make_updater(self, config: UpdateConfig, generator: torch.Generator) -> TaskUpdater:
-        """A fresh optimiser for one task."""
+    def make_updater(self, config: UpdateConfig, generator: torch.Generator, ranks: Ranks | None = None) -> TaskUpdater:
+        """A fresh optimiser for one task. ranks: the processes that share each step, None for one."""
         return Updater(
             self.policy,
             self.parameters(),
             config,
             generator,
+            ranks,
             groups=self.parameter_groups(config.learning_rate),
             on_gradient=self.on_gradient,
             extra_loss=self.extra_loss,

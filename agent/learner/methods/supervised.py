@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from agent.errors import RatchetError
+from agent.learner.distributed import Ranks
 from agent.learner.methods.base import SeqFT, TaskUpdater, require_discrete
 from agent.learner.pretrain import Samples, soft_targets
 from agent.learner.update import UpdateConfig
@@ -54,7 +55,8 @@ class Supervised(SeqFT):
         if not len(self._rows):
             raise RatchetError("learn.no_samples_of_task", f"no demonstrations of '{name}'", fix="record some")
 
-    def make_updater(self, config: UpdateConfig, generator: torch.Generator) -> TaskUpdater:
+    def make_updater(self, config: UpdateConfig, generator: torch.Generator, ranks: Ranks | None = None) -> TaskUpdater:
+        """All ranks take the same steps on the same samples: imitation is cheap."""
         return _Imitation(self, config, generator)
 
     def state_dict(self) -> dict[str, Any]:

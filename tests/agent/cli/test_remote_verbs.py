@@ -7,6 +7,7 @@ simulator; the robot's process is played by `SessionDesk` in this one.
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def learner_status(**changes: Any) -> dict[str, Any]:
         "last_gate": {"decision": "hold", "candidate": ONE, "reasons": [{"task": "door-open", "text": "why"}]},
         "robots": [{"name": "robot-1", "age": 1.0, "report": {"doing": "running", "waiting": 1, "waiting_bytes": 5}}],
         "link": {"received": 4, "bytes": 100, "malformed": 0}, "free_bytes": 10**10, "alerts": [],
+        "rates": {"seconds": 600.0, "episodes_per_hour": 84.0, "bytes_per_second": 4e5},
         "written": time.time(),
     }  # fmt: skip
     return {**facts, **changes}
@@ -122,7 +124,7 @@ def test_status_of_a_learner(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path.write_text(json.dumps(learner_status()))
     assert main(["status", "--learner", folder]) == 0
     text = capsys.readouterr().out
-    for word in ("door-open", "inbox.other_adapter", "hold", "robot-1", "2/8"):
+    for word in ("door-open", "inbox.other_adapter", "hold", "robot-1", "2/8", "84 episodes/h, 0.40 MB/s"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 100
     path.write_text(json.dumps(learner_status(alerts=[{"code": "learner.sync", "text": "no word"}])))
@@ -131,6 +133,9 @@ def test_status_of_a_learner(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path.write_text(json.dumps(learner_status(written=time.time() - 60)))
     code, facts = told(capsys, "status", "--learner", folder)
     assert (code, facts["running"]) == (1, False)
+    path.write_text(json.dumps(learner_status(written=time.time() + 1e6, pid=os.getpid())))  # a clock set back
+    code, facts = told(capsys, "status", "--learner", folder)
+    assert (code, facts["running"]) == (0, True)
 
 
 def test_status_of_a_robot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

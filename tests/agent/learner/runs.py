@@ -13,6 +13,7 @@ from agent.adapters.hotswap import HotSwapper
 from agent.adapters.lora import Lora, attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract
+from agent.learner.distributed import Ranks
 from agent.learner.methods.base import SeqFT
 from agent.learner.sequence import SequenceConfig, SequentialRun
 from agent.learner.update import UpdateConfig
@@ -85,11 +86,15 @@ def start(
     on_event: Callable[[str, dict[str, Any]], None],
     config: SequenceConfig = CONFIG,
     method: SeqFT | None = None,
+    ranks: Ranks | None = None,
+    shard: bool = False,
 ) -> SequentialRun:
-    """Run (or resume) in `folder`."""
+    """Run (or resume) in `folder`; with ranks, this process's part of it."""
     torch.set_num_threads(1)
     method = method or SeqFT()
     policy, lora = tiny_with_adapter()
+    if shard and ranks is not None:
+        ranks.shard(policy, lora)
     running, running_lora = tiny_with_adapter(method.serving_rank(4, len(config.tasks)))
     store = FolderStore(folder / "adapters", create=True)
     swapper = HotSwapper(running, running_lora, store=store)
@@ -101,7 +106,9 @@ def start(
 
     env = fake_env()
     try:
-        sequence = SequentialRun(policy, lora, env, TASKS, store, serve, config, folder / "state", on_event, method)
+        sequence = SequentialRun(
+            policy, lora, env, TASKS, store, serve, config, folder / "state", on_event, method, ranks
+        )
         sequence.run()
     finally:
         env.close()

@@ -28,7 +28,7 @@ from agent.learner.samples import to_episodes
 from agent.learner.sequence import SequenceConfig, SequentialRun, training_specs
 from agent.learner.service import LearnerService
 from agent.learner.service_config import ServiceConfig, real_robot
-from agent.learner.telemetry import Limits, Recorder, alerts, status, story
+from agent.learner.telemetry import Limits, Rates, Recorder, alerts, status, story
 from agent.learner.trainer import Trainer
 from agent.link.inbox import Inbox, Parcel
 from agent.link.journal import Journal, read
@@ -378,7 +378,11 @@ def test_metrics_stand_once_whatever_is_cut_off(tmp_path: Path) -> None:
     again = Recorder(tmp_path, tensorboard=False)
     again.take(bench.journal.events)
     assert [json.loads(text)["update"] for text in path.read_text().splitlines()] == [0, 1]
-    shown = status(bench.service.ledger, CONFIG.tasks, [], {}, 1 << 50, Limits())
+    rates = Rates(window=60.0)
+    rates.at(0.0, 0, 0)
+    shown = status(bench.service.ledger, CONFIG.tasks, [], {}, 1 << 50, Limits(), rates.at(30.0, 4, 6_000_000))
+    assert shown["rates"] == {"seconds": 30.0, "episodes_per_hour": 480.0, "bytes_per_second": 200_000.0}
+    assert rates.at(90.0, 5, 6_000_000)["episodes_per_hour"] == pytest.approx(60.0)  # what is older has left the window
     assert json.loads(json.dumps(shown))["queue"][0] == {"task": "door-open", "state": "learned", "updates": 2}
     text = "\n".join(story(bench.journal.events))
     assert "update 1 of door-open" in text

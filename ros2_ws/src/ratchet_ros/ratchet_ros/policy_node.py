@@ -400,6 +400,8 @@ class PolicyNode(RatchetNode):
         if client is None:
             return
         policy, goal, loop = client.status(), self._goal, self.loop
+        if self.session is not None and policy.adapter_id:
+            self.session.adapter(policy.adapter_id)  # a policy that follows a tag swaps without being asked
         status = msg.PolicyStatus(
             state=policy.state,
             error=policy.error,
