@@ -13,6 +13,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +156,16 @@ class SimulatorSpec:
 
 
 @dataclass(frozen=True)
+class VerifiedFact:
+    """Something that was measured on this robot: what, how much in which unit, and when (ISO 8601, UTC)."""
+
+    name: str
+    value: float
+    unit: str
+    date: str
+
+
+@dataclass(frozen=True)
 class RobotContract:
     """Everything that the rest of the system may assume about one robot. See `robots/*.yaml`."""
 
@@ -169,6 +180,7 @@ class RobotContract:
     simulator: SimulatorSpec | None = None
     description: str = ""
     ros: RosWiring | None = None
+    verified: tuple[VerifiedFact, ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> RobotContract:
@@ -210,8 +222,9 @@ class RobotContract:
 
     @property
     def id(self) -> str:
-        """SHA-256 of the contract's content; comments and key order in the YAML do not matter."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of the contract's content; comments, key order in the YAML and measurements do not matter."""
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k != "verified"}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def camera(self, name: str) -> CameraSpec:
@@ -412,6 +425,36 @@ def require_compatible(policy: PolicySpec, contract: RobotContract) -> list[Mism
             fix="use a checkpoint made for this contract, or the contract that the checkpoint names",
         )
     return found
+
+
+def write_verified(path: Path, facts: Sequence[VerifiedFact]) -> None:
+    """Put measured facts into a contract's file; those of the same name are replaced, everything else stays as it is,
+    comments included. The file is exchanged at once or not at all.
+
+    Raises:
+        RatchetError: what `RobotContract.load` raises; contract.not_written.
+    """
+    contract = RobotContract.load(path)
+    fresh = {f.name for f in facts}
+    merged = [f for f in contract.verified if f.name not in fresh] + list(facts)
+    kept: list[str] = []
+    inside = False
+    for line in path.read_text().splitlines():
+        inside = line.startswith("verified:") or (inside and (not line.strip() or line[:1] in (" ", "-", "#")))
+        if not inside:
+            kept.append(line)
+    block = yaml.safe_dump({"verified": [dataclasses.asdict(f) for f in merged]}, sort_keys=False)
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        scratch.write_text("\n".join(kept).rstrip() + "\n" + block)
+        changed = RobotContract.load(scratch)
+        if changed.id != contract.id:
+            raise RatchetError("contract.not_written", "the contract would have changed", where=str(path))
+        scratch.rename(path)
+    except OSError as error:
+        raise RatchetError("contract.not_written", str(error), where=str(path)) from None
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _build(cls: type[Any], raw: Any, where: str) -> Any:

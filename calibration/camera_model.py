@@ -107,6 +107,7 @@ class CameraModel:
         if not isinstance(raw, dict) or set(raw) != set(cls.__dataclass_fields__):
             raise RatchetError("calibration.bad_model", f"not a camera model: {raw!r}", where=where)
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+            return cls(**values)
         except TypeError as error:
             raise RatchetError("calibration.bad_model", str(error), where=where) from None

@@ -7,6 +7,7 @@ Pixels: (x, y) with the centre of the first pixel at (0, 0), as in OpenCV.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -74,11 +75,11 @@ def to_grey(image: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image)
 
 
-def edge_width(grey: NDArray[np.uint8], board: Board, ids: NDArray[np.int64], points: Float) -> float:
+def edge_width(grey: NDArray[np.uint8], board: Board, ids: NDArray[np.signedinteger[Any]], points: Float) -> float:
     """Width in px of the squares' edges, from 10 to 90 % of the way from dark to bright.
 
-    It is the median over the edges along the board's rows, or over those along its columns, whichever is wider: a shaken
-    camera blurs only one of them.
+    It is the median over the edges along the board's rows, or over those along its columns, whichever is wider: a
+    shaken camera blurs only one of them.
 
     Each edge between two neighbouring corners is crossed at its middle: contrast over the steepest slope.
     """
@@ -155,7 +156,8 @@ def _refine(
     gap = (1 - board.marker / board.square) / 2  # between a square's edge and its marker, in squares
     half = int(np.clip(0.9 * gap * float(np.min(sides)), 2, 12))
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_MAX_ITER, 100, 1e-4)
-    return cv2.cornerSubPix(grey, np.ascontiguousarray(corners), (half, half), (-1, -1), criteria)
+    refined = cv2.cornerSubPix(grey, np.ascontiguousarray(corners), (half, half), (-1, -1), criteria)
+    return np.asarray(refined, np.float32)
 
 
 def _refuse(board: Board, grey: NDArray[np.uint8], count: int, name: str) -> None:

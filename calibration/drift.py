@@ -3,16 +3,19 @@
 Knows two ways: the board's pose where the board is in both views, else features of the static scene. Knows no session;
 whoever starts one asks here and refuses, or lets a person override with a reason.
 
-Features: SIFT, matched both ways, then placed to a fraction of a pixel. The displacement that most of them agree on is
-fitted as a homography (what a turn of the camera does, and nearly what a small move does to a table): things that were
-moved are outliers of that fit, and changed light changes no geometry. A relative pose by the five-point method would
-be too free for moves of millimetres.
+Features: corners of the reference picture followed into the present one to a fraction of a pixel (Lucas-Kanade), there
+and back. The picture is divided into cells; each has the median displacement of its features. A camera that moved by
+millimetres leaves hardly a cell where it was; moved objects and a moved arm leave the cells between them, however many
+features they have; changed light moves nothing. So the share of cells that stayed decides. A relative pose by the
+five-point method would be too free for moves as small as these. Average a few frames on both sides: the texture of a
+table drowns in noise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -25,7 +28,8 @@ from calibration.detection import detect
 from calibration.geometry import Float, difference
 from calibration.intrinsics import board_pose
 
-LEAST = 25  # matches that agree, below which a view says nothing
+LEAST, LEAST_CELLS = 30, 10  # matches, and cells with matches, below which a view says nothing
+GRID = (12, 9)  # cells across and down
 SMALL = 0.6  # px: matches that moved less have not moved
 
 
@@ -33,7 +37,7 @@ SMALL = 0.6  # px: matches that moved less have not moved
 class Drift:
     """moved: whether the camera has moved beyond the threshold. way: how it was measured.
 
-    pixels: displacement of the static scene, 75th percentile, px. share: of the matches that did not stay.
+    pixels: displacement of the scene, median over its cells, px. stayed: share of the cells that did not move.
     position, rotation: m and rad where the board was seen, else NaN. matches: features compared, or corners of the
     board.
     """
@@ -41,7 +45,7 @@ class Drift:
     moved: bool
     way: Literal["board", "features"]
     pixels: float
-    share: float
+    stayed: float
     position: float
     rotation: float
     matches: int
@@ -49,11 +53,12 @@ class Drift:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Beyond any of these the camera has moved. position: m, rotation: rad, both with the board; pixels: without."""
+    """position: m, rotation: rad: more than either of the board is a move. stayed: without the board, a smaller share
+    of cells that stayed is one; moved objects and a moved arm leave a quarter, a moved camera a seventh."""
 
     position: float = 0.003
     rotation: float = float(np.radians(0.3))
-    pixels: float = 0.9
+    stayed: float = 0.19
 
 
 def compare(
@@ -88,52 +93,36 @@ def compare(
             f"{len(before)} features match, {LEAST} are needed",
             fix="check lens, light and which camera this is; or show the board",
         )
-    fitted, agreeing = _common_motion(before, after)
-    if agreeing < LEAST:
+    cells = _cells(before, after - before, (reference.shape[1], reference.shape[0]))
+    if len(cells) < LEAST_CELLS:
         raise RatchetError(
             "drift.blind",
-            f"only {agreeing} of {len(before)} matching features moved alike, {LEAST} are needed",
-            fix="check which camera this is; or show the board",
+            f"features match in {len(cells)} of {GRID[0] * GRID[1]} parts of the picture only",
+            fix="check lens, light and which camera this is; or show the board",
         )
-    # The quarter that moves most: a turn about the optical axis leaves the middle of the picture where it was.
-    pixels = float(np.percentile(np.linalg.norm(fitted, axis=1), 75))
-    share = float((np.linalg.norm(after - before, axis=1) > SMALL).mean())
-    return Drift(pixels > threshold.pixels, "features", pixels, share, float("nan"), float("nan"), len(before))
+    stayed = float((cells < SMALL).mean())
+    pixels = float(np.median(cells))
+    return Drift(stayed < threshold.stayed, "features", pixels, stayed, float("nan"), float("nan"), len(before))
 
 
 def matched(reference: NDArray[np.uint8], current: NDArray[np.uint8]) -> tuple[Float, Float]:
-    """(n, 2) px in both pictures of features that match, each the other's best by a clear margin, then placed to a
-    fraction of a pixel by their own neighbourhoods (Lucas-Kanade)."""
+    """(n, 2) px in both pictures of features that are found again, there and back."""
     a, b = _flat(reference), _flat(current)
-    sift = cv2.SIFT_create(nfeatures=3000, contrastThreshold=0.015)
-    ka, da = sift.detectAndCompute(a, None)
-    kb, db = sift.detectAndCompute(b, None)
-    if da is None or db is None or len(ka) < 2 or len(kb) < 2:
+    corners = cv2.goodFeaturesToTrack(a, 4000, 0.002, 5, blockSize=7)
+    if corners is None:
         return np.zeros((0, 2)), np.zeros((0, 2))
-    matcher = cv2.BFMatcher(cv2.NORM_L2)
-    forth = [m[0] for m in matcher.knnMatch(da, db, k=2) if len(m) == 2 and m[0].distance < 0.8 * m[1].distance]
-    back = {m[0].queryIdx: m[0].trainIdx for m in matcher.knnMatch(db, da, k=1) if m}
-    pairs = [(m.queryIdx, m.trainIdx) for m in forth if back.get(m.trainIdx) == m.queryIdx]
-    if not pairs:
-        return np.zeros((0, 2)), np.zeros((0, 2))
-    before = np.array([ka[i].pt for i, _ in pairs], np.float32)
-    guess = np.array([kb[j].pt for _, j in pairs], np.float32)
-    size = max(a.shape)
-    near = np.linalg.norm(guess - before, axis=1) < 0.2 * size
-    before, guess = before[near], guess[near]
-    if not len(before):
-        return np.zeros((0, 2)), np.zeros((0, 2))
-    _, unique = np.unique(np.round(before, 1), axis=0, return_index=True)  # one point may have several orientations
-    before, guess = before[unique], guess[unique]
-    window = {"winSize": (15, 15), "maxLevel": 0, "flags": cv2.OPTFLOW_USE_INITIAL_FLOW,
-              "criteria": (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-3)}  # fmt: skip
-    shaped = before.reshape(-1, 1, 2)
-    after, good, _ = cv2.calcOpticalFlowPyrLK(a, b, shaped, guess.reshape(-1, 1, 2).copy(), **window)
-    again, returned, _ = cv2.calcOpticalFlowPyrLK(b, a, after, shaped.copy(), **window)
-    there = np.linalg.norm((again - shaped).reshape(-1, 2), axis=1) < 0.3
-    keep = good.ravel().astype(bool) & returned.ravel().astype(bool) & there
-    keep &= np.linalg.norm(after.reshape(-1, 2) - guess, axis=1) < 3.0
-    return before[keep].astype(float), after.reshape(-1, 2)[keep].astype(float)
+    settings: dict[str, Any] = {"winSize": (25, 25), "maxLevel": 3,
+                "criteria": (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-3)}  # fmt: skip
+    after, good, _ = cv2.calcOpticalFlowPyrLK(a, b, corners, None, **settings)
+    again, returned, _ = cv2.calcOpticalFlowPyrLK(b, a, after, None, **settings)
+    keep = good.ravel().astype(bool) & returned.ravel().astype(bool)
+    keep &= np.linalg.norm((again - corners).reshape(-1, 2), axis=1) < 0.3
+    return corners.reshape(-1, 2)[keep].astype(float), after.reshape(-1, 2)[keep].astype(float)
+
+
+def averaged(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """The mean of a few frames of a scene that stands still: less noise, same place."""
+    return np.asarray(np.mean(np.stack(frames).astype(np.float32), axis=0).round(), np.uint8)
 
 
 def picture(reference: NDArray[np.uint8], current: NDArray[np.uint8], drift: Drift) -> NDArray[np.uint8]:
@@ -165,16 +154,19 @@ def _with_board(
     b = now.points[np.isin(now.ids, shared)]
     pixels = float(np.median(np.linalg.norm(a - b, axis=1))) if len(shared) else float("nan")
     moved = position > threshold.position or rotation > threshold.rotation
-    return Drift(moved, "board", pixels, float(moved), position, rotation, len(shared))
+    return Drift(moved, "board", pixels, float(not moved), position, rotation, len(shared))
 
 
-def _common_motion(before: Float, after: Float) -> tuple[Float, int]:
-    """(n, 2) px: the displacement at every match by the homography that most matches agree on, and how many do."""
-    homography, inside = cv2.findHomography(before, after, cv2.USAC_MAGSAC, 0.5, maxIters=5000, confidence=0.9999)
-    if homography is None:
-        return after - before, 0
-    moved = cv2.perspectiveTransform(before.reshape(-1, 1, 2), homography).reshape(-1, 2)
-    return np.asarray(moved - before, float), int(inside.sum())
+def _cells(points: Float, shifts: Float, size: tuple[int, int]) -> Float:
+    """(c,) px: how far the features of each cell moved, for cells with at least three. points, shifts: (n, 2) px."""
+    at = np.clip((points * GRID / np.array(size)).astype(int), 0, np.array(GRID) - 1)
+    index = at[:, 1] * GRID[0] + at[:, 0]
+    found = []
+    for cell in np.unique(index):
+        own = shifts[index == cell]
+        if len(own) >= 3:
+            found.append(float(np.linalg.norm(np.median(own, axis=0))))
+    return np.array(found)
 
 
 def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -28,6 +28,7 @@ from calibration.detection import Detection
 from calibration.geometry import Float, inverse, skew, small
 
 Mounting = Literal["eye_in_hand", "eye_to_hand"]
+Eliminated = tuple[Float, Float, Float]  # of one view: inverse block, cross block, pull
 FLOOR = np.array([1e-3, 1e-7, 1e-7])  # px, rad, m: below this a deviation is called zero
 
 
@@ -157,7 +158,7 @@ class Problem:
                     break
             state = self.solve(state, noise)
         normal, _, _ = self._normal(state, noise)
-        return state, noise, np.linalg.inv(normal)
+        return state, noise, np.asarray(np.linalg.inv(normal), float)
 
     def information(self, state: State, noise: Noise, view: int, ids: np.ndarray) -> Float:
         """(12, 12): what a view of these corners from this pose says of X and Y."""
@@ -166,15 +167,16 @@ class Problem:
         inner = b.T @ b + np.diag(noise.prior)
         return a.T @ a - a.T @ b @ np.linalg.solve(inner, b.T @ a)
 
-    def _normal(self, state: State, noise: Noise) -> tuple[Float, Float, list[tuple[Float, Float, Float]]]:
+    def _normal(self, state: State, noise: Noise) -> tuple[Float, Float, list[Eliminated]]:
         """Normal equations of X and Y after the pose errors are eliminated, and what brings those back."""
-        normal, right, views = np.zeros((12, 12)), np.zeros(12), []
+        normal, right = np.zeros((12, 12)), np.zeros(12)
+        views: list[Eliminated] = []
         prior = np.diag(noise.prior)
         for view in range(len(self.poses)):
             of_state, of_error = self.derivatives(state, view)
             a, b = of_state / noise.pixel, of_error / noise.pixel
             r = self.residual(state, view).ravel() / noise.pixel
-            inner = np.linalg.inv(b.T @ b + prior)
+            inner = np.asarray(np.linalg.inv(b.T @ b + prior), float)
             pull = b.T @ r - prior @ state.errors[view]
             cross = b.T @ a
             normal += a.T @ a - cross.T @ inner @ cross
@@ -182,7 +184,7 @@ class Problem:
             views.append((inner, cross, pull))
         return normal, right, views
 
-    def _moved(self, state: State, step: Float, views: list[tuple[Float, Float, Float]]) -> State:
+    def _moved(self, state: State, step: Float, views: list[Eliminated]) -> State:
         errors = state.errors.copy()
         for view, (inner, cross, pull) in enumerate(views):
             errors[view] = _composed(errors[view], inner @ (pull - cross @ step))

@@ -84,7 +84,7 @@ def _board_of(problem: Problem, x: Float, seen: Sequence[Float]) -> Float:
     found = np.stack([p @ x @ s for p, s in zip(own, seen, strict=True)])
     middle = np.median(found[:, :3, 3], axis=0)
     turned = np.array([[np.linalg.norm(difference(a, b)[:3]) for b in found] for a in found])
-    out = found[int(turned.sum(1).argmin())].copy()
+    out: Float = found[int(turned.sum(1).argmin())].copy()
     out[:3, 3] = middle
     return out
 

@@ -120,7 +120,8 @@ class Calibration:
         }
         if raw.get("mount") is not None:
             try:
-                mount = Mount(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw["mount"].items()})
+                given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["mount"].items()}
+                mount = Mount(**given)
             except (TypeError, AttributeError):
                 refuse("mount is not what it should be")
             if (len(mount.position), len(mount.orientation), len(mount.covariance)) != (3, 4, 36):

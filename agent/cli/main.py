@@ -14,6 +14,7 @@ from rich.console import Console
 
 from agent.cli import (
     adapters,
+    calibrate,
     courier,
     ctl,
     demo,
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "session": session.SessionCommand,
         "status": status.Status,
         "study": study.Study,
+        "calibrate": calibrate.Calibrate,
         "doctor": doctor.Doctor,
         "up": up.Up,
         "ctl": ctl.Ctl,

@@ -12,8 +12,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from agent.contract import RobotContract
 from agent.runtime.session import Session
 from agent.runtime.session_desk import CURRENT, SESSIONS, WISH, episodes_of, wish
+from calibration import last_check
 
 ROBOT = Path("runs/robot")
 
@@ -26,11 +28,18 @@ class Start:
     """The robot's folder."""
     note: str = ""
     """Kept in the manifest: who, where, what is special."""
+    contract: Path | None = None
+    """Robot contract: its cameras must have been checked for having moved; see `ratchet calibrate drift`."""
+    calibrations: Path = Path("calibrations")
+    """Folder of calibrations, with --contract."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        wish(self.robot, "start", notes={"note": self.note} if self.note else {})
+        notes: dict[str, Any] = {"note": self.note} if self.note else {}
+        if self.contract is not None:
+            notes["cameras"] = last_check.require(self.calibrations, RobotContract.load(self.contract))
+        wish(self.robot, "start", notes=notes)
         return _told("start", self.json)
 
 

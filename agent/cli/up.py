@@ -16,6 +16,7 @@ from agent.cli.graph import Graph, NodeSpec
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.runtime.session import utc
+from calibration import last_check
 
 
 @dataclass
@@ -173,14 +174,19 @@ class Real(_Shared):
     """Motion needs the dead-man switch."""
     sessions: Path | None = Path("runs/sessions")
     """Where sessions with their manifests go."""
+    calibrations: Path = Path("calibrations")
+    """Folder of calibrations; cameras that the contract ties to one must have been checked with `calibrate drift`."""
 
     def run(self) -> int:
         loaded = RobotContract.load(self.contract)
+        last_check.require(self.calibrations, loaded)
         path = ros.absolute(self.contract)
         specs = [_camera(loaded, path, line) for line in self.cameras]
+        ids = [f"{c.name}={c.calibration_id}" for c in loaded.cameras if c.calibration_id]
+        tied = {"calibrations": ids} if ids else {}  # an empty list has no type on the way to a node
         safe = {"resume": self.resume, "dead_man": self.dead_man}
         specs.append(NodeSpec("safety_node", "safety_node", {"contract": path, **safe}))
-        specs.append(self._policy(self.contract, sessions=ros.absolute(self.sessions), **safe))
+        specs.append(self._policy(self.contract, sessions=ros.absolute(self.sessions), **tied, **safe))
         if self.joy:
             joy = {"contract": path, "axes": self.joy, "person": self.person}
             specs.append(NodeSpec("teleop_node", "teleop_node", joy, vital=False))

@@ -123,6 +123,8 @@ class Limiter:
         for i, axis in enumerate(self.axes[: self._moving]):
             v, a = axis.brake(self.motion[i], dt)
             speeds[i], self.motion[i] = v, Motion(v, a)
+        if self.gripper >= 0:
+            self.motion[-1] = Motion()
         return self._compose(speeds, dt)
 
     def target(self) -> Vector:
@@ -191,7 +193,7 @@ class Limiter:
     def _places(self, measured: Measured) -> list[float]:
         linear = self._command[self.linear] if self.absolute else measured.position
         places = [float(p) for p in linear] + [math.nan] * (self._moving - len(self.linear))
-        return places + ([math.nan] if self.gripper >= 0 else [])
+        return places + ([float(self._command[self.gripper])] if self.gripper >= 0 else [])
 
     def _compose(self, speeds: Vector, dt: float) -> Float32:
         """Velocities back to an action of the contract's mode."""
@@ -277,9 +279,9 @@ class Limiter:
                 axes.append(Axis(slow, fast, limits.acceleration[i], jerk[i], period=self.period))
         if self.gripper >= 0:
             i = self.gripper
-            axes.append(
-                Axis(-limits.velocity[i], limits.velocity[i], limits.acceleration[i], jerk[i], period=self.period)
-            )
+            least, most = dims[i].low, dims[i].high  # with inertia of its own, a gripper must brake before its stops
+            limit = limits.velocity[i]
+            axes.append(Axis(-limit, limit, limits.acceleration[i], jerk[i], least, most, self.period))
         return axes
 
     def _speeds(self, i: int, delta: bool, velocity: bool) -> tuple[float, float]:

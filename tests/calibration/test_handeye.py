@@ -1,7 +1,7 @@
 """Where the camera is on the arm: an error here is an error of every grasp, and its size must be known.
 
-Pinned: the truth to 1e-6 without noise, for both mountings; twice and more below OpenCV's best with noise, in a fixed set
-of trials; the 95 % region holds the truth about as often as it says; a robot pose that was told wrongly is rejected; the
+Pinned: the truth to 1e-6 without noise, for both mountings; well below OpenCV's best with noise, in a fixed set of
+trials; the 95 % region holds the truth about as often as it says; a robot pose that was told wrongly is rejected; the
 suggested next pose lowers the uncertainty more than the others and by as much as promised; analytic derivatives agree
 with differences. Determinism: seeded corners and poses.
 """

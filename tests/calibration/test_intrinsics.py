@@ -1,8 +1,8 @@
 """Intrinsics and their uncertainty: a focal length that is 1 % off moves every grasp, and nobody sees it.
 
-Pinned: the truth is found for every distortion model, and lies where the standard deviations say; the held-out error is
-of views that were not used; a spoiled view is rejected by name; coverage says in words what is missing; a camera model's
-projection, its derivative and its inverse agree. Determinism: corners with seeded noise.
+Pinned: the truth is found for every distortion model, and lies where the standard deviations say; the held-out error
+is of views that were not used; a spoiled view is rejected by name; coverage says in words what is missing; a camera
+model's projection, its derivative and its inverse agree. Determinism: corners with seeded noise.
 """
 
 from __future__ import annotations

@@ -177,3 +177,27 @@ def test_commands_in_a_burst_get_only_the_time_that_passed() -> None:
         verdict = stage.step(Proposal(full, full, now, k, 0), state, now, now)
         total += float(verdict.command[0]) if verdict.command is not None else 0.0
     assert total <= 0.4 * (0.04 + 1.25 * 0.05) * (1 + 1e-6)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32 - 1), jitter=st.floats(0.0, 0.9))
+def test_a_gripper_with_inertia_brakes_before_its_stops(seed: int, jitter: float) -> None:
+    """The grippers of servo arms have a finite acceleration: at full speed they need room to stop."""
+    raw = arm("joint_absolute").to_dict()
+    raw["limits"]["velocity"][-1], raw["limits"]["acceleration"][-1] = 6.0, 30.0
+    contract = RobotContract.from_dict(raw)
+    rng = np.random.default_rng(seed)
+    actions = np.zeros((120, contract.action.size), np.float32)
+    actions[:, -1] = np.repeat(rng.integers(0, 2, 24), 5)  # to one stop, to the other
+    stage = SafetyFilter(contract, SafetyConfig(tracking_factor=1e9, jump_factor=1e9))
+    state, now = state_at(contract, np.zeros(3)), 0.0
+    stage.start(state, now)
+    sent = []
+    for k, action in enumerate(actions):
+        now += abs(1.0 + jitter * rng.standard_normal()) / contract.control_hz
+        verdict = stage.step(Proposal(action, action, now, k, 0), state, now, now)
+        if verdict.command is not None:
+            sent.append(float(verdict.command[-1]))
+    assert min(sent) >= -1e-5
+    assert max(sent) <= 1.0 + 1e-5
+    assert max(sent) - min(sent) > 0.5  # it did move

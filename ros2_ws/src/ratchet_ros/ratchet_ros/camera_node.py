@@ -17,8 +17,8 @@ from sensor_msgs.msg import Image
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import UInt8
+from agent.runtime.camera_devices import Device, open_device
 from ratchet_ros import decode, qos
-from ratchet_ros.camera_devices import Device, open_device
 from ratchet_ros.node import ERROR, OK, Line, RatchetNode, spin
 from ratchet_ros.params import parameter
 from ratchet_ros.times import SteadyTime

@@ -1,0 +1,244 @@
+"""`ratchet calibrate handeye|actions`: where the camera is on the arm, and whether actions do what the contract says.
+
+Knows folders of pictures and poses, simulated arms and the screen. The measurements are calibration's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from agent.cli import common
+from agent.cli.calibrate_camera import read_board, read_views
+from agent.contract import VerifiedFact, write_verified
+from agent.errors import RatchetError
+from calibration import action_checks, handeye, report
+from calibration.boards import Board
+from calibration.camera_model import CameraModel
+from calibration.collect import Collector
+from calibration.detection import Detection
+from calibration.geometry import Float, difference, from_quaternion, quaternion
+from calibration.handeye import HandEyeResult
+from calibration.handeye_problem import Mounting
+from calibration.record import Calibration, Mount
+from calibration.store import CalibrationStore
+from sim import registry
+from sim.board_arm import CAMERA, BoardArm
+from sim.robot import SimRobot
+
+POSES = "poses.json"
+
+
+@dataclass
+class HandEye:
+    """Where the camera is: on the hand, or beside the arm. From pictures with the robot's pose at each.
+
+    The folder holds pictures and poses.json: {"000.png": {"position": [x, y, z], "orientation": [x, y, z, w]}, ...},
+    base_T_flange in m. With --simulate a simulated arm takes the views by itself, through the interface of a real one.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of pictures and poses.json."""
+    camera: str
+    """Name of the camera; its newest intrinsics in the store are used."""
+    mounting: Mounting
+    """eye_in_hand: the camera moves with the hand. eye_to_hand: it stands beside the arm, the board is in the hand."""
+    board: Path = Path("board.json")
+    """Description of the board."""
+    store: Path = Path("calibrations")
+    """Folder of calibrations."""
+    parent: str = ""
+    """Name of the parent frame; the flange's or base's usual name if absent."""
+    next_poses: int = 0
+    """Print so many poses that would make the result more certain."""
+    simulate: int = 0
+    """Take so many views with a simulated arm into the folder first, and say how far the result is from the truth."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        console = Console(stderr=self.json, width=100)
+        board = read_board(self.board)
+        store = CalibrationStore(self.store)
+        before = store.load(store.resolve(self.camera))
+        truth = self._take(board, before.model, console) if self.simulate else None
+        poses, found, encoded = self._read(board, console)
+        result = handeye.calibrate(board, before.model, self.mounting, poses, found)
+        mount = Mount.of(
+            result.camera,
+            mounting=self.mounting,
+            parent=self.parent or ("flange" if self.mounting == "eye_in_hand" else "base"),
+            child=f"{self.camera}_optical_frame",
+            covariance=result.covariance,
+            poses=len(result.used),
+            rms=result.rms,
+            held_out_pixels=result.held_out_pixels,
+            held_out_position=result.held_out_position,
+            held_out_rotation=result.held_out_rotation,
+        )
+        calibration: Calibration = dataclasses.replace(before, mount=mount, date=common.now(), images={})
+        page = report.write(calibration, None, result, poses)
+        stored = store.put(calibration, {d.name: encoded[d.name] for d in found}, page)
+        show(console, result)
+        for name, why in result.rejected.items():
+            console.print(f"left out {name}: {why}", markup=False, soft_wrap=True)
+        out: dict[str, Any] = {"id": stored.id, "report": str(self.store / stored.id / "report.html")}
+        if truth is not None:
+            apart = np.abs(difference(result.camera, truth))
+            out["from_truth"] = {"mm": 1e3 * float(np.linalg.norm(apart[3:])),
+                                 "degrees": float(np.degrees(np.linalg.norm(apart[:3]))),
+                                 "inside_95": result.contains(truth)}  # fmt: skip
+            console.print(
+                f"from the truth: {out['from_truth']['mm']:.2f} mm, {out['from_truth']['degrees']:.3f} degrees, "
+                f"{'inside' if out['from_truth']['inside_95'] else 'OUTSIDE'} the 95 % ellipsoid"
+            )
+        if self.next_poses:
+            out["next"] = self._next(board, before.model, result, poses, found, console)
+        good, verdict = report.judge(stored)
+        console.print(f"{verdict}\ncalibration {stored.id[:12]}, report: {out['report']}", soft_wrap=True)
+        if self.json:
+            print(json.dumps(out | report.as_dict(None, result)))
+        return 0 if good else 1
+
+    def _read(self, board: Board, console: Console) -> tuple[list[Float], list[Detection], dict[str, bytes]]:
+        path = self.folder / POSES
+        try:
+            raw = json.loads(path.read_text())
+            poses = {str(n): from_quaternion(p["position"], p["orientation"]) for n, p in raw.items()}
+        except FileNotFoundError:
+            raise RatchetError(
+                "calibration.no_poses", "no poses.json beside the pictures", where=str(path),
+                fix="write base_T_flange of every picture into it; see --help",
+            ) from None  # fmt: skip
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RatchetError("calibration.bad_poses", f"{error!r}", where=str(path), fix="see --help") from None
+        found, refused, encoded = read_views(self.folder, board, console)
+        for name, why in refused.items():
+            console.print(f"left out {name}: {why}", markup=False, soft_wrap=True)
+        missing = [d.name for d in found if d.name not in poses]
+        if missing:
+            raise RatchetError(
+                "calibration.mismatch", f"no pose for {missing[0]} and {len(missing) - 1} more", where=str(path),
+                fix="give one pose for every picture",
+            )  # fmt: skip
+        return [poses[d.name] for d in found], found, encoded
+
+    def _take(self, board: Board, model: CameraModel, console: Console) -> Float:
+        """Views by a simulated arm; the camera's true pose."""
+        arm = BoardArm(board, model, self.mounting)
+        try:
+            with console.status("the simulated arm takes views") as status:
+                views = Collector(arm, CAMERA, board, model, self.mounting, tell=status.update).automatic(self.simulate)
+        finally:
+            arm.close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        told = {}
+        for picture, seen, pose in zip(views.pictures, views.detections, views.poses, strict=True):
+            cv2.imwrite(str(self.folder / seen.name), picture[..., ::-1])
+            told[seen.name] = {"position": pose[:3, 3].tolist(), "orientation": quaternion(pose).tolist()}
+        (self.folder / POSES).write_text(json.dumps(told, indent=1) + "\n")
+        return arm.truth
+
+    def _next(
+        self, board: Board, model: CameraModel, result: HandEyeResult, poses: list[Float], found: list[Detection],
+        console: Console,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        generator, out = np.random.default_rng(0), []
+        options = handeye.candidates(poses, 200, generator)
+        for _ in range(self.next_poses):
+            best, expected = handeye.suggest(board, model, result, options, found, poses)
+            pose = options.pop(best)
+            row = {"position": pose[:3, 3].round(4).tolist(), "orientation": quaternion(pose).round(5).tolist(),
+                   "expected_mm": 1e3 * float(np.linalg.norm(expected[3:]))}  # fmt: skip
+            out.append(row)
+            console.print(
+                f"next: {row['position']} {row['orientation']} -> {row['expected_mm']:.2f} mm", highlight=False
+            )
+        return out
+
+
+@dataclass
+class Actions:
+    """Small, announced motions of a simulated arm: sign and scale of every action, frame, gripper, latency.
+
+    The same check runs on a real arm through its Robot; what it finds may be written into a contract as verified facts.
+    """
+
+    suite: str = "metaworld"
+    """Suite of the simulated robot."""
+    task: str = ""
+    """Task whose scene it stands in; the suite's first if absent."""
+    contract: Path | None = None
+    """Contract to write the verified facts into; nothing is written if absent."""
+    size: float = 0.25
+    """Share of each dimension's range per step."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        console = Console(stderr=self.json, width=100)
+        info = registry.task(self.suite, self.task) if self.task else registry.tasks(self.suite)[0]
+        robot = SimRobot(self.suite, info.name, info.train_states[0])
+        robot.connect()
+        try:
+            facts = action_checks.check(robot, lambda text: console.print(text, style="dim"), size=self.size)
+        finally:
+            robot.close()
+        table = Table(title=f"actions of {robot.contract.name}, deltas in the {facts.frame}'s frame")
+        for column in ("dimension", "moved / asked", "went elsewhere", "latency ms"):
+            table.add_column(column)
+        for d in facts.dims:
+            table.add_row(d.name, f"{d.scale:+.2f}", f"{d.across:.0%}", f"{1e3 * d.latency:.0f}")
+        console.print(table)
+        console.print(f"gripper: {facts.gripper_open:.3f} when open, {facts.gripper_closed:.3f} when closed")
+        for problem in facts.problems:
+            console.print(f"problem: {problem}", style="red")
+        if self.contract is not None:
+            when = common.now()
+            known = [VerifiedFact(f"{d.name}.scale", d.scale, "", when) for d in facts.dims]
+            known += [
+                VerifiedFact(f"{d.name}.latency", d.latency, "s", when) for d in facts.dims if np.isfinite(d.latency)
+            ]
+            known += [VerifiedFact("gripper.works", float(facts.gripper_works), "", when)]
+            write_verified(self.contract, known)
+            console.print(f"written into {self.contract}")
+        if self.json:
+            print(json.dumps(dataclasses.asdict(facts)))
+        return 1 if facts.problems else 0
+
+
+def show(console: Console, result: HandEyeResult) -> None:
+    """The estimate beside OpenCV's own solvers."""
+    table = Table(title=f"{result.mounting.replace('_', ' ')}, {len(result.used)} views")
+    for column in ("", "x", "y", "z"):
+        table.add_column(column)
+    deviations = result.deviations
+    table.add_row("position mm", *(f"{1e3 * x:.2f}" for x in result.camera[:3, 3]))
+    table.add_row("± 2 deviations mm, camera's axes", *(f"{2e3 * x:.2f}" for x in deviations[3:]))
+    table.add_row("± 2 deviations degrees", *(f"{2 * np.degrees(x):.3f}" for x in deviations[:3]))
+    console.print(table)
+    noise = result.noise
+    console.print(
+        f"error {result.rms:.3f} px; new views are off by {result.held_out_pixels:.2f} px, "
+        f"{1e3 * result.held_out_position:.2f} mm, {np.degrees(result.held_out_rotation):.3f} degrees "
+        "(cross-validated)\n"
+        f"the robot's own poses seem to be off by {1e3 * noise.translation:.2f} mm and "
+        f"{np.degrees(noise.rotation):.3f} degrees per axis",
+        highlight=False,
+    )
+    table = Table(title="OpenCV's solvers, distance from this result")
+    for column in ("solver", "mm", "degrees"):
+        table.add_column(column)
+    for name, pose in result.solvers.items():
+        d = difference(result.camera, pose)
+        table.add_row(name, f"{1e3 * np.linalg.norm(d[3:]):.2f}", f"{np.degrees(np.linalg.norm(d[:3])):.3f}")
+    console.print(table)

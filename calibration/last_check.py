@@ -1,0 +1,84 @@
+"""The newest drift check of every camera, and whether a session may start on it.
+
+Knows small files in the store, beside the calibrations. Compares no pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from agent.contract import RobotContract
+from agent.errors import RatchetError
+
+FILE = "last_check.json"
+MAX_AGE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Check:
+    """date: ISO 8601, UTC. moved: beyond the threshold. override, person: why it may run all the same, and who says so.
+    measured: numbers of the comparison."""
+
+    date: str
+    moved: bool
+    override: str
+    person: str
+    measured: dict[str, Any]
+
+
+def write(store: Path, identity: str, check: Check) -> None:
+    """Replace the newest check of a calibration; exchanged at once."""
+    target = store / identity / FILE
+    scratch = target.with_suffix(".new")
+    scratch.write_text(json.dumps(asdict(check), indent=1) + "\n")
+    scratch.rename(target)
+
+
+def require(
+    store: Path, contract: RobotContract, now: datetime | None = None, max_age: timedelta = MAX_AGE
+) -> dict[str, dict[str, Any]]:
+    """Before a session: every camera that the contract ties to a calibration was checked recently and has not moved.
+
+    Returns:
+        camera -> its check as plain data, overrides included, for the session's manifest.
+
+    Raises:
+        RatchetError: session.not_checked, session.check_too_old, session.camera_moved; calibration.unknown.
+    """
+    now = now or datetime.now(UTC)
+    found: dict[str, dict[str, Any]] = {}
+    for camera in contract.cameras:
+        identity = camera.calibration_id
+        if not identity:
+            continue
+        if not (store / identity).is_dir():
+            raise RatchetError(
+                "calibration.unknown", f"the contract demands calibration {identity[:12]}", where=str(store),
+                fix="name the folder that holds it, or calibrate again and change the contract",
+            )  # fmt: skip
+        again = f"ratchet calibrate drift {identity[:12]} --store {store}"
+        try:
+            raw: Mapping[str, Any] = json.loads((store / identity / FILE).read_text())
+            check = Check(**raw)
+            age = now - datetime.fromisoformat(check.date)
+        except (OSError, ValueError, TypeError):
+            raise RatchetError(
+                "session.not_checked", "nobody has looked whether the camera moved", where=camera.name, fix=again
+            ) from None
+        if age > max_age:
+            hours = age.total_seconds() / 3600
+            raise RatchetError(
+                "session.check_too_old", f"the last look was {hours:.0f} hours ago", where=camera.name, fix=again
+            )
+        if check.moved and not check.override:
+            raise RatchetError(
+                "session.camera_moved", "the camera is not where it was calibrated", where=camera.name,
+                fix=f"put it back or calibrate again; or {again} --override REASON --person NAME",
+            )  # fmt: skip
+        found[camera.name] = asdict(check)
+    return found
