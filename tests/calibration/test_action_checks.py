@@ -1,7 +1,7 @@
 """A wrong sign or frame of one action dimension turns a good policy into a dangerous one.
 
-Pinned: a correct arm passes, its latency measured; every single fault (sign, scale, frame, a dead dimension, exchanged or
-stuck gripper) is named; every motion is announced, small, inside the limits, and undone. Determinism: an arm that
+Pinned: a correct arm passes, its latency measured; every single fault (sign, scale, frame, a dead dimension, exchanged
+or stuck gripper) is named; every motion is announced, small, inside the limits, and undone. Determinism: an arm that
 integrates its commands, with simulated time.
 """
 
@@ -118,7 +118,8 @@ def test_latency_is_measured(late: int) -> None:
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_every_fault_is_named(robot: BentArm, words: str) -> None:
-    assert any(words in p for p in check(robot).problems), check(robot).problems
+    problems = check(robot).problems
+    assert any(words in p for p in problems), problems
 
 
 def test_a_dead_dimension_is_refused() -> None:

@@ -107,8 +107,8 @@ def test_signals_that_say_nothing_are_refused() -> None:
     generator = np.random.default_rng(0)
     with pytest.raises(RatchetError, match=r"check\.no_signal"):
         signals.lag(times, [1.0] * 40, times, list(generator.normal(size=40)))
+    long = list(np.arange(0, 20, 0.05))
     with pytest.raises(RatchetError, match=r"check\.no_lag"):
-        long = list(np.arange(0, 20, 0.05))
         signals.lag(long, list(generator.normal(size=400)), long, list(generator.normal(size=400)))
 
 
