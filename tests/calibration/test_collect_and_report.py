@@ -173,7 +173,7 @@ def test_a_bad_calibration_is_called_so(change: dict[str, object], words: str) -
     assert report.judge(calibration())[0]
 
 
-def test_every_sharp_turn_of_the_table_is_a_pose() -> None:
+def test_the_stand_in_sees_the_board_where_it_is() -> None:
     """The stand-in itself: its camera sees the board where the geometry puts it."""
     robot = LookingArm()
     found = Collector(robot, "wrist", BOARD, CAMERA, "eye_in_hand")
