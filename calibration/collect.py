@@ -23,6 +23,7 @@ from calibration.camera_model import CameraModel
 from calibration.detection import Detection, detect
 from calibration.geometry import Float, difference, small, transform
 from calibration.handeye_problem import Mounting
+from calibration.handeye_views import LEAST_POSES
 
 STEPS = 600  # control steps that one way may take
 CLOSE = (1e-3, np.radians(0.2))  # m and rad from where it should be
@@ -128,7 +129,7 @@ class Collector:
                 self.look()
         self.go(start)
         self.arm.hold()
-        if len(self.views.poses) < handeye.LEAST_POSES:
+        if len(self.views.poses) < LEAST_POSES:
             raise RatchetError(
                 "calibration.few_views", f"only {len(self.views.poses)} poses show the board", where=self.camera,
                 fix="put the board nearer to the middle of the picture, or guide the arm by hand",
@@ -186,7 +187,7 @@ class Collector:
 
     def _next(self, start: Float) -> Float:
         allowed = self._allowed
-        if len(self.views.poses) >= handeye.LEAST_POSES + 2:
+        if len(self.views.poses) >= LEAST_POSES + 2:
             try:
                 found = handeye.calibrate(
                     self.board, self.model, self.mounting, self.views.poses, self.views.detections, folds=0

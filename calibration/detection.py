@@ -76,13 +76,16 @@ def to_grey(image: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
 
 
 def edge_width(grey: NDArray[np.uint8], board: Board, ids: NDArray[np.signedinteger[Any]], points: Float) -> float:
-    """Median width in px of the squares' edges, from 10 to 90 % of the way from dark to bright.
+    """Width in px of the squares' edges, from 10 to 90 % of the way from dark to bright.
+
+    It is the median over the edges along the board's rows, or over those along its columns, whichever is wider: a
+    shaken camera blurs only one of them.
 
     Each edge between two neighbouring corners is crossed at its middle: contrast over the steepest slope.
     """
     at = dict(zip(ids.ravel().tolist(), points, strict=True))
     across = board.columns - 1
-    widths = []
+    widths: dict[int, list[float]] = {1: [], across: []}
     for corner, here in at.items():
         for step in (1, across):
             if (step == 1 and (corner + 1) % across == 0) or corner + step not in at:
@@ -103,8 +106,8 @@ def edge_width(grey: NDArray[np.uint8], board: Board, ids: NDArray[np.signedinte
             if high - low < 20:
                 continue
             slope = np.abs(np.gradient(profile, offsets)).max()
-            widths.append(0.8 * (high - low) / slope)
-    return float(np.median(widths)) if widths else float("inf")
+            widths[step].append(0.8 * (high - low) / slope)
+    return max((float(np.median(w)) for w in widths.values() if w), default=float("inf"))
 
 
 def _find(board: Board, grey: NDArray[np.uint8]) -> tuple[NDArray[np.float32] | None, NDArray[np.int32] | None]:
@@ -113,7 +116,9 @@ def _find(board: Board, grey: NDArray[np.uint8]) -> tuple[NDArray[np.float32] | 
         found, corners = cv2.findChessboardCornersSB(grey, (board.columns - 1, board.rows - 1), flags)
         if not found:
             return None, None
-        return corners, np.arange(len(corners), dtype=np.int32)
+        if _turned(grey, board, corners.reshape(board.rows - 1, board.columns - 1, 2)):
+            corners = corners[::-1]
+        return np.ascontiguousarray(corners), np.arange(len(corners), dtype=np.int32)
     parameters = cv2.aruco.DetectorParameters()
     parameters.cornerRefinementMethod = cv2.aruco.CORNER_REFINE_NONE
     charuco = cv2.aruco.CharucoParameters()
@@ -122,6 +127,19 @@ def _find(board: Board, grey: NDArray[np.uint8]) -> tuple[NDArray[np.float32] | 
     if ids is None or not len(ids):
         return None, None
     return _refine(grey, board, corners, ids), ids
+
+
+def _turned(grey: NDArray[np.uint8], board: Board, corners: NDArray[np.float32]) -> bool:
+    """Whether a chessboard's corners were listed from its other end: then the second square of its second row is white.
+
+    corners: (rows - 1, columns - 1, 2) px.
+    """
+    middles = (corners[:-1, :-1] + corners[1:, :-1] + corners[:-1, 1:] + corners[1:, 1:]) / 4
+    x, y = np.clip(middles.round().astype(int), 0, [grey.shape[1] - 1, grey.shape[0] - 1]).transpose(2, 0, 1)
+    row, column = np.indices(x.shape)
+    even = (row + column) % 2 == 0
+    values = grey[y, x].astype(float)
+    return bool(values[even].mean() > values[~even].mean())
 
 
 def _refine(

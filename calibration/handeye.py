@@ -1,16 +1,14 @@
 """Hand-eye calibration: where the camera is on the arm, or beside it, with its uncertainty, or why that cannot be told.
 
-Knows pose sets that say too little, first guesses by OpenCV's solvers, outliers, cross-validation and which pose to
-take next. The estimate itself is handeye_problem.py's. Knows no robot: poses and corners are arguments.
+Knows outliers, cross-validation and which pose to take next. The estimate itself is handeye_problem.py's, the first
+guess handeye_solvers.py's, refused pose sets handeye_views.py's. Knows no robot: poses and corners are arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
-import cv2
 import numpy as np
 from scipy.stats import chi2
 from scipy.stats import f as f_distribution
@@ -19,20 +17,12 @@ from agent.errors import RatchetError
 from calibration.boards import Board
 from calibration.camera_model import CameraModel
 from calibration.detection import Detection
-from calibration.geometry import Float, difference, inverse, require_rigid, small
+from calibration.geometry import Float, difference, small
 from calibration.handeye_problem import Mounting, Noise, Problem, State
+from calibration.handeye_solvers import first_guess, solvers
+from calibration.handeye_views import LEAST_POSES, require_views
 from calibration.intrinsics import board_pose
 
-LEAST_POSES = 8
-LEAST_TURN = np.radians(10.0)  # between two views, for the turn to say something
-SOLVERS = {
-    "tsai": cv2.CALIB_HAND_EYE_TSAI,
-    "park": cv2.CALIB_HAND_EYE_PARK,
-    "horaud": cv2.CALIB_HAND_EYE_HORAUD,
-    "andreff": cv2.CALIB_HAND_EYE_ANDREFF,
-    "daniilidis": cv2.CALIB_HAND_EYE_DANIILIDIS,
-}
-WORLD_SOLVERS = {"shah": cv2.CALIB_ROBOT_WORLD_HAND_EYE_SHAH, "li": cv2.CALIB_ROBOT_WORLD_HAND_EYE_LI}
 GROSS = 20.0  # px of reprojection error with the poses as told, beyond which something is not what it is said to be
 
 
@@ -103,14 +93,14 @@ def calibrate(
             calibration.pure_translation, calibration.one_axis, calibration.swapped, calibration.inconsistent,
             calibration.no_pose, calibration.did_not_converge.
     """
-    checked = _require(camera, mounting, poses, detections)
+    checked = require_views(camera, mounting, poses, detections)
     seen = [board_pose(board, camera, d) for d in detections]
     used = list(range(len(checked)))
     rejected: dict[str, str] = {}
     while True:
         solved = solvers(mounting, [checked[i] for i in used], [seen[i] for i in used])
         problem = Problem(board, camera, mounting, [checked[i] for i in used], [detections[i] for i in used])
-        start = _start(problem, solved, [seen[i] for i in used])
+        start = first_guess(problem, solved, [seen[i] for i in used])
         state, found, full = problem.fit(start, noise)
         worst = _outlier(problem, state, found)
         if worst is None or len(used) <= max(LEAST_POSES, int(0.7 * len(checked))):
@@ -143,35 +133,6 @@ def calibrate(
         solvers={name: x for name, (x, _) in solved.items()},
         full_covariance=full,
     )
-
-
-def solvers(mounting: Mounting, poses: Sequence[Float], seen: Sequence[Float]) -> dict[str, tuple[Float, Float | None]]:
-    """(X, Y) by every solver of OpenCV that gives a finite answer; Y is None where it gives the camera alone."""
-    arm = [inverse(p) for p in poses] if mounting == "eye_to_hand" else list(poses)
-    out: dict[str, tuple[Float, Float | None]] = {}
-    for name, method in SOLVERS.items():
-        try:
-            r, t = cv2.calibrateHandEye(
-                [p[:3, :3] for p in arm], [p[:3, 3] for p in arm], [s[:3, :3] for s in seen], [s[:3, 3] for s in seen],
-                method=method,
-            )  # fmt: skip
-        except cv2.error:
-            continue
-        _add(out, name, r, t, None)
-    for name, method in WORLD_SOLVERS.items():
-        back = [inverse(p) for p in arm]  # flange_T_base of the arm that carries the camera
-        try:
-            rw, tw, rg, tg = cv2.calibrateRobotWorldHandEye(
-                [s[:3, :3] for s in seen], [s[:3, 3] for s in seen],
-                [b[:3, :3] for b in back], [b[:3, 3] for b in back], method=method,
-            )  # fmt: skip
-        except cv2.error:
-            continue
-        world, hand = np.eye(4), np.eye(4)
-        world[:3, :3], world[:3, 3] = rw, np.ravel(tw)
-        hand[:3, :3], hand[:3, 3] = rg, np.ravel(tg)
-        _add(out, name, inverse(hand)[:3, :3], inverse(hand)[:3, 3], inverse(world))
-    return out
 
 
 def suggest(
@@ -248,102 +209,6 @@ def visible(problem: Problem, state: State, view: int) -> np.ndarray:
     return np.flatnonzero((pixels > 0).all(1) & (pixels < limit).all(1))
 
 
-def _add(out: dict[str, tuple[Float, Float | None]], name: str, r: Float, t: Float, y: Float | None) -> None:
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = r, np.ravel(t)
-    if np.isfinite(pose).all() and abs(np.linalg.det(pose[:3, :3]) - 1) < 1e-2:
-        out[name] = (pose, y)
-
-
-def _require(
-    camera: CameraModel, mounting: str, poses: Sequence[Float], detections: Sequence[Detection]
-) -> list[Float]:
-    if mounting not in ("eye_in_hand", "eye_to_hand"):
-        raise RatchetError(
-            "calibration.bad_mounting", f"unknown mounting '{mounting}'", fix="eye_in_hand or eye_to_hand"
-        )
-    if len(poses) != len(detections):
-        raise RatchetError(
-            "calibration.mismatch",
-            f"{len(poses)} robot poses and {len(detections)} views",
-            fix="give one pose for every picture, in the same order",
-        )
-    checked = [require_rigid(p, detections[i].name or f"pose {i}") for i, p in enumerate(poses)]
-    other = next((d for d in detections if d.size != (camera.width, camera.height)), None)
-    if other is not None:
-        raise RatchetError(
-            "calibration.wrong_size",
-            f"a picture of {other.size[0]} x {other.size[1]}, the intrinsics are for {camera.width} x {camera.height}",
-            where=other.name,
-            fix="use the intrinsics of this resolution",
-        )
-    if len(checked) < LEAST_POSES:
-        raise RatchetError(
-            "calibration.too_few_poses", f"{len(checked)} poses, at least {LEAST_POSES} are needed",
-            fix="take 15 to 25, turned about different axes",
-        )  # fmt: skip
-    apart = [np.abs(difference(a, b)) for a, b in combinations(checked, 2)]
-    moved = np.array([[np.linalg.norm(d[:3]), np.linalg.norm(d[3:])] for d in apart])
-    same = (moved[:, 0] < np.radians(0.5)) & (moved[:, 1] < 0.002)
-    if same.sum() > len(checked):
-        raise RatchetError(
-            "calibration.duplicate_poses", f"{same.sum()} pairs of poses are the same", fix="move between the pictures"
-        )
-    turns = np.array([difference(a, b)[:3] for a, b in combinations(checked, 2)])
-    far = np.linalg.norm(turns, axis=1) > LEAST_TURN
-    if far.mean() < 0.2:
-        raise RatchetError(
-            "calibration.pure_translation",
-            f"the arm turned by at most {np.degrees(np.linalg.norm(turns, axis=1).max()):.1f} degrees between poses",
-            fix="turn the hand by 20 to 40 degrees between pictures; moving alone says nothing of the camera's place",
-        )
-    axes = turns[far] / np.linalg.norm(turns[far], axis=1, keepdims=True)
-    values = np.linalg.svd(axes, compute_uv=False)
-    if values[1] < 0.15 * values[0]:
-        raise RatchetError(
-            "calibration.one_axis",
-            "all turns are about the same axis; the camera's place along it cannot be told",
-            fix="turn the hand about a second axis too",
-        )
-    return checked
-
-
-def _start(problem: Problem, solved: dict[str, tuple[Float, Float | None]], seen: Sequence[Float]) -> State:
-    """The best of the solvers' answers."""
-    if not solved:
-        raise RatchetError(
-            "calibration.did_not_converge", "no solver finds an answer", fix="take poses that turn about two axes"
-        )
-    zero = np.zeros((len(seen), 6))
-    best, lowest = None, np.inf
-    for x, y in solved.values():
-        if y is None:
-            y = _board_of(problem, x, seen)
-        state = State(x, y, zero)
-        residual = [np.linalg.norm(problem.residual(state, v, known=False), axis=1) for v in range(len(seen))]
-        middle = float(np.median(np.concatenate(residual)))
-        if middle < lowest and np.isfinite(problem.cost(state, Noise())):
-            best, lowest = state, middle
-    if best is None:
-        raise RatchetError(
-            "calibration.inconsistent",
-            "no camera pose sees the board where the pictures show it",
-            fix="check that poses and pictures belong together and that the board did not move",
-        )
-    return best
-
-
-def _board_of(problem: Problem, x: Float, seen: Sequence[Float]) -> Float:
-    """The board where the median view puts it."""
-    own = problem.poses if problem.mounting == "eye_in_hand" else inverse(problem.poses)
-    found = np.stack([p @ x @ s for p, s in zip(own, seen, strict=True)])
-    middle = np.median(found[:, :3, 3], axis=0)
-    turned = np.array([[np.linalg.norm(difference(a, b)[:3]) for b in found] for a in found])
-    out: Float = found[int(turned.sum(1).argmin())].copy()
-    out[:3, 3] = middle
-    return out
-
-
 def _outlier(problem: Problem, state: State, noise: Noise) -> int | None:
     """The view whose pose error stands out from the others' by far, if any."""
     sizes = np.sqrt((state.errors**2 * noise.prior).sum(1))
@@ -372,7 +237,7 @@ def _require_sense(
     other = Problem(problem.board, problem.camera, turned, list(problem.poses), problem.detections)
     used = [board_pose(problem.board, problem.camera, d) for d in problem.detections]
     try:
-        start = _start(other, solvers(turned, list(problem.poses), used), used)
+        start = first_guess(other, solvers(turned, list(problem.poses), used), used)
         reading = misfit(other, start)
     except RatchetError:
         reading = np.inf

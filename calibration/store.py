@@ -40,9 +40,9 @@ class CalibrationStore:
         Raises:
             RatchetError: calibration.bad_name, calibration.not_written; nothing is left behind then.
         """
-        bad = next((name for name in images if not NAME.fullmatch(name)), None)
+        bad = next((name for name in (*images, calibration.camera) if not NAME.fullmatch(name)), None)
         if bad is not None:
-            raise RatchetError("calibration.bad_name", f"{bad!r} is no file name", fix="letters, digits, . _ -")
+            raise RatchetError("calibration.bad_name", f"{bad!r} is no name", fix="letters, digits, . _ -")
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(images.items())}
         full = replace(calibration, images=hashes)
         target = self.root / full.id

@@ -74,7 +74,7 @@ class BoardArm:
         turn = Rotation.from_matrix(self._told[:3, :3]).as_rotvec()
         state = {s.name: np.zeros(s.size, np.float32) for s in self._contract.state}
         state["eef_position"], state["eef_rotation"] = self._told[:3, 3].astype(np.float32), turn.astype(np.float32)
-        return Observation(images, state, "", self._steps / self._contract.control_hz, self._steps)
+        return Observation(images, state, "look at the board", self._steps / self._contract.control_hz, self._steps)
 
     def act(self, action: Float32) -> None:
         values = np.asarray(action, float)

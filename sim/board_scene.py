@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.errors import RatchetError
 from calibration.boards import Board
 from calibration.camera_model import CameraModel
 from calibration.geometry import Float
@@ -53,6 +54,13 @@ class BoardScene:
         scale = FINER * max(camera.fx, camera.fy)
         self._width = int(np.ceil(2 * reach[0] * scale)) + 8
         self._height = int(np.ceil(2 * reach[1] * scale)) + 8
+        if max(self._width, self._height) > 6000:
+            raise RatchetError(
+                "sim.bad_camera",
+                f"a plain picture behind this lens would have {self._width} x {self._height} px",
+                where="camera",
+                fix="use a lens that sees less than 130 degrees from corner to corner",
+            )
         self._focal = scale
         fovy = float(np.degrees(2 * np.arctan(self._height / 2 / scale)))
         width, height = board.size

@@ -1,7 +1,8 @@
 """Cameras and gamepads become the messages that the other nodes take.
 
 Pinned: a recording plays as a camera, in the contract's encoding and raw orientation, stamped, so that decoding gives
-the upright picture back; a camera of another size, kind or topic is refused when it is configured; a stick becomes an
+the upright picture back, with its calibration beside it; a camera of another size, kind or topic, or a calibration that
+does not fit, is refused when it is configured; a stick becomes an
 action in physical units with the contract's signs, the gripper keeps what its buttons chose, and a joystick that falls
 silent releases everything. Determinism: pictures without noise; joystick messages are sent until they are heard.
 """
@@ -25,9 +26,13 @@ from ratchet_ros.teleop_node import TeleopNode
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from sensor_msgs.msg import Image, Joy
+from sensor_msgs.msg import CameraInfo, Image, Joy
 
 from agent.contract import RobotContract
+from calibration.boards import Board
+from calibration.camera_model import CameraModel
+from calibration.record import Calibration
+from calibration.store import CalibrationStore
 from tests.ros2_ws.graph import ROOT, Watcher
 
 Start = Callable[..., Any]
@@ -109,6 +114,62 @@ def test_a_camera_that_does_not_fit_is_refused(
     given = {"camera": "front", "device": "recorded", "source": str(pictures)} | parameters
     node = start(CameraNode, contract=contract_with(tmp_path, **change), **given)
     assert not node.active
+    assert node.refused is not None
+    assert node.refused.code == code
+
+
+LENS = CameraModel(40, 30, 41.0, 42.0, 19.5, 14.5, "brown5", (0.1, -0.2, 0.001, 0.002, 0.05))
+
+
+def stored(folder: Path, lens: CameraModel = LENS) -> str:
+    store = CalibrationStore(folder / "calibrations")
+    return store.put(Calibration("front", lens, Board(), "2026-01-01T00:00:00Z", 0.1, 0.1, 20), {}).id
+
+
+def test_the_calibration_is_published_with_every_image(start: Start, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    cv2.imwrite(str(pictures / "0.png"), np.zeros((30, 40, 3), np.uint8))
+    path = contract_with(tmp_path, calibration_id=stored(tmp_path))
+    watcher = Watcher()
+    images = watcher.collect(Image, "/front/image_raw", qos.IMAGES)
+    got = watcher.collect(CameraInfo, "/front/camera_info", qos.IMAGES)
+    node = start(CameraNode, contract=path, camera="front", device="recorded", source=str(pictures), fps=30.0,
+                 calibrations=str(tmp_path / "calibrations"))  # fmt: skip
+    assert node.refused is None
+    watcher.until(lambda: len(got) > 3 and len(images) > 3, "images and their calibration")
+    watcher.close()
+    info = got[-1]
+    assert (info.width, info.height, info.distortion_model) == (40, 30, "plumb_bob")
+    np.testing.assert_allclose(np.reshape(info.k, (3, 3)), LENS.matrix)
+    np.testing.assert_allclose(info.d, LENS.distortion)
+    assert info.header.frame_id == "front_optical_frame"
+    stamps = {(m.header.stamp.sec, m.header.stamp.nanosec) for m in images}
+    assert len(stamps & {(m.header.stamp.sec, m.header.stamp.nanosec) for m in got}) > 1
+
+
+@pytest.mark.parametrize(
+    ("lens", "tied", "parameters", "code"),
+    [
+        (CameraModel(80, 60, 80, 80, 40, 30), True, {}, "camera.other_size"),
+        (LENS, False, {}, "camera.not_calibrated"),
+        (LENS, True, {"calibrations": "/nowhere"}, "calibration.unknown"),
+        (LENS, True, {"transform": True}, "calibration.no_mount"),
+        (LENS, True, {"transform": True, "calibrations": ""}, "ros.bad_parameter"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_a_calibration_that_does_not_fit_is_refused(
+    start: Start, tmp_path: Path, lens: CameraModel, tied: bool, parameters: dict[str, Any], code: str
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    cv2.imwrite(str(pictures / "0.png"), np.zeros((30, 40, 3), np.uint8))
+    identity = stored(tmp_path, lens)
+    path = contract_with(tmp_path, **({"calibration_id": identity} if tied else {}))
+    given = {"camera": "front", "device": "recorded", "source": str(pictures)}
+    given |= {"calibrations": str(tmp_path / "calibrations")} | parameters
+    node = start(CameraNode, contract=path, **given)
     assert node.refused is not None
     assert node.refused.code == code
 

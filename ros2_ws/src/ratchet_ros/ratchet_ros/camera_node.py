@@ -1,4 +1,5 @@
-"""camera_node: one camera of the contract onto its topic, as a RealSense, a UVC camera or a recording delivers it.
+"""camera_node: one camera of the contract onto its topic, as a RealSense, a UVC camera or a recording delivers it, with
+its calibration beside it.
 
 Knows one device and one thread that reads it. The process loads the shipped Fast DDS profile: without it images larger
 than 512 kB get lost between processes.
@@ -12,13 +13,13 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CameraInfo, Image
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import UInt8
 from agent.runtime.camera_devices import Device, open_device
-from ratchet_ros import decode, qos
+from ratchet_ros import camera_calibration, decode, qos
 from ratchet_ros.node import ERROR, OK, Line, RatchetNode, spin
 from ratchet_ros.params import parameter
 from ratchet_ros.times import SteadyTime
@@ -31,6 +32,8 @@ class Parameters:
     device: str = parameter("uvc", "Kind of device.", one_of=("realsense", "uvc", "recorded"))
     source: str = parameter("", "Serial, /dev/videoN, video file or folder of pictures; empty: the contract's source.")
     fps: float = parameter(30.0, "Frames per second.", low=0.5, high=240.0)
+    calibrations: str = parameter("", "Folder of calibrations, for CameraInfo of the contract's; empty: none.")
+    transform: bool = parameter(False, "Publish where the camera is on /tf_static; needs tf2_msgs.")
 
 
 class CameraNode(RatchetNode):
@@ -40,6 +43,9 @@ class CameraNode(RatchetNode):
         super().__init__("camera_node", **options)
         self._device: Device | None = None
         self._out: Any = None
+        self._out_info: Any = None
+        self._out_transform: Any = None
+        self._info: CameraInfo | None = None
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._frames = self._silent = 0
@@ -55,9 +61,25 @@ class CameraNode(RatchetNode):
                 where=self._camera.topic,
                 fix="name the raw topic in the contract",
             )
+        calibration = None
+        if self.settings.calibrations:
+            calibration = camera_calibration.load(self.settings.calibrations, self._camera)
+            self._info = camera_calibration.info(calibration, f"{self._camera.name}_optical_frame")
+        if self.settings.transform:
+            if calibration is None:
+                raise RatchetError("ros.bad_parameter", "there is no transform without a calibration",
+                                   where="transform", fix="give the parameter calibrations")  # fmt: skip
+            where = camera_calibration.transform(calibration)
+            self._out_transform = self.create_publisher(type(where), "/tf_static", qos.STATUS)
+            for one in where.transforms:
+                one.header.stamp = self._clock_map.to_ros(time.monotonic())
+            self._out_transform.publish(where)
         source = self.settings.source or self._camera.source
         self._device = open_device(self.settings.device, source, self._camera, self.settings.fps)
         self._out = self.create_publisher(Image, self._camera.topic, qos.IMAGES)
+        if self._info is not None:
+            topic = camera_calibration.info_topic(self._camera.topic)
+            self._out_info = self.create_publisher(CameraInfo, topic, qos.IMAGES)
 
     def start(self) -> None:
         self._stopping.clear()
@@ -74,9 +96,11 @@ class CameraNode(RatchetNode):
         if self._device is not None:
             self._device.close()
             self._device = None
-        if self._out is not None:
-            self.destroy_publisher(self._out)
-            self._out = None
+        for name in ("_out", "_out_info", "_out_transform"):
+            if getattr(self, name) is not None:
+                self.destroy_publisher(getattr(self, name))
+                setattr(self, name, None)
+        self._info = None
 
     def diagnose(self) -> list[Line]:
         frames, self._frames = self._frames, 0
@@ -105,6 +129,9 @@ class CameraNode(RatchetNode):
         data.frombytes(memoryview(pixels if pixels.flags.c_contiguous else pixels.copy()).cast("B"))
         message.data = data
         self._out.publish(message)
+        if self._info is not None and self._out_info is not None:
+            self._info.header.stamp = message.header.stamp
+            self._out_info.publish(self._info)
 
 
 def main() -> int:
