@@ -45,8 +45,7 @@ on pictures that were kept out of the estimate: those are the honest figure.</p>
 seen: white cells are parts of the picture in which the lens is a guess.</figcaption></figure>
 <figure><img alt="residuals" src="{{ pictures.residuals }}"><figcaption>How far each corner was from its prediction.
 A round cloud is
-noise; arrows that agree in a corner of the picture mean that the distortion model is too
-simple.</figcaption></figure>{% endif %}
+noise; a ring, or a cloud with arms, means that the distortion model is too simple.</figcaption></figure>{% endif %}
 {% if mount %}<h2>Where the camera is</h2>
 <p>{{ mounting }}</p>
 <table>{% for name, value, meaning in mount %}<tr><td>{{ name }}</td><td>{{ value }}</td><td><small>{{ meaning

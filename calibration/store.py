@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,11 +31,13 @@ class CalibrationStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def put(self, calibration: Calibration, images: Mapping[str, bytes], report: str = "") -> Calibration:
+    def put(
+        self, calibration: Calibration, images: Mapping[str, bytes], report: Callable[[Calibration], str] | None = None
+    ) -> Calibration:
         """Store a calibration with its pictures; returns it with the pictures' hashes, which its id includes.
 
         Args:
-            images: file name -> encoded picture. report: HTML.
+            images: file name -> encoded picture. report: makes the HTML page of what is stored.
 
         Raises:
             RatchetError: calibration.bad_name, calibration.not_written; nothing is left behind then.
@@ -55,8 +57,8 @@ class CalibrationStore:
                 _write(scratch / "images" / name, data)
             text = yaml.safe_dump(full.to_dict(), sort_keys=False, allow_unicode=True)
             _write(scratch / FILE, f"# id {full.id}\n{text}".encode())
-            if report:
-                _write(scratch / "report.html", report.encode())
+            if report is not None:
+                _write(scratch / "report.html", report(full).encode())
             _sync(scratch / "images")
             _sync(scratch)
             scratch.rename(target)

@@ -86,8 +86,9 @@ class HandEye:
             held_out_rotation=result.held_out_rotation,
         )
         calibration: Calibration = dataclasses.replace(before, mount=mount, date=common.now(), images={})
-        page = report.write(calibration, None, result, poses)
-        stored = store.put(calibration, {d.name: encoded[d.name] for d in found}, page)
+        stored = store.put(
+            calibration, {d.name: encoded[d.name] for d in found}, lambda c: report.write(c, None, result, poses)
+        )
         show(console, result)
         for name, why in result.rejected.items():
             console.print(f"left out {name}: {why}", markup=False, soft_wrap=True)

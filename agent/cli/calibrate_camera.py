@@ -137,7 +137,7 @@ class Intrinsics:
             robot_serial=self.robot_serial,
         )
         kept = {d.name: encoded[d.name] for d in found}
-        stored = CalibrationStore(self.store).put(calibration, kept, report.write(calibration, result))
+        stored = CalibrationStore(self.store).put(calibration, kept, lambda c: report.write(c, result))
         show_lens(console, stored, result, refused)
         page = self.store / stored.id / "report.html"
         console.print(f"calibration {stored.id[:12]}, report: {page}", soft_wrap=True)

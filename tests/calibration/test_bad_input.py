@@ -424,7 +424,7 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def store(tmp_path: Path) -> CalibrationStore:
     store = CalibrationStore(tmp_path / "calibrations")
-    store.put(CALIBRATION, {"0.png": b"picture"}, "<html>")
+    store.put(CALIBRATION, {"0.png": b"picture"}, lambda c: "<html>")
     return store
 
 

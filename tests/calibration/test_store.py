@@ -34,18 +34,18 @@ PLAIN = Calibration("wrist", LENS, BOARD, "2026-01-02T03:04:05Z", 0.1, 0.12, 30,
 
 def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     store = CalibrationStore(tmp_path)
-    put = store.put(PLAIN, {"a.png": b"1", "b.png": b"2"}, "<html>")
+    put = store.put(PLAIN, {"a.png": b"1", "b.png": b"2"}, lambda c: f"<html>{c.id}")
     assert store.load(put.id) == put
     assert store.images(put.id) == {"a.png": b"1", "b.png": b"2"}
-    assert (tmp_path / put.id / "report.html").read_text() == "<html>"
+    assert (tmp_path / put.id / "report.html").read_text() == f"<html>{put.id}"
     assert np.allclose(put.mount.pose, POSE) if put.mount else False
     assert [p.name for p in tmp_path.iterdir()] == [put.id]
 
 
 def test_the_id_is_the_content(tmp_path: Path) -> None:
     store = CalibrationStore(tmp_path)
-    first = store.put(PLAIN, {"a.png": b"1"}, "one page")
-    assert store.put(PLAIN, {"a.png": b"1"}, "another page").id == first.id
+    first = store.put(PLAIN, {"a.png": b"1"}, lambda c: "one page")
+    assert store.put(PLAIN, {"a.png": b"1"}, lambda c: "another page").id == first.id
     others = [
         store.put(PLAIN, {"a.png": b"2"}).id,
         store.put(replace(PLAIN, camera_serial="SN2"), {"a.png": b"1"}).id,
