@@ -82,6 +82,7 @@ class Scene:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one scene, 24 trials")
+    parser.add_argument("--seed", type=int, default=0, help="other light, places and moves than those of seed 0")
     parser.add_argument("--picture", type=Path, help="where to write the picture of one caught move")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/drift.json")
     arguments = parser.parse_args(argv)
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     shown = False
     for number, info in enumerate(tasks):
         scene = Scene(info.name, info.evaluation_states)
-        generator = np.random.default_rng(number)
+        generator = np.random.default_rng(arguments.seed + number)
         for trial in track(range(per_scene), f"scene {number + 1}", console=console):
             kind = ("", "move", "", "turn")[trial % 4]
             states = generator.choice(scene.states, 2, replace=False)

@@ -1,8 +1,8 @@
 """Does the arm do what the contract says an action does? Small, slow, announced motions, and what they moved.
 
 Knows the contract's action dimensions and which state measures them. Knows no device: `Arm` is what a Robot is.
-Motions stay within a tenth of a second's worth of the velocity limit per step, go out and come back, and are refused
-where the workspace leaves no room.
+Motions stay within 5 cm or 0.25 rad and a tenth of a second's worth of the velocity limit per step, go out and come
+back, and are refused where the workspace leaves no room.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from agent.records import Float32, Observation
 from calibration.geometry import Float
 from calibration.signals import lag
 
+STROKE = {"m": 0.05, "rad": 0.25}  # at the most, out
 STEPS = 6  # out, and as many back
 SETTLE = 8  # steps without motion in between
 FIT = 0.25  # share by which an arm may move further than asked
@@ -105,7 +106,7 @@ def check(
             continue
         turning = dim.unit == "rad"
         step = size * min(dim.high, -dim.low if dim.low < 0 else dim.high)
-        step = min(step, 0.1 * contract.limits.velocity[index])
+        step = min(step, 0.1 * contract.limits.velocity[index], STROKE["rad" if turning else "m"] / STEPS)
         before = measure.settled(rest, pace)
         direction = _direction(measure.position, step * STEPS, index, contract) if not turning else 1.0
         announce(f"{dim.name}: {direction * step * STEPS:+.3f} {dim.unit} and back")

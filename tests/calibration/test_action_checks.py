@@ -22,6 +22,9 @@ from calibration.action_checks import ActionFacts
 from calibration.geometry import Float
 
 
+START = Rotation.from_euler("xyz", [3.0, 0.2, 0.9])
+
+
 class BentArm:
     """Goes where it is told, but for its faults. scales: per dimension. turned: frame of its deltas. late: steps."""
 
@@ -37,10 +40,11 @@ class BentArm:
         self.names = [d.name for d in self._contract.action.dims]
         self.scales = np.array([(scales or {}).get(n, 1.0) for n in self.names])
         self.turned, self.grip, self.waiting = turned, grip, deque([np.zeros(len(self.names))] * late)
-        self.position, self.orientation = np.array(start), Rotation.from_euler("xyz", [3.0, 0.2, 0.9])
+        self.position, self.orientation = np.array(start), START
         self.opening, self.steps = 1.0, 0
         self.sent: list[Float] = []
         self.places: list[Float] = []
+        self.turns: list[float] = []
         self.held = 0
 
     @property
@@ -68,6 +72,7 @@ class BentArm:
         self.opening += np.clip(target - self.opening, -0.2, 0.2) * abs(self.grip)
         self.steps += 1
         self.places.append(self.position.copy())
+        self.turns.append(float((self.orientation * START.inv()).magnitude()))
 
     def hold(self) -> None:
         self.held += 1
@@ -93,6 +98,8 @@ def test_a_good_arm_passes_and_ends_where_it_began() -> None:
     limits, hz = robot.contract.limits, robot.contract.control_hz
     speeds = np.abs(np.array(robot.sent)[:, :6]).max(0) * hz
     assert (speeds < 0.5 * np.array(limits.velocity[:6])).all()
+    assert np.ptp(np.array(robot.places), axis=0).max() <= 0.05 + 1e-9
+    assert max(robot.turns) <= 0.25 + 1e-9
 
 
 @pytest.mark.parametrize("late", [0, 2, 4])
