@@ -30,10 +30,11 @@ FISHEYE = cv2.fisheye.CALIB_RECOMPUTE_EXTRINSIC | cv2.fisheye.CALIB_FIX_SKEW
 
 @dataclass(frozen=True)
 class ViewError:
-    """residual: (n, 2) px, seen minus predicted. rms: px, over points. used: False for rejected and held-out views."""
+    """points: (n, 2) px, as seen. residual: (n, 2) px, seen minus predicted. rms: px, over points. used: False for rejected and held-out views."""
 
     name: str
     pose: Float
+    points: Float
     residual: Float
     rms: float
     used: bool
@@ -96,10 +97,11 @@ def calibrate(
     for i, detection in enumerate(detections):
         if i in errors and i in used:
             pose, rms, residual = errors[i]
-            views.append(ViewError(detection.name or str(i), pose, residual, rms, used=True))
+            views.append(ViewError(detection.name or str(i), pose, detection.points, residual, rms, used=True))
         else:
             pose, rms, residual = _error(board, camera, detection, None)
-            views.append(ViewError(detection.name or str(i), pose, residual, rms, used=False, held_out=i in held))
+            name = detection.name or str(i)
+            views.append(ViewError(name, pose, detection.points, residual, rms, used=False, held_out=i in held))
             if i in held:
                 outside.append(residual)
     inside = [errors[i][2] for i in used]

@@ -170,8 +170,8 @@ def _coverage(lens: IntrinsicsResult) -> Figure:
 
 
 def _residuals(lens: IntrinsicsResult) -> Figure:
-    figure = Figure(figsize=(9.0, 3.6), dpi=110)
-    cloud, bars = figure.subplots(1, 2)
+    figure = Figure(figsize=(12.5, 3.6), dpi=110)
+    cloud, arrows, bars = figure.subplots(1, 3)
     for view in lens.views:
         if view.used or view.held_out:
             colour = "#d64545" if view.held_out else "#2680c2"
@@ -179,6 +179,14 @@ def _residuals(lens: IntrinsicsResult) -> Figure:
     limit = max(0.05, *(float(np.abs(v.residual).max()) for v in lens.views if v.used))
     cloud.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="px across", ylabel="px down", aspect="equal")
     shown = [v for v in lens.views if v.used or v.held_out]
+    points, residual = (np.concatenate([getattr(v, n) for v in shown]) for n in ("points", "residual"))
+    cells = np.array([12, 9])
+    at = np.clip((points * cells / [lens.camera.width, lens.camera.height]).astype(int), 0, cells - 1)
+    index = at[:, 1] * cells[0] + at[:, 0]
+    middle = np.array([[points[index == k].mean(0), residual[index == k].mean(0)] for k in np.unique(index)])
+    drawn = arrows.quiver(*middle[:, 0].T, *middle[:, 1].T, color="#2680c2", angles="xy")
+    arrows.quiverkey(drawn, 0.8, 1.05, 0.05, "0.05 px", labelpos="E")
+    arrows.set(xlim=(0, lens.camera.width), ylim=(lens.camera.height, 0), xlabel="mean error by place")
     bars.bar(range(len(shown)), [v.rms for v in shown], color=["#d64545" if v.held_out else "#2680c2" for v in shown])
     bars.set(xlabel="view (red: held out)", ylabel="error in px")
     return figure
