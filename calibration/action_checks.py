@@ -10,14 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
-from agent.records import Float32, Observation
+from agent.records import Float32
+from calibration.arm import Arm
 from calibration.geometry import Float
 from calibration.signals import lag
 
@@ -26,19 +27,6 @@ STEPS = 6  # out, and as many back
 SETTLE = 8  # steps without motion in between
 FIT = 0.25  # share by which an arm may move further than asked
 LAZY = 0.1  # of what was asked; compliant controllers stay behind (an operational-space one by three quarters)
-
-
-class Arm(Protocol):
-    """The part of a Robot that a check needs."""
-
-    @property
-    def contract(self) -> RobotContract: ...
-
-    def observe(self, cameras: bool = True) -> Observation: ...
-
-    def act(self, action: Float32) -> None: ...
-
-    def hold(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import Float32, Observation
 from calibration import handeye
+from calibration.arm import Arm
 from calibration.boards import Board
 from calibration.camera_model import CameraModel
 from calibration.detection import Detection, detect
@@ -28,19 +28,6 @@ from calibration.handeye_views import LEAST_POSES
 STEPS = 600  # control steps that one way may take
 CLOSE = (1e-3, np.radians(0.2))  # m and rad from where it should be
 NEW = (0.03, np.radians(8.0))  # m or rad from every view so far, when guided by hand
-
-
-class Arm(Protocol):
-    """The part of a Robot that taking views needs."""
-
-    @property
-    def contract(self) -> RobotContract: ...
-
-    def observe(self, cameras: bool = True) -> Observation: ...
-
-    def act(self, action: Float32) -> None: ...
-
-    def hold(self) -> None: ...
 
 
 @dataclass

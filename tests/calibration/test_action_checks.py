@@ -21,7 +21,6 @@ from calibration import action_checks
 from calibration.action_checks import ActionFacts
 from calibration.geometry import Float
 
-
 START = Rotation.from_euler("xyz", [3.0, 0.2, 0.9])
 
 
