@@ -103,13 +103,13 @@ def main(argv: list[str] | None = None) -> int:
             started = time.perf_counter()
             try:
                 found = drift.compare(reference, current)
-                row = {"moved": found.moved, "pixels": found.pixels, "stayed": found.stayed, "code": ""}
+                row = {"moved": found.moved, "agreed": found.agreed, "stayed": found.stayed, "code": ""}
                 if found.moved and kind and not shown and arguments.picture:
                     image = drift.picture(reference, current, found)
                     cv2.imwrite(str(arguments.picture), image[..., ::-1])
                     shown = True
             except RatchetError as error:
-                row = {"moved": True, "pixels": float("nan"), "stayed": float("nan"), "code": error.code}
+                row = {"moved": True, "agreed": float("nan"), "stayed": float("nan"), "code": error.code}
             rows.append(row | {"scene": info.name, "kind": kind, "seconds": time.perf_counter() - started})
         scene.env.close()
     shares = {k: float(np.mean([r["moved"] for r in rows if r["kind"] == k])) for k in ("", "move", "turn")}
@@ -136,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
                 "blind": sum(bool(r["code"]) for r in rows),
                 "seconds": float(np.median([r["seconds"] for r in rows])),
                 "threshold_stayed": drift.Threshold().stayed,
+                "threshold_agreed_px": drift.Threshold().agreed,
+                "agreed_px_when_still": float(np.nanmax([r["agreed"] for r in rows if not r["kind"]])),
             },
             indent=1,
         )

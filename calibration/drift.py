@@ -6,9 +6,10 @@ whoever starts one asks here and refuses, or lets a person override with a reaso
 Features: corners of the reference picture followed into the present one to a fraction of a pixel (Lucas-Kanade), there
 and back. The picture is divided into cells; each has the median displacement of its features. A camera that moved by
 millimetres leaves hardly a cell where it was; moved objects and a moved arm leave the cells between them, however many
-features they have; changed light moves nothing. So the share of cells that stayed decides. A relative pose by the
-five-point method would be too free for moves as small as these. Average a few frames on both sides: the texture of a
-table drowns in noise.
+features they have; changed light moves nothing. So a camera has moved where too small a share of the cells stayed, or
+where many cells agree on one motion of the whole picture: a move along the axis of view leaves its middle in place. A
+relative pose by the five-point method would be too free for moves as small as these. Average a few frames on both
+sides: the texture of a table drowns in noise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from calibration.intrinsics import board_pose
 LEAST, LEAST_CELLS = 30, 10  # matches, and cells with matches, below which a view says nothing
 GRID = (12, 9)  # cells across and down
 SMALL = 0.6  # px: matches that moved less have not moved
+NEAR, NEARER = 0.35, 0.2  # px, and share of the motion: cells this near to a motion of the picture agree with it
+AGREE, AGREE_SHARE = 10, 0.4  # cells, and share of them: fewer agree by chance
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Drift:
     """moved: whether the camera has moved beyond the threshold. way: how it was measured.
 
     pixels: displacement of the scene, median over its cells, px. stayed: share of the cells that did not move.
+    agreed: px, rms over the picture of the one motion that many cells agree on; 0 where they do not.
     position, rotation: m and rad where the board was seen, else NaN. matches: features compared, or corners of the
     board.
     """
@@ -49,16 +53,19 @@ class Drift:
     position: float
     rotation: float
     matches: int
+    agreed: float = 0.0
 
 
 @dataclass(frozen=True)
 class Threshold:
     """position: m, rotation: rad: more than either of the board is a move. stayed: without the board, a smaller share
-    of cells that stayed is one; moved objects and a moved arm leave a quarter, a moved camera a seventh."""
+    of cells that stayed is one; moved objects and a moved arm leave a quarter, a moved camera a seventh. agreed: px, so
+    is a larger motion that many cells agree on; a camera that stayed shows up to 0.7, one that moved 0.9 and more."""
 
     position: float = 0.003
     rotation: float = float(np.radians(0.3))
     stayed: float = 0.19
+    agreed: float = 0.8
 
 
 def compare(
@@ -93,7 +100,9 @@ def compare(
             f"{len(before)} features match, {LEAST} are needed",
             fix="check lens, light and which camera this is; or show the board",
         )
-    cells = _cells(before, after - before, (reference.shape[1], reference.shape[0]))
+    size = (reference.shape[1], reference.shape[0])
+    places, shifts = _cells(before, after - before, size)
+    cells = np.linalg.norm(shifts, axis=1)
     if len(cells) < LEAST_CELLS:
         raise RatchetError(
             "drift.blind",
@@ -102,7 +111,9 @@ def compare(
         )
     stayed = float((cells < SMALL).mean())
     pixels = float(np.median(cells))
-    return Drift(stayed < threshold.stayed, "features", pixels, stayed, float("nan"), float("nan"), len(before))
+    agreed = _agreed(places / max(size), shifts)
+    moved = stayed < threshold.stayed or agreed > threshold.agreed
+    return Drift(moved, "features", pixels, stayed, float("nan"), float("nan"), len(before), agreed)
 
 
 def matched(reference: NDArray[np.uint8], current: NDArray[np.uint8]) -> tuple[Float, Float]:
@@ -157,16 +168,59 @@ def _with_board(
     return Drift(moved, "board", pixels, float(not moved), position, rotation, len(shared))
 
 
-def _cells(points: Float, shifts: Float, size: tuple[int, int]) -> Float:
-    """(c,) px: how far the features of each cell moved, for cells with at least three. points, shifts: (n, 2) px."""
+def _agreed(places: Float, shifts: Float) -> float:
+    """px, rms over the picture of the affine motion that most cells agree on: sampled over pairs of cells, then fitted
+    to all that agree. places: (c, 2) in widths of the picture. shifts: (c, 2) px."""
+    generator = np.random.default_rng(0)
+    design = _affine(places)
+
+    def agreeing(motion: Float) -> NDArray[np.bool_]:
+        wanted = (design @ motion).reshape(-1, 2)
+        room = NEAR + NEARER * np.linalg.norm(wanted, axis=1)
+        return np.asarray(np.linalg.norm(shifts - wanted, axis=1) < room, bool)
+
+    best: Float = np.zeros(6)
+    inside = agreeing(best)
+    for _ in range(500):
+        i, j = generator.choice(len(places), 2, replace=False)
+        if np.linalg.norm(places[i] - places[j]) < 0.15:
+            continue
+        # The similarity that takes both cells where they went, in complex numbers: shift + factor * place.
+        a, b, u, v = (complex(*p) for p in (places[i], places[j], shifts[i], shifts[j]))
+        factor = (v - u) / (b - a)
+        shift = u - factor * a
+        motion = np.array([shift.real, factor.real, -factor.imag, shift.imag, factor.imag, factor.real])
+        found = agreeing(motion)
+        if found.sum() > inside.sum():
+            best, inside = motion, found
+    for _ in range(6):
+        if inside.sum() < AGREE:
+            return 0.0
+        best = np.asarray(np.linalg.lstsq(design[np.repeat(inside, 2)], shifts[inside].ravel(), rcond=None)[0], float)
+        inside = agreeing(best)
+    if inside.sum() < max(AGREE, AGREE_SHARE * len(places)):
+        return 0.0
+    x, y = np.meshgrid(np.linspace(0, 1, 16), np.linspace(0, places[:, 1].max(), 12))
+    flow = (_affine(np.stack([x.ravel(), y.ravel()], 1)) @ best).reshape(-1, 2)
+    return float(np.sqrt((flow**2).sum(1).mean()))
+
+
+def _affine(places: Float) -> Float:
+    """(2 c, 6): shifts by the parameters [a b c d e f] of u = a + b x + c y, v = d + e x + f y."""
+    row = np.column_stack([np.ones(len(places)), places])
+    out = np.zeros((len(places), 2, 6))
+    out[:, 0, :3], out[:, 1, 3:] = row, row
+    return out.reshape(-1, 6)
+
+
+def _cells(points: Float, shifts: Float, size: tuple[int, int]) -> tuple[Float, Float]:
+    """(c, 2) px each: where the features of each cell are, and how far they moved, for cells with at least three.
+    points, shifts: (n, 2) px."""
     at = np.clip((points * GRID / np.array(size)).astype(int), 0, np.array(GRID) - 1)
     index = at[:, 1] * GRID[0] + at[:, 0]
-    found = []
-    for cell in np.unique(index):
-        own = shifts[index == cell]
-        if len(own) >= 3:
-            found.append(float(np.linalg.norm(np.median(own, axis=0))))
-    return np.array(found)
+    full = [cell for cell in np.unique(index) if (index == cell).sum() >= 3]
+    places = np.array([points[index == cell].mean(0) for cell in full]).reshape(-1, 2)
+    return places, np.array([np.median(shifts[index == cell], axis=0) for cell in full]).reshape(-1, 2)
 
 
 def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

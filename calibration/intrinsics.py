@@ -30,7 +30,8 @@ FISHEYE = cv2.fisheye.CALIB_RECOMPUTE_EXTRINSIC | cv2.fisheye.CALIB_FIX_SKEW
 
 @dataclass(frozen=True)
 class ViewError:
-    """points: (n, 2) px, as seen. residual: (n, 2) px, seen minus predicted. rms: px, over points. used: False for rejected and held-out views."""
+    """points: (n, 2) px, as seen. residual: (n, 2) px, seen minus predicted. rms: px, over points. used: False for
+    rejected and held-out views."""
 
     name: str
     pose: Float

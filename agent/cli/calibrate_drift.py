@@ -86,6 +86,7 @@ class Drift:
             "way": found.way,
             "pixels": found.pixels,
             "stayed": found.stayed,
+            "agreed": found.agreed,
             "position_mm": 1e3 * found.position,
             "rotation_degrees": float(np.degrees(found.rotation)),
         }

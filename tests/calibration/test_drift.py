@@ -149,3 +149,15 @@ def test_an_override_is_told_to_the_session(tmp_path: Path) -> None:
     assert (told["moved"], told["override"], told["person"]) == (True, "demo for visitors", "Ada")
     with pytest.raises(RatchetError, match=r"session\.check_too_old"):  # a reason does not last for ever
         last_check.require(tmp_path, tied(), NOW + timedelta(days=1))
+
+
+def test_a_move_along_the_axis_of_view_is_noticed() -> None:
+    """The middle of the picture stays where it is, and many cells with it; all agree on one motion all the same."""
+    matrix = np.array([[1.006, 0, -0.006 * 320], [0, 1.006, -0.006 * 240]])
+    nearer = cv2.warpAffine(
+        scene(objects=3), matrix, (640, 480), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+    )
+    found = drift.compare(scene(), np.asarray(nearer, np.uint8))
+    assert found.moved
+    assert found.agreed == pytest.approx(0.006 * np.hypot(640, 480) / np.sqrt(12), rel=0.15)
+    assert drift.compare(scene(), scene(objects=3)).agreed < 0.2
