@@ -29,6 +29,7 @@ from typing import Any
 import httpx
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from agent.episodes.store import EpisodeStore
@@ -38,17 +39,15 @@ from benchmarks.recorded import TASKS, fill, rollout, two_cameras
 GOAL = 1.0  # s, median beyond playback
 ROOT = Path(__file__).resolve().parent.parent
 SPEED = "2"
-# Resolves once the episode that is shown has been played to its end, after the browser has painted it.
-PLAYED = """new Promise(done => { const look = () => document.body.dataset.played === document.body.dataset.episode
-  && document.body.dataset.episode ? requestAnimationFrame(() => done(document.body.dataset.episode)) : null;
-  new MutationObserver(look).observe(document.body, {attributes: true}); look(); })"""
-# Presses nothing itself: resolves with the milliseconds from the last key to the next episode's first painted frame.
-NEXT = """new Promise(done => { const before = document.body.dataset.episode; let began = 0;
+# Whether the episode that is shown has been played to its end.
+PLAYED = "document.body.dataset.played === document.body.dataset.episode && document.body.dataset.episode || ''"
+# Presses nothing itself: `moved` becomes the milliseconds from the last key to the next episode's first painted frame.
+NEXT = """(() => { const before = document.body.dataset.episode; let began = 0; window.moved = null;
   addEventListener('keydown', () => { began = performance.now(); }, {capture: true, once: true});
   const look = () => { const empty = !document.getElementById('empty').hidden;
-    if (document.body.dataset.episode !== before || empty)
-      requestAnimationFrame(() => done({ms: performance.now() - began, empty, id: document.body.dataset.episode})); };
-  new MutationObserver(look).observe(document.body, {attributes: true, subtree: true}); })"""
+    if (document.body.dataset.episode !== before || empty) { watch.disconnect();
+      requestAnimationFrame(() => { window.moved = {ms: performance.now() - began, empty}; }); } };
+  const watch = new MutationObserver(look); watch.observe(document.body, {attributes: true, subtree: true}); })()"""
 
 
 class Browser:
@@ -59,6 +58,9 @@ class Browser:
         self._in, theirs_out = os.pipe()
         self._profile = tempfile.mkdtemp(prefix="chromium")
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
+        # A window that nobody looks at must not be slowed down.
+        flags += ["--disable-background-timer-throttling", "--disable-renderer-backgrounding"]
+        flags += ["--disable-backgrounding-occluded-windows", "--disable-features=CalculateNativeWinOcclusion"]
         flags += ["--disable-extensions", "--hide-scrollbars", f"--user-data-dir={self._profile}", "about:blank"]
         # Chromium talks on descriptors 3 and 4.
         shell = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
@@ -92,6 +94,16 @@ class Browser:
 
     def ask(self, expression: str) -> Any:
         return self.value(self.answer(self.start(expression)))
+
+    def until(self, expression: str, limit: float = 60.0) -> Any:
+        """The expression's value once it is true. Asks again and again: a browser without a screen may give no frame to
+        a page that nobody asks anything."""
+        end = time.monotonic() + limit
+        while not (value := self.ask(expression)):
+            if time.monotonic() > end:
+                raise RuntimeError(f"not within {limit:g} s: {expression}")
+            time.sleep(0.01)
+        return value
 
     def start(self, expression: str) -> int:
         return self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
@@ -202,11 +214,11 @@ def main(argv: list[str] | None = None) -> int:
         ]
         for thread in others:
             thread.start()
-        for number in range(count):
-            browser.ask(PLAYED)
-            waiting = browser.start(NEXT)
+        for number in track(range(count), "judging", console=console):
+            browser.until(PLAYED)
+            browser.ask(NEXT)
             browser.key("f" if number % 3 == 0 else "s")
-            told = browser.value(browser.answer(waiting))
+            told = browser.until("window.moved")
             if not told["empty"]:
                 overhead.append(told["ms"] / 1e3)
         for thread in others:
@@ -260,7 +272,7 @@ def _pictures(browser: Browser, folder: Path) -> None:
         "(() => { const p = document.getElementById('person'); p.value = 'Grace'; "
         "p.dispatchEvent(new Event('change')); })()"
     )
-    browser.ask(PLAYED)
+    browser.until(PLAYED)
     browser.ask(
         "(() => { const s = document.getElementById('scrub'); s.value = 450; s.dispatchEvent(new Event('input')); })()"
     )
