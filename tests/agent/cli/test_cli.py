@@ -67,3 +67,16 @@ def test_an_empty_store_lists_and_verifies(tmp_path: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out) == {"adapters": [], "tags": {}}
     assert main(["adapters", "verify", "--store", str(tmp_path / "store"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(["--shard"], "learn.one_process"), (["--device", "tpu9"], "cli.no_device")],
+)
+def test_what_a_single_process_cannot_do_is_refused(
+    options: list[str], code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["learn", "--tasks", "button-press", "--out", str(out), "--json", *options]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == code
+    assert not out.exists()
