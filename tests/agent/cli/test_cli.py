@@ -101,3 +101,16 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode in (0, 141)  # 0 where all of it was written before the reader left
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(["--shard"], "learn.one_process"), (["--device", "tpu9"], "policy.no_device")],
+)
+def test_what_a_single_process_cannot_do_is_refused(
+    options: list[str], code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["learn", "--tasks", "button-press", "--out", str(out), "--json", *options]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == code
+    assert not out.exists()
