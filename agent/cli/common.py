@@ -24,7 +24,7 @@ from agent.adapters.lora import Lora, attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
-from agent.policy import checkpoint, device
+from agent.policy import adopted, device
 from agent.policy.checkpoint import AnyPolicy
 from sim import registry
 from sim.base import TaskInfo
@@ -90,7 +90,7 @@ def policy_folder(suite: str, given: Path | None) -> Path:
 
 def open_policy(folder: Path, contract: RobotContract, options: LoraOptions) -> tuple[AnyPolicy, Lora]:
     """Load a base onto the device that RATCHET_DEVICE names, check it against the robot, attach an empty adapter."""
-    policy = checkpoint.load(folder, device.choose())
+    policy = adopted.load(folder, device.choose())
     require_compatible(policy.spec, contract)
     return policy, attach(policy.module, lora_config(options.rank, options.alpha, options.targets), seed=options.seed)
 
