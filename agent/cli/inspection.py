@@ -155,7 +155,8 @@ def observations(root: Path, spec: PolicySpec) -> PolicyInput:
         RatchetError: policy.no_frames where no episode has the policy's cameras and state.
     """
     store = EpisodeStore(root)
-    images, states, words = [], [], []
+    images, states = [], []
+    words: list[str] = []
     for name in sorted(store.cards()):
         episode = store.read(name)
         for step in episode.steps[:: max(1, len(episode.steps) // 4)]:

@@ -93,8 +93,8 @@ def adopt(reference: str | Path, contract: RobotContract, stated: Stated, folder
         raise RatchetError("policy.not_published", f"its form is '{kind}'", where=str(found), fix=fix)
     if (folder / "config.json").exists() or (folder / RECORD).exists():
         raise RatchetError("policy.exists", "the folder holds a policy", where=str(folder), fix="name a new folder")
-    whole = {n: _absolute(getattr(stated, n)) for n in ("tokenizer", "vlm")}
-    record = Record(_absolute(str(reference)), kind, contract, dataclasses.replace(stated, **whole), sizes(found))
+    whole = dataclasses.replace(stated, tokenizer=_absolute(stated.tokenizer), vlm=_absolute(stated.vlm))
+    record = Record(_absolute(str(reference)), kind, contract, whole, sizes(found))
     folder.mkdir(parents=True, exist_ok=True)
     data = {
         "format": FORMAT,
@@ -128,10 +128,12 @@ def read_record(folder: Path) -> Record:
         raw: dict[str, Any] = json.loads(path.read_text())
         if raw["format"] != FORMAT or raw["kind"] not in ("openvla", "lerobot"):
             raise ValueError(f"format {raw['format']} of kind '{raw['kind']}' is not known")
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["stated"].items()}
-        stated = Stated(**{**given, "images": Preparation.of(given["images"])})
+        said = raw["stated"]
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+        given["images"] = Preparation.of(said["images"])
+        stated = Stated(**given)
         weights = {str(name): int(size) for name, size in raw["weights"].items()}
-        contract = RobotContract.from_dict(raw["contract"], str(path))
+        contract = RobotContract.from_dict(raw["contract"], str(path), rules=False)
         return Record(str(raw["checkpoint"]), raw["kind"], contract, stated, weights)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RatchetError(

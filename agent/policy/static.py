@@ -18,7 +18,7 @@ from agent.policy import flow_sde, rtc
 from agent.policy.action_tokens import unnormalise
 from agent.policy.flow import FlowPolicy
 from agent.policy.prismatic import PrismaticPolicy
-from agent.policy.protocol import PolicyInput
+from agent.policy.protocol import Chunks, PolicyInput
 
 LIMIT = 10.0  # largest pull of a guide, a constant of the captured graph: `rtc.Guide`'s own
 
@@ -77,8 +77,8 @@ class StaticPredictor:
         self.seen = 0  # how often the vision towers ran
 
     @torch.no_grad()
-    def predict(self, batch: PolicyInput, guide: rtc.Guide | None = None) -> Tensor:
-        """(B, K, D) float32 actions, physical units.
+    def chunks(self, batch: PolicyInput, guide: rtc.Guide | None = None) -> Chunks:
+        """What the policy's own `predict` gives, without the feature.
 
         guide: of a flow policy, what the chunk goes on from; with and without, the same stages run.
         """
@@ -111,7 +111,11 @@ class StaticPredictor:
         if not same_images:
             self._see.run()
             self.seen += 1
-        return self._actions(self._act.run())
+        return self._chunks(self._act.run())
+
+    def predict(self, batch: PolicyInput, guide: rtc.Guide | None = None) -> Tensor:
+        """(B, K, D) float32 actions of `chunks`, physical units."""
+        return self.chunks(batch, guide).actions
 
     def _build(self) -> None:
         policy, f = self.policy, self._fixed
@@ -162,13 +166,17 @@ class StaticPredictor:
 
         self._act = Stage(act, self._capture)
 
-    def _actions(self, out: Tensor) -> Tensor:
-        policy = self.policy
+    def _chunks(self, out: Tensor) -> Chunks:
+        policy, tokens = self.policy, None
         if isinstance(policy, FlowPolicy):
-            return policy.actions_of(out)
-        if policy.config.head == "l1":
-            return unnormalise(out, policy.statistics).float()
-        return policy.actions_of(out.view(len(out), policy.spec.chunk, -1))
+            actions = policy.actions_of(out)
+        elif policy.config.head == "l1":
+            actions = unnormalise(out, policy.statistics).float()
+        else:
+            tokens = out.view(len(out), policy.spec.chunk, -1).clone()  # the graph writes there again
+            actions = policy.actions_of(tokens)
+        sure = policy.gives_probabilities
+        return Chunks(actions, tokens, torch.zeros(actions.shape, device=actions.device) if sure else None)
 
     def _staged(self, images: object) -> Tensor:
         """Images on the device, through page-locked memory where that is another machine's part."""

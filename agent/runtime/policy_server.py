@@ -150,7 +150,7 @@ class PolicyServer:
             guide = None
             if committed is not None and ahead is not None and isinstance(self.policy, FlowPolicy):
                 guide = self.policy.guide(committed, ahead.delay)
-            return Chunks(self._static.predict(batch, guide), None, None)
+            return self._static.chunks(batch, guide)
         if committed is not None and ahead is not None and isinstance(self.policy, RealTimeChunking):
             return self.policy.predict_ahead(batch, committed, ahead.delay)
         return self.policy.predict(batch)

@@ -50,7 +50,11 @@ def test_actions_are_the_policys_own_for_every_new_thing(policy: PrismaticPolicy
     if first.state is not None:
         cases.append(PolicyInput(first.images, first.state + 1, ["press the button"]))
     for batch in cases:
-        assert torch.allclose(fast.predict(batch), policy.predict(batch).actions, atol=1e-5)
+        made, own = fast.chunks(batch), policy.predict(batch)
+        assert torch.allclose(made.actions, own.actions, atol=1e-5)
+        for mine, theirs in ((made.tokens, own.tokens), (made.log_prob, own.log_prob)):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
 
 
 def test_the_same_images_are_seen_once(policy: PrismaticPolicy | FlowPolicy) -> None:
