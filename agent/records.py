@@ -43,16 +43,18 @@ class ActionChunk:
     """K actions predicted at once from one observation.
 
     actions: (K, D) float32, physical units and order of the contract's action dimensions.
-    tokens: (K, D) int64 in [0, bins), the sampled action bins; None for policies without tokens.
-    log_prob: (K, D) float32, log-probability of each token under the sampling distribution
-        (temperature included); None with `tokens`.
+    tokens: what was sampled, so that its probability can be found again: (K, D) int64 in [0, bins), the action bins;
+        of a flow policy (N + 1, H, A) float32, the chain of points from noise to normalised actions; None for policies
+        without probabilities.
+    log_prob: (K, D) float32, log-probability of each token under the sampling distribution (temperature included), of
+        a chain its density spread over the actions; None with `tokens`.
     adapter_id: id of the adapter that produced it; the base's id when no adapter is loaded.
     temperature: sampling temperature; 0.0 means greedy.
     observation_stamp, observation_sequence: copied from the observation it answers.
     """
 
     actions: Float32
-    tokens: Int64 | None
+    tokens: Int64 | Float32 | None
     log_prob: Float32 | None
     adapter_id: str
     temperature: float

@@ -24,7 +24,7 @@ from agent.adapters.lora import Lora, attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
-from agent.policy import checkpoint, device
+from agent.policy import adopted, device
 from agent.policy.checkpoint import AnyPolicy
 from sim import registry
 from sim.base import TaskInfo
@@ -95,7 +95,7 @@ def open_policy(
 
     where: a device, or its name; "" for the one that RATCHET_DEVICE names, see `agent.policy.device.choose`.
     """
-    policy = checkpoint.load(folder, where if isinstance(where, torch.device) else device.choose(where))
+    policy = adopted.load(folder, where if isinstance(where, torch.device) else device.choose(where))
     require_compatible(policy.spec, contract)
     return policy, attach(policy.module, lora_config(options.rank, options.alpha, options.targets), seed=options.seed)
 

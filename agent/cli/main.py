@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": demo.Demo,
         "eval": evaluate.Eval,
         "inspect": inspection.Inspect,
+        "adopt": inspection.Adopt,
         "learn": learn.Learn,
         "pretrain": pretrain.Pretrain,
         "plan": plan.PlanCommand,

@@ -164,9 +164,9 @@ class Run:
             return Demonstrations.load(path)
         if self.demonstrations is not None:
             raise RatchetError("learn.no_demonstrations", "no such file", where=str(path), fix="name a file, or record")
-        from agent.policy import checkpoint
+        from agent.policy import adopted
 
-        spec = checkpoint.load(common.policy_folder(self.suite, self.policy)).spec
+        spec = adopted.load(common.policy_folder(self.suite, self.policy)).spec
         console.print("recording demonstrations")
         found = collect(
             self.suite,

@@ -13,7 +13,7 @@ import numpy as np
 from agent.episodes import format as fmt
 from agent.episodes.format import Codec, EpisodeEnding, EpisodeInfo
 from agent.episodes.frames import Decoder
-from agent.records import ActionChunk, ControlTick, Episode, Float32, Mark, Observation, SafetyEvent, Step, UInt8
+from agent.records import ActionChunk, ControlTick, Episode, Float32, Int64, Mark, Observation, SafetyEvent, Step, UInt8
 
 KEEP = 64  # frames of one camera that an observation may look back to
 
@@ -48,7 +48,7 @@ class Assembly:
             self._chunks.append(
                 ActionChunk(
                     actions=np.array(body.actions, np.float32).reshape(shape),
-                    tokens=np.array(body.tokens, np.int64).reshape(shape) if body.has_tokens else None,
+                    tokens=_tokens(body, shape),
                     log_prob=np.array(body.log_prob, np.float32).reshape(shape) if body.has_log_prob else None,
                     adapter_id=body.adapter_id,
                     temperature=body.temperature,
@@ -188,3 +188,11 @@ def split_state(body: Any) -> dict[str, Float32]:
         name: values[end - size : end].copy()
         for name, size, end in zip(body.state_names, body.state_sizes, ends, strict=True)
     }
+
+
+def _tokens(body: Any, shape: tuple[int, int]) -> Int64 | Float32 | None:
+    """Bins, or a flow's chain; files from before flow policies were recorded know no chain."""
+    if body.has_tokens:
+        return np.array(body.tokens, np.int64).reshape(shape)
+    chain_shape = tuple(getattr(body, "chain_shape", ()))
+    return np.array(body.chain, np.float32).reshape(chain_shape) if chain_shape else None

@@ -31,12 +31,20 @@ def check_chunk(chunk: ActionChunk, contract: RobotContract) -> None:
         raise _bad(f"actions have shape {chunk.actions.shape}, the contract has {contract.action.size}", where)
     for name, values, dtype in (
         ("actions", chunk.actions, np.float32),
-        ("tokens", chunk.tokens, np.int64),
         ("log_prob", chunk.log_prob, np.float32),
     ):
         if values is not None and (values.dtype != dtype or values.shape != chunk.actions.shape):
             text = f"{name} are {values.dtype} {values.shape}, records say {np.dtype(dtype)} {chunk.actions.shape}"
             raise _bad(text, where)
+    tokens = chunk.tokens
+    if tokens is None:
+        return
+    steps, dims = chunk.actions.shape
+    bins = tokens.dtype == np.int64 and tokens.shape == (steps, dims)
+    chain = tokens.dtype == np.float32 and tokens.ndim == 3 and len(tokens) > 1
+    if not bins and not (chain and tokens.shape[1] >= steps and tokens.shape[2] >= dims):
+        text = f"tokens are {tokens.dtype} {tokens.shape}, records say int64 {(steps, dims)} or float32 (N + 1, H, A)"
+        raise _bad(text, where)
 
 
 def check_step(step: Step, contract: RobotContract) -> None:

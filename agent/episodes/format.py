@@ -67,7 +67,8 @@ DEFINITIONS: dict[str, str] = {
     "ratchet_msgs/msg/RecordedChunk": _with(
         "std_msgs/Header header\nfloat64 observation_stamp\nint64 observation_sequence\nstring adapter_id\n"
         "float64 temperature\nuint32 steps\nuint32 dims\nfloat32[] actions\n"
-        "bool has_tokens\nint64[] tokens\nbool has_log_prob\nfloat32[] log_prob\n",
+        "bool has_tokens\nint64[] tokens\nbool has_log_prob\nfloat32[] log_prob\n"
+        "uint32[] chain_shape\nfloat32[] chain\n",
         _HEADER,
         _TIME,
     ),

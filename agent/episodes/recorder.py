@@ -201,6 +201,8 @@ class Recorder:
     def chunk(self, chunk: ActionChunk) -> None:
         if self._recording:
             body = {"kind": "chunk", **_plain(chunk), "shape": list(chunk.actions.shape)}
+            if chunk.tokens is not None:
+                body |= {"tokens_type": chunk.tokens.dtype.name, "tokens_shape": list(chunk.tokens.shape)}
             self._send(body)
 
     def tick(self, tick: ControlTick) -> None:

@@ -79,7 +79,9 @@ class Recording:
         tokens, log_prob = record["tokens"], record["log_prob"]
         chunk = ActionChunk(
             actions=np.frombuffer(record["actions"], np.float32).reshape(shape),
-            tokens=None if tokens is None else np.frombuffer(tokens, np.int64).reshape(shape),
+            tokens=None
+            if tokens is None
+            else np.frombuffer(tokens, record["tokens_type"]).reshape(record["tokens_shape"]),
             log_prob=None if log_prob is None else np.frombuffer(log_prob, np.float32).reshape(shape),
             adapter_id=record["adapter_id"],
             temperature=record["temperature"],

@@ -161,6 +161,8 @@ class EpisodeWriter:
         """An answer of the policy; returns its index. stamp: when it was admitted, the observation's if unknown."""
         check_chunk(chunk, self.contract)
         when = chunk.observation_stamp if stamp is None else stamp
+        bins = chunk.tokens if chunk.tokens is not None and chunk.tokens.dtype == np.int64 else None
+        chain = chunk.tokens if bins is None else None
         return self._put(
             fmt.CHUNK,
             fmt.TYPES[fmt.CHUNK],
@@ -174,10 +176,12 @@ class EpisodeWriter:
                 "steps": chunk.actions.shape[0],
                 "dims": chunk.actions.shape[1],
                 "actions": chunk.actions.ravel().tolist(),
-                "has_tokens": chunk.tokens is not None,
-                "tokens": [] if chunk.tokens is None else chunk.tokens.ravel().tolist(),
+                "has_tokens": bins is not None,
+                "tokens": [] if bins is None else bins.ravel().tolist(),
                 "has_log_prob": chunk.log_prob is not None,
                 "log_prob": [] if chunk.log_prob is None else chunk.log_prob.ravel().tolist(),
+                "chain_shape": [] if chain is None else list(chain.shape),
+                "chain": [] if chain is None else chain.ravel().tolist(),
             },
         )
 

@@ -60,7 +60,8 @@ class RolloutBatch:
     """Episodes flattened to decisions. E episodes, N decisions (chunks), K actions of D dimensions each.
 
     images: (N, V, H, W, 3) uint8. state: (N, S) float32. instruction: (N,) index into `instructions`.
-    tokens: (N, K, D) int64. log_prob: (N, K, D) float32 under the sampling distribution.
+    tokens: (N, K, D) int64; of flow policies the chains, (N, steps + 1, H, A) float32.
+    log_prob: (N, K, D) float32 under the sampling distribution.
     feature: (N, H) float32, what a value head reads; H = 0 for policies without one.
     valid: (N, K) bool, control steps that ran. episode: (N,) index into the episode arrays, in order of time.
     success: (E,) bool. steps: (E,) control steps run. group: (E,). adapter_id: the id that produced every action.
@@ -70,7 +71,7 @@ class RolloutBatch:
     state: Float32
     instruction: Int64
     instructions: list[str]
-    tokens: Int64
+    tokens: Int64 | Float32
     log_prob: Float32
     feature: Float32
     valid: Bool
@@ -115,7 +116,7 @@ class _Store:
     def __init__(self) -> None:
         self.images: list[UInt8] = []
         self.state: list[Float32] = []
-        self.tokens: list[Int64] = []
+        self.tokens: list[Int64 | Float32] = []
         self.log_prob: list[Float32] = []
         self.feature: list[Float32] = []
         self.valid: list[Bool] = []

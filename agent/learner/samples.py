@@ -40,7 +40,8 @@ def to_batch(
     if len(ids) != 1 or len(temperatures) != 1:
         raise RatchetError("learner.off_policy", f"episodes of {len(ids)} adapters, {len(temperatures)} temperatures")
     texts = sorted({episode.instruction for episode in episodes})
-    shape = (spec.chunk, len(spec.action_names))
+    shape = getattr(policy, "sampled_shape", (spec.chunk, len(spec.action_names)))
+    whole = len(shape) == 2
     rows_images, rows_state = [], []
     for e, step in steps:
         images, state = step.observation.images, step.observation.state
@@ -57,7 +58,7 @@ def to_batch(
         state=np.stack(rows_state),
         instruction=np.array([texts.index(episodes[e].instruction) for e, _ in steps], np.int64),
         instructions=texts,
-        tokens=np.stack([np.asarray(step.chunk.tokens, np.int64) for _, step in steps]),
+        tokens=np.stack([np.asarray(step.chunk.tokens, np.int64 if whole else np.float32) for _, step in steps]),
         log_prob=np.stack([np.asarray(step.chunk.log_prob, np.float32) for _, step in steps]),
         feature=np.zeros((len(steps), 0), np.float32),
         valid=np.stack([sampled(step) for _, step in steps]),
@@ -136,11 +137,12 @@ def to_episodes(
 
 
 def _actions(batch: RolloutBatch, policy: Policy, contract: RobotContract) -> Float32:
-    """What the tokens mean, (N, K, D) in the contract's units; zeros for policies that cannot tell."""
+    """What the tokens or chains mean, (N, K, D) in the contract's units; zeros for policies that cannot tell."""
     decode = getattr(policy, "actions_of", None)
     if decode is None:
-        return np.zeros((*batch.tokens.shape,), np.float32)
-    actions = decode(torch.from_numpy(batch.tokens)).float().cpu().numpy()
+        return np.zeros((len(batch.tokens), policy.spec.chunk, len(policy.spec.action_names)), np.float32)
+    sampled = torch.from_numpy(batch.tokens)
+    actions = decode(sampled if sampled.ndim == 3 else sampled[:, -1]).float().cpu().numpy()
     return robot_actions(actions, policy.spec, contract)
 
 

@@ -1,4 +1,4 @@
-"""From a policy's actions to a robot's: the gripper's numbers, which every data set chose for itself.
+"""From a policy's actions to a robot's and back: the gripper's numbers, which every data set chose for itself.
 
 Knows the two gripper conventions and the straight line between them. All other dimensions share their unit already, or
 `agent.contract.compatibility` has refused the pair.
@@ -20,6 +20,15 @@ def robot_actions(actions: Float32, spec: PolicySpec, contract: RobotContract) -
     Raises:
         RatchetError: compat.gripper or compat.gripper_polarity where one side has no gripper or no polarity.
     """
+    return _translated(actions, spec, contract, back=False)
+
+
+def policy_actions(actions: Float32, spec: PolicySpec, contract: RobotContract) -> Float32:
+    """The way back: actions (…, D) float32 as `contract` numbers them -> as `spec` does. Raises as `robot_actions`."""
+    return _translated(actions, spec, contract, back=True)
+
+
+def _translated(actions: Float32, spec: PolicySpec, contract: RobotContract, back: bool) -> Float32:
     gripper = contract.action.gripper
     mine = gripper.dim if gripper else None
     if spec.gripper_dim != mine:
@@ -38,5 +47,8 @@ def robot_actions(actions: Float32, spec: PolicySpec, contract: RobotContract) -
     index = spec.action_names.index(gripper.dim)
     slope = (gripper.closed - gripper.open) / (spec.gripper_closed - spec.gripper_open)
     out = actions.copy()
-    out[..., index] = gripper.open + (actions[..., index] - spec.gripper_open) * slope
+    if back:
+        out[..., index] = spec.gripper_open + (actions[..., index] - gripper.open) / slope
+    else:
+        out[..., index] = gripper.open + (actions[..., index] - spec.gripper_open) * slope
     return out

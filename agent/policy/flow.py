@@ -117,6 +117,11 @@ class FlowPolicy:
         return self._spec
 
     @property
+    def takes_any_size(self) -> bool:
+        """Whether images of any size go in, to be resized as in training."""
+        return self._preparation.any_size()
+
+    @property
     def module(self) -> nn.Module:
         return self.network
 
@@ -183,6 +188,23 @@ class FlowPolicy:
         x = flow_sde.integrate(velocity, start, steps or self.config.steps)
         actions = self.actions_of(x)
         return Chunks(actions, None, torch.zeros(actions.shape, device=actions.device), prefix.summary.float())
+
+    def predict_ahead(self, batch: PolicyInput, committed: Tensor, delay: int) -> Chunks:
+        """A chunk that goes on from the one that is being executed (real-time chunking).
+
+        committed: (B, P, D) physical, in this policy's numbers: the running plan from the observation's moment on.
+        delay: of these, how many will have been sent before this answer is in force. The pull fades over the others.
+        """
+        return self.predict(batch, self.guide(committed, delay))
+
+    def guide(self, committed: Tensor, delay: int) -> rtc.Guide:
+        """What `predict` needs to go on from a plan; arguments as `predict_ahead`."""
+        return rtc.Guide(self.normalised(committed.to(self.device)), delay, horizon=committed.shape[1])
+
+    @property
+    def sampled_shape(self) -> tuple[int, int, int]:
+        """Shape of one decision's chain, as `sample` returns it in `Chunks.tokens`."""
+        return self.config.sample_steps + 1, self.config.horizon, self.config.action_width
 
     @torch.no_grad()
     def sample(self, batch: PolicyInput, temperature: float, noise: Tensor) -> Chunks:

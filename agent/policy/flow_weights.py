@@ -14,6 +14,7 @@ from torch import Tensor
 from agent.errors import RatchetError
 from agent.policy.flow import FlowPolicy
 from agent.policy.flow_network import FlowConfig
+from agent.policy.weights import wrong_dtype
 
 _TIED = "model.paligemma_with_expert.paligemma.lm_head.weight"
 # What no velocity depends on: heads over words, and of the language model's last layer all but what makes keys and
@@ -34,7 +35,8 @@ def fill(policy: FlowPolicy, tensors: Mapping[str, Tensor], where: str, dtype: t
     not.
 
     Raises:
-        RatchetError: policy.bad_checkpoint naming missing, extra and misshapen tensors; policy.wrong_vocabulary.
+        RatchetError: policy.bad_checkpoint naming missing, extra and misshapen tensors; policy.wrong_vocabulary;
+            policy.wrong_dtype.
     """
     network = policy.network
     wanted = network.state_dict()
@@ -44,6 +46,14 @@ def fill(policy: FlowPolicy, tensors: Mapping[str, Tensor], where: str, dtype: t
     missing = [k for k in wanted if k not in given]
     extra = [k for k in given if k not in wanted and not unused(k, policy.config)]
     shapes = [k for k in wanted if k in given and given[k].shape != wanted[k].shape]
+    rows = "embed_tokens.weight"
+    if rows in shapes and given[rows].shape[1:] == wanted[rows].shape[1:]:
+        raise RatchetError(
+            "policy.wrong_vocabulary",
+            f"the weights have {len(given[rows])} tokens, the configuration {len(wanted[rows])}",
+            where=where,
+            fix="take configuration and tokenizer of these weights",
+        )
     for name, keys in (("missing", missing), ("extra", extra), ("of another shape", shapes)):
         if keys:
             raise RatchetError(
@@ -52,6 +62,9 @@ def fill(policy: FlowPolicy, tensors: Mapping[str, Tensor], where: str, dtype: t
                 where=where,
                 fix="check that configuration and weights are of one checkpoint",
             )
+    whole = [k for k in wanted if not given[k].is_floating_point()]
+    if whole:
+        raise wrong_dtype(str(given[whole[0]].dtype).removeprefix("torch."), f"{where}: {whole[0]}")
     bad = [k for k in wanted if not bool(torch.isfinite(given[k]).all())]
     if bad:
         raise RatchetError("policy.bad_checkpoint", f"not finite: {', '.join(bad[:3])}", where=where)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,17 +19,18 @@ from agent.contract import PolicySpec, RobotContract, compatibility
 from agent.errors import RatchetError
 from agent.policy import checkpoint, lerobot, published
 from agent.policy.action_tokens import Statistics
+from agent.policy.adopted import RECORD, Kind, read_record
+from agent.policy.adopted import Stated as Stated
+from agent.policy.adopted import kind_of as kind_of
 from agent.policy.flow import FlowStatistics
 from agent.policy.flow_network import FlowConfig, FlowNetwork
 from agent.policy.flow_weights import unused
 from agent.policy.hub import locate
-from agent.policy.images import OPENVLA, Preparation
 from agent.policy.network import PrismaticConfig, PrismaticNetwork
 from agent.policy.text import load_tokenizer
 from agent.policy.vision import FusedDinoSiglip
 from agent.policy.weights import Header, component, read_headers
 
-Kind = Literal["ratchet", "openvla", "lerobot", "adapter", "unknown"]
 WIDE, NARROW = 3.0, 0.02  # statistics' range over the robot's: beyond these another unit is likelier than another habit
 
 
@@ -62,22 +63,6 @@ class Report:
         return {**dataclasses.asdict(self), "fits": self.fits}
 
 
-@dataclass(frozen=True)
-class Stated:
-    """What a published file does not say and its user has to; see `published.read` and `lerobot.read`."""
-
-    cameras: tuple[str, ...] = ()
-    state: tuple[str, ...] = ()
-    attention: Literal["", "bidirectional", "causal"] = ""
-    decoding: Literal["parallel", "autoregressive"] = "parallel"
-    statistics_key: str = ""
-    chunk: int = 0
-    tokenizer: str = ""
-    vlm: str = ""
-    gripper: tuple[float, float] | None = None
-    images: Preparation = OPENVLA
-
-
 # What to do about the contract's own codes.
 _FIXES = {
     "compat.camera_missing": "add the camera to the contract, or name another with --cameras",
@@ -94,32 +79,18 @@ _FIXES = {
 }
 
 
-def kind_of(folder: Path) -> Kind:
-    """Which form a folder has, by its configuration files."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return "adapter" if (folder / "adapter_config.json").is_file() else "unknown"
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError:
-        return "unknown"
-    if not isinstance(raw, dict):
-        return "unknown"
-    if "format" in raw and "policy" in raw:
-        return "ratchet"
-    if raw.get("type") and "input_features" in raw:
-        return "lerobot"
-    return "openvla" if "norm_stats" in raw or "text_config" in raw or "n_action_bins" in raw else "unknown"
-
-
 def inspect(reference: str | Path, contract: RobotContract, stated: Stated | None = None) -> Report:
     """Look at a checkpoint for a robot.
 
     Raises:
-        RatchetError: policy.no_checkpoint, policy.not_downloaded. Everything else becomes a finding.
+        RatchetError: policy.no_checkpoint, policy.not_downloaded, policy.bad_checkpoint for a malformed record of
+        adoption. Everything else becomes a finding.
     """
-    stated = stated or Stated()
+    stated, trained_on = stated or Stated(), contract
     folder = locate(reference)
+    if (folder / RECORD).is_file():  # what was stated then counts, and the robot of its data is another matter
+        record = read_record(folder)
+        stated, trained_on, folder = record.stated, record.contract, locate(record.checkpoint)
     kind = kind_of(folder)
     report = Report(kind, str(folder), contract.name)
     _contract(report, contract)
@@ -130,7 +101,7 @@ def inspect(reference: str | Path, contract: RobotContract, stated: Stated | Non
     }
     if kind in readers:
         try:
-            found = readers[kind](folder, contract, stated, report)
+            found = readers[kind](folder, trained_on, stated, report)
             _describe(report, found)
             _tensors(report, found)
             _fit(report, found, contract)

@@ -8,16 +8,19 @@ The check needs a few observations that look like the training data; on random o
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 
 from agent.errors import RatchetError
+from agent.policy.action_tokens import BINS
 from agent.policy.linear import linear
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import PolicyInput
 
 MARGIN = 0.3  # nats per token: clear for a model that is unsure by its labels, such as smoothed ones
+TRAINED = 1.0 - math.log(BINS)  # nats per token: less sure, and the model knows next to nothing about what it sees
 FACTOR, LEAST = 1.5, 0.05  # times as surprised, and nats per token at least: clear for a model that is sure
 
 
@@ -40,7 +43,7 @@ class MaskReport:
         clear = better - worse >= MARGIN or (better - worse >= LEAST and worse <= FACTOR * better)
         if not clear:
             return None
-        return self.stated > self.other
+        return self.stated > self.other if better >= TRAINED else None
 
 
 @torch.no_grad()

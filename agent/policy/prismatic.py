@@ -96,6 +96,11 @@ class PrismaticPolicy:
         return self._spec
 
     @property
+    def takes_any_size(self) -> bool:
+        """Whether images of any size go in, to be resized as in training."""
+        return self._preparation.any_size()
+
+    @property
     def module(self) -> nn.Module:
         return self.network
 

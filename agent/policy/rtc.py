@@ -63,18 +63,32 @@ def weights(delay: int, horizon: int, total: int, schedule: str) -> Tensor:
     return out
 
 
+def fields(guide: Guide, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The old chunk in the flow's shape, (B, H, A), and how much each of its actions counts, (1, H, 1)."""
+    total = like.shape[1]
+    previous = torch.zeros_like(like)
+    length, width = min(guide.previous.shape[1], total), min(guide.previous.shape[2], like.shape[2])
+    previous[:, :length, :width] = guide.previous[:, :length, :width].to(like)
+    horizon = min(guide.horizon, guide.previous.shape[1])
+    return previous, weights(guide.delay, horizon, total, guide.schedule).to(like.device)[None, :, None]
+
+
 def guided(velocity: Velocity, guide: Guide) -> Velocity:
     """A velocity that draws the end of the flow towards the guide's actions."""
 
     def pulled(x: Tensor, time: Tensor) -> Tensor:
-        total = x.shape[1]
-        previous = torch.zeros_like(x)
-        length, width = min(guide.previous.shape[1], total), min(guide.previous.shape[2], x.shape[2])
-        previous[:, :length, :width] = guide.previous[:, :length, :width].to(x)
-        horizon = min(guide.horizon, guide.previous.shape[1])
-        weight = weights(guide.delay, horizon, total, guide.schedule).to(x.device)[None, :, None]
+        previous, weight = fields(guide, x)
+        return drawn(velocity, previous, weight, guide.limit, guide.exact)(x, time)
+
+    return pulled
+
+
+def drawn(velocity: Velocity, previous: Tensor, weight: Tensor, limit: float, exact: bool = False) -> Velocity:
+    """`guided` with its tensors at hand; where the weight is 0 throughout, the velocity itself."""
+
+    def pulled(x: Tensor, time: Tensor) -> Tensor:
         t = time[:, None, None]
-        if guide.exact:
+        if exact:
             with torch.enable_grad():
                 point = x.detach().requires_grad_(True)
                 v = velocity(point, time)
@@ -86,7 +100,7 @@ def guided(velocity: Velocity, guide: Guide) -> Velocity:
             v = velocity(x, time)
             pull = (previous - (x - t * v)) * weight
         gone = 1 - t
-        strength = torch.nan_to_num(t / gone * (t * t + gone * gone) / (t * t), posinf=guide.limit)
-        return v - strength.clamp(max=guide.limit) * pull
+        strength = torch.nan_to_num(t / gone * (t * t + gone * gone) / (t * t), posinf=limit)
+        return v - strength.clamp(max=limit) * pull
 
     return pulled

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from agent.errors import RatchetError
-from agent.policy import flow_sde
+from agent.policy import flow_sde, rtc
 from agent.policy.action_tokens import unnormalise
 from agent.policy.flow import FlowPolicy
 from agent.policy.prismatic import PrismaticPolicy
-from agent.policy.protocol import PolicyInput
+from agent.policy.protocol import Chunks, PolicyInput
+
+LIMIT = 10.0  # largest pull of a guide, a constant of the captured graph: `rtc.Guide`'s own
 
 
 class Stage:
@@ -41,7 +43,8 @@ class Stage:
                     self._function()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Another thread may copy a staged adapter meanwhile; only this one is captured.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self.out = self._function()
         self._graph.replay()
         assert self.out is not None
@@ -54,7 +57,8 @@ class StaticPredictor:
     capture: use CUDA graphs; None does on a GPU.
 
     Raises:
-        RatchetError: policy.no_static for autoregressive decoding, whose steps depend on each other.
+        RatchetError: policy.no_static for autoregressive decoding, whose steps depend on each other, and for a guide
+        that differentiates through the network.
     """
 
     def __init__(self, policy: PrismaticPolicy | FlowPolicy, capture: bool | None = None) -> None:
@@ -73,9 +77,14 @@ class StaticPredictor:
         self.seen = 0  # how often the vision towers ran
 
     @torch.no_grad()
-    def predict(self, batch: PolicyInput) -> Tensor:
-        """(B, K, D) float32 actions, physical units."""
+    def chunks(self, batch: PolicyInput, guide: rtc.Guide | None = None) -> Chunks:
+        """What the policy's own `predict` gives, without the feature.
+
+        guide: of a flow policy, what the chunk goes on from; with and without, the same stages run.
+        """
         policy = self.policy
+        if guide is not None and (guide.exact or guide.limit != LIMIT or not isinstance(policy, FlowPolicy)):
+            raise RatchetError("policy.no_static", "this guide has no fixed shape", fix="use the policy's own predict")
         same_images = batch.images is self._images and self._images is not None
         images = batch.images
         staged = PolicyInput(self._staged(images), batch.state, batch.instructions)
@@ -83,6 +92,8 @@ class StaticPredictor:
         given = {"pixels": pixels, "ids": ids, "mask": mask}
         if state is not None:
             given["state"] = state
+        if isinstance(policy, FlowPolicy):
+            given |= _pull(policy, guide, len(ids))
         words = tuple(batch.instructions)
         fits = all(name in self._fixed and self._fixed[name].shape == t.shape for name, t in given.items())
         if not fits or self._see is None or (words != self._words and isinstance(policy, PrismaticPolicy)):
@@ -100,7 +111,11 @@ class StaticPredictor:
         if not same_images:
             self._see.run()
             self.seen += 1
-        return self._actions(self._act.run())
+        return self._chunks(self._act.run())
+
+    def predict(self, batch: PolicyInput, guide: rtc.Guide | None = None) -> Tensor:
+        """(B, K, D) float32 actions of `chunks`, physical units."""
+        return self.chunks(batch, guide).actions
 
     def _build(self) -> None:
         policy, f = self.policy, self._fixed
@@ -120,7 +135,8 @@ class StaticPredictor:
             def act_flow() -> Tensor:
                 with policy.autocast():
                     prefix = flow.prefix(f["pixels"], f["ids"], f["mask"], state, dtype, seen.out)
-                return flow_sde.integrate(policy.velocity(prefix), start, policy.config.steps)
+                velocity = rtc.drawn(policy.velocity(prefix), f["previous"], f["weight"], LIMIT)
+                return flow_sde.integrate(velocity, start, policy.config.steps)
 
             self._act = Stage(act_flow, self._capture)
             return
@@ -150,13 +166,17 @@ class StaticPredictor:
 
         self._act = Stage(act, self._capture)
 
-    def _actions(self, out: Tensor) -> Tensor:
-        policy = self.policy
+    def _chunks(self, out: Tensor) -> Chunks:
+        policy, tokens = self.policy, None
         if isinstance(policy, FlowPolicy):
-            return policy.actions_of(out)
-        if policy.config.head == "l1":
-            return unnormalise(out, policy.statistics).float()
-        return policy.actions_of(out.view(len(out), policy.spec.chunk, -1))
+            actions = policy.actions_of(out)
+        elif policy.config.head == "l1":
+            actions = unnormalise(out, policy.statistics).float()
+        else:
+            tokens = out.view(len(out), policy.spec.chunk, -1).clone()  # the graph writes there again
+            actions = policy.actions_of(tokens)
+        sure = policy.gives_probabilities
+        return Chunks(actions, tokens, torch.zeros(actions.shape, device=actions.device) if sure else None)
 
     def _staged(self, images: object) -> Tensor:
         """Images on the device, through page-locked memory where that is another machine's part."""
@@ -167,3 +187,12 @@ class StaticPredictor:
             self._pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._pinned.copy_(tensor)
         return self._pinned.to(self.policy.device, non_blocking=True)
+
+
+def _pull(policy: FlowPolicy, guide: rtc.Guide | None, rows: int) -> dict[str, Tensor]:
+    """The guide's tensors; zeros where nothing pulls."""
+    like = torch.zeros(rows, policy.config.horizon, policy.config.action_width, device=policy.device)
+    if guide is None:
+        return {"previous": like, "weight": torch.zeros(1, policy.config.horizon, 1, device=policy.device)}
+    previous, weight = rtc.fields(guide, like)
+    return {"previous": previous, "weight": weight}

@@ -38,8 +38,8 @@ class ChunkExecutor(Protocol):
         """A request went out."""
         ...
 
-    def ahead(self, now: float) -> Ahead | None:
-        """What is planned from now on, for a request that goes out now."""
+    def ahead(self, seen: float) -> Ahead | None:
+        """What is planned from an observation's moment on, for a request about it that goes out now."""
         ...
 
     def offer(self, chunk: ActionChunk, now: float, resting: bool) -> None:
@@ -125,7 +125,7 @@ class CollectExecutor(_Executor):
     def wants(self, now: float) -> bool:
         return not self._asked and self._exhausted()
 
-    def ahead(self, now: float) -> Ahead | None:
+    def ahead(self, seen: float) -> Ahead | None:
         return None
 
     def offer(self, chunk: ActionChunk, now: float, resting: bool) -> None:
@@ -193,13 +193,16 @@ class DeployExecutor(_Executor):
         super().asked(now)
         self._asked_at = now
 
-    def ahead(self, now: float) -> Ahead | None:
+    def ahead(self, seen: float) -> Ahead | None:
         if self._plan is None:
             return None
-        planned = self._plan.chunk.actions[max(self._offset(now), self._last + 1) :]
+        start = self._offset(seen)  # as `_offset` will count the answer's actions from the same moment
+        planned = self._plan.chunk.actions[max(start, 0) :]
+        if start < 0 or not len(planned):
+            return None
         # The request goes out after this tick's command; the tick that finds the answer sends it already.
-        delay = min(max(int(np.ceil(self.latency / self.period - 1e-9)) - 1, 0), len(planned))
-        return Ahead(planned, delay) if len(planned) else None
+        waiting = max(int(np.ceil(self.latency / self.period - 1e-9)) - 1, 0)
+        return Ahead(planned, min(max(self._last + 1 - start, 0) + waiting, len(planned)))
 
     def offer(self, chunk: ActionChunk, now: float, resting: bool) -> None:
         if self._asked:

@@ -267,7 +267,7 @@ class ControlLoop:
             self.safety.fail(*problem)  # nothing is decided on such an observation
             return None
         seen = dataclasses.replace(seen, sequence=self._sequence)
-        self.source.request(seen, self.executor.ahead(deadline))
+        self.source.request(seen, self.executor.ahead(seen.stamp))
         self._sequence += 1
         self.watchdog.request(now)
         self.executor.asked(deadline)

@@ -1,4 +1,4 @@
-"""A discrete VLA with hot-swappable adapters behind the ChunkServer protocol. Imported in the policy process only.
+"""A VLA, discrete or flow, with hot-swappable adapters behind the ChunkServer protocol; for the policy's process only.
 
 Knows checkpoints, LoRA shapes, the adapter store and image fitting. Knows no sockets and no robot.
 """
@@ -19,9 +19,13 @@ from agent.adapters.lora import attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
-from agent.policy import checkpoint, device
-from agent.policy.commands import robot_actions
+from agent.policy import adopted, device
+from agent.policy.checkpoint import AnyPolicy
+from agent.policy.commands import policy_actions, robot_actions
+from agent.policy.flow import FlowPolicy
+from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import Chunks, Policy, PolicyInput
+from agent.policy.static import StaticPredictor
 from agent.records import Float32, UInt8
 from agent.runtime.policy_worker import ChunkServer, Inferred
 from agent.runtime.source import Ahead
@@ -37,7 +41,11 @@ class RealTimeChunking(Protocol):
 
 
 class PolicyServer:
-    """One policy, batches of one. swapper: None where no adapter can be exchanged."""
+    """One policy, batches of one.
+
+    swapper: None where no adapter can be exchanged. static: predicts greedy chunks with fixed shapes; on a GPU the
+    swapper must then exchange by copy.
+    """
 
     def __init__(
         self,
@@ -46,7 +54,9 @@ class PolicyServer:
         swapper: HotSwapper | None,
         store: FolderStore | None,
         image_fit: str = "exact",
+        static: StaticPredictor | None = None,
     ) -> None:
+        self._static = static
         self.policy, self.spec, self.base_hash = policy, policy.spec, policy.base_hash
         self.warnings = [f"{m.code}: {m.message}" for m in require_compatible(policy.spec, contract)]
         self._contract, self._swapper, self._store, self._fit = contract, swapper, store, image_fit
@@ -55,7 +65,9 @@ class PolicyServer:
             raise RatchetError(
                 "policy.image_fit", f"no way to fit images called {image_fit!r}", fix="exact, crop_resize"
             )
-        if image_fit == "exact" and sizes - {(self.spec.image_size, self.spec.image_size)}:
+        square = (self.spec.image_size, self.spec.image_size)
+        resizes = len(sizes) == 1 and getattr(policy, "takes_any_size", False)
+        if image_fit == "exact" and sizes - {square} and not resizes:
             raise RatchetError(
                 "policy.image_size",
                 f"cameras give {sorted(sizes)}, the policy takes {self.spec.image_size} x {self.spec.image_size}",
@@ -123,14 +135,25 @@ class PolicyServer:
             if noise is None:
                 raise RatchetError("policy.no_noise", "sampling needs the noise that the request brings")
             chunks = self.policy.sample(batch, temperature, torch.from_numpy(noise)[None])
-        elif ahead is not None and isinstance(self.policy, RealTimeChunking):
-            chunks = self.policy.predict_ahead(batch, torch.from_numpy(ahead.committed)[None], ahead.delay)
         else:
-            chunks = self.policy.predict(batch)
+            chunks = self._greedy(batch, ahead)
         actions = robot_actions(chunks.actions[0].float().cpu().numpy(), self.spec, self._contract)
-        tokens = None if chunks.tokens is None else chunks.tokens[0].cpu().numpy().astype(np.int64)
+        tokens = None if chunks.tokens is None else chunks.tokens[0].cpu().numpy()  # bins, or a flow's chain
         log_prob = None if chunks.log_prob is None else chunks.log_prob[0].float().cpu().numpy()
         return Inferred(actions, tokens, log_prob, adapter_id)
+
+    def _greedy(self, batch: PolicyInput, ahead: Ahead | None) -> Chunks:
+        committed = None
+        if ahead is not None and isinstance(self.policy, RealTimeChunking):
+            committed = torch.from_numpy(policy_actions(ahead.committed, self.spec, self._contract))[None]
+        if self._static is not None:
+            guide = None
+            if committed is not None and ahead is not None and isinstance(self.policy, FlowPolicy):
+                guide = self.policy.guide(committed, ahead.delay)
+            return self._static.chunks(batch, guide)
+        if committed is not None and ahead is not None and isinstance(self.policy, RealTimeChunking):
+            return self.policy.predict_ahead(batch, committed, ahead.delay)
+        return self.policy.predict(batch)
 
     def _fitted(self, image: UInt8) -> UInt8:
         """Exact images pass; others are cropped to the middle square and averaged down to the policy's size."""
@@ -145,33 +168,44 @@ class PolicyServer:
 
 
 def open_prismatic(options: dict[str, Any], contract: RobotContract) -> ChunkServer:
-    """Open a discrete VLA.
+    """Open a VLA.
 
     options: policy (folder), store (folder of adapters, "" for none), adapter (id or tag, "" for the base alone), rank,
     alpha, targets (shape of the adapter layers where the store has no adapter to take it from), threads, device,
-    image_fit; follow (a tag whose moves the running policy follows at once, see `following`).
+    image_fit, follow (a tag whose moves the running policy follows at once, see `following`), static ("auto": fixed
+    shapes, as CUDA graphs on a GPU, wherever the policy allows it; "off").
 
     Raises:
         RatchetError: whatever checkpoint, compatibility check, store and swapper refuse.
     """
     torch.set_num_threads(int(options.get("threads", 1)))
-    policy = checkpoint.load(Path(options["policy"]), device.choose(options.get("device", "")))
+    policy = adopted.load(Path(options["policy"]), device.choose(options.get("device", "")))
+    static = None
+    if options.get("static", "auto") != "off" and not _one_by_one(policy):
+        static = StaticPredictor(policy)
+    copies = static is not None and policy.device.type == "cuda"  # a captured graph reads the same memory for ever
     swapper, store = None, None
     if options.get("store"):
         store = FolderStore(Path(options["store"]))
-        swapper = HotSwapper(policy, attach(policy.module, _lora(options, store)), store=store)
+        swapper = HotSwapper(
+            policy, attach(policy.module, _lora(options, store)), store=store, mode="copy" if copies else "flip"
+        )
         if options.get("adapter"):
             swapper.swap(
                 store.resolve(options["adapter"]) if options["adapter"] != swapper.base_id else swapper.base_id
             )
     elif options.get("adapter") and options["adapter"] != policy.base_hash:
         raise RatchetError("adapter.no_store", "an adapter is named but no store", fix="name the store")
-    server = PolicyServer(policy, contract, swapper, store, options.get("image_fit", "exact"))
+    server = PolicyServer(policy, contract, swapper, store, options.get("image_fit", "exact"), static)
     cameras = [contract.camera(name) for name in policy.spec.cameras]
     blank = [np.zeros((c.height, c.width, 3), np.uint8) for c in cameras]
     for _ in range(2):  # the first forwards allocate and are slow; that must not happen while an arm moves
         server.infer(blank, np.zeros(policy.spec.state_size, np.float32), "go", 0.0, None, None)
     return server
+
+
+def _one_by_one(policy: AnyPolicy) -> bool:
+    return isinstance(policy, PrismaticPolicy) and policy.config.decoding == "autoregressive"
 
 
 def _lora(options: dict[str, Any], store: FolderStore) -> Any:

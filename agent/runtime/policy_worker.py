@@ -39,7 +39,7 @@ class Inferred:
     """One answer. actions: (K, D) float32, the robot's physical units; tokens, log_prob: as in `ActionChunk`."""
 
     actions: Float32
-    tokens: Int64 | None
+    tokens: Int64 | Float32 | None
     log_prob: Float32 | None
     adapter_id: str
 

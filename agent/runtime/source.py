@@ -36,8 +36,9 @@ def independent(generator: np.random.Generator, shape: tuple[int, int]) -> Float
 class Ahead:
     """What will already have been sent when an answer arrives: for policies with real-time chunking.
 
-    committed: (P, D) float32, the actions planned from the observation's moment on, physical units.
-    delay: of these, how many will surely have been sent before the answer is in force.
+    committed: (P, D) float32, the actions of the running plan from the observation's moment on, physical units: the
+        answer's first action is for the same moment as the first of these.
+    delay: of these, how many have been sent or will surely be before the answer is in force.
     """
 
     committed: Float32

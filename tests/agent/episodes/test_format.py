@@ -48,7 +48,7 @@ matrix = hnp.arrays(np.float32, (3, 7), elements=floats)
 @given(
     actions=matrix,
     log_prob=matrix,
-    tokens=st.none() | hnp.arrays(np.int64, (3, 7)),
+    tokens=st.none() | hnp.arrays(np.int64, (3, 7)) | hnp.arrays(np.float32, (5, 4, 8), elements=floats),
     stamp=st.floats(0, 1e6),
     temperature=st.floats(0, 10),
     reward=st.floats(allow_nan=False, allow_infinity=False),
@@ -145,6 +145,9 @@ def _with_chunk(**facts: Any) -> Episode:
     [
         (_with_chunk(log_prob=np.zeros((4, 7))), "episode.bad_record"),
         (_with_chunk(tokens=np.zeros((4, 7), np.int32)), "episode.bad_record"),
+        (_with_chunk(tokens=np.zeros((4, 7), np.float32)), "episode.bad_record"),
+        (_with_chunk(tokens=np.zeros((1, 4, 7), np.float32)), "episode.bad_record"),
+        (_with_chunk(tokens=np.zeros((3, 4, 6), np.float32)), "episode.bad_record"),
         (_with_chunk(actions=np.zeros((4, 6), np.float32)), "episode.bad_record"),
         (_with_step(executed=np.ones(3, bool)), "episode.bad_record"),
         (_with_step(steps_run=5), "episode.bad_record"),

@@ -8,6 +8,7 @@ sent to processes whose pace the test does not depend on, waits are for messages
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
@@ -103,7 +104,11 @@ class ScriptedSource:
         self._answers: list[Reply] = []
 
     def request(self, observation: Observation, ahead: Ahead | None = None) -> None:
-        self._answers.append(chunk(CONTRACT, self._rng, observation))
+        answer = chunk(CONTRACT, self._rng, observation)
+        if observation.sequence % 2:  # as a flow policy answers
+            chain = self._rng.normal(size=(5, 6, 8)).astype(np.float32)
+            answer = dataclasses.replace(answer, tokens=chain)
+        self._answers.append(answer)
 
     def poll(self) -> list[Reply]:
         answers, self._answers = self._answers, []

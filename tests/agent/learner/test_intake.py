@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from agent.episodes.checking import check_chunk
 from agent.errors import RatchetError
 from agent.learner.intake import Wanted, rule, sampled
-from agent.learner.rollouts import run_episodes
+from agent.learner.rollouts import chunk_noise, run_episodes
 from agent.learner.samples import log_prob_gap, to_batch, to_episodes
 from agent.learner.sequence import training_specs
+from agent.policy import presets
+from agent.policy.flow import FlowPolicy, FlowStatistics
+from agent.policy.prismatic import PrismaticPolicy
 from agent.records import ActionChunk, Episode, Observation, Step
 from benchmarks.small_world import TASKS, FakeChunkEnv, contract, tiny_policy
 
@@ -136,9 +140,29 @@ def test_on_a_robot_no_order_is_needed() -> None:
     assert rule(found, dataclasses.replace(WANTED, order="", slots=0), set()).slot == -1
 
 
-def test_a_rollout_survives_the_way_through_records() -> None:
+def tiny_flow() -> FlowPolicy:
+    """A flow policy with padding in both directions, for the fake environment."""
+    made, _ = tiny_policy()
+    spec = dataclasses.replace(made.spec, bins=0)
+    config = dataclasses.replace(
+        presets.small_flow(
+            state=4, actions=6, chunk=5, hidden=32, expert=32, layers=1, heads=2, channels=(8, 8, 8, 16),
+            compute_dtype="float32",
+        ),
+        vocabulary=300,
+    )  # fmt: skip
+    numbers = FlowStatistics(
+        "fake", spec.action_units, (0.02, 0, 0, 0), (0.03, 0.02, 0.02, 1.0), (0.0,) * 4, (0.1,) * 4
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FlowPolicy(config, spec, numbers, made.tokenizer)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_policy()[0], tiny_flow], ids=["bins", "chains"])
+def test_a_rollout_survives_the_way_through_records(make: Callable[[], PrismaticPolicy | FlowPolicy]) -> None:
     torch.set_num_threads(1)
-    policy, _ = tiny_policy()
+    policy = make()
     specs = training_specs(TASKS["door-open"], seed=0, stage=0, update=0, groups=2, group_size=3)
     _, batch = run_episodes(policy, FakeChunkEnv(), specs, temperature=1.0, adapter_id=ADAPTER)
     assert batch is not None
@@ -158,9 +182,15 @@ def test_a_rollout_survives_the_way_through_records() -> None:
     ):
         assert np.array_equal(getattr(again, name), getattr(batch, name)), name
     assert (again.instructions, again.temperature, again.adapter_id) == (batch.instructions, 1.0, ADAPTER)
-    assert np.allclose(again.feature, batch.feature, atol=1e-5)
+    assert np.abs(again.feature - batch.feature).max() < 1e-4
     assert log_prob_gap(again, policy) < 1e-4
     assert {s.chunk.actions.dtype for e in episodes for s in e.steps} == {np.dtype(np.float32)}
+    # The actions of the records are those that were sampled, and the recording takes them.
+    first = np.zeros(1, np.int64)
+    noise = torch.from_numpy(chunk_noise(np.random.Generator(np.random.Philox(key=specs[0].seed)), (4, 4), 0.0))[None]
+    drawn = policy.sample(batch.policy_input(first), 1.0, noise).actions[0]
+    np.testing.assert_allclose(episodes[0].steps[0].chunk.actions, drawn.numpy(), atol=1e-6)
+    check_chunk(episodes[0].steps[0].chunk, contract())
     # Take-over: what a person drove has no gradient, the rest keeps it.
     episodes[0].steps[0].executed[1:] = False
     masked = to_batch(episodes, [s.group for s in specs], policy)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from agent.contract import GripperSpec, RobotContract
 from agent.errors import RatchetError
 from agent.policy import presets
-from agent.policy.commands import robot_actions
+from agent.policy.commands import policy_actions, robot_actions
 
 LIBERO = RobotContract.load(Path(__file__).resolve().parents[3] / "robots" / "libero.yaml")
 SPEC = presets.spec_for(LIBERO, cameras=["agentview"], state=[], chunk=2, statistics_key="libero")
@@ -55,6 +55,8 @@ def test_open_stays_open_and_closed_closed(a: float, b: float, c: float, d: floa
     action = dataclasses.replace(LIBERO.action, gripper=GripperSpec("gripper", c, d))
     out = robot_actions(actions([a, b]), spec, dataclasses.replace(LIBERO, action=action))
     np.testing.assert_allclose(out[:, 6], [c, d], atol=1e-4)
+    back = policy_actions(out, spec, dataclasses.replace(LIBERO, action=action))
+    np.testing.assert_allclose(back[:, 6], [a, b], atol=1e-3 * max(1.0, abs((a - b) / (c - d))))
 
 
 @pytest.mark.parametrize(

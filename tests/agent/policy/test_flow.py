@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from agent.adapters.lora import attach, lora_config
+from agent.contract import GripperSpec, RobotContract
 from agent.errors import RatchetError
 from agent.learner.pretrain import PretrainConfig, Pretrainer, Progress
 from agent.learner.rollouts import EpisodeSpec, RolloutBatch
@@ -30,6 +31,8 @@ from agent.learner.update import UpdateConfig, Updater
 from agent.policy import checkpoint, flow_sde, flow_trunk, rtc
 from agent.policy.flow import FlowPolicy, small_statistics
 from agent.policy.protocol import Policy, PolicyInput
+from agent.runtime.policy_server import PolicyServer
+from agent.runtime.source import Ahead
 from tests.agent.policy import samples
 from tests.conformance.policy_suite import PolicySuite, uniform
 from tests.conformance.swap_suite import SwapSuite
@@ -436,3 +439,32 @@ def test_the_trainer_of_the_small_policy_trains_the_flow_policy_too(tmp_path: Pa
     assert (
         float((torch.sign(drawn[:, 0, 3]) == torch.sign(torch.from_numpy(data.actions[:8, 0, 3]))).float().mean()) > 0.8
     )
+
+
+# In the policy's process.
+
+
+def test_the_server_gives_chains_whole_and_goes_on_from_what_runs() -> None:
+    """What a recorder gets must be the chain itself, and real-time chunking counts in the policy's own numbers."""
+    policy = samples.flow(steps=20)
+    robot = RobotContract.load(samples.ROOT / "robots/metaworld.yaml")
+    cameras = tuple(dataclasses.replace(c, width=32, height=32) for c in robot.cameras)
+    gripper = GripperSpec(robot.action.gripper.dim, open=1.0, closed=-1.0)  # type: ignore[union-attr]
+    turned = dataclasses.replace(robot, cameras=cameras, action=dataclasses.replace(robot.action, gripper=gripper))
+    server = PolicyServer(policy, turned, None, None)
+    batch = samples.batch(policy, 1)
+    images, state = [np.asarray(batch.images[0, 0])], batch.state[0].numpy()  # type: ignore[index]
+    noise = uniform(policy, 1)
+    drawn = server.infer(images, state, batch.instructions[0], 1.0, noise[0].numpy(), None)
+    expected = policy.sample(batch, 1.0, noise)
+    assert drawn.tokens is not None
+    assert drawn.tokens.dtype == np.float32
+    assert drawn.tokens.shape == policy.sampled_shape
+    np.testing.assert_array_equal(drawn.tokens, expected.tokens[0].numpy())  # type: ignore[index]
+    log_prob = policy.log_prob(batch, torch.from_numpy(drawn.tokens)[None], 1.0)[0]
+    np.testing.assert_allclose(drawn.log_prob, log_prob[0].detach().numpy(), atol=1e-4)
+    # The running plan, in the robot's numbers; its gripper is turned round for the policy.
+    free = server.infer(images, state, batch.instructions[0], 0.0, None, None).actions
+    step = np.array([0.012, -0.018, 0.012, 0.4], np.float32)
+    held = server.infer(images, state, batch.instructions[0], 0.0, None, Ahead(free + step, 2)).actions
+    assert (np.abs(held - free - step) < 0.4 * np.abs(step)).all()

@@ -57,3 +57,6 @@ def test_the_mask_of_the_training_passes_and_the_other_does_not(mine: str, other
 def test_random_weights_cannot_tell() -> None:
     policy = samples.policy()
     assert masks.check(policy, samples.batch(policy)).fits is None
+    # However far apart: neither is surer than somebody who draws among the bins.
+    assert masks.MaskReport("causal", -7.0, -5.0).fits is None
+    assert masks.MaskReport("causal", -7.0, -3.0).fits is False

@@ -7,12 +7,15 @@ running only for new images. Determinism: seeds.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from agent.adapters.hotswap import HotSwapper
 from agent.adapters.lora import attach, lora_config
 from agent.errors import RatchetError
+from agent.policy import rtc
 from agent.policy.flow import FlowPolicy
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import PolicyInput
@@ -47,7 +50,11 @@ def test_actions_are_the_policys_own_for_every_new_thing(policy: PrismaticPolicy
     if first.state is not None:
         cases.append(PolicyInput(first.images, first.state + 1, ["press the button"]))
     for batch in cases:
-        assert torch.allclose(fast.predict(batch), policy.predict(batch).actions, atol=1e-5)
+        made, own = fast.chunks(batch), policy.predict(batch)
+        assert torch.allclose(made.actions, own.actions, atol=1e-5)
+        for mine, theirs in ((made.tokens, own.tokens), (made.log_prob, own.log_prob)):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
 
 
 def test_the_same_images_are_seen_once(policy: PrismaticPolicy | FlowPolicy) -> None:
@@ -73,6 +80,25 @@ def test_an_exchanged_adapter_acts_at_once(policy: PrismaticPolicy | FlowPolicy)
     fresh = PolicyInput(torch.as_tensor(batch.images).clone(), batch.state, batch.instructions)
     assert torch.allclose(fast.predict(fresh), policy.predict(fresh).actions, atol=1e-5)
     assert not torch.equal(fast.predict(fresh), base)
+
+
+def test_a_running_chunk_is_gone_on_from(policy: PrismaticPolicy | FlowPolicy) -> None:
+    """With a plan, without it again, and the same numbers as the policy's own each time."""
+    fast, batch = StaticPredictor(policy), one(policy, 0)
+    free = policy.predict(batch).actions
+    if isinstance(policy, PrismaticPolicy):
+        with pytest.raises(RatchetError) as refused:
+            fast.predict(batch, rtc.Guide(torch.zeros(1, 2, 4), 1))
+        assert refused.value.code == "policy.no_static"
+        return
+    guide = policy.guide(free + 0.01, 1)
+    held = policy.predict(batch, guide).actions
+    assert not torch.allclose(held, free, atol=1e-3)
+    for wanted, given in ((free, None), (held, guide), (free, None)):
+        assert torch.allclose(fast.predict(batch, given), wanted, atol=1e-5)
+    with pytest.raises(RatchetError) as refused:
+        fast.predict(batch, dataclasses.replace(guide, exact=True))
+    assert refused.value.code == "policy.no_static"
 
 
 def test_one_token_after_another_is_refused() -> None:

@@ -148,10 +148,13 @@ def test_the_hook_for_real_time_chunking_tells_what_will_have_been_sent() -> Non
     ahead = rig.source.aheads[4]
     assert rig.source.aheads[0] is None
     assert ahead is not None
-    assert ahead.delay == 1
+    assert ahead.delay == 2  # the command of the observation's own tick, and the one while the answer is made
     asked = rig.source.seen[4].stamp
-    after = [t for t in rig.sink.ticks if t.deadline > asked + 1e-6][: ahead.delay]
-    np.testing.assert_array_equal(ahead.committed[: ahead.delay], np.stack([t.command for t in after]))
+    sent = [t for t in rig.sink.ticks if t.deadline > asked - 1e-6][: ahead.delay]
+    np.testing.assert_array_equal(ahead.committed[: ahead.delay], np.stack([t.command for t in sent]))
+    # The answer is taken up at the action after those, so both count from the same moment.
+    first = next(t for t in rig.sink.ticks if t.chunk_sequence == rig.source.seen[4].sequence)
+    assert first.chunk_offset == ahead.delay
 
 
 def test_overruns_are_counted_and_not_caught_up_with() -> None:

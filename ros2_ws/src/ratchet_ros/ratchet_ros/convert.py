@@ -39,7 +39,8 @@ def chunk(source: ActionChunk, image_stamps: Iterable[float], clock: TimeBase) -
         actions=floats(source.actions),
     )
     out.header.stamp = clock.to_ros(clock.now())
-    if source.tokens is not None and source.log_prob is not None:
+    bins = source.tokens is not None and source.tokens.ndim == 2  # a flow's chain is recorded, not published
+    if bins and source.log_prob is not None:
         out.tokens = array("i", source.tokens.astype(np.int32).tobytes())
         out.log_prob = floats(source.log_prob)
     return out
