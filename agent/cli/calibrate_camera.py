@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.progress import track
 from rich.table import Table
 
-from agent.cli import common
+from agent.cli import common, screen_latency
 from agent.contract import CameraSpec, RobotContract
 from agent.errors import RatchetError
 from agent.runtime.camera_devices import open_device
@@ -163,11 +163,14 @@ class Cameras:
     """Ask for a hand in front of each camera in turn."""
     board: Path | None = None
     """Description of a ChArUco board that is held upright in front of each camera."""
+    latency: bool = False
+    """Measure how late each camera shows what happens: this machine's screen blinks, the camera looks at it."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
         contract = RobotContract.load(self.contract)
+        screen = screen_latency.window() if self.latency else None
         console = Console(stderr=self.json, width=100)
         board = read_board(self.board) if self.board else None
         open_ones: dict[str, NewestFrame] = {}
@@ -181,15 +184,19 @@ class Cameras:
                     seen = {n: c.series(int(self.fps))[0] for n, c in open_ones.items()}
                     camera_checks.require_identity(spec, camera_checks.waved_at(seen))
                 rows.append(self._one(spec, open_ones[spec.name], board))
+                if screen is not None:
+                    input(f"Point the camera '{spec.name}' at this screen, then press Enter: ")
+                    rows[-1]["latency"] = screen_latency.measure(open_ones[spec.name], screen).seconds
         finally:
             for camera in open_ones.values():
                 camera.close()
         table = Table(title=f"cameras of {contract.name}")
-        for column in ("camera", "fps", "longest gap ms", "age ms", "exposure", "orientation"):
+        for column in ("camera", "fps", "longest gap ms", "age ms", "latency ms", "exposure", "orientation"):
             table.add_column(column)
         for r in rows:
-            table.add_row(r["camera"], f"{r['fps']:.1f}", f"{1e3 * r['longest']:.0f}", f"{1e3 * r['age']:.0f}",
-                          r["exposure"] or "good", r["orientation"] or "not checked")  # fmt: skip
+            late = f"{1e3 * r['latency']:.0f}" if "latency" in r else "not measured"
+            timing = (f"{r['fps']:.1f}", f"{1e3 * r['longest']:.0f}", f"{1e3 * r['age']:.0f}", late)
+            table.add_row(r["camera"], *timing, r["exposure"] or "good", r["orientation"] or "not checked")
         console.print(table)
         if self.json:
             print(json.dumps(rows))
