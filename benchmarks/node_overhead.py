@@ -3,9 +3,10 @@
 Two cameras, once 224 x 224 and once 640 x 480. Step by step: frames and state leave a driver's process, and the moment
 its command topic has the answer counts; on the way are policy node, policy process (a fake policy) and safety node.
 Beside it, the policy's hop alone (observation in, chunk out): ours through shared memory, and openpi's websocket client
-with a server that speaks its protocol, where openpi-client installs. Same machine, same run, same arrays.
+with a server that speaks its protocol, where openpi-client installs; and LeRobot's async policy server, where an
+environment with it is named. Same machine, same run, same arrays.
 
-    python -m benchmarks.node_overhead [--quick] [--steps 500]
+    python -m benchmarks.node_overhead [--quick] [--steps 500] [--lerobot lerobot-env/bin/python]
 
 Exit 1 where the whole chain takes longer than 25 ms at the median with 640 x 480, half a control period at 20 Hz.
 """
@@ -13,11 +14,8 @@ Exit 1 where the whole chain takes longer than 25 ms at the median with 640 x 48
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +26,10 @@ from rich.table import Table
 from agent.records import Observation
 from agent.runtime.fake_contract import arm
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
+from benchmarks import peers
 from benchmarks.ros_probe import ROOT, arguments, probe, write
 
 GOAL = 0.025
-OPENPI = "openpi-client==0.1.2"
-CLIENT = """
-import json, sys, threading, time
-import numpy as np
-from websockets.sync.server import serve
-from openpi_client import msgpack_numpy
-from openpi_client.websocket_client_policy import WebsocketClientPolicy
-width, height, steps = map(int, sys.argv[1:4])
-if sys.argv[4] == "server":
-    def handle(connection):
-        connection.send(msgpack_numpy.packb({}))
-        actions = np.zeros((8, 6), np.float32)
-        for message in connection:
-            msgpack_numpy.unpackb(message)
-            connection.send(msgpack_numpy.packb({"actions": actions}))
-    with serve(handle, "127.0.0.1", 0, compression=None, max_size=None) as server:
-        print(server.socket.getsockname()[1], flush=True)
-        server.serve_forever()
-client = WebsocketClientPolicy("127.0.0.1", int(sys.argv[5]))
-generator = np.random.default_rng(0)
-seen = {f"camera{i}": generator.integers(0, 256, (height, width, 3), np.uint8) for i in range(2)}
-seen |= {"state": np.zeros(6, np.float32), "prompt": "move"}
-seconds = []
-for _ in range(steps + 20):
-    began = time.perf_counter()
-    client.infer(seen)
-    seconds.append(time.perf_counter() - began)
-print(json.dumps(seconds[20:]), flush=True)
-"""
 
 
 def ours(width: int, height: int, steps: int) -> list[float]:
@@ -85,28 +55,6 @@ def ours(width: int, height: int, steps: int) -> list[float]:
     return seconds[20:]
 
 
-def openpi(width: int, height: int, steps: int) -> list[float] | None:
-    """The same through openpi's client; None where it does not install."""
-    folder = ROOT / "runs" / "bench" / "openpi"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", OPENPI, "typing_extensions"]
-    if subprocess.run(pip, capture_output=True).returncode:
-        return None
-    script = folder / "client.py"
-    script.write_text(CLIENT)
-    size = [str(width), str(height), str(steps)]
-    serving = [python, script, *size, "server"]
-    with subprocess.Popen(serving, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        assert server.stdout is not None
-        port = server.stdout.readline().strip()
-        done = subprocess.run([python, script, *size, "client", port], stdout=subprocess.PIPE, text=True, check=True)
-        server.kill()
-    seconds: list[float] = json.loads(done.stdout)
-    return seconds
-
-
 def spread(seconds: list[float]) -> dict[str, float]:
     p50, p90, p99 = (float(v) for v in np.percentile(seconds, [50, 90, 99]))
     return {"p50": p50, "p90": p90, "p99": p99, "max": max(seconds), "n": len(seconds)}
@@ -116,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--lerobot", default="", help="python of an environment with lerobot and grpcio")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "node_overhead.json")
     given = parser.parse_args(argv)
     steps = 100 if given.quick else given.steps
@@ -131,15 +80,22 @@ def main(argv: list[str] | None = None) -> int:
             "fake forward": chain["forward"],
             "policy hop, shared memory": spread(ours(width, height, steps)),
         }
-        theirs = openpi(width, height, steps)
+        theirs = peers.openpi(width, height, steps)
         rows[size]["policy hop, openpi's websocket client"] = spread(theirs) if theirs else "does not install here"
+        if given.lerobot:
+            through = peers.lerobot(given.lerobot, width, height, steps)
+            rows[size]["policy hop, LeRobot's async server"] = spread(through)
         for name, values in rows[size].items():
             if isinstance(values, dict):
                 table.add_row(name, size, *(f"{values[k] * 1e3:.2f}" for k in ("p50", "p99", "max")))
             elif name != "fake forward":
                 table.add_row(name, size, str(values), "", "")
     Console(width=100).print(table)
-    facts = {"steps": steps, "rows": rows, "peers": {"openpi": OPENPI}}
+    facts = {
+        "steps": steps,
+        "rows": rows,
+        "peers": {"openpi": peers.OPENPI, "lerobot": "0.6.1" if given.lerobot else ""},
+    }
     write(given.output, "node_overhead", arguments(argv), facts)
     median = rows["640x480"]["observation to command"]["p50"]
     small = rows["224x224"]["observation to command"]["p50"]
