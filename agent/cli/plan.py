@@ -11,7 +11,6 @@ from rich.table import Table
 
 from agent.errors import RatchetError
 from agent.learner import plan
-from agent.policy.network import PrismaticConfig
 
 
 @dataclass
@@ -23,10 +22,12 @@ class PlanCommand:
         ratchet plan --base openvla-oft-7b --options.rank 32 --options.batch 8
 
         ratchet plan --base openvla-oft-7b --options.checkpointing --options.batch 4 --json
+
+        ratchet plan --base pi0 --options.images 2 --options.batch 16
     """
 
     base: str = "openvla-oft-7b"
-    """Which base: openvla-oft-7b or small."""
+    """Which base: openvla-oft-7b, pi0, smolvla, small or small-flow."""
     options: plan.Options = field(default_factory=plan.Options)
     json: bool = False
     """Print the plan as JSON."""
@@ -45,7 +46,7 @@ class PlanCommand:
         return 0
 
 
-def show(name: str, config: PrismaticConfig, options: plan.Options, made: plan.Plan, console: Console) -> None:
+def show(name: str, config: plan.AnyConfig, options: plan.Options, made: plan.Plan, console: Console) -> None:
     table = Table(title=f"{name}, rank {options.rank}, {options.batch} samples at once", box=None)
     table.add_column("")
     table.add_column("", justify="right")

@@ -18,9 +18,12 @@ import torch
 from torch import nn
 
 from agent.errors import RatchetError
+from agent.learner import plan_flow
 from agent.policy import presets
+from agent.policy.flow_network import FlowConfig, FlowNetwork
 from agent.policy.network import PrismaticConfig, PrismaticNetwork
 
+AnyConfig = PrismaticConfig | FlowConfig
 GIB = 2**30
 # Bytes kept for the backward pass, bfloat16 products, base frozen, adapter on all linear layers; see the module's head.
 # Of the trunk per token and layer: per unit of width and of the MLP's width. Of a ViT per patch and block, per unit of
@@ -90,9 +93,15 @@ class Plan:
         return self.weights + self.adapter + self.optimiser + self.activations + self.reserved
 
 
-def bases() -> dict[str, PrismaticConfig]:
+def bases() -> dict[str, AnyConfig]:
     """Bases by the name that `ratchet plan --base` takes."""
-    return {"openvla-oft-7b": presets.openvla_oft_7b("bidirectional"), "small": presets.small()}
+    return {
+        "openvla-oft-7b": presets.openvla_oft_7b("bidirectional"),
+        "pi0": presets.pi0_base(),
+        "smolvla": presets.smolvla_base(),
+        "small": presets.small(),
+        "small-flow": presets.small_flow(state=4, actions=4, chunk=5),
+    }
 
 
 @dataclass(frozen=True)
@@ -102,31 +111,51 @@ class _Counted:
     adapter_vision: int
     patches: int
     features: int
+    stacks: tuple[int, int]
+    vision: int
 
 
-def count(config: PrismaticConfig, rank: int, adapt_vision: bool) -> tuple[int, int]:
+def count(config: AnyConfig, rank: int, adapt_vision: bool) -> tuple[int, int]:
     """Weights of the base, and of an adapter on all its linear and convolution layers."""
     found = _shapes(config)
     return found.base, rank * (found.adapter + (found.adapter_vision if adapt_vision else 0))
 
 
-def _shapes(config: PrismaticConfig) -> _Counted:
+def _shapes(config: AnyConfig) -> _Counted:
     key = json.dumps(config.facts(), sort_keys=True, default=list)
     if key not in _COUNTED:
         with torch.device("meta"):
-            network = PrismaticNetwork(config, actions=56, state=0, dims=7)
+            network: nn.Module
+            if isinstance(config, FlowConfig):
+                network = FlowNetwork(config)
+            else:
+                network = PrismaticNetwork(config, actions=56, state=0, dims=7)
         sums = {True: 0, False: 0}
         for name, module in network.named_modules():
-            vision = name.startswith("vision_backbone")
+            vision = name.startswith(("vision_backbone", "vision."))
             if isinstance(module, nn.Linear):
                 sums[vision] += module.in_features + module.out_features
             elif isinstance(module, nn.Conv2d):
                 kernel = module.kernel_size[0] * module.kernel_size[1]
                 sums[vision] += module.in_channels * kernel + module.out_channels
-        tower = network.vision_backbone
         base = sum(p.numel() for p in network.parameters())
-        _COUNTED[key] = _Counted(base, sums[False], sums[True], int(tower.patches), int(tower.features))
+        if isinstance(network, FlowNetwork):
+            parts = (network.language, network.expert, network.vision)
+            stacks = [sum(p.numel() for p in part.parameters()) for part in parts]
+            patches, features = _patches(network.config), network.config.language.width
+        else:
+            stacks, tower = [base, 0, 0], network.vision_backbone
+            patches, features = int(tower.patches), int(tower.features)
+        _COUNTED[key] = _Counted(base, sums[False], sums[True], patches, features, (stacks[0], stacks[1]), stacks[2])
     return _COUNTED[key]
+
+
+def _patches(config: FlowConfig) -> int:
+    """Tokens per image, and the tower's own patches where it joins some."""
+    options = config.vision_options
+    if config.vision == "film_conv":
+        return int((options["image_size"] // 2 ** len(options["channels"])) ** 2)
+    return int((options["image_size"] // options["patch_size"] // options.get("shuffle", 1)) ** 2)
 
 
 _COUNTED: dict[str, _Counted] = {}  # a network of 7 billion shapes takes seconds to make
@@ -144,26 +173,39 @@ def kept_once(config: PrismaticConfig, rank: int) -> float:
     return 2.0 * rank * (4 * 2 * h + 3 * (h + m)) * config.layers
 
 
-def make(config: PrismaticConfig, options: Options, chunk: int = 8, dims: int = 7) -> Plan:
-    """Plan one update.
+@dataclass(frozen=True)
+class _Kept:
+    """tokens: of the trunk per sample. each, once: bytes per sample, and whatever the batch. work: operations."""
 
-    Raises:
-        RatchetError: plan.unknown_tower for a base whose vision was not measured.
-    """
-    if config.vision not in ("fused_dinov2_siglip", "film_conv"):
-        raise RatchetError("plan.unknown_tower", f"no figures for the vision tower '{config.vision}'", where="plan")
-    base, adapter = count(config, options.rank, options.adapt_vision)
+    tokens: int
+    each: float
+    once: float
+    work: float
+
+
+def _kept(config: AnyConfig, options: Options, chunk: int, dims: int) -> _Kept:
     shapes = _shapes(config)
     patches = shapes.patches * options.images
+    if isinstance(config, FlowConfig):
+        tokens = plan_flow.prefix_tokens(config, patches, options.prompt)
+        suffix = plan_flow.suffix_tokens(config)
+        recompute = options.checkpointing
+        each = plan_flow.language(config, tokens, options.rank, recompute)
+        each += plan_flow.expert(config, suffix, tokens, options.rank, recompute)
+        seen = patches * int(config.vision_options.get("shuffle", 1)) ** 2
+        if options.adapt_vision:
+            each += plan_flow.vision(config, seen)
+        work = 1.0 * shapes.stacks[0] * tokens + shapes.stacks[1] * suffix * config.sample_steps
+        work = 2.0 * (work + (shapes.vision * seen if config.vision != "film_conv" else 0))
+        return _Kept(tokens, each, plan_flow.once(config, options.rank, recompute), work)
     tokens = patches + options.prompt + chunk * dims
     trunk = kept_trunk(config, tokens, options.rank)
-    layer_input = 4.0 * config.hidden * tokens
     vision = 0.0
     if options.adapt_vision and config.vision == "fused_dinov2_siglip":
         o = config.vision_options
         vision = KEPT_VISION * patches * (o["dino_width"] * o["dino_depth"] + o["siglip_width"] * o["siglip_depth"])
     if options.checkpointing:
-        trunk = layer_input * config.layers + trunk / config.layers
+        trunk = 4.0 * config.hidden * tokens * config.layers + trunk / config.layers
         if vision:
             o = config.vision_options
             blocks = o["dino_depth"] + o["siglip_depth"]
@@ -171,22 +213,34 @@ def make(config: PrismaticConfig, options: Options, chunk: int = 8, dims: int = 
                 o["dino_width"] * o["dino_depth"] + o["siglip_width"] * o["siglip_depth"]
             )
     head = 4.0 * 4 * 256 * chunk * dims
-    activations = (trunk + vision + head) * options.batch + kept_once(config, options.rank)
+    return _Kept(tokens, trunk + vision + head, kept_once(config, options.rank), 2.0 * shapes.base * tokens)
+
+
+def make(config: AnyConfig, options: Options, chunk: int = 8, dims: int = 7) -> Plan:
+    """Plan one update. chunk, dims: of a discrete policy's actions; a flow's are its configuration's.
+
+    Raises:
+        RatchetError: plan.unknown_tower for a base whose vision was not measured.
+    """
+    if not isinstance(config, FlowConfig) and config.vision not in ("fused_dinov2_siglip", "film_conv"):
+        raise RatchetError("plan.unknown_tower", f"no figures for the vision tower '{config.vision}'", where="plan")
+    base, adapter = count(config, options.rank, options.adapt_vision)
+    shapes, kept = _shapes(config), _kept(config, options, chunk, dims)
+    activations = kept.each * options.batch + kept.once
     # Frozen vision runs once per sample and update; its patches are kept on the host between passes.
     frame = options.images * 3.0 * config.vision_options["image_size"] ** 2
-    cached = 0.0 if options.adapt_vision else 2.0 * patches * shapes.features
+    cached = 0.0 if options.adapt_vision else 2.0 * shapes.patches * options.images * shapes.features
     weights = base * options.base_bits / 8 * (1.02 if options.base_bits == 8 else 1.0)
     mine = 4.0 * adapter  # float32 weights
     optimiser = 3 * mine  # gradient and Adam's two moments
-    forward = 2.0 * base * tokens
     passes = 2 + (1 if options.checkpointing else 0)
-    seconds = forward * passes * options.samples / (RATED * SHARE)
+    seconds = kept.work * passes * options.samples / (RATED * SHARE)
     host = options.samples * (frame + cached) + 2 * mine + 4 * GIB
     total = weights + mine + optimiser + activations + RESERVED
     return Plan(
         parameters=base,
         adapter_parameters=adapter,
-        tokens=tokens,
+        tokens=kept.tokens,
         weights=weights,
         adapter=mine,
         optimiser=optimiser,
@@ -201,7 +255,7 @@ def make(config: PrismaticConfig, options: Options, chunk: int = 8, dims: int = 
     )
 
 
-def smallest(config: PrismaticConfig, options: Options, card: float) -> Options | None:
+def smallest(config: AnyConfig, options: Options, card: float) -> Options | None:
     """The mildest change of options with which an update fits a card; None where none does."""
     for change in (
         {},

@@ -22,6 +22,7 @@ from peft.tuners.lora.layer import LoraLayer
 from scipy.special import ndtri
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from agent.contract import PolicySpec
 from agent.errors import RatchetError
@@ -303,7 +304,11 @@ class FlowPolicy:
             with self.autocast():
                 return self.network.velocity(prefix, x, time, self._dtype)
 
-        return at
+        def again(x: Tensor, time: Tensor) -> Tensor:
+            found: Tensor = torch_checkpoint(at, x, time, use_reentrant=False)
+            return found
+
+        return again if self.network.checkpointing and torch.is_grad_enabled() else at
 
     def _folded(self, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, A) -> (B, K, D) with the same sum: what padding holds is spread evenly over the real actions."""

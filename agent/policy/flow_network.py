@@ -125,7 +125,7 @@ class FlowNetwork(nn.Module):
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False
         width, inner = config.language.width, config.expert.width
         self.vision = make_vision(config.vision, config.vision_options, width)
         self.embed_tokens = nn.Embedding(config.vocabulary, width)
@@ -145,6 +145,10 @@ class FlowNetwork(nn.Module):
         else:
             self.time_mlp_in = nn.Linear(inner, inner)
             self.time_mlp_out = nn.Linear(inner, inner)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute in the backward pass what the language model's layers and the flow's steps would keep."""
+        self.checkpointing = self.language.checkpointing = on
 
     def see(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, patches, width): the images as the language model takes them."""

@@ -13,6 +13,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from agent.policy.linear import linear
 from agent.policy.trunk import rotate
@@ -113,6 +114,7 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes, self.crossed = sizes, crossed
+        self.checkpointing = False  # True recomputes each remembered layer in the backward pass
         self.layers = nn.ModuleList(Layer(sizes, source if i in crossed else sizes.width) for i in range(sizes.layers))
         if remembers:  # the last layer leaves keys and values; nothing else of it is ever read
             last = cast(Layer, self.layers[-1])
@@ -133,17 +135,27 @@ class Stack(nn.Module):
         """
         cosine, sine = rotary(position, self.sizes.head, dtype)
         memory: list[Memory] = []
-        for index, module in enumerate(self.layers):
-            layer = cast(Layer, module)
+
+        def keys(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             attention = layer.self_attn
             normed, _ = layer.input_layernorm(x, None, dtype)
             key = rotate(attention.split(linear(attention.k_proj, normed)), cosine, sine)
-            value = attention.split(linear(attention.v_proj, normed))
+            return key, attention.split(linear(attention.v_proj, normed)), normed
+
+        def whole(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            key, value, normed = keys(layer, x)
+            query = rotate(layer.self_attn.split(linear(layer.self_attn.q_proj, normed)), cosine, sine)
+            return key, value, layer.finish(x, attend(query, key, value, hidden), None, None)
+
+        for module in self.layers[:-1]:
+            layer = cast(Layer, module)
+            if self.checkpointing and torch.is_grad_enabled():
+                key, value, x = checkpoint(whole, layer, x, use_reentrant=False)
+            else:
+                key, value, x = whole(layer, x)
             memory.append((key, value))
-            if index < len(self.layers) - 1:
-                query = rotate(attention.split(linear(attention.q_proj, normed)), cosine, sine)
-                x = layer.finish(x, attend(query, key, value, hidden), None, None)
-        return memory, normed
+        key, value, normed = keys(cast(Layer, self.layers[-1]), x)
+        return [*memory, (key, value)], normed
 
     def forward(
         self,

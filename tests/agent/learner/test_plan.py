@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from agent.cli.main import main
 from agent.errors import RatchetError
 from agent.learner import plan
 from agent.learner.update import UpdateConfig, Updater
+from agent.policy.flow_network import FlowNetwork
 from agent.policy.presets import openvla_oft_7b
 from benchmarks import plan_coefficients
 from tests.agent.policy import samples
+from tests.conformance.policy_suite import uniform
 
 BASE = openvla_oft_7b("bidirectional")
 
@@ -101,7 +104,61 @@ def test_recomputing_keeps_less_and_changes_no_gradient() -> None:
     assert little < 0.8 * much
 
 
-def test_a_policy_that_cannot_recompute_is_refused() -> None:
+def test_a_flow_keeps_what_the_plan_says() -> None:
+    """Both stacks and all steps, with memory joined to every layer, at sizes that gave no coefficient."""
+    config, rank = plan_coefficients.flow_sized(), 16
+    measured, predicted = plan_coefficients.flow_check(config, rank)
+    assert predicted == pytest.approx(measured, rel=0.02)
+    # Recomputing keeps one layer and one step at a time.
+    less = plan.make(config, plan.Options(batch=4, checkpointing=True)).activations
+    assert less < 0.6 * plan.make(config, plan.Options(batch=4)).activations
+
+
+@pytest.mark.parametrize("changes", [{}, {"crossed": 2, "order": "causal", "state": "prefix"}])
+def test_a_flow_that_recomputes_has_the_same_gradient(changes: dict[str, Any]) -> None:
+    policy = samples.flow(**changes)
+    lora = attach(policy.module, lora_config(2, 2))
+    batch = samples.batch(policy)
+    chain = policy.sample(batch, 1.0, uniform(policy, 3)).tokens
+    assert chain is not None
+
+    def gradients(recompute: bool) -> tuple[list[torch.Tensor], int]:
+        policy.network.set_checkpointing(recompute)
+        policy.network.zero_grad()
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            total = policy.log_prob(batch, chain, 1.0)[0].sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return [p.grad.clone() for p in lora.trainable() if p.grad is not None], sum(kept.values())
+
+    plain, much = gradients(False)
+    again, little = gradients(True)
+    assert len(plain) == len(again) > 0
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again, strict=True))
+    assert little < 0.7 * much
+
+
+@pytest.mark.parametrize(("base", "weights", "card"), [("pi0", 3.2e9, "24 GB"), ("smolvla", 0.4e9, "24 GB")])
+def test_flow_bases_are_planned(base: str, weights: float, card: str) -> None:
+    made = plan.make(plan.bases()[base], plan.Options(batch=4, images=2))
+    assert made.parameters == pytest.approx(weights, rel=0.1)
+    assert made.fits[card]
+    frozen = plan.make(plan.bases()[base], plan.Options(batch=4, images=2, adapt_vision=False))
+    assert frozen.activations < made.activations
+    assert frozen.host > made.host
+    policy = samples.flow()
+    tokens = policy.prefix(samples.batch(policy)).seen.shape[1]
+    prompt = tokens - 4  # a picture of 32 pixels in patches of 16
+    assert plan.make(policy.config, plan.Options(prompt=prompt)).tokens == tokens
+
+
+def test_a_policy_that_cannot_recompute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FlowNetwork, "set_checkpointing")
     policy = samples.flow()
     lora = attach(policy.module, lora_config(2, 2))
     with pytest.raises(RatchetError) as refused:
