@@ -244,7 +244,7 @@ def main() -> int:
     count = sum(kinds.values())
     totals["crashed"] = sum(n for e, n in exits.items() if e.endswith("exit 4"))
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks.faults", *sys.argv[1:]]),
         "machine": machine(),
         "faults": count,
         "scenarios": runs,

@@ -363,7 +363,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    rounds, episodes, gone = (2, 2, 40) if arguments.quick else (7, 10, 1000)
+    rounds, episodes, gone = (2, 2, 40) if arguments.quick else (21, 10, 1000)
     torch.set_num_threads(1)
     scratch = Path(tempfile.mkdtemp(prefix="ratchet-link-"))
     rows: list[dict[str, float]] = []
@@ -396,7 +396,7 @@ def main() -> int:
     middle = {name: median(a[name] for a in adapters) for name in adapters[0]}
     growth = max(memory["growth_away_mb"], memory["growth_draining_mb"])
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks.link", *sys.argv[1:]]),
         "machine": machine(),
         "episode_bytes": EPISODE,
         "episodes_per_round": episodes,

@@ -93,7 +93,7 @@ def main() -> int:
                 follower.stop()
     middle, late = median(seconds), float(np.quantile(seconds, 0.95))
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks.rollback", *sys.argv[1:]]),
         "machine": machine(),
         "moves": moves,
         "chunks_answered_meanwhile": answered,

@@ -182,7 +182,13 @@ def main() -> int:
     promoted = [g for g in found["gates"] if g["decision"] == "promote"]
     drops = [a - c for g in promoted for role, a, c in g["tasks"].values() if role == "earlier"]
     worst = max(drops, default=0.0)
-    report = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "seed": arguments.seed, **ran, **found}
+    report = {
+        "command": " ".join(["python -m benchmarks.unattended", *sys.argv[1:]]),
+        "machine": machine(),
+        "seed": arguments.seed,
+        **ran,
+        **found,
+    }
     if not arguments.quick:
         path = ROOT / "benchmarks" / "results" / "unattended.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
