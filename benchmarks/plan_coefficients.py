@@ -106,13 +106,14 @@ def flow_kept(config: FlowConfig, rank: int, prompt: int) -> tuple[float, int]:
     size = config.vision_options["image_size"]
     ids, mask = torch.randint(0, 512, (1, prompt)), torch.ones(1, prompt, dtype=torch.bool)
     chain = torch.randn(1, config.sample_steps + 1, config.horizon, config.action_width)
-    tokens = 0
+    tokens, mix = 0, flow_sde.mixing(config.horizon, config.shock_correlation)
 
     def run() -> None:
         nonlocal tokens
         prefix = network.prefix(torch.rand(1, 1, 3, size, size), ids, mask, torch.randn(1, 32), torch.bfloat16)
         tokens = prefix.seen.shape[1]
-        flow_sde.log_density(lambda x, t: network.velocity(prefix, x, t, torch.bfloat16), chain, config.noise_level)
+        velocity = lambda x, t: network.velocity(prefix, x, t, torch.bfloat16)  # noqa: E731
+        flow_sde.log_density(velocity, chain, config.noise_level, mix)
 
     return saved(network, run), tokens
 

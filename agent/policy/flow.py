@@ -218,7 +218,7 @@ class FlowPolicy:
         prefix = self.prefix(batch)
         level = self.config.noise_level * temperature
         velocity = self.velocity(prefix)
-        chain, density = flow_sde.sample(velocity, first, shocks, level)
+        chain, density = flow_sde.sample(velocity, first, shocks, level, self._mixing())
         log_prob, _ = self._folded(density, density)
         return Chunks(self.actions_of(chain[:, -1]), chain, log_prob, prefix.summary.float())
 
@@ -238,7 +238,11 @@ class FlowPolicy:
             raise RatchetError("policy.bad_input", "the chain is not finite", where="tokens")
         velocity = self.velocity(self.prefix(batch))
         chain = tokens.to(self.device, torch.float32)
-        return self._folded(*flow_sde.log_density(velocity, chain, config.noise_level * temperature))
+        level = config.noise_level * temperature
+        return self._folded(*flow_sde.log_density(velocity, chain, level, self._mixing()))
+
+    def _mixing(self) -> Tensor:
+        return flow_sde.mixing(self.config.horizon, self.config.shock_correlation).to(self.device)
 
     # What training, chunking and checks use.
 

@@ -37,6 +37,8 @@ class FlowConfig:
     time: "concat" beside each action (pi0, SmolVLA), "adaptive" through the expert's norms (pi0.5).
     horizon: H actions of the network; action_width, state_width: to which both are padded.
     steps: of the flow for prediction. sample_steps: of the stochastic flow. noise_level: of the latter, > 0.
+    shock_correlation: in [0, 1), of the stochastic flow's shocks between the actions of a chunk. Independent ones
+        average out over a chunk and explore little; the density stays exact.
     start: what prediction starts from: "zeros", or "fixed", one draw of noise that is the same at every call.
     prompt: template with {instruction}, and {state} where the state is said in words. prompt_length: longest, in
     tokens. images: fields of `images.Preparation`. compute_dtype: as in `PrismaticConfig`.
@@ -64,6 +66,7 @@ class FlowConfig:
     steps: int = 10
     sample_steps: int = 4
     noise_level: float = 0.5
+    shock_correlation: float = 0.0
     start: Literal["zeros", "fixed"] = "fixed"
     images: Mapping[str, Any] = field(default_factory=dict)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -82,6 +85,8 @@ class FlowConfig:
                 raise refuse(name, "give a whole number above 0")
         if not self.noise_level > 0:
             raise refuse("noise_level", "give a number above 0; without noise no sample has a probability")
+        if not 0 <= self.shock_correlation < 1:
+            raise refuse("shock_correlation", "give a number from 0 to below 1")
         same = all(getattr(self.language, n) == getattr(self.expert, n) for n in ("layers", "heads", "groups", "head"))
         if not same:
             raise refuse("expert", "the two stacks share layers, heads and the width of a head")

@@ -5,7 +5,7 @@ x_t = t noise + (1 - t) actions, velocity v = noise - actions (pi0, SmolVLA). Th
 answer per noise. The stochastic one has the same distribution at every time (arXiv 2505.05470, 2510.25889): going from
 t to t - h, x' = x - h (v + sigma^2 / (2 t) (x + (1 - t) v)) + sigma sqrt(h) epsilon, with sigma = level sqrt(t / (1 -
 t)). Each of its steps is Gaussian, so the probability of a whole chain of steps is known exactly, whatever the network
-is.
+is, also where the shocks of a chunk's actions are correlated.
 """
 
 from __future__ import annotations
@@ -46,23 +46,31 @@ def mean_of(x: Tensor, v: Tensor, t: float, steps: int, level: float) -> tuple[T
     return x - h * drift, rate * math.sqrt(h)
 
 
-def sample(velocity: Velocity, noise: Tensor, shocks: Tensor, level: float) -> tuple[Tensor, Tensor]:
+def mixing(horizon: int, correlation: float) -> Tensor:
+    """(H, H) lower triangle that makes H independent shocks correlate by `correlation` with each other, each of them
+    standard normal still: the Cholesky factor of their correlation matrix."""
+    matrix = torch.full((horizon, horizon), correlation, dtype=torch.float64)
+    factor: Tensor = torch.linalg.cholesky(matrix.fill_diagonal_(1.0))
+    return factor.float()
+
+
+def sample(velocity: Velocity, noise: Tensor, shocks: Tensor, level: float, mix: Tensor) -> tuple[Tensor, Tensor]:
     """A chain (B, N + 1, H, A) from its first point (B, H, A) and standard normal shocks (B, N, H, A), and the
-    log-density (B, H, A) of its transitions, which `log_density` finds again."""
+    log-density (B, H, A) of its transitions, which `log_density` finds again. mix: (H, H), of `mixing`."""
     steps = shocks.shape[1]
     chain, total = [noise], torch.zeros_like(noise)
     for i, t in enumerate(times(steps)):
         mean, deviation = mean_of(chain[-1], velocity(chain[-1], _at(t, noise)), t, steps, level)
-        chain.append(mean + deviation * shocks[:, i])
-        total = total - 0.5 * ((chain[-1] - mean) / deviation).square() - _constant(deviation)
+        chain.append(mean + deviation * (mix @ shocks[:, i]))
+        total = total + _log_normal(chain[-1] - mean, deviation, mix)
     return torch.stack(chain, 1), total
 
 
-def log_density(velocity: Velocity, chain: Tensor, level: float) -> tuple[Tensor, Tensor]:
+def log_density(velocity: Velocity, chain: Tensor, level: float, mix: Tensor) -> tuple[Tensor, Tensor]:
     """Log-density and entropy (B, H, A), nats, of the N transitions of a chain (B, N + 1, H, A), given its first point.
 
-    Elements are independent given the point before, so these add up to the chain's own. The first point's density
-    does not depend on any weight.
+    Each action's is given the point before and the chunk's earlier actions, so that all of them add up to the chain's
+    own. The first point's density does not depend on any weight. mix: as it was sampled with.
     """
     steps = chain.shape[1] - 1
     total = torch.zeros_like(chain[:, 0])
@@ -70,16 +78,22 @@ def log_density(velocity: Velocity, chain: Tensor, level: float) -> tuple[Tensor
     for i, t in enumerate(times(steps)):
         x = chain[:, i]
         mean, deviation = mean_of(x, velocity(x, _at(t, x)), t, steps, level)
-        constant = _constant(deviation)
-        total = total - 0.5 * ((chain[:, i + 1] - mean) / deviation).square() - constant
-        entropy += constant + 0.5
-    return total, torch.full_like(total, entropy)
+        total = total + _log_normal(chain[:, i + 1] - mean, deviation, mix)
+        entropy += _constant(deviation) + 0.5
+    own = entropy + steps * mix.diagonal().log()
+    return total, own[:, None].expand_as(total)
 
 
 def matching_loss(velocity: Velocity, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
     """(B, H, A) squared error of the velocity between given noise and actions (B, H, A) at times (B,)."""
     t = time[:, None, None]
     return (velocity(t * noise + (1 - t) * actions, time) - (noise - actions)).square()
+
+
+def _log_normal(offset: Tensor, deviation: float, mix: Tensor) -> Tensor:
+    """(B, H, A) log-density of correlated normal offsets, each action's given those before it in the chunk."""
+    own: Tensor = torch.linalg.solve_triangular(mix, offset, upper=False) / deviation
+    return -0.5 * own.square() - _constant(deviation) - mix.diagonal().log()[:, None]
 
 
 def _constant(deviation: float) -> float:

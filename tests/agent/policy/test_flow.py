@@ -69,9 +69,10 @@ class FlowConformance(PolicySuite):
             v = policy.velocity(prefix)(chain[:, i], torch.full((len(batch),), t))
             s = policy.config.noise_level * 1.3 * math.sqrt(min(t, 1 - 1 / steps) / (1 - min(t, 1 - 1 / steps)))
             mean = chain[:, i] - (v + s * s / (2 * t) * (chain[:, i] + (1 - t) * v)) / steps
-            normal = torch.distributions.Normal(mean, s / math.sqrt(steps))
-            total += normal.log_prob(chain[:, i + 1]).sum((1, 2)).detach()
-            spread += float(normal.entropy().sum((1, 2))[0])
+            correlated = torch.full((mean.shape[1],) * 2, policy.config.shock_correlation).fill_diagonal_(1.0)
+            normal = torch.distributions.MultivariateNormal(mean.transpose(1, 2), s * s / steps * correlated)
+            total += normal.log_prob(chain[:, i + 1].transpose(1, 2)).sum(1).detach()
+            spread += float(normal.entropy().sum(1)[0])
         assert log_prob.sum((1, 2)).detach() == pytest.approx(total, rel=1e-3)
         assert float(entropy.sum((1, 2))[0]) == pytest.approx(spread, rel=1e-4)
 
@@ -136,6 +137,14 @@ class TestAcross(TestSmall):
         return samples.flow(crossed=2, order="causal", state="prefix", image_scale="root")
 
 
+class TestCorrelated(TestSmall):
+    """Shocks that move a chunk's actions together."""
+
+    @pytest.fixture
+    def policy(self) -> FlowPolicy:
+        return samples.flow(shock_correlation=0.9)
+
+
 class TestSwap(SwapSuite):
     head = "action_out_proj"
 
@@ -173,7 +182,7 @@ def test_the_stochastic_flow_has_the_ordinary_ones_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20_000, 1, 1, generator=generator)
     shocks = torch.randn(20_000, 64, 1, 1, generator=generator)
-    chain, _ = flow_sde.sample(velocity, noise, shocks, 0.7)
+    chain, _ = flow_sde.sample(velocity, noise, shocks, 0.7, flow_sde.mixing(1, 0.0))
     ordinary = flow_sde.integrate(velocity, noise, 64)
     for end in (chain[:, -1], ordinary):
         assert float(end.mean()) == pytest.approx(mean, abs=0.02)
@@ -187,6 +196,45 @@ def test_one_step_is_the_gaussian_that_it_says() -> None:
     assert float(mean) == pytest.approx(0.3 - 0.25 * (-0.5 + 0.64 * (0.3 - 0.25)))
     assert deviation == pytest.approx(0.4)
     assert flow_sde.sigma(1.0, 4, 0.5) == flow_sde.sigma(0.75, 4, 0.5) == pytest.approx(0.5 * math.sqrt(3))
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.6, 0.95])
+def test_correlated_shocks_have_the_density_that_is_said(correlation: float) -> None:
+    """One step from a fixed point is a Gaussian whose covariance is known; torch's own density of it must agree."""
+    generator = torch.Generator().manual_seed(0)
+    noise, shocks = torch.randn(5, 4, 2, generator=generator), torch.randn(5, 1, 4, 2, generator=generator)
+    mix = flow_sde.mixing(4, correlation)
+
+    def still(x: Tensor, time: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    chain, density = flow_sde.sample(still, noise, shocks, 0.8, mix)
+    mean, deviation = flow_sde.mean_of(noise, torch.zeros_like(noise), 1.0, 1, 0.8)
+    covariance = deviation**2 * torch.full((4, 4), correlation).fill_diagonal_(1.0)
+    gaussian = torch.distributions.MultivariateNormal(torch.zeros(4), covariance)
+    expected = gaussian.log_prob((chain[:, 1] - mean).transpose(1, 2))  # (B, A): over the chunk's actions
+    assert torch.allclose(density.sum(1), expected, atol=1e-4)
+    again, entropy = flow_sde.log_density(still, chain, 0.8, mix)
+    assert torch.allclose(again, density, atol=1e-5)
+    assert float(entropy.sum((1, 2))[0]) == pytest.approx(2 * float(gaussian.entropy()), rel=1e-5)
+
+
+def test_shocks_correlate_as_configured() -> None:
+    """Over many rows, steps of a chunk move together; each alone is a standard normal still."""
+    shocks = torch.randn(40_000, 1, 3, 1, generator=torch.Generator().manual_seed(0))
+    chain, _ = flow_sde.sample(
+        lambda x, t: torch.zeros_like(x), torch.zeros(40_000, 3, 1), shocks, 1.0, flow_sde.mixing(3, 0.7)
+    )
+    found = torch.corrcoef(chain[:, 1, :, 0].T)
+    assert torch.allclose(found, torch.full((3, 3), 0.7).fill_diagonal_(1.0), atol=0.02)
+    assert torch.allclose(chain[:, 1].std(0), chain[:, 1, 0].std(0).expand(3, 1), rtol=0.03)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+def test_an_impossible_correlation_is_refused(value: float) -> None:
+    with pytest.raises(RatchetError) as refused:
+        samples.flow(shock_correlation=value)
+    assert refused.value.code == "policy.bad_config"
 
 
 def test_correlated_noise_reaches_the_first_point() -> None:
