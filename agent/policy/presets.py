@@ -118,6 +118,7 @@ def small_flow(
         prompt="{instruction}",
         prompt_length=prompt_length,
         state="suffix" if state else "none",
+        shock_correlation=0.9,
         start="zeros",
         compute_dtype=compute_dtype,  # type: ignore[arg-type]
     )

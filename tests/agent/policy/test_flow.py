@@ -137,12 +137,12 @@ class TestAcross(TestSmall):
         return samples.flow(crossed=2, order="causal", state="prefix", image_scale="root")
 
 
-class TestCorrelated(TestSmall):
-    """Shocks that move a chunk's actions together."""
+class TestIndependent(TestSmall):
+    """Shocks that move each action of a chunk alone."""
 
     @pytest.fixture
     def policy(self) -> FlowPolicy:
-        return samples.flow(shock_correlation=0.9)
+        return samples.flow(shock_correlation=0.0)
 
 
 class TestSwap(SwapSuite):
