@@ -1,8 +1,8 @@
 """The built-in flow base takes the same road as the discrete one: from its folder through the simulator to an adapter.
 
-The path matters because pi0 and SmolVLA take it too, and nobody runs those in every test. Pinned: the base opens, fits its
-robot and succeeds on a task; one update of real episodes changes it, under ratios that begin at one; the adapter that
-comes out is bound to this base and to no other. Determinism: seeds, fixed initial states, one thread.
+The path matters because pi0 and SmolVLA take it too, and nobody runs those in every test. Pinned: the base opens, fits
+its robot and succeeds on a task; one update of real episodes changes it, under ratios that begin at one; the adapter
+that comes out is bound to this base and to no other. Determinism: seeds, fixed initial states, one thread.
 """
 
 from __future__ import annotations
