@@ -115,8 +115,9 @@ class FlowConfig:
 class Prefix:
     """What one pass of the language model leaves for the expert.
 
-    memory: keys and values per layer. seen: (B, P) True where not padding. summary: (B, width) mean of what the last
-    layer read. state: (B, 1, width) the state's own token in the suffix; None where it has none.
+    memory: keys and values per layer. seen: (B, P) True where not padding. summary: (B, F) what a value head reads:
+    mean of what the last layer read, and beside it the state's own token where that comes after, each of unit scale.
+    state: (B, 1, width) the state's own token in the suffix; None where it has none.
     """
 
     memory: list[Memory]
@@ -201,8 +202,11 @@ class FlowNetwork(nn.Module):
             allowed[:, :-1, -1] = False  # images and words do not look at the state
         memory, last = self.language.remember(x, known.long().cumsum(1) - 1, additive(allowed), dtype)
         weight = known[..., None].to(last.dtype)
-        summary = (last * weight).sum(1) / weight.sum(1)
-        return Prefix(memory, known, summary, token if config.state == "suffix" else None)
+        summary = _unit_scale((last * weight).sum(1) / weight.sum(1))
+        if config.state != "suffix" or token is None:
+            return Prefix(memory, known, summary, None)
+        # The language model never sees a state that comes after it, and without it nobody can tell how far a task is.
+        return Prefix(memory, known, torch.cat([summary, _unit_scale(token[:, 0])], 1), token)
 
     def velocity(self, prefix: Prefix, actions: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, H, A) float32: where noisy actions (B, H, A) move at times (B,)."""
@@ -240,3 +244,8 @@ def sinusoid(time: Tensor, width: int, shortest: float = 4e-3, longest: float = 
     period = shortest * (longest / shortest) ** share
     angle = time.double()[:, None] * (2 * math.pi / period)
     return torch.cat([angle.sin(), angle.cos()], 1).float()
+
+
+def _unit_scale(x: Tensor) -> Tensor:
+    found: Tensor = nn.functional.layer_norm(x.float(), x.shape[-1:])
+    return found
