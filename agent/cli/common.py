@@ -6,6 +6,7 @@ Knows how the parts are put together for one process. Holds no logic of its own.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -194,7 +195,8 @@ def describe_run(title: str, command: str, **facts: Any) -> dict[str, Any]:
         "started": now(),
         "host": {
             "processor": _processor(),
-            "cores": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
             "device": str(device.choose()),
             "python": platform.python_version(),
         },

@@ -13,8 +13,8 @@ from rich.table import Table
 from agent.adapters.store import FolderStore
 from agent.cli import common
 from agent.learner.metrics import Cell
-from agent.learner.rollouts import EpisodeSpec, run_episodes
-from agent.learner.sequence import derive_seed
+from agent.learner.rollouts import run_episodes
+from agent.learner.sequence import evaluated, evaluation_specs
 from sim import registry
 
 
@@ -75,20 +75,10 @@ class Eval:
         try:
             for name in track(names, description="evaluating", console=console, transient=True):
                 info = tasks[name]
-                states = info.evaluation_states[: self.episodes]
-                specs = [
-                    EpisodeSpec(
-                        name,
-                        info.instruction,
-                        s,
-                        self.horizon or info.horizon,
-                        derive_seed(self.seed, "evaluation", name, s),
-                    )
-                    for s in states
-                ]
+                specs = evaluation_specs(info, self.episodes, self.seed, self.horizon)
                 with running.swapper.running():
                     outcomes, _ = run_episodes(running.policy, env, specs, temperature=self.temperature, keep=False)
-                cells[name] = Cell.of({f"state-{s}": bool(o) for s, o in zip(states, outcomes.success, strict=True)})
+                cells[name] = evaluated(specs, outcomes.success)
         finally:
             env.close()
         if self.json:

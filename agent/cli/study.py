@@ -69,6 +69,8 @@ class Run:
     """Correlation of the sampling noise within a chunk."""
     evaluation_episodes: int = 50
     """Episodes per task and evaluation."""
+    evaluation_temperature: float = 0.0
+    """Sampling temperature of evaluations; 0 acts greedily. The published study evaluates as it samples, at 1.6."""
     horizon: int = 0
     """Longest episode in control steps; 0 takes each task's own."""
     lora: common.LoraOptions = field(default_factory=lambda: common.LoraOptions(rank=4, alpha=4.0))
@@ -149,6 +151,7 @@ class Run:
             temperature=self.temperature,
             noise_correlation=self.noise_correlation,
             evaluation_episodes=self.evaluation_episodes,
+            evaluation_temperature=self.evaluation_temperature,
             horizon=self.horizon,
             seed=seed,
             update=update,
@@ -196,6 +199,8 @@ class Run:
             perturbed={kind: perturbations.KINDS[kind] for kind in self.perturb},
             updates=self.updates,
             episodes_per_update=self.groups * self.group_size,
+            temperature=self.temperature,
+            evaluation_temperature=self.evaluation_temperature,
             lora=dataclasses.asdict(self.lora),
             update=dataclasses.asdict(self.update),
         )

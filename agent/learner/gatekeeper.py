@@ -18,8 +18,8 @@ from agent.adapters.protocol import AdapterStore
 from agent.errors import RatchetError
 from agent.learner.gate import Comparison, GateConfig, Role, Verdict, cannot_evaluate, judge
 from agent.learner.metrics import Cell
-from agent.learner.rollouts import ChunkEnv, EpisodeSpec, run_episodes
-from agent.learner.sequence import Task, derive_seed
+from agent.learner.rollouts import ChunkEnv, run_episodes
+from agent.learner.sequence import Task, evaluated, evaluation_specs
 from agent.policy.protocol import Policy
 
 Event = Callable[[str, dict[str, Any]], None]
@@ -119,11 +119,7 @@ class Gatekeeper:
     def _evaluate(self, adapter_id: str, name: str) -> Cell:
         assert self.env is not None
         task, config = self.tasks[name], self.config
-        states = task.evaluation_states[: config.episodes]
-        specs = [
-            EpisodeSpec(name, task.instruction, s, task.horizon, derive_seed(config.seed, "gate", name, s))
-            for s in states
-        ]
+        specs = evaluation_specs(task, config.episodes, config.seed, purpose="gate")
         outcomes, _ = run_episodes(
             self.serve(adapter_id),
             self.env,
@@ -134,7 +130,7 @@ class Gatekeeper:
                 "episode", {"what": f"{name}, {adapter_id[:12] or 'base'}", "done": done, "of": len(specs)}
             ),
         )
-        cell = Cell.of({f"state-{s}": bool(ok) for s, ok in zip(states, outcomes.success, strict=True)})
+        cell = evaluated(specs, outcomes.success)
         facts = {"adapter_id": adapter_id, "task": name, "successes": cell.successes, "trials": cell.trials}
         self.on_event("evaluated", {**facts, "seconds": outcomes.seconds})
         return cell

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,6 +115,26 @@ def training_specs(
         for g in range(groups)
         for i in range(group_size)
     ]
+
+
+def evaluation_specs(
+    task: Task, count: int, seed: int, horizon: int = 0, purpose: str = "evaluation"
+) -> list[EpisodeSpec]:
+    """One episode from each of the first `count` evaluation states, none of which is ever trained on.
+
+    seed: of the run; episodes of equal seed, task and state get equal noise, so that evaluations can be compared in
+    pairs. horizon: control steps, 0 takes the task's own. purpose: other noise for other purposes.
+    """
+    steps = horizon or task.horizon
+    return [
+        EpisodeSpec(task.name, task.instruction, s, steps, derive_seed(seed, purpose, task.name, s))
+        for s in task.evaluation_states[:count]
+    ]
+
+
+def evaluated(specs: Sequence[EpisodeSpec], success: Iterable[bool]) -> Cell:
+    """The outcomes of `evaluation_specs`, keyed by initial state."""
+    return Cell.of({f"state-{s.initial_state}": bool(ok) for s, ok in zip(specs, success, strict=True)})
 
 
 class SequentialRun:
@@ -265,17 +285,7 @@ class SequentialRun:
                 continue
             policy = self.method.serve(self.serve, self.adapter_ids, self.stage, name)
             task = self.tasks[name]
-            states = task.evaluation_states[: self.config.evaluation_episodes]
-            specs = [
-                EpisodeSpec(
-                    name,
-                    task.instruction,
-                    s,
-                    self.config.horizon or task.horizon,
-                    derive_seed(self.config.seed, "evaluation", name, s),
-                )
-                for s in states
-            ]
+            specs = evaluation_specs(task, self.config.evaluation_episodes, self.config.seed, self.config.horizon)
             outcomes, _ = share_episodes(
                 self.ranks,
                 policy,
@@ -285,7 +295,7 @@ class SequentialRun:
                 keep=False,
                 progress=self._watch(f"evaluating {name}", len(specs)),
             )
-            cell = Cell.of({f"state-{s}": bool(ok) for s, ok in zip(states, outcomes.success, strict=True)})
+            cell = evaluated(specs, outcomes.success)
             self.matrix.record(self.stage, name, cell)
             if self._writes:
                 self.matrix.save(self.folder / "matrix.json")
