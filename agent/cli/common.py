@@ -27,6 +27,7 @@ from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
 from agent.policy import adopted, device
 from agent.policy.checkpoint import AnyPolicy
+from agent.policy.protocol import Policy
 from sim import registry
 from sim.base import TaskInfo
 from sim.vector import ChunkVectorEnv, Launcher, local_process
@@ -138,7 +139,7 @@ def share_base(policy: AnyPolicy, other: AnyPolicy) -> int:
 
 
 def make_vector(
-    policy: AnyPolicy, suite: str, contract: RobotContract, workers: int, slots: int, rollouts: str = "local"
+    policy: Policy, suite: str, contract: RobotContract, workers: int, slots: int, rollouts: str = "local"
 ) -> ChunkVectorEnv:
     """rollouts: where the simulators run, "local" processes, or Ray: "local-ray" or the address of a cluster."""
     launch: Launcher = local_process

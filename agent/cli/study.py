@@ -1,4 +1,4 @@
-"""`ratchet study run|report|analyse`: methods times seeds over one sequence of tasks, resumable, with one report.
+"""`ratchet study`: methods times seeds over one sequence of tasks, resumable, with one report.
 
 Knows the grid and its folders. Each trial is an ordinary sequential run in a folder of its own.
 """
@@ -13,20 +13,18 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from agent.cli import common, sequential
 from agent.cli.pretrain import demonstration_states
 from agent.cli.study_analysis import Analyse
+from agent.cli.study_evaluate import Evaluate
+from agent.cli.study_folder import write
 from agent.errors import RatchetError
 from agent.learner.methods import variants
-from agent.learner.methods.registry import METHODS
 from agent.learner.methods.variants import Variant
 from agent.learner.ppo import PpoConfig
 from agent.learner.sequence import SequenceConfig
-from agent.learner.study import MEASURES, Trial, as_dict, load_trial, markdown, require_same, summarise
-from agent.learner.study_claims import claims
-from agent.learner.study_report import write_study
+from agent.learner.study import load_trial, require_same
 from agent.learner.update import UpdateConfig
 from sim import perturbations, registry
 from sim.demonstrations import Demonstrations, collect
@@ -234,6 +232,8 @@ class Study:
 
         ratchet study report runs/study
 
+        ratchet study evaluate runs/study --perturb camera --out runs/study_camera
+
         ratchet study analyse runs/study
 
     A study that was stopped goes on when the same command is given again; methods and seeds may be added to it.
@@ -242,56 +242,10 @@ class Study:
     command: Annotated[
         Annotated[Run, tyro.conf.subcommand("run")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Analyse, tyro.conf.subcommand("analyse")],
         tyro.conf.arg(name=""),
     ]
 
     def run(self) -> int:
         return self.command.run()
-
-
-def write(out: Path, facts: dict[str, Any], console: Console) -> dict[str, Any]:
-    """All of a study's files from its finished trials; prints the table and what it says about the claims.
-
-    Raises:
-        RatchetError: study.nothing_finished.
-    """
-    trials = finished(out)
-    if not trials:
-        raise RatchetError("study.nothing_finished", "no finished trial", where=str(out), fix="run the study first")
-    result = as_dict(trials, facts)
-    said = claims(trials)
-    result["claims"] = [c.as_dict() for c in said]
-    common.write_json(out / "study.json", result)
-    (out / "study.md").write_text(markdown(trials))
-    page = write_study(trials, facts, out / "study.html")
-    table = Table(title="points, 95 % intervals")
-    for column in ("method", "seeds", *MEASURES):
-        table.add_column(column, overflow="fold")
-    for s in summarise(trials):
-        table.add_row(s.method, str(len(s.seeds)), *[v.percent() if (v := s.values[n]) else "-" for n in MEASURES])
-    console.print(table)
-    table = Table(title="claims: a loss in points, at most the bound")
-    for column in ("method", "claim", "loss", "bound", "by the interval"):
-        table.add_column(column, overflow="fold")
-    for c in said:
-        loss = c.value.percent() if c.value else "-"
-        table.add_row(c.method, c.text, loss, f"{100 * c.bound:.0f}", c.verdict)
-    console.print(table)
-    console.print(f"report: {page}")
-    return result
-
-
-def finished(out: Path) -> list[Trial]:
-    """The study's finished trials, methods in the order of the list of methods, variants behind their method."""
-    order = list(METHODS)
-    rows = []
-    for folder in out.iterdir() if out.is_dir() else ():
-        if folder.is_dir() and folder.name.partition(":")[0] in METHODS:
-            rows.append(variants.parse(folder.name))
-    trials: list[Trial] = []
-    for variant in sorted(rows, key=lambda v: (order.index(v.kind.name), v.label)):
-        for folder in sorted((out / variant.label).glob("seed*"), key=lambda p: int(p.name[4:])):
-            trial = load_trial(variant.label, int(folder.name[4:]), folder, variant.kind.sequential)
-            trials += [trial] if trial else []
-    return trials
