@@ -289,6 +289,21 @@ def scaling_of(config: Mapping[str, Any], path: str) -> float:
     return float(alpha) / (math.sqrt(rank) if config["use_rslora"] else float(rank))
 
 
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    """The adapter whose change of every layer is `factor` times this one's: 0 is the base, 1 this adapter.
+
+    Raises:
+        RatchetError: adapter.bad_scale for a factor that is no number, or below zero.
+    """
+    if not (math.isfinite(factor) and factor >= 0):
+        raise RatchetError("adapter.bad_scale", f"factor {factor}", fix="a number of at least 0")
+    tensors = {
+        name: t if split_name(name)[1] == "lora_A" else (factor * t.float()).to(t.dtype)
+        for name, t in adapter.tensors.items()
+    }
+    return Adapter(tensors, adapter.config, adapter.binding)
+
+
 def _pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     return pattern.get(get_pattern_key(pattern.keys(), path), default)
 

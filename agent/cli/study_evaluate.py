@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from agent.adapters.lora import scaled
 from agent.adapters.store import FolderStore
 from agent.cli import common
 from agent.cli.study_folder import finished, write
@@ -46,6 +47,8 @@ class Evaluate:
         ratchet study evaluate runs/study --perturb camera --out runs/study_camera
 
         ratchet study evaluate runs/study --methods seq_ft oracle --stages all --temperature 1 --out runs/study_sampled
+
+        ratchet study evaluate runs/study --methods seq_ft --scale 0.5 --out runs/study_half
     """
 
     source: Annotated[Path, tyro.conf.Positional]
@@ -64,6 +67,8 @@ class Evaluate:
     """Hold out every learned task under these changes of its world: camera, light, base."""
     temperature: float = 0.0
     """Sampling temperature; 0 acts greedily."""
+    scale: float = 1.0
+    """Factor on what every adapter adds to the base: 0 is the base, 1 the adapter as it was learned."""
     episodes: int = 0
     """Episodes per task and stage; 0 takes the study's number."""
     policy: Path | None = None
@@ -119,6 +124,7 @@ class Evaluate:
             "temperature": self.temperature,
             "episodes": self.episodes or int(sequence["evaluation_episodes"]),
             "stages": self.stages,
+            "scale": self.scale,
             "base_hash": stored["base_hash"],
         }
         require_same(place, {"evaluated": wanted})
@@ -141,7 +147,7 @@ class Evaluate:
         stages = range(last + 1) if self.stages == "all" and not variant.kind.whole_model else (0, last)
         bar = progress.add_task(f"{variant.label}, seed {seed}", total=len(stages) * len(infos))
         started = time.monotonic()
-        for policy, serve, part in self._servers(variant, origin, stored, stages):
+        for policy, serve, part in self._servers(variant, origin, stored, stages, place / "adapters"):
             env = common.make_vector(policy, suite, registry.contract_for(suite), self.workers, self.slots)
             try:
                 for stage, name in ((s, n) for s in part for n in infos):
@@ -168,7 +174,7 @@ class Evaluate:
         return evaluated(specs, outcomes.success)
 
     def _servers(
-        self, variant: Variant, origin: Path, stored: dict[str, Any], stages: Sequence[int]
+        self, variant: Variant, origin: Path, stored: dict[str, Any], stages: Sequence[int], scaled_store: Path
     ) -> list[tuple[Policy, Serve, Sequence[int]]]:
         """What serves which stages of a trial: one policy that swaps adapters, or one whole model per stage."""
         suite, sequence = str(stored["suite"]), stored["config"]["sequence"]
@@ -177,6 +183,10 @@ class Evaluate:
         lora = common.LoraOptions(**stored["config"]["lora"])
         method = variant.make(self._demonstrations() if variant.kind.needs_demonstrations else None)
         if variant.kind.whole_model:
+            if self.scale != 1:
+                raise RatchetError(
+                    "study.no_adapter", "there is no adapter to scale", where=variant.label, fix="name other --methods"
+                )
             out: list[tuple[Policy, Serve, Sequence[int]]] = []
             for stage in stages:
                 mine = variant.make(method.demonstrations)
@@ -191,10 +201,15 @@ class Evaluate:
             return out
         room = method.serving_rank(lora.rank, len(tasks))
         served = dataclasses.replace(lora, rank=room, alpha=lora.alpha * room / lora.rank)
-        running = common.open_running(folder, contract, served, FolderStore(origin / "adapters"))
+        store = FolderStore(origin / "adapters")
+        ids = ["", *(str(a["id"]) for a in json.loads((origin / "adapters.json").read_text()))]
+        if self.scale != 1:
+            weaker = FolderStore(scaled_store, create=True)
+            ids = ["", *(weaker.put(scaled(store.get(i), self.scale), store.card(i).provenance).id for i in ids[1:])]
+            store = weaker
+        running = common.open_running(folder, contract, served, store)
         _require_base(running.policy, stored, folder)
         method.tasks = tasks
-        ids = ["", *(str(a["id"]) for a in json.loads((origin / "adapters.json").read_text()))]
         return [(running.policy, lambda stage, name: method.serve(running.serve, ids, stage, name), stages)]
 
     def _demonstrations(self) -> Demonstrations:
@@ -212,6 +227,7 @@ class Evaluate:
             held_out=list(self.held_out),
             perturbed={kind: perturbations.KINDS[kind] for kind in self.perturb},
             evaluation_temperature=self.temperature,
+            scale=self.scale,
             stages=self.stages,
         )
 

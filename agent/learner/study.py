@@ -69,10 +69,11 @@ def plasticity(matrix: SuccessMatrix) -> Interval | None:
     return mean(gains)
 
 
-def over_seeds(values: Sequence[Interval]) -> Interval:
+def over_seeds(values: Sequence[Interval], lowest: float = -1.0) -> Interval:
     """Mean over seeds: Student's t interval of the seeds' estimates, which holds the luck of training and of
     evaluation, but never a narrower one than the luck of evaluation alone gives: a few seeds may agree by chance.
-    A single seed keeps its own interval, which holds the luck of evaluation alone.
+    A single seed keeps its own interval, which holds the luck of evaluation alone. lowest: what the measure cannot be
+    below, 0 for a rate; the interval is cut there and at 1.
 
     Raises:
         RatchetError: study.nothing_measured.
@@ -86,7 +87,7 @@ def over_seeds(values: Sequence[Interval]) -> Interval:
     half = float(stats.t.ppf(0.975, len(values) - 1) * estimates.std(ddof=1) / math.sqrt(len(values)))
     luck = mean(values)
     low, high = min(centre - half, luck.low), max(centre + half, luck.high)
-    return Interval(centre, low, high, f"Student's t over {len(values)} seeds")
+    return Interval(centre, max(low, lowest), min(high, 1.0), f"Student's t over {len(values)} seeds")
 
 
 def summarise(trials: Sequence[Trial]) -> list[Summary]:
@@ -102,7 +103,9 @@ def summarise(trials: Sequence[Trial]) -> list[Summary]:
                 found[name].append(getattr(scores, name.lower()) if known else None)
             found["plasticity"].append(plasticity(trial.matrix) if trial.sequential else None)
         values = {
-            name: over_seeds([i for i in items if i is not None]) if all(i is not None for i in items) else None
+            name: over_seeds([i for i in items if i is not None], 0.0 if name in ("AVG", "ZS") else -1.0)
+            if all(i is not None for i in items)
+            else None
             for name, items in found.items()
         }
         hours = sum(t.seconds for t in mine) / 3600

@@ -1,7 +1,7 @@
 """`ratchet adapters diff` answers "what did this training change?"; a wrong norm would send people to the wrong layer.
 
-Pinned: norms, distance and cosine equal those of the weight changes written out; adapters of different bases are
-refused.
+Pinned: norms, distance and cosine equal those of the weight changes written out; a scaled adapter changes every
+layer by that factor; adapters of different bases are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from agent.adapters.difference import change
 from agent.adapters.identity import Adapter, Binding
-from agent.adapters.lora import scaling_of, split_name
+from agent.adapters.lora import scaled, scaling_of, split_name
 from agent.errors import RatchetError
 from tests.agent.adapters.tiny import made
 
@@ -48,3 +48,18 @@ def test_another_base_is_refused() -> None:
     with pytest.raises(RatchetError) as refused:
         change(one, foreign)
     assert refused.value.code == "adapter.wrong_base"
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.25, 2.0])
+def test_a_scaled_adapter_changes_every_layer_by_the_factor(factor: float) -> None:
+    adapter = made(1)
+    before, after = written_out(adapter), written_out(scaled(adapter, factor))
+    assert all(torch.allclose(after[layer], factor * change, rtol=1e-6) for layer, change in before.items())
+    assert scaled(adapter, 1.0).id == adapter.id != scaled(adapter, factor).id
+
+
+@pytest.mark.parametrize("factor", [-0.5, float("nan"), float("inf")])
+def test_a_factor_that_is_none_is_refused(factor: float) -> None:
+    with pytest.raises(RatchetError) as refused:
+        scaled(made(1), factor)
+    assert refused.value.code == "adapter.bad_scale"

@@ -95,11 +95,20 @@ def test_changed_worlds_are_held_out_and_nothing_finished_runs_twice(
     assert "study.changed" in capsys.readouterr().err
 
 
+def test_an_adapter_scaled_to_nothing_acts_as_the_base(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, str(study), "--methods", "seq_ft", "--scale", "0", "--out", str(tmp_path))
+    found = matrix(tmp_path, "seq_ft")
+    assert [found.get(2, t) for t in found.columns] == [found.get(0, t) for t in found.columns]
+
+
 def test_an_evaluation_of_nothing_or_of_another_base_is_refused(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = {
         "study.nothing_finished": [str(study), "--methods", "ewc", "--out", str(tmp_path / "a")],
+        "study.no_adapter": [str(study), "--methods", "full_ft", "--scale", "0.5", "--out", str(tmp_path / "c")],
         "study.same_folder": [str(study), "--out", str(study)],
         "study.other_base": [
             *[str(study), "--methods", "seq_ft", "--out", str(tmp_path / "b")],

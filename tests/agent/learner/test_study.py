@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from agent.errors import RatchetError
+from agent.learner.intervals import Interval
 from agent.learner.metrics import Cell, SuccessMatrix
 from agent.learner.study import Trial, as_dict, forgetting, load_trial, markdown, over_seeds, plasticity, summarise
 from agent.learner.study_report import write_study
@@ -53,13 +54,16 @@ def test_measures_over_seeds_by_hand() -> None:
         mean = sum(values) / 2
         half = stats.t.ppf(0.975, 1) * abs(values[0] - values[1]) / math.sqrt(2) / math.sqrt(2)
         assert found.estimate == pytest.approx(mean), name
-        assert found.high - found.estimate == pytest.approx(half), name
+        assert found.high == pytest.approx(min(mean + half, 1.0)), name
+        assert found.low == pytest.approx(max(mean - half, 0.0 if name in ("AVG", "ZS") else -1.0)), name
 
 
 def test_one_seed_keeps_the_evaluations_interval() -> None:
     one = plasticity(matrix(FIRST))
     assert one is not None
     assert over_seeds([one]) == one
+    wild = [Interval(r, r, r, "") for r in (0.1, 0.9)]
+    assert (over_seeds(wild, 0.0).low, over_seeds(wild).high) == (0.0, 1.0)  # a rate stays a rate
     with pytest.raises(RatchetError):
         over_seeds([])
 

@@ -1,0 +1,146 @@
+"""Sequential fine-tuning against other methods: success matrices over seeds, the four measures, the three claims.
+
+Runs `ratchet study run` (hours; what is finished is not run again) and keeps every episode's outcome in the JSON.
+`--quick` trains nothing: it works the table out again from the outcomes that the JSON holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from agent.cli.common import describe_run
+from agent.cli.main import main as ratchet
+from agent.cli.study_folder import finished
+from agent.learner.intervals import Interval, mean
+from agent.learner.methods.registry import METHODS
+from agent.learner.metrics import Cell, SuccessMatrix
+from agent.learner.study import MEASURES, Trial, as_dict, summarise
+from agent.learner.study_claims import claims
+
+ROOT = Path(__file__).resolve().parents[1]
+PICK = "pick_up_the_{}_and_place_it_in_the_basket"
+GRIDS: dict[str, list[str]] = {
+    "metaworld": [
+        *["--tasks", "button-press", "handle-press", "coffee-button", "drawer-open", "plate-slide"],
+        *["--held-out", "button-press-wall", "faucet-open", "window-open"],
+        *["--methods", "seq_ft", "oracle", "expansion", "ewc", "expert_replay", "full_ft", "supervised"],
+        *["--seeds", "0", "1", "2", "--updates", "8", "--groups", "24", "--group-size", "8"],
+        *["--evaluation-episodes", "40"],
+    ],
+    "libero_object": [
+        *["--suite", "libero_object", "--tasks", *(PICK.format(x) for x in ("tomato_sauce", "cream_cheese", "milk"))],
+        *["--held-out", PICK.format("chocolate_pudding"), PICK.format("alphabet_soup")],
+        *["libero_object_lan/" + PICK.format("tomato_sauce")],
+        *["--methods", "seq_ft", "--seeds", "0", "--updates", "5", "--groups", "24", "--group-size", "4"],
+        *["--evaluation-episodes", "20", "--evaluation-temperature", "1", "--horizon", "200", "--slots", "4"],
+    ],
+}
+
+
+def packed(matrix: SuccessMatrix) -> dict[str, Any]:
+    """Outcomes as one character per evaluation state, stage by stage; `unpacked` is the inverse."""
+    outcomes = [
+        {
+            task: "".join("1" if ok else "0" for _, ok in sorted(cell.episodes.items(), key=lambda e: int(e[0][6:])))
+            for task in matrix.columns
+            if (cell := matrix.get(stage, task)) is not None
+        }
+        for stage in matrix.stages
+    ]
+    return {"tasks": list(matrix.tasks), "held_out": list(matrix.held_out), "outcomes": outcomes}
+
+
+def unpacked(data: dict[str, Any]) -> SuccessMatrix:
+    matrix = SuccessMatrix(tuple(data["tasks"]), tuple(data["held_out"]))
+    for stage, row in enumerate(data["outcomes"]):
+        for task, marks in row.items():
+            matrix.record(stage, task, Cell.of({f"state-{i}": m == "1" for i, m in enumerate(marks)}))
+    return matrix
+
+
+def stored(path: Path) -> list[Trial]:
+    """The trials of a result file, from the outcomes in it."""
+    return [
+        Trial(
+            method,
+            int(seed),
+            unpacked(trial),
+            float(trial["seconds"]),
+            int(trial["episodes"]),
+            sequential=METHODS[method.partition(":")[0]].sequential,
+        )
+        for method, row in json.loads(path.read_text())["methods"].items()
+        for seed, trial in row["trials"].items()
+    ]
+
+
+def of_base(trials: list[Trial], names: tuple[str, ...]) -> Interval | None:
+    """Mean success of the base over tasks: all trials begin from it and see the same episodes."""
+    cells = [trials[0].matrix.get(0, name) for name in names]
+    rates = [c.rate for c in cells if c is not None]
+    return mean(rates) if rates else None
+
+
+def judge(suite: str, trials: list[Trial]) -> bool:
+    """Print the tables and the figure; whether Seq. FT's goals are met by their point estimates."""
+    console = Console(width=100)
+    table = Table(title=f"{suite}: points, 95 % intervals")
+    for column in ("method", "seeds", *MEASURES):
+        table.add_column(column, overflow="fold")
+    first = trials[0].matrix
+    base = {"AVG": of_base(trials, first.tasks), "ZS": of_base(trials, first.held_out)}
+    table.add_row("base", "", *[v.percent() if (v := base.get(n)) else "-" for n in MEASURES])
+    for s in summarise(trials):
+        table.add_row(s.method, str(len(s.seeds)), *[v.percent() if (v := s.values[n]) else "-" for n in MEASURES])
+    console.print(table)
+    mine = [c for c in claims(trials) if c.method == "seq_ft" and c.value is not None]
+    said = "; ".join(f"{c.text} {c.value.percent()}" for c in mine if c.value is not None)
+    bounds = ", ".join(f"<= {100 * c.bound:.0f}" for c in mine)
+    print(f"study, {suite}: Seq. FT {said} (goal {bounds})")
+    return all(c.met for c in mine)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", nargs="?", choices=[*GRIDS], default="metaworld")
+    parser.add_argument("--out", type=Path, help="study folder; runs/study_SUITE if absent")
+    parser.add_argument("--quick", action="store_true", help="train nothing: the table again, from the result file")
+    parser.add_argument("--output", type=Path, help="result file; benchmarks/results/study_SUITE.json if absent")
+    options = parser.parse_args()
+    output = options.output or ROOT / "benchmarks" / "results" / f"study_{options.suite}.json"
+    if options.quick:
+        if not output.is_file():
+            print(f"no {output}; leave out --quick to make it", file=sys.stderr)
+            return 1
+        return 0 if judge(options.suite, stored(output)) else 1
+    folder = options.out or ROOT / "runs" / f"study_{options.suite}"
+    grid = GRIDS[options.suite]
+    code = ratchet(["study", "run", *grid, "--out", str(folder)])
+    if code:
+        return code
+    trials = finished(folder)
+    facts = describe_run(
+        f"study on {options.suite}", f"python -m benchmarks.study {options.suite}", grid=" ".join(grid)
+    )
+    result = as_dict(trials, facts)
+    for method, row in result["methods"].items():
+        del row["matrices"]
+        row["trials"] = {
+            str(t.seed): packed(t.matrix) | {"seconds": t.seconds, "episodes": t.episodes}
+            for t in trials
+            if t.method == method
+        }
+    result["claims"] = [c.as_dict() for c in claims(trials)]
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if judge(options.suite, trials) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
