@@ -1,6 +1,7 @@
 """Sequential fine-tuning against other methods: success matrices over seeds, the four measures, the three claims.
 
-Runs `ratchet study run` (hours; what is finished is not run again) and keeps every episode's outcome in the JSON.
+Runs `ratchet study run` (hours; what is finished is not run again) and keeps every evaluated episode's outcome in
+the JSON, and pictures beside it.
 `--quick` trains nothing: it works the table out again from the outcomes that the JSON holds.
 """
 
@@ -23,6 +24,7 @@ from agent.learner.methods.registry import METHODS
 from agent.learner.metrics import Cell, SuccessMatrix
 from agent.learner.study import MEASURES, Trial, as_dict, summarise
 from agent.learner.study_claims import claims
+from agent.learner.study_report import forgetting_curves, heat_map, learning_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 PICK = "pick_up_the_{}_and_place_it_in_the_basket"
@@ -139,6 +141,12 @@ def main() -> int:
         }
     result["claims"] = [c.as_dict() for c in claims(trials)]
     output.write_text(json.dumps(result, indent=1) + "\n")
+    pictures = output.parent / output.stem
+    pictures.mkdir(exist_ok=True)
+    (pictures / "forgetting.png").write_bytes(forgetting_curves(trials))
+    (pictures / "learning.png").write_bytes(learning_curves(trials))
+    for method in dict.fromkeys(t.method for t in trials):
+        (pictures / f"{method}.png").write_bytes(heat_map([t.matrix for t in trials if t.method == method]))
     return 0 if judge(options.suite, trials) else 1
 
 

@@ -6,6 +6,7 @@ that a reader gets. Determinism: made-up matrices.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -15,8 +16,21 @@ from scipy import stats
 from agent.errors import RatchetError
 from agent.learner.intervals import Interval
 from agent.learner.metrics import Cell, SuccessMatrix
-from agent.learner.study import Trial, as_dict, forgetting, load_trial, markdown, over_seeds, plasticity, summarise
+from agent.learner.study import (
+    MEASURES,
+    Trial,
+    as_dict,
+    forgetting,
+    load_trial,
+    markdown,
+    over_seeds,
+    plasticity,
+    summarise,
+)
 from agent.learner.study_report import write_study
+from benchmarks.study import packed, stored, unpacked
+
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
 
 def matrix(rates: list[list[int]], trials: int = 10) -> SuccessMatrix:
@@ -106,3 +120,22 @@ def test_an_unfinished_trial_is_not_a_trial(tmp_path: Path) -> None:
     trial = load_trial("ewc", 0, tmp_path)
     assert trial is not None
     assert trial.episodes == 12
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("study_*.json")), ids=lambda p: p.stem)
+def test_committed_figures_follow_from_their_episodes(path: Path) -> None:
+    written = json.loads(path.read_text())
+    found = as_dict(stored(path), {})["methods"]
+    assert found.keys() == written["methods"].keys()
+    for method, row in found.items():
+        for name in (*MEASURES, "seeds", "episodes"):
+            assert row[name] == written["methods"][method][name], (method, name)
+
+
+def test_outcomes_survive_packing() -> None:
+    whole = matrix(FIRST)
+    for stage, task in list(whole.cells):
+        marks = {f"state-{i}": i % (stage + 2) == 0 for i in range(12)}  # more than nine: names sort otherwise
+        whole.cells[(stage, task)] = Cell.of(marks)
+    del whole.cells[(1, whole.held_out[0])]  # what was not measured stays so
+    assert unpacked(packed(whole)) == whole
