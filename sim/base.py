@@ -67,6 +67,11 @@ class TaskEnv(ABC):
     def render(self, camera: str) -> UInt8:
         """(H, W, 3) uint8 RGB, upright, at the contract's size. camera: a contract camera's name."""
 
+    def scene(self) -> Float32:
+        """(P,) float32: where the task's objects and goal are, metres, world frame. Privileged: a target for the eyes
+        in a pretraining, never an input of a policy. Empty where the simulator does not tell."""
+        return np.zeros(0, np.float32)
+
     @abstractmethod
     def simulator_state(self) -> np.ndarray:
         """Flat float64 vector of the full physics state, for equality checks and restoring."""

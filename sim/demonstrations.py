@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,8 @@ class NoiseConfig:
 @dataclass
 class Demonstrations:
     """M samples. images (M, V, H, W, 3) uint8; state (M, S) float32; actions (M, K, D) float32, physical units;
-    task (M,) int64 index into `tasks` and `instructions`; start (M,) initial state id."""
+    task (M,) int64 index into `tasks` and `instructions`; start (M,) initial state id; scene (M, P) float32: where the
+    objects and the goal are (`TaskEnv.scene`), P = 0 where that is not known."""
 
     images: np.ndarray
     state: np.ndarray
@@ -48,6 +49,11 @@ class Demonstrations:
     start: np.ndarray
     tasks: list[str]
     instructions: list[str]
+    scene: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+    def __post_init__(self) -> None:
+        if not self.scene.size:
+            self.scene = np.zeros((len(self.task), 0), np.float32)
 
     def __len__(self) -> int:
         return len(self.task)
@@ -74,6 +80,7 @@ class Demonstrations:
             actions=np.concatenate([p.actions for p in parts]),
             task=np.concatenate([p.task + o for p, o in zip(parts, offsets, strict=True)]),
             start=np.concatenate([p.start for p in parts]),
+            scene=np.concatenate([p.scene for p in parts]),
             tasks=tasks,
             instructions=[t for p in parts for t in p.instructions],
         )
@@ -96,7 +103,7 @@ def demonstrate(
     states: a state that is named again is run again with other noise.
     stride: control steps between samples; frames are rendered for these alone.
     """
-    samples: dict[str, list[np.ndarray]] = {"images": [], "state": [], "actions": [], "start": []}
+    samples: dict[str, list[np.ndarray]] = {"images": [], "state": [], "actions": [], "start": [], "scene": []}
     low = np.array([d.low for d in env.contract.action.dims], np.float32)
     high = np.array([d.high for d in env.contract.action.dims], np.float32)
     names = [d.name for d in env.contract.action.dims]
@@ -108,7 +115,7 @@ def demonstrate(
         runs[initial] += 1
         env.reset(initial)
         expert.reset(env)
-        frames: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        frames: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         labels: list[np.ndarray] = []
         clean: list[bool] = []
         burst, push = 0, np.zeros_like(low)
@@ -124,6 +131,7 @@ def demonstrate(
                 frames[t] = (
                     np.stack([env.render(c) for c in cameras]),
                     np.concatenate([state[s] for s in state_fields]) if state_fields else np.zeros(0, np.float32),
+                    env.scene(),
                 )
             labels.append(action)
             clean.append(burst == 0)
@@ -142,12 +150,13 @@ def demonstrate(
         still = labels[-1].copy()
         labels += [still] * chunk
         clean += [True] * chunk
-        for t, (image, state_vector) in frames.items():
+        for t, (image, state_vector, scene) in frames.items():
             if all(clean[t : t + chunk]):
                 samples["images"].append(image)
                 samples["state"].append(state_vector)
                 samples["actions"].append(np.stack(labels[t : t + chunk]))
                 samples["start"].append(np.int64(initial))
+                samples["scene"].append(scene)
     if not samples["start"]:
         raise RatchetError(
             "sim.no_demonstrations",
@@ -160,6 +169,7 @@ def demonstrate(
         actions=np.stack(samples["actions"]).astype(np.float32),
         task=np.zeros(len(samples["start"]), np.int64),
         start=np.array(samples["start"], np.int64),
+        scene=np.stack(samples["scene"]).astype(np.float32),
         tasks=[env.info.name],
         instructions=[env.info.instruction],
     )

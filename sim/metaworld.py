@@ -136,6 +136,10 @@ class MetaWorldTaskEnv(TaskEnv):
         image: UInt8 = self._frames.render(camera, self.env)
         return image
 
+    def scene(self) -> Float32:
+        seen = self.last_observation
+        return np.concatenate([seen[4:7], seen[11:14], seen[36:39]]).astype(np.float32)
+
     def simulator_state(self) -> np.ndarray:
         model, data = self.env.model, self.env.data
         state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))

@@ -47,6 +47,9 @@ class FakeTaskEnv(TaskEnv):
         image[0, 0, 0], image[0, 1, 0] = self.initial_state % 256, self.steps % 256
         return image
 
+    def scene(self) -> Float32:
+        return np.array([self.initial_state, self.steps], np.float32)
+
     def simulator_state(self) -> np.ndarray:
         return np.concatenate([self.position, [self.steps]])
 
@@ -106,3 +109,14 @@ def make_choosy(suite: str, task: str, contract: RobotContract) -> TaskEnv:
 def make_fatal(suite: str, task: str, contract: RobotContract) -> TaskEnv:
     """Takes the whole worker process down, as a crash inside a simulator does."""
     os._exit(1)
+
+
+class FakeTwoSidedEnv(FakeTaskEnv):
+    """The goal is ahead for even initial states and behind for odd ones; only the picture tells."""
+
+    def success(self) -> bool:
+        return bool(self.position[0] * (1 if self.initial_state % 2 == 0 else -1) > 0.2)
+
+
+def make_two_sided(suite: str, task: str, contract: RobotContract) -> TaskEnv:
+    return FakeTwoSidedEnv(suite, task, contract)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from agent.cli import common
 from agent.learner.metrics import Cell
 from agent.learner.rollouts import run_episodes
 from agent.learner.sequence import evaluated, evaluation_specs
+from agent.learner.sight import OtherPictures, OwnPictures, judge
 from sim import registry
 
 
@@ -27,6 +29,8 @@ class Eval:
         ratchet eval --suite metaworld --tasks door-open faucet-open
 
         ratchet eval --suite metaworld --adapter candidate --store runs/demo/adapters --json
+
+        ratchet eval --suite metaworld --tasks door-open faucet-open --sight
     """
 
     suite: str = "metaworld"
@@ -47,6 +51,8 @@ class Eval:
     """Sampling temperature; 0 acts greedily."""
     seed: int = 0
     """Seed of sampled actions."""
+    sight: bool = False
+    """Run every episode again with the pictures of another one: does the policy look at its cameras?"""
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
@@ -62,6 +68,10 @@ class Eval:
         names = self.tasks or tuple(i.name for i in registry.tasks(self.suite))
         tasks = common.find_tasks(self.suite, names)
         contract = registry.contract_for(self.suite)
+        wanted = {n: evaluation_specs(tasks[n], self.episodes, self.seed, self.horizon) for n in names}
+        # What the policy is shown: its own pictures, and for the check of its sight another episode's as well.
+        own = {n: OwnPictures(len(specs)) for n, specs in wanted.items()} if self.sight else {}
+        other = {n: OtherPictures(own[n], wanted[n]) for n in own}
         folder = common.policy_folder(self.suite, self.policy)
         store = FolderStore(self.store) if self.adapter else None
         lora = common.lora_of(store, self.adapter) if store else common.LoraOptions()
@@ -72,35 +82,54 @@ class Eval:
                 console.print(f"[yellow]{warning.code}[/]: {warning.what}")
         env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
         cells: dict[str, Cell] = {}
+        others: dict[str, Cell] = {}
         try:
             for name in track(names, description="evaluating", console=console, transient=True):
-                info = tasks[name]
-                specs = evaluation_specs(info, self.episodes, self.seed, self.horizon)
-                with running.swapper.running():
-                    outcomes, _ = run_episodes(running.policy, env, specs, temperature=self.temperature, keep=False)
-                cells[name] = evaluated(specs, outcomes.success)
+                specs = wanted[name]
+                for shown, into in ((own, cells), (other, others))[: 2 if self.sight else 1]:
+                    with running.swapper.running():
+                        outcomes, _ = run_episodes(
+                            running.policy,
+                            env,
+                            specs,
+                            temperature=self.temperature,
+                            keep=False,
+                            shown=shown.get(name),
+                        )
+                    into[name] = evaluated(specs, outcomes.success)
         finally:
             env.close()
+        sight = judge(cells, others) if self.sight else None
         if self.json:
-            rows = {
-                n: {
-                    "successes": c.successes,
-                    "trials": c.trials,
-                    "rate": c.rate.estimate,
-                    "low": c.rate.low,
-                    "high": c.rate.high,
-                }
-                for n, c in cells.items()
-            }
-            print(json.dumps({"adapter": running.swapper.current_id, "suite": self.suite, "tasks": rows}))
+            result = {"adapter": running.swapper.current_id, "suite": self.suite, "tasks": _rows(cells)}
+            if sight:
+                result |= {"other_pictures": _rows(others), "sight": asdict(sight)}
+            print(json.dumps(result))
             return 0
         table = Table(title=f"{self.suite}, adapter {running.swapper.current_id[:12]}")
-        for column in ("task", "success", "rate", "95 % interval"):
+        extra = ("others' pictures", "loss, points") if sight else ()
+        for column in ("task", "success", "rate", "95 % interval", *extra):
             table.add_column(column, justify="left" if column == "task" else "right")
         for name, cell in cells.items():
             rate = cell.rate
-            table.add_row(
-                name, f"{cell.successes}/{cell.trials}", f"{rate.estimate:.0%}", f"{rate.low:.0%} … {rate.high:.0%}"
-            )
+            row = [name, f"{cell.successes}/{cell.trials}", f"{rate.estimate:.0%}", f"{rate.low:.0%} … {rate.high:.0%}"]
+            if sight:
+                row += [f"{others[name].successes}/{others[name].trials}", sight.per_task[name].percent()]
+            table.add_row(*row)
         console.print(table)
+        if sight:
+            console.print(sight.sentence())
         return 0
+
+
+def _rows(cells: Mapping[str, Cell]) -> dict[str, dict[str, float]]:
+    return {
+        n: {
+            "successes": c.successes,
+            "trials": c.trials,
+            "rate": c.rate.estimate,
+            "low": c.rate.low,
+            "high": c.rate.high,
+        }
+        for n, c in cells.items()
+    }

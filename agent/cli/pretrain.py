@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from agent.cli import common
 from agent.errors import RatchetError
+from agent.learner.eyes import SceneObjective
 from agent.learner.pretrain import PretrainConfig, Pretrainer
 from agent.learner.pretrain import Progress as Report
 from agent.policy import checkpoint, device, presets
@@ -33,6 +34,8 @@ class Pretrain:
     Commands to copy:
 
         ratchet pretrain --suite metaworld --tasks door-open faucet-open --episodes 40 --out models/mine
+
+        ratchet pretrain --suite metaworld --tasks door-open faucet-open --eyes.steps 1500 --out models/mine
 
         ratchet pretrain --suite metaworld --tasks door-open faucet-open --head flow --out models/mine-flow
 
@@ -62,6 +65,8 @@ class Pretrain:
     cameras: tuple[str, ...] = ()
     """Contract cameras the policy sees; the first one if absent."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    eyes: PretrainConfig = field(default_factory=lambda: PretrainConfig(steps=0, learning_rate=2e-3))
+    """Before acting is trained, the eyes alone learn where the simulator says the objects are; for a head of tokens."""
     train: PretrainConfig = field(default_factory=PretrainConfig)
     processes: int = 2
     """Processes that record demonstrations."""
@@ -113,23 +118,17 @@ class Pretrain:
                 tokenizer = train_tokenizer(texts, config.vocabulary - 256)
                 policy = PrismaticPolicy(config, spec, statistics_of(demonstrations, spec, self.suite), tokenizer)
         policy.network.to(device.choose())
-        trainer = Pretrainer(policy, list(policy.network.parameters()), demonstrations, self.train, work)
-        history: list[Report] = []
-        columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-            bar = progress.add_task("", total=self.train.steps, note="")
-
-            def show(report: Report) -> None:
-                history.append(report)
-                note = (
-                    f"step {report.step} loss {report.loss:.2f} validation {report.validation_loss:.2f} "
-                    f"({report.samples_per_second:.0f} samples/s)"
+        saw: list[Report] = []
+        if self.eyes.steps:
+            if not isinstance(policy, PrismaticPolicy):
+                raise RatchetError(
+                    "learn.no_scene", "eyes are trained on their own for a head of tokens only", fix="--eyes.steps 0"
                 )
-                progress.update(bar, completed=report.step, note=note)
-                if not console.is_terminal:
-                    console.print(note)
-
-            trainer.run(show)
+            scene = SceneObjective(policy, demonstrations.scene, demonstrations.task)
+            eyes = Pretrainer(policy, scene.trained(), demonstrations, self.eyes, work / "eyes", objective=scene)
+            saw = _train(eyes, "looking", console)
+        trainer = Pretrainer(policy, list(policy.network.parameters()), demonstrations, self.train, work)
+        history = _train(trainer, "acting", console)
         checkpoint.save(policy, self.out)
         result = {
             "folder": str(self.out),
@@ -138,8 +137,10 @@ class Pretrain:
             "samples": len(demonstrations),
             "tasks": list(self.tasks),
             "command": common.command_line(),
+            "eyes": asdict(self.eyes),
             "train": asdict(self.train),
             "noise": asdict(self.noise),
+            "history_eyes": [asdict(r) for r in saw],
             "history": [asdict(r) for r in history],
             "seconds": time.perf_counter() - started,
         }
@@ -188,6 +189,27 @@ class Pretrain:
             )
         found.save(path)
         return found
+
+
+def _train(trainer: Pretrainer, what: str, console: Console) -> list[Report]:
+    """To the end, with a bar. what: in a word, for the person who waits."""
+    history: list[Report] = []
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("", total=trainer.last, note="")
+
+        def show(report: Report) -> None:
+            history.append(report)
+            note = (
+                f"step {report.step} loss {report.loss:.2f} validation {report.validation_loss:.2f} "
+                f"error {report.validation_error:.2f} ({report.samples_per_second:.0f} samples/s)"
+            )
+            progress.update(bar, completed=report.step, note=note)
+            if not console.is_terminal:
+                console.print(f"{what} {note}")
+
+        trainer.run(show)
+    return history
 
 
 def demonstration_states(suite: str, episodes: int, first: int) -> tuple[int, ...]:

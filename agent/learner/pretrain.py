@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from agent.errors import RatchetError
-from agent.learner.objectives import objective_of
+from agent.learner.objectives import Objective, objective_of
 from agent.learner.objectives import soft_targets as soft_targets
 from agent.policy.flow import FlowPolicy
 from agent.policy.prismatic import PrismaticPolicy
@@ -109,6 +109,7 @@ class Pretrainer:
         parameters: what is trained; everything else must be frozen by the caller.
         folder: checkpoint and log; None keeps nothing.
         weights: (M,) how often each sample is drawn, relative to the others; evenly if absent.
+        objective: what is minimised; the policy's own cloning loss if absent.
 
     Raises:
         RatchetError: learn.too_few_samples, learn.bad_weights.
@@ -122,10 +123,11 @@ class Pretrainer:
         config: PretrainConfig,
         folder: Path | None = None,
         weights: Float32 | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.policy, self.samples, self.config, self.folder = policy, samples, config, folder
         self.parameters = list(parameters)
-        self.objective = objective_of(policy, torch.from_numpy(samples.actions), config.smoothing)
+        self.objective = objective or objective_of(policy, torch.from_numpy(samples.actions), config.smoothing)
         starts = np.unique(samples.start)
         chosen = np.random.default_rng(config.seed).permutation(len(starts))
         count = max(1, round(config.validation_share * len(starts)))

@@ -132,6 +132,7 @@ def run_episodes(
     keep: bool = True,
     noise_correlation: float = 0.0,
     progress: Callable[[int, bool], None] | None = None,
+    shown: Callable[[int, UInt8], UInt8] | None = None,
 ) -> tuple[Outcomes, RolloutBatch | None]:
     """Run every episode to its end.
 
@@ -139,6 +140,8 @@ def run_episodes(
     keep: return the decisions too.
     noise_correlation: in [0, 1), of the sampling noise between the K actions of a chunk, see `chunk_noise`.
     progress: called with (episodes finished, success) after each episode.
+    shown: for checks of what a policy looks at: given an episode's index and its images (V, H, W, 3), returns those
+        that the policy sees instead. Called once per decision, in the order of the episode's decisions.
 
     Raises:
         RatchetError: rollout.no_episodes, rollout.greedy_batch, rollout.not_finite, and those of the environment.
@@ -209,6 +212,7 @@ def run_episodes(
             noise_correlation,
             keep,
             store,
+            shown,
         )
         again = resets(g, free)
         pending[g] = live
@@ -246,11 +250,14 @@ def _decide(
     noise_correlation: float,
     keep: bool,
     store: _Store,
+    shown: Callable[[int, UInt8], UInt8] | None,
 ) -> dict[int, Float32]:
     if not live:
         return {}
     slots = [slot for slot, _, _ in live]
     images = env.arrays["images"][slots]  # fancy indexing copies out of shared memory
+    if shown is not None:
+        images = np.stack([shown(run.index, own) for (_, run, _), own in zip(live, images, strict=True)])
     state = env.arrays["state"][slots]
     batch = PolicyInput(
         images=images,

@@ -66,7 +66,7 @@ def small(
     """The built-in VLA: about 3 million parameters, a chunk in a few milliseconds on a CPU."""
     return PrismaticConfig(
         vision="film_conv",
-        vision_options={"image_size": image_size, "channels": list(channels), "text": hidden},
+        vision_options={"image_size": image_size, "channels": list(channels), "text": hidden, "coordinates": True},
         attention="bidirectional",
         placeholders="learned",
         hidden=hidden,

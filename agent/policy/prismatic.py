@@ -165,7 +165,7 @@ class PrismaticPolicy:
         if self.config.head == "l1":
             hidden = self._hidden(batch)
             with self.autocast():
-                values = self.network.action_head(hidden.to(self._dtype)).float()
+                values = self.network.action_head(hidden.to(self.compute_dtype)).float()
             return Chunks(unnormalise(values, self.statistics).float(), None, None, hidden.float().mean(1))
         if self.config.decoding == "autoregressive":
             tokens, hidden = self._one_by_one(batch, lambda logits, _: logits.argmax(-1))
@@ -236,7 +236,7 @@ class PrismaticPolicy:
         pixels: as the tower's `prepare` gives them. ids, mask: (B, L) prompt ids and True where not padding.
         state: (B, S) normalised; None where the policy takes none. given: (B, K*D) bins before the one that is read.
         """
-        out: Tensor = self.network(pixels, ids, mask, state, self._dtype, given)
+        out: Tensor = self.network(pixels, ids, mask, state, self.compute_dtype, given)
         return out
 
     def action_logits(self, hidden: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ class PrismaticPolicy:
     def _one_by_one(self, batch: PolicyInput, choose: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
         pixels, ids, mask, state = self.inputs(batch)
         with self.autocast():
-            tokens, hidden = self.network.one_by_one(pixels, ids, mask, state, self._dtype, choose)
+            tokens, hidden = self.network.one_by_one(pixels, ids, mask, state, self.compute_dtype, choose)
         return tokens.view(len(batch), self._spec.chunk, len(self._spec.action_names)), hidden
 
     def inputs(self, batch: PolicyInput) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -282,7 +282,8 @@ class PrismaticPolicy:
         return logits.reshape(len(logits), self._spec.chunk, len(self._spec.action_names), BINS)
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
+        """Of matrix products."""
         return torch.bfloat16 if self.config.compute_dtype == "bfloat16" else torch.float32
 
     def autocast(self) -> AbstractContextManager[None]:

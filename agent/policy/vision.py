@@ -195,23 +195,36 @@ class _FilmBlock(nn.Module):
 
 
 class FilmConv(VisionTower):
-    """Convolutional stem with FiLM (Perez et al., arXiv 1709.07871) from the instruction at every stage; stride 16."""
+    """Convolutional stem with FiLM (Perez et al., arXiv 1709.07871) from the instruction at every stage; stride 16.
 
-    def __init__(self, *, image_size: int, channels: tuple[int, ...], text: int) -> None:
+    coordinates: the stem also takes each pixel's x and y (Liu et al., arXiv 1807.03247) and patches start with distinct
+        position embeddings. Without either a short training never learns where things are.
+    """
+
+    def __init__(self, *, image_size: int, channels: tuple[int, ...], text: int, coordinates: bool = False) -> None:
         super().__init__()
         self.image_size = image_size
+        self.coordinates = coordinates
         self.patches = (image_size // 16) ** 2
         self.features = channels[-1]
-        self.stem = nn.Conv2d(3, channels[0], 4, 4)
+        self.stem = nn.Conv2d(5 if coordinates else 3, channels[0], 4, 4)
         strides = [2, 2] + [1] * (len(channels) - 3)
         self.blocks = nn.ModuleList(
             _FilmBlock(a, b, text, s) for a, b, s in zip(channels, channels[1:], strides, strict=False)
         )
-        self.position = nn.Parameter(torch.zeros(self.patches, channels[-1]))
+        distinct = torch.randn if coordinates else torch.zeros
+        self.position = nn.Parameter(0.5 * distinct(self.patches, channels[-1]))
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, V, H, W, 3) uint8 -> (B, V, 3, H, W) float32 in [-1, 1]."""
-        return images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        """(B, V, H, W, 3) uint8 -> (B, V, 3, H, W) float32 in [-1, 1]; with coordinates two channels more, x and y from
+        -1 at the left and top to 1."""
+        pixels = images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        if not self.coordinates:
+            return pixels
+        b, v, _, h, w = pixels.shape
+        x = torch.linspace(-1, 1, w, device=pixels.device).expand(b, v, 1, h, w)
+        y = torch.linspace(-1, 1, h, device=pixels.device)[:, None].expand(b, v, 1, h, w)
+        return torch.cat([pixels, x, y], 2)
 
     def forward(self, pixels: Tensor, text: Tensor) -> Tensor:
         b, v = pixels.shape[:2]

@@ -95,6 +95,16 @@ def test_labels_are_what_was_executed_from_their_frame_on(contract: RobotContrac
     assert {float(a[3]) for a in disturbed} == {-1.0, 1.0}, "some bursts invert the gripper, some do not"
 
 
+def test_the_scene_is_that_of_the_frame(contract: RobotContract, tmp_path: Path) -> None:
+    data = gather(FakeRecordedEnv(contract), FakeExpert(), NOISY)
+    np.testing.assert_array_equal(data.scene, data.images[:, 0, 0, :2, 0])
+    # A file from a recorder that did not know of scenes.
+    older = dataclasses.replace(data, scene=np.zeros((0, 0), np.float32))
+    assert older.scene.shape == (len(data), 0)
+    older.save(tmp_path / "older.safetensors")
+    assert Demonstrations.load(tmp_path / "older.safetensors").scene.shape == (len(data), 0)
+
+
 def test_a_gripper_of_any_range_is_inverted_inside_it(contract: RobotContract) -> None:
     dims = (*contract.action.dims[:3], ActionDim("gripper", "m", 0.0, 1.5))
     action = dataclasses.replace(contract.action, dims=dims, gripper=GripperSpec("gripper", 1.5, 0.0))

@@ -58,6 +58,7 @@ def test_help_has_a_command_to_copy(verb: str, capsys: pytest.CaptureFixture[str
         (["eval", "--tasks", "door-opn"], "sim.unknown_task", "door-open"),
         (["eval", "--suite", "libero_objct"], "sim.unknown_suite", "libero_object"),
         (["learn", "--tasks", "door-opn"], "sim.unknown_task", "door-open"),
+        (["eval", "--tasks", "door-open", "--sight", "--episodes", "1"], "sight.same_scene", "at least 2"),
         (["eval", "--suite", "libero_object", "--policy", "nowhere"], "policy.bad_checkpoint", "nowhere"),
         (["adapters", "list", "--store", "nowhere"], "adapter.no_store", "nowhere"),
         (["report", "nowhere"], "report.no_run", "nowhere"),

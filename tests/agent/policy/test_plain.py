@@ -22,8 +22,8 @@ from tests.conformance.swap_suite import noise
 def test_logits_and_gradients_are_the_libraries(attention: str, placeholders: str) -> None:
     policy = samples.policy(attention=attention, placeholders=placeholders)
     lora = attach(policy.module, lora_config(4, 8))
-    # Half of the swap tests' adapter: with all of it the logits are so sharp that rounding alone nears the bound.
-    lora.load({name: tensor / 2 for name, tensor in noise(lora, policy, 1).tensors.items()})
+    # A third of the swap tests' adapter: with all of it the logits are so sharp that rounding alone nears the bound.
+    lora.load({name: tensor / 3 for name, tensor in noise(lora, policy, 1).tensors.items()})
     plain = Plain(policy)
     batch = samples.batch(policy)
     tokens = policy.predict(batch).tokens

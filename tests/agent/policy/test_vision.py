@@ -63,6 +63,35 @@ def test_the_small_towers_pixels_are_in_one_range() -> None:
     assert made.prepare(levels).flatten().unique().tolist() == [-1.0, 1.0]
 
 
+def test_coordinates_tell_patches_apart_where_pictures_do_not() -> None:
+    """In the middle of a picture of one colour, where no patch sees the padding of the border."""
+    grey = torch.full((1, 1, 256, 256, 3), 90, dtype=torch.uint8)
+    text = torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
+    spreads = []
+    for coordinates in (False, True):
+        torch.manual_seed(0)
+        made = make_tower("film_conv", FILM | {"image_size": 256, "coordinates": coordinates})
+        assert isinstance(made, FilmConv)
+        with torch.no_grad():
+            made.position.zero_()
+            patches = made(made.prepare(grey), text).reshape(16, 16, -1)[6:10, 6:10].flatten(0, 1)
+        spreads.append(float(patches.std(0).mean()))
+    assert spreads[0] < 1e-5
+    assert spreads[1] > 0.01
+    pixels = made.prepare(grey)
+    assert pixels.shape == (1, 1, 5, 256, 256)
+    assert pixels[0, 0, 3, 0, [0, -1]].tolist() == [-1, 1]  # x, along the row
+    assert pixels[0, 0, 4, [0, -1], 0].tolist() == [-1, 1]  # y, down the column
+
+
+def test_a_tower_without_coordinates_is_as_it_was() -> None:
+    """Bases made without them load, and keep their hash: no tensor has another shape or value at the start."""
+    made = tower("film_conv")
+    assert isinstance(made, FilmConv)
+    assert made.stem.weight.shape[1] == 3
+    assert not made.position.any()
+
+
 def test_the_fused_towers_pixels_are_normalised_twice() -> None:
     made = tower("fused_dinov2_siglip")
     seen = images(28, 1)
