@@ -22,6 +22,7 @@ from agent.adapters.store import FolderStore
 from agent.cli import common
 from agent.errors import RatchetError
 from agent.learner.distributed import Ranks
+from agent.learner.evaluations import KnownEvaluations
 from agent.learner.methods.base import SeqFT
 from agent.learner.metrics import SuccessMatrix, difference, measures
 from agent.learner.report import print_matrix, video_name, write_report
@@ -77,11 +78,13 @@ def run(
     device: torch.device | str = "",
     ranks: Ranks | None = None,
     shard: bool = False,
+    known: KnownEvaluations | None = None,
 ) -> Result:
     """Run (or go on with) a sequential fine-tuning in `folder` and write its report.
 
     device: where both policies are. ranks: the processes that run this together, each with `workers` simulators of its
-    own; rank 0 alone writes and shows. shard: each rank keeps a part of the frozen base while it updates.
+    own; rank 0 alone writes and shows. shard: each rank keeps a part of the frozen base while it updates. known:
+    evaluations that other runs made already.
     """
     started = time.perf_counter()
     main = ranks is None or ranks.main
@@ -125,7 +128,7 @@ def run(
             view = _View(progress, console, config)
             serve = running.serve if running is not None else lambda wanted: _trained(wanted, policy, adapter)
             sequence = SequentialRun(
-                policy, adapter, env, tasks, store, serve, config, folder / "state", view.event, method, ranks
+                policy, adapter, env, tasks, store, serve, config, folder / "state", view.event, method, ranks, known
             )
             with ticking or contextlib.nullcontext():
                 matrix = sequence.run()
@@ -265,9 +268,10 @@ class _View:
                 self.console.print(f"update {facts['update']:3d}  {note}  {facts['seconds']:.0f} s")
         elif kind == "evaluated":
             rate = facts["successes"] / facts["trials"]
+            speed = f"{60 * facts['trials'] / facts['seconds']:5.0f} episodes/min" if facts["seconds"] else "known"
             self.console.print(
                 f"stage {facts['stage']}  {facts['task']:28s} {facts['successes']:3d}/{facts['trials']} = {rate:4.0%}"
-                f"   {60 * facts['trials'] / facts['seconds']:5.0f} episodes/min"
+                f"   {speed}"
             )
         elif kind == "stage":
             self.console.print(

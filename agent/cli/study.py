@@ -20,6 +20,7 @@ from agent.cli.study_analysis import Analyse
 from agent.cli.study_evaluate import Evaluate
 from agent.cli.study_folder import write
 from agent.errors import RatchetError
+from agent.learner.evaluations import KnownEvaluations
 from agent.learner.methods import variants
 from agent.learner.methods.variants import Variant
 from agent.learner.ppo import PpoConfig
@@ -109,6 +110,7 @@ class Run:
             facts |= {"suite": self.suite, "settings": variant.make_settings()}
             require_same(self.out / variant.label / f"seed{seed}", facts)
         data = self._demonstrations(console) if any(v.kind.needs_demonstrations for v in chosen) else None
+        known = KnownEvaluations(self.out / "evaluations")
         for seed, variant, config, lora in plans:
             place = self.out / variant.label / f"seed{seed}"
             if load_trial(variant.label, seed, place) is not None:
@@ -127,6 +129,7 @@ class Run:
                 console=console,
                 rollouts=self.rollouts,
                 method=variant.make(data),
+                known=known,
             )
             write(self.out, self._facts(), console)
         result = write(self.out, self._facts(), console)

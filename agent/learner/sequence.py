@@ -23,6 +23,7 @@ from agent.adapters.lora import Lora
 from agent.adapters.protocol import AdapterStore, Provenance
 from agent.errors import RatchetError
 from agent.learner.distributed import Ranks, share_episodes
+from agent.learner.evaluations import KnownEvaluations, key_of
 from agent.learner.methods.base import SeqFT, TaskUpdater
 from agent.learner.metrics import Cell, SuccessMatrix
 from agent.learner.rollouts import ChunkEnv, EpisodeSpec, RolloutBatch
@@ -149,6 +150,7 @@ class SequentialRun:
             swaps, and what is evaluated is what it returns.
         on_event: called with ("evaluated" | "update" | "stage", facts).
         method: Seq. FT if absent; see `methods`.
+        known: evaluations that need not be made again; None makes all. Not for several ranks.
         ranks: the processes that run this together, all with the same arguments but `env`; rank 0 writes the folder,
             which all of them see. None for one process.
     """
@@ -166,6 +168,7 @@ class SequentialRun:
         on_event: Event = lambda kind, facts: None,
         method: SeqFT | None = None,
         ranks: Ranks | None = None,
+        known: KnownEvaluations | None = None,
     ) -> None:
         for name in (*config.tasks, *config.held_out):
             if name not in tasks:
@@ -173,6 +176,7 @@ class SequentialRun:
         self.policy, self.lora, self.env, self.tasks = policy, lora, env, tasks
         self.store, self.serve, self.config, self.folder = store, serve, config, folder
         self.on_event = on_event
+        self.known = known if ranks is None else None
         self.ranks, self._writes = ranks, ranks is None or ranks.main
         self.method = method or SeqFT()
         self._base_hash = policy.base_hash  # of the base as it came: a method may change the weights
@@ -280,22 +284,15 @@ class SequentialRun:
         self.on_event("stage", {"task": task, "stage": self.stage, "adapter_id": adapter_id, "effect": effect})
 
     def _evaluate_stage(self) -> None:
+        if not self.method.sequential and 0 < self.stage < len(self.config.tasks):
+            return  # stages mean nothing to it
         for name in (*self.config.tasks, *self.config.held_out):
             if self.matrix.get(self.stage, name) is not None:
                 continue
-            policy = self.method.serve(self.serve, self.adapter_ids, self.stage, name)
-            task = self.tasks[name]
-            specs = evaluation_specs(task, self.config.evaluation_episodes, self.config.seed, self.config.horizon)
-            outcomes, _ = share_episodes(
-                self.ranks,
-                policy,
-                self.env,
-                specs,
-                temperature=self.config.evaluation_temperature,
-                keep=False,
-                progress=self._watch(f"evaluating {name}", len(specs)),
+            specs = evaluation_specs(
+                self.tasks[name], self.config.evaluation_episodes, self.config.seed, self.config.horizon
             )
-            cell = evaluated(specs, outcomes.success)
+            cell, seconds = self._evaluate(name, specs)
             self.matrix.record(self.stage, name, cell)
             if self._writes:
                 self.matrix.save(self.folder / "matrix.json")
@@ -307,9 +304,30 @@ class SequentialRun:
                     "task": name,
                     "successes": cell.successes,
                     "trials": cell.trials,
-                    "seconds": outcomes.seconds,
+                    "seconds": seconds,
                 },
             )
+
+    def _evaluate(self, name: str, specs: Sequence[EpisodeSpec]) -> tuple[Cell, float]:
+        """Outcomes and the seconds that they took, 0 where they were known."""
+        temperature, acting = self.config.evaluation_temperature, self.method.acting(self.adapter_ids, self.stage, name)
+        key = key_of(self._base_hash, acting, self.env.contract.id, specs, temperature)
+        cell = self.known.get(key) if self.known is not None else None
+        if cell is not None:
+            return cell, 0.0
+        outcomes, _ = share_episodes(
+            self.ranks,
+            self.method.serve(self.serve, self.adapter_ids, self.stage, name),
+            self.env,
+            specs,
+            temperature=temperature,
+            keep=False,
+            progress=self._watch(f"evaluating {name}", len(specs)),
+        )
+        cell = evaluated(specs, outcomes.success)
+        if self.known is not None:
+            self.known.put(key, cell)
+        return cell, outcomes.seconds
 
     def _watch(self, what: str, total: int) -> Callable[[int, bool], None]:
         mine = total if self.ranks is None else len(range(total)[self.ranks.own(total)])

@@ -140,7 +140,11 @@ class SeqFT:
 
     def serve(self, serve: Callable[[str], Policy], ids: Sequence[str], stage: int, task: str) -> Policy:
         """The policy that acts on `task` after `stage` tasks; ids: what was published, by stage, "" for the base."""
-        return serve(ids[stage])
+        return serve(self.acting(ids, stage, task))
+
+    def acting(self, ids: Sequence[str], stage: int, task: str) -> str:
+        """Id of what `serve` returns, "" for the base: policies of equal id act alike."""
+        return ids[stage]
 
     # -- resuming --------------------------------------------------------------------------------------------
 

@@ -5,10 +5,9 @@ Source: arXiv 2603.11653. The hot swap makes it cheap: an adapter is a pointer a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from agent.learner.methods.base import SeqFT
-from agent.policy.protocol import Policy
 
 
 class Expansion(SeqFT):
@@ -20,6 +19,6 @@ class Expansion(SeqFT):
         if stage:
             self.lora.reset(seed % 2**31)
 
-    def serve(self, serve: Callable[[str], Policy], ids: Sequence[str], stage: int, task: str) -> Policy:
+    def acting(self, ids: Sequence[str], stage: int, task: str) -> str:
         own = self.tasks.index(task) + 1 if task in self.tasks else 0
-        return serve(ids[own] if 0 < own <= stage else ids[0])
+        return ids[own] if 0 < own <= stage else ids[0]

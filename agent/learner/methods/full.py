@@ -56,6 +56,9 @@ class FullFineTuning(SeqFT):
     def serve(self, serve: Callable[[str], Policy], ids: Sequence[str], stage: int, task: str) -> Policy:
         return self.policy
 
+    def acting(self, ids: Sequence[str], stage: int, task: str) -> str:
+        return self.identity()
+
     def state_dict(self) -> dict[str, Any]:
         return {"weights": [p.detach() for p in self._own], "names": self._names}
 

@@ -14,6 +14,7 @@ from agent.adapters.lora import Lora, attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract
 from agent.learner.distributed import Ranks
+from agent.learner.evaluations import KnownEvaluations
 from agent.learner.methods.base import SeqFT
 from agent.learner.sequence import SequenceConfig, SequentialRun
 from agent.learner.update import UpdateConfig
@@ -88,6 +89,7 @@ def start(
     method: SeqFT | None = None,
     ranks: Ranks | None = None,
     shard: bool = False,
+    known: KnownEvaluations | None = None,
 ) -> SequentialRun:
     """Run (or resume) in `folder`; with ranks, this process's part of it."""
     torch.set_num_threads(1)
@@ -107,7 +109,7 @@ def start(
     env = fake_env()
     try:
         sequence = SequentialRun(
-            policy, lora, env, TASKS, store, serve, config, folder / "state", on_event, method, ranks
+            policy, lora, env, TASKS, store, serve, config, folder / "state", on_event, method, ranks, known
         )
         sequence.run()
     finally:

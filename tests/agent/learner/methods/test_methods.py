@@ -278,6 +278,7 @@ def test_the_oracle_learns_all_tasks_at_every_stage(finished: Callable[..., Any]
     assert {s.task for s in specs} == set(TASKS)
     assert len(specs) == CONFIG.groups * CONFIG.group_size
     assert len({s.group for s in specs}) == CONFIG.groups
+    assert [s for s in run.matrix.stages if run.matrix.get(s, TASKS[0])] == [0, len(TASKS)], "stages mean nothing to it"
 
 
 def test_full_fine_tuning_moves_the_base_and_no_adapter(finished: Callable[..., Any]) -> None:
