@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from agent.errors import RatchetError
-from sim import registry
+from sim import metaworld, registry
 from sim.metaworld import EVALUATION_STATES, TRAIN_STATES, MetaWorldTaskEnv
+from sim.metaworld_tasks import INSTRUCTIONS
 
 import mujoco  # isort: skip  (after sim, which chooses the GL back end)
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # isort: skip
@@ -67,6 +68,61 @@ def test_physics_is_the_benchmarks_own_bit_by_bit(task: str) -> None:
         for a, b in zip(ours, benchmark_trajectory(task, state, plan), strict=True):
             np.testing.assert_array_equal(a, b)
     env.close()
+
+
+def arrays_of(thing: object) -> dict[str, np.ndarray]:
+    found = {}
+    for name in dir(thing):
+        # Constraint solver and islands use scratch memory, which holds something else in every environment.
+        if not name.startswith(("_", "efc_", "island_", "dof_island")):
+            value = getattr(thing, name, None)
+            if isinstance(value, np.ndarray):
+                found[name] = value.copy()
+    return found
+
+
+def assert_same(first: MetaWorldTaskEnv, second: MetaWorldTaskEnv) -> None:
+    for mine, theirs in ((first.env.model, second.env.model), (first.env.data, second.env.data)):
+        left, right = arrays_of(mine), arrays_of(theirs)
+        assert [n for n in left if not np.array_equal(left[n], right[n], equal_nan=True)] == []
+    np.testing.assert_array_equal(first.last_observation, second.last_observation)
+
+
+@pytest.mark.parametrize("task", INSTRUCTIONS)
+def test_a_start_that_is_copied_is_the_start_that_was_made(task: str) -> None:
+    """The second reset to a state restores a copy; nothing that follows may tell."""
+    contract = registry.contract_for("metaworld")
+    scale = np.array([d.command_scale for d in contract.action.dims], np.float32)
+    made, copied = MetaWorldTaskEnv(task, contract), MetaWorldTaskEnv(task, contract)
+    metaworld._STARTS.clear()
+    made.reset(1005)
+    first_seen = dict(metaworld._STARTS)
+    metaworld._STARTS.clear()
+    copied.reset(1006)  # another episode, which must leave no trace
+    for command in commands(3):
+        copied.step(command * scale)
+    metaworld._STARTS.update(first_seen)
+    copied.reset(1005)
+    assert len(metaworld._STARTS) == 2, "the start was made again"
+    assert_same(made, copied)
+    for command in commands(4):
+        for env in (made, copied):
+            env.step(command * scale)
+    assert_same(made, copied)
+    assert made.success() == copied.success()
+    own, theirs = made.env.__dict__, copied.env.__dict__
+    for name, value in own.items():
+        if isinstance(value, np.ndarray | float | int | str | list):
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(theirs[name]), err_msg=name)
+
+
+def test_starts_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metaworld, "STARTS", 3)
+    metaworld._STARTS.clear()
+    env = registry.make_env("metaworld", "push")
+    for state in range(5):
+        env.reset(state)
+    assert [key[2] for key in metaworld._STARTS] == [2, 3, 4]
 
 
 def test_two_environments_of_one_task_share_a_renderer_but_no_scene() -> None:
