@@ -49,10 +49,10 @@ class Recipe:
 
 DEMO: dict[str, Recipe] = {
     "metaworld": Recipe(
-        tasks=("button-press", "handle-press"),
-        held_out=("button-press-wall",),
-        updates=12,
-        groups=32,
+        tasks=("handle-press", "coffee-button"),
+        held_out=("button-press", "faucet-open"),
+        updates=8,
+        groups=24,
         group_size=8,
         temperature=1.0,
         noise_correlation=0.9,
@@ -61,6 +61,7 @@ DEMO: dict[str, Recipe] = {
             algorithm="ppo",
             learning_rate=6e-3,
             minibatches=2,
+            warmup_steps=4,
             grpo=GrpoConfig(horizon=40),
             ppo=PpoConfig(lam=0.9),
         ),
