@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from agent.adapters.files import Files
 from agent.cli import common, sequential
 from agent.cli.pretrain import demonstration_states
 from agent.cli.study_analysis import Analyse
 from agent.cli.study_evaluate import Evaluate
-from agent.cli.study_folder import write
+from agent.cli.study_folder import claim, finished, write
 from agent.errors import RatchetError
 from agent.learner.evaluations import KnownEvaluations
 from agent.learner.methods import variants
@@ -111,27 +112,34 @@ class Run:
             require_same(self.out / variant.label / f"seed{seed}", facts)
         data = self._demonstrations(console) if any(v.kind.needs_demonstrations for v in chosen) else None
         known = KnownEvaluations(self.out / "evaluations")
+        elsewhere = 0
         for seed, variant, config, lora in plans:
             place = self.out / variant.label / f"seed{seed}"
-            if load_trial(variant.label, seed, place) is not None:
-                continue
-            console.rule(f"{variant.label}, seed {seed}")
-            sequential.run(
-                title=f"{variant.label}, seed {seed}",
-                suite=self.suite,
-                policy_folder=folder,
-                config=config,
-                lora=lora,
-                folder=place,
-                workers=self.workers,
-                slots=self.slots,
-                videos=False,
-                console=console,
-                rollouts=self.rollouts,
-                method=variant.make(data),
-                known=known,
-            )
+            with claim(place) as mine:
+                elsewhere += not mine
+                if not mine or load_trial(variant.label, seed, place) is not None:
+                    continue
+                console.rule(f"{variant.label}, seed {seed}")
+                sequential.run(
+                    title=f"{variant.label}, seed {seed}",
+                    suite=self.suite,
+                    policy_folder=folder,
+                    config=config,
+                    lora=lora,
+                    folder=place,
+                    workers=self.workers,
+                    slots=self.slots,
+                    videos=False,
+                    console=console,
+                    rollouts=self.rollouts,
+                    method=variant.make(data),
+                    known=known,
+                )
             write(self.out, self._facts(), console)
+        if elsewhere:
+            console.print(f"{elsewhere} of {len(plans)} trials run in other processes; theirs is the last table")
+            if not finished(self.out):
+                return 0
         result = write(self.out, self._facts(), console)
         if self.json:
             print(json.dumps(result))
@@ -164,10 +172,13 @@ class Run:
 
     def _demonstrations(self, console: Console) -> Demonstrations:
         path = self.demonstrations or self.out / "demonstrations.safetensors"
-        if path.is_file():
-            return Demonstrations.load(path)
-        if self.demonstrations is not None:
+        if self.demonstrations is not None and not path.is_file():
             raise RatchetError("learn.no_demonstrations", "no such file", where=str(path), fix="name a file, or record")
+        self.out.mkdir(parents=True, exist_ok=True)
+        with Files().lock(self.out / "demonstrations.lock"):  # one process records, others wait for it
+            return Demonstrations.load(path) if path.is_file() else self._record(path, console)
+
+    def _record(self, path: Path, console: Console) -> Demonstrations:
         from agent.policy import adopted
 
         spec = adopted.load(common.policy_folder(self.suite, self.policy)).spec
@@ -239,7 +250,8 @@ class Study:
 
         ratchet study analyse runs/study
 
-    A study that was stopped goes on when the same command is given again; methods and seeds may be added to it.
+    A study that was stopped goes on when the same command is given again; methods and seeds may be added to it. The
+    same command in a second terminal runs trials beside the first: each takes those that nobody has taken.
     """
 
     command: Annotated[

@@ -1,16 +1,21 @@
-"""A study's folder: which of its trials are finished, and the files that are made from them.
+"""A study's folder: which of its trials are finished, who runs which, and the files that are made from them.
 
 Knows names of folders and files. What the numbers mean is in `agent.learner.study`.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from agent.adapters.files import Files
 from agent.cli import common
 from agent.errors import RatchetError
 from agent.learner.methods import variants
@@ -20,12 +25,36 @@ from agent.learner.study_claims import claims
 from agent.learner.study_report import write_study
 
 
+@contextmanager
+def claim(place: Path) -> Iterator[bool]:
+    """Whether this process may run the trial in `place`: no other does before the block is left. The kernel takes the
+    claim from a process that dies."""
+    place.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(place / "claim", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        mine = False
+    else:
+        mine = True
+    try:
+        yield mine
+    finally:
+        os.close(descriptor)
+
+
 def write(out: Path, facts: dict[str, Any], console: Console) -> dict[str, Any]:
     """All of a study's files from its finished trials; prints the table and what it says about the claims.
 
     Raises:
         RatchetError: study.nothing_finished.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    with Files().lock(out / "lock"):  # another process may share the study
+        return _write(out, facts, console)
+
+
+def _write(out: Path, facts: dict[str, Any], console: Console) -> dict[str, Any]:
     trials = finished(out)
     if not trials:
         raise RatchetError("study.nothing_finished", "no finished trial", where=str(out), fix="run the study first")

@@ -8,6 +8,7 @@ Determinism: seeds, fixed initial states, one thread, equal numbers of simulator
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,31 +16,24 @@ from typing import Any
 import pytest
 
 from agent.cli.main import main
+from agent.cli.study_folder import claim
 from agent.learner.metrics import SuccessMatrix
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = ("seq_ft", "expansion", "full_ft")
 SIMULATORS = ["--workers", "2", "--slots", "4"]
+RUN = [
+    *["study", "run", "--tasks", "handle-press", "button-press", "--held-out", "faucet-open", "--methods", *ROWS],
+    *["--updates", "1", "--groups", "3", "--group-size", "4", "--evaluation-episodes", "6", *SIMULATORS],
+    # so that one update is seen
+    *["--update.warmup-steps", "0", "--update.learning-rate", "3e-2", "--full-learning-rate", "2e-3"],
+]
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study")
-    arguments = ["study", "run", "--tasks", "handle-press", "button-press", "--held-out", "faucet-open"]
-    arguments += [
-        "--methods",
-        *ROWS,
-        "--updates",
-        "1",
-        "--groups",
-        "3",
-        "--group-size",
-        "4",
-        "--update.warmup-steps",
-        "0",
-    ]
-    arguments += ["--update.learning-rate", "3e-2", "--full-learning-rate", "2e-3"]  # so that one update is seen
-    assert main([*arguments, "--evaluation-episodes", "6", "--out", str(out), *SIMULATORS]) == 0
+    assert main([*RUN, "--out", str(out)]) == 0
     return out
 
 
@@ -93,6 +87,24 @@ def test_changed_worlds_are_held_out_and_nothing_finished_runs_twice(
     assert (tmp_path / "seq_ft" / "seed0" / "run.json").stat().st_mtime_ns == written
     assert main(["study", "evaluate", *arguments[:-4], "--episodes", "5", *arguments[-2:]]) == 2
     assert "study.changed" in capsys.readouterr().err
+
+
+def test_a_trial_that_another_process_runs_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = [tmp_path / row / "seed0" for row in ROWS]
+    with contextlib.ExitStack() as others:
+        assert all(others.enter_context(claim(place)) for place in places)
+        assert main([*RUN, "--out", str(tmp_path)]) == 0
+        assert "3 of 3 trials run in other processes" in capsys.readouterr().out
+        assert not any((place / "run.json").exists() for place in places)
+        with claim(places[0]) as mine:
+            assert not mine
+    with claim(places[0]) as mine:  # given back
+        assert mine
+
+
+def test_what_the_base_did_is_measured_once(study: Path) -> None:
+    # Three tasks: the base; seq_ft after two stages; expansion's second adapter, its first is that of seq_ft; models.
+    assert len([*(study / "evaluations").glob("*.json")]) == 3 + 6 + 1 + 9
 
 
 def test_an_adapter_scaled_to_nothing_acts_as_the_base(
