@@ -53,6 +53,8 @@ class Learn:
     """Run folder."""
     updates: int = 10
     """Updates per task."""
+    until: float = 0.0
+    """A task is over once this share of an update's episodes succeeded; 0 makes all updates."""
     groups: int = 64
     """Initial states per update."""
     group_size: int = 8
@@ -130,6 +132,7 @@ class Learn:
             tasks=self.tasks,
             held_out=self.held_out,
             updates=self.updates,
+            until=self.until,
             groups=self.groups,
             group_size=self.group_size,
             temperature=self.temperature,

@@ -59,6 +59,8 @@ class Run:
     """Study folder."""
     updates: int = 12
     """Updates per task."""
+    until: float = 0.0
+    """A task is over once this share of an update's episodes succeeded; 0 makes all updates."""
     groups: int = 32
     """Initial states per update."""
     group_size: int = 8
@@ -155,6 +157,7 @@ class Run:
             tasks=variant.arranged(self.tasks),
             held_out=held_out,
             updates=self.updates,
+            until=self.until,
             groups=self.groups,
             group_size=self.group_size,
             temperature=self.temperature,

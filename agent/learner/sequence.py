@@ -73,9 +73,16 @@ class SequenceConfig:
     horizon: int = 0
     """Longest episode in control steps, in training and evaluation; 0 takes each task's own. A shorter one saves the
     time that lost episodes take, and makes success harder than the benchmark's."""
+    until: float = 0.0
+    """A task is over after an update in whose episodes this share succeeded, in (0, 1]; 0 makes all updates. On a
+    solved task the signal is gone and steps of full size go on, at the cost of robot hours and of the other tasks."""
     train_pool: int = 0
     """Use only the first so many training states; 0 uses all."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.until <= 1:
+            raise RatchetError("learn.bad_setting", f"until {self.until} is no share of episodes", fix="0 to 1")
 
 
 class Stop(Exception):
@@ -185,6 +192,7 @@ class SequentialRun:
         self.matrix = SuccessMatrix(tuple(config.tasks), tuple(config.held_out))
         self.stage = 0  # tasks finished
         self.update = 0  # updates finished in the current stage
+        self.solved = False  # whether the current stage needs no more of them
         self.adapter_ids: list[str] = [""]  # by stage
         self.updater: TaskUpdater | None = None
 
@@ -214,7 +222,7 @@ class SequentialRun:
         if self.updater is None:
             self.method.begin_task(self.stage, derive_seed(self.config.seed, "lora", self.stage))
             self.updater = self._new_updater()
-        while self.update < self.config.updates:
+        while self.update < self.config.updates and not self.solved:
             started = time.perf_counter()
             self.method.begin_update()
             batch, facts = self._rollout(name) if self.method.needs_rollouts else (None, self._facts(name))
@@ -225,6 +233,7 @@ class SequentialRun:
                     raise
                 facts |= {"skipped": error.what}  # every group was unanimous: nothing to learn, nothing changed
             self.update += 1
+            self.solved = 0 < self.config.until <= facts["successes"] / max(facts["episodes"], 1)
             facts["seconds"] = time.perf_counter() - started
             self._log(facts)
             self._save()
@@ -278,7 +287,7 @@ class SequentialRun:
             adapter_id = self.ranks.broadcast(adapter_id.encode()).decode()
         self.adapter_ids.append(adapter_id)
         self.stage += 1
-        self.update = 0
+        self.update, self.solved = 0, False
         self.updater = None
         self._save()
         self.on_event("stage", {"task": task, "stage": self.stage, "adapter_id": adapter_id, "effect": effect})
@@ -365,7 +374,10 @@ class SequentialRun:
 
     def _fingerprint(self) -> str:
         """What must not change between the start of a run and its resumption."""
-        facts = {"config": dataclasses.asdict(self.config), "base": self._base_hash, "method": self.method.name}
+        config = dataclasses.asdict(self.config)
+        if not self.config.until:
+            del config["until"]  # so that runs from before there was such a setting go on
+        facts = {"config": config, "base": self._base_hash, "method": self.method.name}
         if self.method.settings:
             facts["settings"] = self.method.settings
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -377,6 +389,7 @@ class SequentialRun:
             "fingerprint": self._fingerprint(),
             "stage": self.stage,
             "update": self.update,
+            "solved": self.solved,
             "adapter_ids": self.adapter_ids,
             "lora": self.lora.export(),
             "method": self.method.state_dict(),
@@ -401,6 +414,7 @@ class SequentialRun:
                 fix="use a new folder, or the same options as before",
             )
         self.stage, self.update = state["stage"], state["update"]
+        self.solved = bool(state.get("solved", False))
         self.adapter_ids = list(state["adapter_ids"])
         self.method.load_state_dict(state["method"])
         self.lora.load(state["lora"])

@@ -199,6 +199,41 @@ def test_a_torn_log_line_is_dropped(undisturbed: tuple[dict[str, Any], list[str]
     assert outcome(tmp_path) == undisturbed[0]
 
 
+def test_a_solved_task_is_over_and_the_next_one_is_not(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, updates=3)
+    start(tmp_path / "all", quiet, config)
+    everything = outcome(tmp_path / "all")["updates"]
+    shares = [u["successes"] / u["episodes"] for u in everything]
+    until = max(shares[:2])  # reached before the last update of the first task, which the test needs
+    assert until > 0
+    wanted = 1 + next(i for i, share in enumerate(shares) if share >= until)
+    assert wanted < 3
+    start(tmp_path / "until", quiet, dataclasses.replace(config, until=until))
+    found = outcome(tmp_path / "until")
+    assert [u["update"] for u in found["updates"] if u["stage"] == 1] == [*range(1, wanted + 1)]
+    assert found["updates"][:wanted] == everything[:wanted], "the updates before it are the same"
+    assert next(u["update"] for u in found["updates"] if u["stage"] == 2) == 1
+
+    seen = 0
+
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += kind == "update"
+        if seen == wanted:
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(tmp_path / "resumed", stop, dataclasses.replace(config, until=until))
+    start(tmp_path / "resumed", quiet, dataclasses.replace(config, until=until))
+    assert outcome(tmp_path / "resumed") == found, "a resumed run must remember that the task was solved"
+
+
+@pytest.mark.parametrize("until", [-0.1, 1.1, float("nan")])
+def test_an_impossible_share_is_refused(until: float) -> None:
+    with pytest.raises(RatchetError, match=r"learn\.bad_setting"):
+        dataclasses.replace(CONFIG, until=until)
+
+
 def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
     def stop(kind: str, facts: dict[str, Any]) -> None:
         if kind == "update":
