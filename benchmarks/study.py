@@ -128,8 +128,12 @@ def main() -> int:
     if code:
         return code
     trials = finished(folder)
+    bases = {json.loads(p.read_text())["base_hash"] for p in folder.glob("*/seed*/run.json")}
     facts = describe_run(
-        f"study on {options.suite}", f"python -m benchmarks.study {options.suite}", grid=" ".join(grid)
+        f"study on {options.suite}",
+        f"python -m benchmarks.study {options.suite}",
+        grid=" ".join(grid),
+        base_hash=", ".join(sorted(bases)),
     )
     result = as_dict(trials, facts)
     for method, row in result["methods"].items():
