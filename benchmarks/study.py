@@ -150,7 +150,7 @@ def main() -> int:
     (pictures / "forgetting.png").write_bytes(forgetting_curves(trials))
     (pictures / "learning.png").write_bytes(learning_curves(trials))
     for method in dict.fromkeys(t.method for t in trials):
-        (pictures / f"{method}.png").write_bytes(heat_map([t.matrix for t in trials if t.method == method]))
+        (pictures / f"{method}.png").write_bytes(heat_map([t for t in trials if t.method == method]))
     return 0 if judge(options.suite, trials) else 1
 
 

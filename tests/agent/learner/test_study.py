@@ -27,7 +27,7 @@ from agent.learner.study import (
     plasticity,
     summarise,
 )
-from agent.learner.study_report import write_study
+from agent.learner.study_report import learning_curves, losses, write_study
 from benchmarks.study import packed, stored, unpacked
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
@@ -99,6 +99,26 @@ def test_points_in_the_json() -> None:
 def test_forgetting_starts_where_a_task_was_learned() -> None:
     assert forgetting(matrix(FIRST), "a") == [(0, 0.8), (1, 0.7)]
     assert forgetting(matrix(FIRST), "b") == [(0, 0.9)]
+
+
+def test_what_is_lost_is_counted_from_where_each_task_stood() -> None:
+    """Success itself would fall from 0.85 to 0.7 here, for the second task is never old."""
+    assert losses(trials()) == [(0, 0.0), (1, pytest.approx(-5.0))]
+    kept = matrix([[4, 2, 1], [3, 2, 1], [3, 9, 1]])
+    assert losses([Trial("expansion", 0, kept, 1.0, 1)]) == [(0, 0.0), (1, 0.0)]
+
+
+def test_curves_of_trials_that_end_their_tasks_early() -> None:
+    def updates(*lengths: int) -> tuple[dict[str, int], ...]:
+        return tuple(
+            {"stage": stage, "update": i, "successes": 3, "episodes": 4}
+            for stage, length in enumerate(lengths, 1)
+            for i in range(length)
+        )
+
+    ragged = [Trial("seq_ft", s, matrix(FIRST), 1.0, 1, updates(*n)) for s, n in enumerate([(3, 1), (1, 2)])]
+    assert learning_curves(ragged).startswith(b"\x89PNG")
+    assert learning_curves(trials()) == b"", "nothing to draw without episodes"
 
 
 def test_the_page_and_the_table_hold_every_method(tmp_path: Path) -> None:
