@@ -44,7 +44,8 @@ class Run:
     methods: tuple[str, ...] = ("seq_ft",)
     """Rows of the table: seq_ft, ewc, expert_replay, dark_replay, retain, slca, expansion, oracle, full_ft, small_cnn,
     supervised. Parameters follow a colon: retain:coefficient=0.5, ewc:strength=1e5; any method takes rank, alpha,
-    learning_rate and order (reversed, or a number that seeds a shuffle): seq_ft:alpha=8,order=reversed."""
+    learning_rate, updates, groups, until, temperature and order (reversed, or a number that seeds a shuffle):
+    seq_ft:alpha=8,order=reversed."""
     seeds: tuple[int, ...] = (0,)
     """One trial per method and seed."""
     suite: str = "metaworld"
@@ -153,7 +154,7 @@ class Run:
             update = dataclasses.replace(update, learning_rate=self.full_learning_rate)
         if variant.learning_rate is not None:
             update = dataclasses.replace(update, learning_rate=variant.learning_rate)
-        return SequenceConfig(
+        config = SequenceConfig(
             tasks=variant.arranged(self.tasks),
             held_out=held_out,
             updates=self.updates,
@@ -168,6 +169,7 @@ class Run:
             seed=seed,
             update=update,
         )
+        return dataclasses.replace(config, **variant.sequence)
 
     def _lora(self, variant: Variant) -> common.LoraOptions:
         rank, alpha = variant.lora(self.lora.rank, self.lora.alpha)

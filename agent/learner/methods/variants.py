@@ -1,7 +1,7 @@
 """Entries of a study's grid: a method, and what differs in this entry from the study's common settings.
 
 Knows the written form, `method[:key=value,...]`, such as `retain:coefficient=0.5` or `seq_ft:alpha=8,order=reversed`.
-Knows no run. Keys are the method's own parameters, and `rank`, `alpha`, `learning_rate` and `order` of any method.
+Knows no run. Keys are the method's own parameters, and of any method those of `COMMON`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from agent.learner.methods.base import SeqFT
 from agent.learner.methods.registry import method_named
 from agent.learner.pretrain import Samples
 
-COMMON = ("rank", "alpha", "learning_rate", "order")
+SEQUENCE: dict[str, type] = {"updates": int, "groups": int, "until": float, "temperature": float}
+COMMON: dict[str, type] = {"rank": int, "alpha": float, "learning_rate": float, "order": str} | SEQUENCE
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Variant:
 
     label: as it was written; names folder and row. settings: of the method. rank, alpha: of the adapter, None for the
     study's; a rank alone keeps the scale alpha / rank. learning_rate: None for the study's. order: "given", "reversed",
-    or a number that seeds a shuffle of the tasks.
+    or a number that seeds a shuffle of the tasks. sequence: of `SequenceConfig`, what is not the study's.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Variant:
     alpha: float | None = None
     learning_rate: float | None = None
     order: str = "given"
+    sequence: dict[str, Any] = field(default_factory=dict)
 
     def make(self, demonstrations: Samples | None) -> SeqFT:
         """A fresh method. Raises RatchetError learn.no_demonstrations."""
@@ -76,17 +78,18 @@ def parse(text: str) -> Variant:
         if key in own:
             settings[key] = _read(text, key, value if equals else "", type(own[key]))
         elif key in COMMON:
-            wanted: type = {"rank": int, "order": str}.get(key, float)
-            common[key] = _read(text, key, value if equals else "", wanted)
+            common[key] = _read(text, key, value if equals else "", COMMON[key])
         else:
             known = ", ".join((*own, *COMMON))
             raise RatchetError("learn.unknown_setting", f"{name} has no '{key}'", where=text, fix=f"keys: {known}")
     order = common.get("order", "given")
     if order not in ("given", "reversed") and not order.isdigit():
         raise RatchetError("learn.bad_setting", f"order '{order}'", where=text, fix="given, reversed, or a number")
-    if any(common.get(key, 1) <= 0 for key in ("rank", "alpha", "learning_rate")):
-        raise RatchetError("learn.bad_setting", "rank, alpha and learning_rate are above 0", where=text)
-    return Variant(text, kind, settings, **common)
+    for key, value in common.items():
+        if key not in ("order", "until") and not value > 0:
+            raise RatchetError("learn.bad_setting", f"{key} {value} is not above 0", where=text)
+    sequence = {key: common.pop(key) for key in SEQUENCE if key in common}
+    return Variant(text, kind, settings, **common, sequence=sequence)
 
 
 def _read(text: str, key: str, value: str, wanted: type) -> Any:
