@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,21 @@ from agent.learner.study_report import forgetting_curves, heat_map, learning_cur
 
 ROOT = Path(__file__).resolve().parents[1]
 PICK = "pick_up_the_{}_and_place_it_in_the_basket"
+METAWORLD = [
+    *["--tasks", "button-press", "handle-press", "coffee-button", "drawer-open", "plate-slide"],
+    *["--held-out", "button-press-wall", "faucet-open", "window-open"],
+    *["--seeds", "0", "1", "2", "--updates", "8", "--groups", "24", "--group-size", "8"],
+    *["--evaluation-episodes", "40"],
+]
 GRIDS: dict[str, list[str]] = {
     "metaworld": [
-        *["--tasks", "button-press", "handle-press", "coffee-button", "drawer-open", "plate-slide"],
-        *["--held-out", "button-press-wall", "faucet-open", "window-open"],
+        *METAWORLD,
         *["--methods", "seq_ft", "oracle", "expansion", "ewc", "expert_replay", "full_ft", "supervised"],
-        *["--seeds", "0", "1", "2", "--updates", "8", "--groups", "24", "--group-size", "8"],
-        *["--evaluation-episodes", "40"],
+    ],
+    "metaworld_settings": [
+        *METAWORLD,
+        *["--methods", "seq_ft", "seq_ft:until=0.9", "seq_ft:learning_rate=3e-3", "seq_ft:groups=48,updates=4"],
+        *["seq_ft:order=reversed"],
     ],
     "libero_object": [
         *["--suite", "libero_object", "--tasks", *(PICK.format(x) for x in ("tomato_sauce", "cream_cheese", "milk"))],
@@ -150,7 +159,9 @@ def main() -> int:
     (pictures / "forgetting.png").write_bytes(forgetting_curves(trials))
     (pictures / "learning.png").write_bytes(learning_curves(trials))
     for method in dict.fromkeys(t.method for t in trials):
-        (pictures / f"{method}.png").write_bytes(heat_map([t for t in trials if t.method == method]))
+        (pictures / f"{re.sub('[^a-z0-9_.]+', '_', method)}.png").write_bytes(
+            heat_map([t for t in trials if t.method == method])
+        )
     return 0 if judge(options.suite, trials) else 1
 
 
