@@ -1,7 +1,7 @@
 """Sequential fine-tuning against other methods: success matrices over seeds, the four measures, the three claims.
 
-Runs `ratchet study run` (hours; what is finished is not run again) and keeps every evaluated episode's outcome in
-the JSON, and pictures beside it.
+Runs `ratchet study run` (hours; what is finished is not run again), or `ratchet study evaluate` on what it learned
+(minutes), and keeps every evaluated episode's outcome in the JSON, and pictures beside it.
 `--quick` trains nothing: it works the table out again from the outcomes that the JSON holds.
 """
 
@@ -54,6 +54,12 @@ GRIDS: dict[str, list[str]] = {
     ],
 }
 
+EVALUATIONS: dict[str, list[str]] = {  # of the study named before the underscore
+    "metaworld_sampled": ["--methods", "seq_ft", "oracle", "--stages", "all", "--temperature", "1"],
+    "metaworld_half": ["--methods", "seq_ft", "--scale", "0.5"],
+    "metaworld_perturbed": ["--methods", "seq_ft", "--perturb", "camera", "light", "base"],
+}
+
 
 def packed(matrix: SuccessMatrix) -> dict[str, Any]:
     """Outcomes as one character per evaluation state, stage by stage; `unpacked` is the inverse."""
@@ -93,10 +99,14 @@ def stored(path: Path) -> list[Trial]:
 
 
 def of_base(trials: list[Trial], names: tuple[str, ...]) -> Interval | None:
-    """Mean success of the base over tasks: all trials begin from it and see the same episodes."""
-    cells = [trials[0].matrix.get(0, name) for name in names]
-    rates = [c.rate for c in cells if c is not None]
-    return mean(rates) if rates else None
+    """Mean success of the base over tasks. Greedy, all trials saw the same of it; sampled, each seed saw its own luck."""
+    seen = []
+    for trial in trials:
+        cells = [trial.matrix.get(0, name) for name in names]
+        marks = [c.episodes for c in cells if c is not None]
+        if marks and marks not in [m for m, _ in seen]:
+            seen.append((marks, mean([c.rate for c in cells if c is not None])))
+    return mean([rate for _, rate in seen]) if seen else None
 
 
 def judge(suite: str, trials: list[Trial]) -> bool:
@@ -118,32 +128,10 @@ def judge(suite: str, trials: list[Trial]) -> bool:
     return all(c.met for c in mine)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", nargs="?", choices=[*GRIDS], default="metaworld")
-    parser.add_argument("--out", type=Path, help="study folder; runs/study_SUITE if absent")
-    parser.add_argument("--quick", action="store_true", help="train nothing: the table again, from the result file")
-    parser.add_argument("--output", type=Path, help="result file; benchmarks/results/study_SUITE.json if absent")
-    options = parser.parse_args()
-    output = options.output or ROOT / "benchmarks" / "results" / f"study_{options.suite}.json"
-    if options.quick:
-        if not output.is_file():
-            print(f"no {output}; leave out --quick to make it", file=sys.stderr)
-            return 1
-        return 0 if judge(options.suite, stored(output)) else 1
-    folder = options.out or ROOT / "runs" / f"study_{options.suite}"
-    grid = GRIDS[options.suite]
-    code = ratchet(["study", "run", *grid, "--out", str(folder)])
-    if code:
-        return code
+def keep(suite: str, folder: Path, output: Path, **what: str) -> list[Trial]:
+    """Write the result file and the pictures of a folder's finished trials; returns them."""
     trials = finished(folder)
-    bases = {json.loads(p.read_text())["base_hash"] for p in folder.glob("*/seed*/run.json")}
-    facts = describe_run(
-        f"study on {options.suite}",
-        f"python -m benchmarks.study {options.suite}",
-        grid=" ".join(grid),
-        base_hash=", ".join(sorted(bases)),
-    )
+    facts = describe_run(f"study on {suite}", f"python -m benchmarks.study {suite}", **what)
     result = as_dict(trials, facts)
     for method, row in result["methods"].items():
         del row["matrices"]
@@ -154,15 +142,47 @@ def main() -> int:
         }
     result["claims"] = [c.as_dict() for c in claims(trials)]
     output.write_text(json.dumps(result, indent=1) + "\n")
-    pictures = output.parent / output.stem
-    pictures.mkdir(exist_ok=True)
-    (pictures / "forgetting.png").write_bytes(forgetting_curves(trials))
-    (pictures / "learning.png").write_bytes(learning_curves(trials))
-    for method in dict.fromkeys(t.method for t in trials):
-        (pictures / f"{re.sub('[^a-z0-9_.]+', '_', method)}.png").write_bytes(
-            heat_map([t for t in trials if t.method == method])
-        )
-    return 0 if judge(options.suite, trials) else 1
+    if suite in GRIDS:
+        pictures = output.parent / output.stem
+        pictures.mkdir(exist_ok=True)
+        (pictures / "forgetting.png").write_bytes(forgetting_curves(trials))
+        (pictures / "learning.png").write_bytes(learning_curves(trials))
+        for method in dict.fromkeys(t.method for t in trials):
+            name = re.sub("[^a-z0-9_.]+", "_", method)
+            (pictures / f"{name}.png").write_bytes(heat_map([t for t in trials if t.method == method]))
+    return trials
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", nargs="?", choices=[*GRIDS, *EVALUATIONS], default="metaworld")
+    parser.add_argument("--out", type=Path, help="study folder; runs/study_SUITE if absent")
+    parser.add_argument("--quick", action="store_true", help="train nothing: the table again, from the result file")
+    parser.add_argument("--output", type=Path, help="result file; benchmarks/results/study_SUITE.json if absent")
+    parser.add_argument(
+        "--source", type=Path, help="what was learned, for an evaluation; runs/study_metaworld if absent"
+    )
+    options = parser.parse_args()
+    suite = options.suite
+    output = options.output or ROOT / "benchmarks" / "results" / f"study_{suite}.json"
+    if options.quick:
+        if not output.is_file():
+            print(f"no {output}; leave out --quick to make it", file=sys.stderr)
+            return 1
+        return 0 if judge(suite, stored(output)) else 1
+    folder = options.out or ROOT / "runs" / f"study_{suite}"
+    if suite in GRIDS:
+        source, what = folder, {"grid": " ".join(GRIDS[suite])}
+        code = ratchet(["study", "run", *GRIDS[suite], "--out", str(folder)])
+    else:
+        source = options.source or ROOT / "runs" / f"study_{suite.partition('_')[0]}"
+        what = {"evaluation": " ".join(EVALUATIONS[suite])}
+        code = ratchet(["study", "evaluate", str(source), *EVALUATIONS[suite], "--out", str(folder)])
+    if code:
+        return code
+    bases = {json.loads(p.read_text())["base_hash"] for p in source.glob("*/seed*/run.json")}
+    trials = keep(suite, folder, output, base_hash=", ".join(sorted(bases)), **what)
+    return 0 if judge(suite, trials) else 1
 
 
 if __name__ == "__main__":

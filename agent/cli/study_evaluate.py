@@ -60,7 +60,8 @@ class Evaluate:
     seeds: tuple[int, ...] = ()
     """Seeds; all if absent."""
     stages: Literal["ends", "all"] = "ends"
-    """The base and the end of the sequence, or every stage (needed for NBT and FWT)."""
+    """The base and the end of the sequence, or every stage (needed for NBT and FWT). The oracle has no stages, and of
+    whole models the last one alone is kept."""
     held_out: tuple[str, ...] = ()
     """Held-out tasks instead of the study's own, as in `study run`."""
     perturb: tuple[str, ...] = ()
@@ -144,7 +145,8 @@ class Evaluate:
         path = place / "matrix.json"
         matrix = SuccessMatrix.load(path) if path.is_file() else SuccessMatrix(tasks, held_out)
         last = len(tasks)
-        stages = range(last + 1) if self.stages == "all" and not variant.kind.whole_model else (0, last)
+        every = self.stages == "all" and variant.kind.sequential and not variant.kind.whole_model
+        stages = range(last + 1) if every else (0, last)
         bar = progress.add_task(f"{variant.label}, seed {seed}", total=len(stages) * len(infos))
         started = time.monotonic()
         for policy, serve, part in self._servers(variant, origin, stored, stages, place / "adapters"):
