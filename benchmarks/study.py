@@ -99,7 +99,7 @@ def stored(path: Path) -> list[Trial]:
 
 
 def of_base(trials: list[Trial], names: tuple[str, ...]) -> Interval | None:
-    """Mean success of the base over tasks. Greedy, all trials saw the same of it; sampled, each seed saw its own luck."""
+    """Mean success of the base over tasks. Greedy, all trials saw the same; sampled, each seed its own luck."""
     seen = []
     for trial in trials:
         cells = [trial.matrix.get(0, name) for name in names]
