@@ -22,10 +22,11 @@ from agent.cli.main import main as ratchet
 from agent.cli.study_folder import finished
 from agent.learner.intervals import Interval, mean
 from agent.learner.methods.registry import METHODS
-from agent.learner.metrics import Cell, SuccessMatrix
-from agent.learner.study import MEASURES, Trial, as_dict, summarise
+from agent.learner.metrics import Cell, SuccessMatrix, difference
+from agent.learner.study import MEASURES, Trial, as_dict, over_seeds, summarise
 from agent.learner.study_claims import claims
 from agent.learner.study_report import forgetting_curves, heat_map, learning_curves
+from sim import perturbations
 
 ROOT = Path(__file__).resolve().parents[1]
 PICK = "pick_up_the_{}_and_place_it_in_the_basket"
@@ -114,6 +115,12 @@ def of_base(trials: list[Trial], names: tuple[str, ...]) -> Interval | None:
     return mean([rate for _, rate in seen]) if seen else None
 
 
+def _cell(matrix: SuccessMatrix, task: str, which: int) -> Cell:
+    found = matrix.get(matrix.stages[which], task)
+    assert found is not None, f"{task} was not evaluated"
+    return found
+
+
 def judge(suite: str, trials: list[Trial]) -> bool:
     """Print the tables and the figure; whether Seq. FT's goals are met by their point estimates."""
     console = Console(width=100)
@@ -126,12 +133,20 @@ def judge(suite: str, trials: list[Trial]) -> bool:
     for s in summarise(trials):
         table.add_row(s.method, str(len(s.seeds)), *[v.percent() if (v := s.values[n]) else "-" for n in MEASURES])
     console.print(table)
+    for kind in perturbations.KINDS:
+        names = tuple(n for n in first.held_out if n.endswith(perturbations.MARK + kind))
+        if names and (before := of_base(trials, names)):
+            for method in dict.fromkeys(t.method for t in trials):
+                mine = [t.matrix for t in trials if t.method == method]
+                after = over_seeds([mean([_cell(m, n, -1).rate for n in names]) for m in mine], 0.0)
+                gain = over_seeds([mean([difference(_cell(m, n, -1), _cell(m, n, 0)) for n in names]) for m in mine])
+                print(f"{kind}: base {before.percent()}, {method} {after.percent()}, gain {gain.percent()}")
     row = next(t.method for t in trials if t.method.partition(":")[0] == "seq_ft")
-    mine = [c for c in claims(trials) if c.method == row and c.value is not None]
-    said = "; ".join(f"{c.text} {c.value.percent()}" for c in mine if c.value is not None)
-    bounds = ", ".join(f"<= {100 * c.bound:.0f}" for c in mine)
+    said_of = [c for c in claims(trials) if c.method == row and c.value is not None]
+    said = "; ".join(f"{c.text} {c.value.percent()}" for c in said_of if c.value is not None)
+    bounds = ", ".join(f"<= {100 * c.bound:.0f}" for c in said_of)
     print(f"study, {suite}: {row} {said} (goal {bounds})")
-    return all(c.met for c in mine)
+    return all(c.met for c in said_of)
 
 
 def keep(suite: str, folder: Path, output: Path, **what: str) -> list[Trial]:
