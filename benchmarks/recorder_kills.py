@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             process.wait()
             _until_gone(recorder)
             store = EpisodeStore(folder)
-            for result in store.take_stock()[0]:
+            for result in store.take_stock().recovered:
                 opened += 1
                 recovery.append(result.seconds)
                 if result.path is None:

@@ -66,9 +66,11 @@ class Courier:
     def run(self) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         reserve = int(self.reserve_gib * 1024**3)
+        episodes = EpisodeStore(self.episodes, create=True)
+        episodes.require_some(waits=True)  # the recorder may start later; what lies there is not passed over
         store = FolderStore(self.adapters, create=True)
         outbox = Outbox(self.out / "outbox", limit=int(self.outbox_gib * 1024**3), reserve=reserve)
-        dispatcher = Dispatcher(EpisodeStore(self.episodes, create=True), outbox, self.sessions)
+        dispatcher = Dispatcher(episodes, outbox, self.sessions)
         follower = Follower(store, store.resolve)
         fetcher = Fetcher(store, self.out / "incoming", on_adapter=follower.on_adapter, reserve=reserve)
         pair = None if self.plain else link_keys.load(self.keys or Path("keys") / self.name / f"{self.name}.key_secret")
@@ -90,6 +92,7 @@ class Courier:
         try:
             while not stopping:
                 try:
+                    episodes.require_some(waits=True)
                     sent = dispatcher.look()
                     error = ""
                     if sent:

@@ -14,10 +14,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from agent.cli.exchange import STORE, Export, Gc, Import, progress
+from agent.cli.exchange import STORE, Export, Gc, Import, opened, progress
 from agent.episodes import terminal
-from agent.episodes.store import Card, Damage, EpisodeStore
-from agent.episodes.verification import Seen, Standing, Verification
+from agent.episodes.store import Card, Damage, EpisodeStore, Stock
+from agent.episodes.verification import Seen, Standing
 from agent.errors import RatchetError
 
 STATES = {"verified": "green", "unjudged": "yellow", "second_reader": "yellow", "disputed": "red", "discarded": "dim"}
@@ -41,7 +41,7 @@ class List:
     """Print JSON."""
 
     def run(self) -> int:
-        said = Verification(EpisodeStore(self.store))
+        said = opened(self.store)
         found = []
         for card in said.store.cards().values():
             standing = said.standing(card.id)
@@ -93,7 +93,7 @@ class Show:
     """Print JSON."""
 
     def run(self) -> int:
-        said = Verification(EpisodeStore(self.store))
+        said = opened(self.store)
         card = said.store.card(self.episode)
         reader = said.store.open(card.id)
         ending = reader.ending()
@@ -133,7 +133,7 @@ class Play:
     def run(self) -> int:
         if self.speed <= 0 or self.columns < 8 or self.fps <= 0:
             raise RatchetError("cli.bad_value", "speed, columns and fps must be positive, columns 8 or more")
-        store = EpisodeStore(self.store)
+        store = opened(self.store).store
         card = store.card(self.episode)
         print(f"{card.instruction}  ({card.task}, {card.seconds:.1f} s, ended: {card.reason})")
         play(store, card, self.speed, self.columns, self.fps)
@@ -142,7 +142,10 @@ class Play:
 
 @dataclass
 class Verify:
-    """Hash every episode again, check the index's chain, recover what a crash left; exit 1 where something is wrong."""
+    """Hash every episode again, check the index's chain, recover what a crash left; exit 1 where something is wrong.
+
+    With --recover, what is no episode and what can't be mended is passed over and named; exit 1 then, too.
+    """
 
     store: Path = STORE
     """Folder with the episodes."""
@@ -153,7 +156,9 @@ class Verify:
 
     def run(self) -> int:
         store = EpisodeStore(self.store, create=self.recover and self.store.is_dir())
-        recovered, entered = store.take_stock() if self.recover else ([], [])
+        stock = store.take_stock() if self.recover else Stock([], [], [])
+        if not stock.recovered:
+            store.require_some()
         sound, damages = 0, []
         with progress("checked", quiet=self.json) as tell:
             count = len(store.cards())
@@ -165,15 +170,22 @@ class Verify:
                     tell("checked", sound, count)
         if self.json:
             facts = {"sound": sound, "damages": [dataclasses.asdict(d) for d in damages], "head": store.index.head}
-            facts["recovered"] = [{"path": str(r.path), "lost_bytes": r.lost_bytes} for r in recovered]
-            print(json.dumps(facts | {"entered": [card.id for card in entered]}))
+            facts["recovered"] = [{"path": str(r.path), "lost_bytes": r.lost_bytes} for r in stock.recovered]
+            facts["passed_over"] = [{"path": str(path), **error.as_dict()} for path, error in stock.passed]
+            print(json.dumps(facts | {"entered": [card.id for card in stock.entered]}))
         else:
-            console = Console()
-            for result in recovered:
+            console = Console(soft_wrap=True)
+            for result in stock.recovered:
                 console.print(f"recovered {result.path or result.remains}: {result.lost_bytes} bytes were torn off")
+            if stock.entered:
+                console.print(f"entered {len(stock.entered)} episodes")
+            for path, error in stock.passed:
+                console.print(f"passed over {path}: {error}", style="yellow", markup=False, highlight=False)
             for damage in damages:
                 console.print(f"[{'red' if damage.fatal else 'yellow'}]{damage.code}[/] {damage.where}: {damage.what}")
             console.print(f"{sound} episodes sound, {len(damages)} problems; index head {store.index.head[:16]}")
+        if stock.passed:
+            return 1
         return 1 if any(d.fatal for d in damages) else 0
 
 
@@ -197,7 +209,7 @@ class Judge:
     """Print JSON."""
 
     def run(self) -> int:
-        said = Verification(EpisodeStore(self.store))
+        said = opened(self.store)
         ids = [said.store.resolve(e) for e in self.episodes]
         seen = Seen(0.0, 0.0, (), "command line")
         for episode in ids:

@@ -47,7 +47,7 @@ class Export:
     """Print JSON."""
 
     def run(self) -> int:
-        said = Verification(EpisodeStore(self.store))
+        said = opened(self.store)
         with progress("written", quiet=self.json) as tell:
             report: dict[str, Any]
             if self.format == "lerobot":
@@ -129,7 +129,7 @@ class Gc:
     """Print JSON."""
 
     def run(self) -> int:
-        said = Verification(EpisodeStore(self.store))
+        said = opened(self.store)
         limit = time.time() - self.days * 86400
         going = []
         for card in said.store.cards().values():
@@ -150,6 +150,17 @@ class Gc:
             verb = "freed" if self.apply else "would free, with --apply,"
             print(f"{verb} {freed / 1e6:.1f} MB: {len(going)} discarded episodes, {len(leftovers)} leftovers")
         return 0
+
+
+def opened(root: Path) -> Verification:
+    """A store and what was said of its episodes.
+
+    Raises:
+        RatchetError: episode.no_store, episode.nothing_here, which tell what lies there instead.
+    """
+    store = EpisodeStore(root)
+    store.require_some()
+    return Verification(store)
 
 
 @contextmanager

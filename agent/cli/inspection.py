@@ -155,6 +155,7 @@ def observations(root: Path, spec: PolicySpec) -> PolicyInput:
         RatchetError: policy.no_frames where no episode has the policy's cameras and state.
     """
     store = EpisodeStore(root)
+    store.require_some()
     images, states = [], []
     words: list[str] = []
     for name in sorted(store.cards()):

@@ -10,9 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from agent.cli.episodes import play
-from agent.cli.exchange import STORE
+from agent.cli.exchange import STORE, opened
 from agent.episodes.review import LOOPBACK, Filters, check_address, make_app, new_token, waiting_for
-from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import Seen, Verification
 from agent.errors import RatchetError
 
@@ -52,7 +51,7 @@ class Review:
     """Times real time, in the terminal."""
 
     def run(self) -> int:
-        said = Verification(EpisodeStore(self.store))
+        said = opened(self.store)
         if self.second_reader is not None:
             said.require_second_reader(self.second_reader)
         return self._terminal(said) if self.terminal else self._page(said)

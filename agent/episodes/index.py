@@ -34,10 +34,13 @@ class Entry:
 
 
 class Index:
-    """One log file. Any number of processes may append; nobody changes or removes an entry unnoticed."""
+    """One log file. Any number of processes may append; nobody changes or removes an entry unnoticed.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    first: the entry (kind, body) that a new log begins with, written together with what is appended first.
+    """
+
+    def __init__(self, path: Path, first: tuple[str, dict[str, Any]] | None = None) -> None:
+        self.path, self._first = path, first
         self._lock_path = path.with_name(f".{path.name}.lock")
         self._guard = threading.Lock()
         self._entries: list[Entry] = []
@@ -80,7 +83,8 @@ class Index:
         self._cut_torn_end()
         made: list[Entry] = []
         lines = b""
-        for kind, body in entries:
+        begins = [self._first] if self._first is not None and not self._entries else []
+        for kind, body in [*begins, *entries]:
             last = made[-1] if made else self._entries[-1] if self._entries else None
             number = last.number + 1 if last else 0
             entry, line = _make(number, kind, body, last.hash if last else FIRST)
@@ -90,7 +94,7 @@ class Index:
         while view:
             view = view[os.write(descriptor, view) :]
         self._read()
-        return made
+        return made[len(begins) :]
 
     @property
     def head(self) -> str:

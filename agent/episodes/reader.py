@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -56,17 +55,12 @@ class EpisodeReader:
     """One file. cut_off: accept a file that was never finished, and read what is whole in it."""
 
     def __init__(self, path: Path | str, *, cut_off: bool = False) -> None:
-        """Raises RatchetError episode.missing, episode.damaged, episode.unknown_format."""
+        """Raises RatchetError episode.missing, episode.damaged, episode.not_an_episode, episode.unknown_format."""
         self.path = Path(path)
         self._cut_off = cut_off
         if not self.path.is_file():
             raise RatchetError("episode.missing", "no such episode file", where=str(path), fix="see the episode list")
-        scan = _Scan()
-        with suppress(StopIteration):
-            next(self._pass(scan, None, stop_at_info=True))
-        if scan.info is None:
-            raise self._damaged(scan.torn or "the file does not say what it is")
-        self.info: EpisodeInfo = scan.info
+        self.info: EpisodeInfo = self._begin()
 
     @property
     def id(self) -> str:
@@ -128,7 +122,29 @@ class EpisodeReader:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _pass(self, scan: _Scan, topics: Iterable[str] | None, stop_at_info: bool = False) -> Iterator[Item]:
+    def _begin(self) -> EpisodeInfo:
+        """What the file says about itself; stands before its first message."""
+        scan = _Scan()
+        try:
+            with self.path.open("rb") as file:
+                reader = StreamReader(file, validate_crcs=True, record_size_limit=RECORD_LIMIT)
+                for record in reader.records:
+                    if isinstance(record, Metadata):
+                        self._metadata(record, scan)
+                    if scan.info is not None:
+                        return scan.info
+                    if isinstance(record, Message):
+                        break
+        except TORN as error:
+            raise self._damaged(str(error) or type(error).__name__) from None
+        raise RatchetError(
+            "episode.not_an_episode",
+            "an MCAP file of another recorder",
+            where=str(self.path),
+            fix="`ratchet episodes list --store FOLDER` tells what a folder holds",
+        )
+
+    def _pass(self, scan: _Scan, topics: Iterable[str] | None) -> Iterator[Item]:
         wanted = None if topics is None else set(topics)
         schemas: dict[int, Schema] = {}
         channels: dict[int, Channel] = {}
@@ -140,8 +156,6 @@ class EpisodeReader:
                 for record in reader.records:
                     if isinstance(record, Metadata):
                         self._metadata(record, scan)
-                        if stop_at_info and scan.info:
-                            return
                     elif isinstance(record, Schema):
                         schemas[record.id] = record
                     elif isinstance(record, Channel):
@@ -170,11 +184,13 @@ class EpisodeReader:
             scan.ending = EpisodeEnding.from_record(record.metadata, str(self.path))
 
     def _damaged(self, what: str) -> RatchetError:
+        unfinished = self.path.name.endswith(fmt.OPEN_SUFFIX)
+        mend = "finish it with `ratchet episodes verify --recover`"
         return RatchetError(
             "episode.damaged",
             what,
             where=str(self.path),
-            fix="recover it with `ratchet episodes verify --recover`",
+            fix=mend if unfinished else "restore the file from a copy, or move it out of the store",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -40,17 +41,19 @@ class Recovered:
     seconds: float
 
 
-def recover_folder(folder: Path) -> list[Recovered]:
+def unfinished(folder: Path) -> Iterator[Path]:
     """Every unfinished file below `folder` whose writer is dead, oldest first."""
-    found = sorted(folder.rglob(f"*{fmt.OPEN_SUFFIX}"), key=lambda p: p.stat().st_mtime)
-    return [recover(path) for path in found if path.exists() and not in_use(path)]
+    for path in sorted(folder.rglob(f"*{fmt.OPEN_SUFFIX}"), key=lambda p: p.stat().st_mtime):
+        if path.exists() and not in_use(path):
+            yield path
 
 
 def recover(remains: Path) -> Recovered:
     """Finish one file; the same file may be recovered again after a crash in here.
 
     Raises:
-        RatchetError: episode.in_use while its recorder lives; episode.disk_full, episode.io.
+        RatchetError: episode.in_use while its recorder lives; episode.not_an_episode, episode.unknown_format;
+            episode.disk_full, episode.io.
     """
     began = time.monotonic()
     if in_use(remains):
@@ -65,7 +68,9 @@ def recover(remains: Path) -> Recovered:
         raise RatchetError("episode.exists", "a finished file has its name", where=str(final), fix="move one away")
     try:
         info = EpisodeReader(remains, cut_off=True).info
-    except RatchetError:
+    except RatchetError as error:
+        if error.code != "episode.damaged":
+            raise
         # Nothing had reached the disk, not even what the file is.
         remains.unlink()
         return Recovered(remains, None, None, size, time.monotonic() - began)

@@ -22,11 +22,10 @@ from agent.episodes.disk import disk_refusals, file_hash, sync_folder
 from agent.episodes.format import EpisodeEnding, EpisodeInfo
 from agent.episodes.index import Index
 from agent.episodes.reader import EpisodeReader
-from agent.episodes.recovery import Recovered, recover_folder
+from agent.episodes.recovery import Recovered, recover, unfinished
+from agent.episodes.survey import INDEX, kind_of, look, mcap_files, nothing_here
 from agent.errors import RatchetError
 from agent.records import Episode
-
-INDEX = "index.jsonl"
 
 
 @dataclass(frozen=True)
@@ -98,29 +97,53 @@ class Damage:
     fatal: bool = True
 
 
+@dataclass(frozen=True)
+class Stock:
+    """What taking stock did. passed: files that could not be made episodes of, each with why; they stay as they are."""
+
+    recovered: list[Recovered]
+    entered: list[Card]
+    passed: list[tuple[Path, RatchetError]]
+
+
 class EpisodeStore:
     """One folder. Safe to use from several processes; episodes are never changed, only added (and removed by `gc`)."""
 
     def __init__(self, root: Path | str, *, create: bool = False) -> None:
-        """Raises RatchetError episode.no_store."""
+        """create: a store that does not exist yet may be opened; its first episode makes the index.
+
+        Raises:
+            RatchetError: episode.no_store, which tells what lies there instead.
+        """
         self.root = Path(root)
         if not (self.root / INDEX).exists() and not create:
-            raise RatchetError(
-                "episode.no_store",
-                "no episodes are kept here",
-                where=str(root),
-                fix="name the folder that the recorder writes to",
-            )
+            raise nothing_here("episode.no_store", "no episodes are kept here", self.root, look(self.root))
         with disk_refusals(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-        self.index = Index(self.root / INDEX)
-        if not (self.root / INDEX).exists():
-            self.index.append([("store", {"format": fmt.FORMAT})])
+        self.index = Index(self.root / INDEX, ("store", {"format": fmt.FORMAT}))
         self._cards: dict[str, Card] = {}
         self._seen = 0
         self._guard = threading.Lock()  # the review page asks from several threads
 
     # -- what is there ------------------------------------------------------------------------------------------
+
+    def require_some(self, *, waits: bool = False) -> None:
+        """Refuse a store without episodes where other things lie that whoever opened it may have meant.
+
+        waits: the caller stays; what a recorder is working on is no reason to refuse then.
+
+        Raises:
+            RatchetError: episode.nothing_here.
+        """
+        if self.cards():
+            return
+        found = [f for f in look(self.root, self._removed()) if not (waits and f.passes)]
+        if found:
+            raise nothing_here("episode.nothing_here", "no episode is kept here", self.root, found)
+
+    def _removed(self) -> set[str]:
+        """Files of episodes that `remove` took; a crash may have left one."""
+        return {entry.body["file"] for entry in self.index.entries() if entry.kind == "removed"}
 
     def cards(self) -> dict[str, Card]:
         """Id -> card, oldest first."""
@@ -231,16 +254,26 @@ class EpisodeStore:
             sync_folder(folder)
         return self.add(final, digest)
 
-    def take_stock(self) -> tuple[list[Recovered], list[Card]]:
-        """After a crash: recover unfinished files, and enter finished ones that the index does not have yet."""
-        recovered = recover_folder(self.root)
-        known = {card.file for card in self.cards().values()}
-        gone = {e.body["file"] for e in self.index.entries() if e.kind == "removed"}
-        entered = []
-        for path in sorted(self.root.glob(f"*/*{fmt.SUFFIX}")):
-            if str(path.relative_to(self.root)) not in known | gone:
-                entered.append(self.add(path))
-        return recovered, entered
+    def take_stock(self) -> Stock:
+        """After a crash: recover unfinished files, and enter finished ones that the index does not have yet.
+
+        What can't be mended is passed over: one bad file keeps no other episode out.
+        """
+        stock = Stock([], [], [])
+        for remains in unfinished(self.root):
+            try:
+                stock.recovered.append(recover(remains))
+            except RatchetError as error:
+                stock.passed.append((remains, error))
+        entered = {card.file for card in self.cards().values()} | self._removed()
+        for path in mcap_files(self.root):
+            if path.suffix != fmt.SUFFIX or str(path.relative_to(self.root)) in entered:
+                continue
+            try:
+                stock.entered.append(self.add(path))
+            except RatchetError as error:
+                stock.passed.append((path, error))
+        return stock
 
     # -- what must stay true ------------------------------------------------------------------------------------
 
@@ -262,9 +295,13 @@ class EpisodeStore:
         entered = {card.file for card in cards.values()}
         for path in sorted(self.root.rglob(f"*{fmt.OPEN_SUFFIX}")):
             yield Damage("episode.unfinished", str(path), "being recorded, or cut off and not recovered", fatal=False)
-        for path in sorted(self.root.glob(f"*/*{fmt.SUFFIX}")):
-            if str(path.relative_to(self.root)) not in entered:
+        for path in mcap_files(self.root):
+            if path.suffix != fmt.SUFFIX or str(path.relative_to(self.root)) in entered:
+                continue
+            if kind_of(path)[0] == "episode":
                 yield Damage("episode.not_entered", str(path), "finished, but not in the index", fatal=False)
+            else:
+                yield Damage("episode.not_an_episode", str(path), "an MCAP of another recorder", fatal=False)
 
     def remove(self, ids: Iterable[str], reason: str) -> int:
         """Delete episodes; the index keeps that they were there and why they went. Returns the bytes that were freed.
@@ -283,7 +320,7 @@ class EpisodeStore:
     def leftovers(self, older_than: float = 3600.0) -> list[Path]:
         """Files that a crash in the middle of copying, recovering or removing left behind; seconds since written."""
         limit = time.time() - older_than
-        gone = {self.root / e.body["file"] for e in self.index.entries() if e.kind == "removed"}
+        gone = {self.root / file for file in self._removed()}
         known = {self.root / c.file for c in self.cards().values()}
         names = [p for ext in ("copying", "recovering") for p in self.root.glob(f"*/.*.{ext}")]
         names += [p for p in gone - known if p.exists()]

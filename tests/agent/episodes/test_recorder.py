@@ -396,7 +396,7 @@ def test_a_full_disk_fails_one_episode_and_not_the_next(
     recorder.wait_finished(1, WAIT)
     recorder.close()
     assert [c.reason for c in EpisodeStore(tmp_path).cards().values()] == ["success"]
-    assert len(EpisodeStore(tmp_path).take_stock()[0]) == 1
+    assert len(EpisodeStore(tmp_path).take_stock().recovered) == 1
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

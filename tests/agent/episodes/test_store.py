@@ -19,7 +19,7 @@ from agent.episodes.index import FIRST, Index
 from agent.episodes.reader import EpisodeReader, read_episode
 from agent.episodes.recording import EpisodeWriter, make_info
 from agent.episodes.recovery import recover
-from agent.episodes.store import Card, Damage, EpisodeStore
+from agent.episodes.store import Card, Damage, EpisodeStore, Stock
 from agent.episodes.writer import write_episode
 from agent.errors import RatchetError
 from agent.records import Mark
@@ -154,7 +154,7 @@ def test_removing_leaves_a_trace(tmp_path: Path) -> None:
     assert [e.body["reason"] for e in store.index.entries() if e.kind == "removed"] == ["discarded"]
     # a crash between the entry and the deletion leaves a file that nobody takes for an episode again
     (tmp_path / gone.file).write_bytes(b"rest")
-    assert store.take_stock() == ([], [])
+    assert store.take_stock() == Stock([], [], [])
     assert store.leftovers(older_than=-1) == [tmp_path / gone.file]
 
 
@@ -235,7 +235,7 @@ def test_a_living_recorder_is_left_alone(tmp_path: Path) -> None:
     file = GrowingFile(tmp_path / "a.mcap.open", tmp_path / "a.mcap")
     with pytest.raises(RatchetError, match=r"episode\.in_use"):
         recover(tmp_path / "a.mcap.open")
-    assert recovery.recover_folder(tmp_path) == []
+    assert list(recovery.unfinished(tmp_path)) == []
     file.close()
 
 
@@ -243,10 +243,11 @@ def test_taking_stock_after_a_crash(tmp_path: Path) -> None:
     store = filled(tmp_path, 1)
     unfinished(store.folder("session0"))
     write_episode(store.folder("late") / "late.mcap", episode(CONTRACT, seed=9), CONTRACT)  # finished, never entered
-    recovered, entered = store.take_stock()
+    stock = store.take_stock()
+    recovered, entered = stock.recovered, stock.entered
     assert len(recovered) == 1
     assert sorted((c.task, c.recovered, c.reason) for c in entered) == [
         ("bowl", False, "success"),
         ("bowl", True, "cut_off"),
     ]
-    assert store.take_stock() == ([], [])
+    assert store.take_stock() == Stock([], [], [])

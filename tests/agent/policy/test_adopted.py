@@ -29,6 +29,7 @@ from agent.policy.images import Preparation
 from agent.policy.inspection import inspect
 from agent.policy.prismatic import PrismaticPolicy
 from agent.runtime.policy_server import open_prismatic
+from sim import registry
 from tests.agent.episodes.samples import episode
 from tests.agent.policy import samples
 from tests.agent.policy import test_lerobot as lerobot_tests
@@ -101,9 +102,9 @@ def test_the_type_in_memory_is_kept(folder: Path, tmp_path: Path) -> None:
     assert {p.dtype for p in adopted.load(tmp_path / "a").network.parameters()} == {torch.bfloat16}
 
 
-def store_of(root: Path) -> Path:
+def store_of(root: Path, contract: RobotContract = LIBERO) -> Path:
     store = EpisodeStore(root / "episodes", create=True)
-    write_episode(root / "a.mcap", episode(LIBERO, steps=3), LIBERO)
+    write_episode(root / "a.mcap", episode(contract, steps=3, ticks=False), contract)
     store.copy_in(root / "a.mcap")
     return root / "episodes"
 
@@ -118,8 +119,8 @@ def test_the_mask_is_checked_on_recorded_frames(
     assert main(asked(folder, tmp_path / "two", *given)) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "policy.attention_mismatch"
     assert not (tmp_path / "two").exists()
-    EpisodeStore(tmp_path / "none", create=True)
-    given[3] = str(tmp_path / "none")
+    (tmp_path / "other").mkdir()
+    given[3] = str(store_of(tmp_path / "other", registry.contract_for("metaworld")))
     assert main(asked(folder, tmp_path / "two", *given)) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "policy.no_frames"
 
