@@ -82,7 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     finished: list[str] = []
     lost, recovery, bytes_recovered, unreadable, opened = [], [], [], 0, 0
     try:
-        EpisodeStore(folder, create=True)
         for number in track(range(kills), "kills", console=Console(stderr=True)):
             everything = number % 2 == 0
             command = [sys.executable, str(Path(__file__).resolve()), "--victim", str(folder), f"{rng.uniform(0.1, 2)}"]
@@ -107,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             finished += [line.split()[1] for line in process.stdout if line.startswith("finished")]
             process.wait()
             _until_gone(recorder)
-            store = EpisodeStore(folder)
+            store = EpisodeStore(folder, create=True)
             for result in store.take_stock().recovered:
                 opened += 1
                 recovery.append(result.seconds)
@@ -122,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 if ticks:
                     lost.append(killed - ticks[-1].stamp)
-        store = EpisodeStore(folder)
+        store = EpisodeStore(folder, create=True)
         there = set(store.cards())
         gone = [i for i in finished if i not in there]
         damaged = [d for d in store.verify() if isinstance(d, Damage)]
