@@ -51,6 +51,7 @@ class ActionChunk:
     adapter_id: id of the adapter that produced it; the base's id when no adapter is loaded.
     temperature: sampling temperature; 0.0 means greedy.
     observation_stamp, observation_sequence: copied from the observation it answers.
+    compute_dtype: what the policy's products were computed in, such as "float32"; "" where nobody recorded it.
     """
 
     actions: Float32
@@ -60,6 +61,7 @@ class ActionChunk:
     temperature: float
     observation_stamp: float
     observation_sequence: int
+    compute_dtype: str = ""
 
 
 @dataclass(frozen=True)

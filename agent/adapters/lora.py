@@ -54,10 +54,11 @@ def lora_config(rank: int, alpha: float, target_modules: str | Sequence[str] = "
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=targets)
 
 
-def attach(module: nn.Module, config: LoraConfig, *, dtype: torch.dtype | None = None, seed: int = 0) -> Lora:
+def attach(module: nn.Module, config: LoraConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Lora:
     """Put LoRA layers into a module, in place, and freeze everything else.
 
-    dtype: of the adapter's tensors; None takes each layer's own.
+    dtype: of the adapter's tensors. float32 whatever the base has and computes in: at a learning rate of 2e-5 most
+        steps of half of A are smaller than bfloat16 can hold, so that they are lost.
     seed: of A's initial values (Kaiming uniform, as PEFT); B starts at zero, so that the output is the base's.
 
     Raises:
@@ -85,7 +86,7 @@ def attach(module: nn.Module, config: LoraConfig, *, dtype: torch.dtype | None =
     module.requires_grad_(False)
     for layer in _lora_layers(module).values():
         for half in (layer.lora_A, layer.lora_B):
-            half[SLOT].to(dtype or layer.get_base_layer().weight.dtype).requires_grad_(True)
+            half[SLOT].to(dtype).requires_grad_(True)
     lora = Lora(module, config)
     lora.reset(seed)
     return lora
@@ -109,6 +110,7 @@ class Lora:
                     where=path,
                     fix="target linear layers and ungrouped 2-D convolutions only",
                 )
+        self._loaded: dict[str, torch.dtype] = {}  # what the running adapter was stored in, where that is narrower
         self.parameters: dict[str, nn.Parameter] = {}
         for path, layer in self.layers.items():
             for half in ("lora_A", "lora_B"):
@@ -132,6 +134,7 @@ class Lora:
 
     def reset(self, seed: int) -> None:
         """A to Kaiming uniform from a generator of its own, B to zero: the base's behaviour."""
+        self._loaded = {}
         generator = torch.Generator().manual_seed(seed)
         for name in sorted(self.parameters):
             parameter = self.parameters[name]
@@ -143,8 +146,17 @@ class Lora:
             parameter.data.copy_(values)
 
     def export(self) -> dict[str, Tensor]:
-        """The running adapter as PEFT names it, copied to the CPU."""
-        return {name: self.parameters[name].detach().cpu().clone() for name in sorted(self.parameters)}
+        """The running adapter as PEFT names it, copied to the CPU.
+
+        An adapter that was stored in a narrower dtype and has not changed since is given as it was stored, so that it
+        keeps its id; once trained it is float32.
+        """
+        tensors = {name: self.parameters[name].detach().cpu().clone() for name in sorted(self.parameters)}
+        if not self._loaded:
+            return tensors
+        stored = {name: tensor.to(self._loaded[name]) for name, tensor in tensors.items()}
+        same = all(torch.equal(stored[name].to(tensor.dtype), tensor) for name, tensor in tensors.items())
+        return stored if same else tensors
 
     def adapter(self, binding: Binding) -> Adapter:
         """The running adapter as an immutable value with an id."""
@@ -162,6 +174,8 @@ class Lora:
     def load(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
         """Copy an adapter into the running arena; refused before the first write as in `check`."""
         self.write(self.arena, tensors, self.check(tensors, config if config is not None else self.config))
+        narrow = any(tensors[name].dtype != own.dtype for name, own in self.parameters.items())
+        self._loaded = {name: tensors[name].dtype for name in self.parameters} if narrow else {}
 
     def write(self, arena: Arena, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
         """Write an adapter that `check` passed, with the scaling it returned, into an arena.
@@ -172,7 +186,7 @@ class Lora:
             source = tensors[name]
             path, half = split_name(name)
             if half == "lora_B" and scaling[path] != self.scaling[path]:
-                source = (source.float() * (scaling[path] / self.scaling[path])).to(view.dtype)
+                source = source.float() * (scaling[path] / self.scaling[path])
             if source.shape == view.shape:
                 view.copy_(source.detach())
                 continue
@@ -193,12 +207,12 @@ class Lora:
         for name in sorted(self.parameters):
             theirs, mine = tensors[name], self.parameters[name]
             path, half = split_name(name)
-            if theirs.dtype != mine.dtype:
+            if not torch.can_cast(theirs.dtype, mine.dtype) or theirs.element_size() > mine.element_size():
                 raise RatchetError(
                     "adapter.wrong_dtype",
-                    f"{dtype_name(theirs, name)} where the layer has {dtype_name(mine, name)}",
+                    f"{dtype_name(theirs, name)} does not fit into {dtype_name(mine, name)} without loss",
                     where=name,
-                    fix="attach the LoRA layers with the adapter's dtype",
+                    fix="attach the LoRA layers in float32",
                 )
             rank = _pattern(config["rank_pattern"], path, config["r"])
             axis = 0 if half == "lora_A" else 1

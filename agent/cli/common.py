@@ -26,7 +26,7 @@ from agent.adapters.lora import Lora, attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
-from agent.policy import adopted, device
+from agent.policy import adopted, computing, device
 from agent.policy.checkpoint import AnyPolicy
 from agent.policy.protocol import Policy
 from sim import registry
@@ -196,10 +196,11 @@ def describe_run(title: str, command: str, **facts: Any) -> dict[str, Any]:
         "command": command,
         "started": now(),
         "host": {
-            "processor": _processor(),
+            "processor": computing.processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": str(device.choose()),
+            "computing": _computing(),
             "python": platform.python_version(),
         },
         "versions": versions,
@@ -225,13 +226,10 @@ def command_line() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def _computing() -> dict[str, str]:
+    """What a policy whose checkpoint declares bfloat16 computes in here, and why."""
+    choice = computing.choose(device.choose(), "bfloat16")
+    return {"dtype": choice.name, "reason": choice.reason}
 
 
 Emit = Callable[[str, dict[str, Any]], None]

@@ -9,13 +9,14 @@ from pathlib import Path
 from rich.console import Console
 
 from agent.cli import common, demo_ros, sequential
+from agent.cli.computing import ComputingOptions
 from agent.cli.recipes import DEMO, SHORT, Recipe
 from agent.errors import RatchetError
 from agent.learner.metrics import difference
 
 
 @dataclass
-class Demo:
+class Demo(ComputingOptions):
     """Adapt the built-in VLA to two tasks by on-policy reinforcement learning, and show that it got better.
 
     Evaluates the base, learns task A then task B with one adapter, hot-swaps every new adapter into a running policy,

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.cli import ros
+from agent.cli.computing import ComputingOptions
 from agent.contract import RobotContract
 
 
 @dataclass
-class Doctor:
+class Doctor(ComputingOptions):
     """Check environment, middleware, shared memory, running nodes, and the contract against live topics.
 
     Sends nothing to the arm. Exit status 1 where something has to be fixed.

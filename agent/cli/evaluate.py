@@ -13,6 +13,7 @@ from rich.table import Table
 
 from agent.adapters.store import FolderStore
 from agent.cli import common
+from agent.cli.computing import ComputingOptions
 from agent.learner.metrics import Cell
 from agent.learner.rollouts import run_episodes
 from agent.learner.sequence import evaluated, evaluation_specs
@@ -21,7 +22,7 @@ from sim import registry
 
 
 @dataclass
-class Eval:
+class Eval(ComputingOptions):
     """Run a policy on tasks from their evaluation states and report success with 95 % intervals.
 
     Commands to copy:

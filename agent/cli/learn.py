@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from agent.cli import common, sequential, warmstart
+from agent.cli.computing import ComputingOptions
 from agent.errors import RatchetError
 from agent.learner import distributed
 from agent.learner.sequence import SequenceConfig
@@ -19,7 +20,7 @@ from agent.policy import device
 
 
 @dataclass
-class Learn:
+class Learn(ComputingOptions):
     """Fine-tune one adapter on tasks, one after the other, evaluating all of them after each.
 
     With `--from demonstrations` the adapter is trained by cross-entropy on demonstrations instead, with replay of

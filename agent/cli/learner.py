@@ -15,6 +15,7 @@ from rich.table import Table
 
 from agent.adapters.store import FolderStore
 from agent.cli import common
+from agent.cli.computing import ComputingOptions
 from agent.cli.recipes import DEMO
 from agent.episodes.reader import EpisodeReader
 from agent.errors import RatchetError
@@ -37,7 +38,7 @@ KEYS = Path("keys/learner/learner.key_secret")
 
 
 @dataclass
-class Learner:
+class Learner(ComputingOptions):
     """Take episodes from robots, update one adapter, and promote what passes the gate. Runs until it is stopped.
 
     Commands to copy:

@@ -38,6 +38,7 @@ from agent.cli import (
     study,
     up,
 )
+from agent.cli.computing import ComputingOptions
 from agent.errors import RatchetError
 
 
@@ -77,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=given,
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
+        for part in (command, getattr(command, "command", None)):
+            if isinstance(part, ComputingOptions):
+                part.apply()
         return int(command.run())
     except RatchetError as error:
         if "--json" in given:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agent.cli import common
+from agent.cli.computing import ComputingOptions
 from agent.errors import RatchetError
 from agent.learner.eyes import SceneObjective
 from agent.learner.pretrain import PretrainConfig, Pretrainer
@@ -28,7 +29,7 @@ from sim.demonstrations import Demonstrations, NoiseConfig, collect
 
 
 @dataclass
-class Pretrain:
+class Pretrain(ComputingOptions):
     """Make a small VLA: record expert demonstrations, train on them, save one folder.
 
     Commands to copy:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from agent.adapters.store import FolderStore
 from agent.cli import common
+from agent.cli.computing import ComputingOptions
 from agent.cli.recipes import DEMO
 from agent.episodes.writer import write_episode
 from agent.errors import RatchetError
@@ -33,7 +34,7 @@ STATUS = "status.json"
 
 
 @dataclass
-class Robot:
+class Robot(ComputingOptions):
     """Follow a learner: fetch the adapter that it trains, collect the episodes that it wants, send them.
 
     Commands to copy:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.cli import common
+from agent.cli.computing import ComputingOptions
 from agent.contract import RobotContract
 from agent.learner.sequence import derive_seed
 from agent.records import Mark
@@ -31,7 +32,7 @@ from sim.robot import SimRobot
 
 
 @dataclass
-class Run:
+class Run(ComputingOptions):
     """Run a policy on a simulated robot through policy process, chunk execution and safety stage.
 
     Commands to copy:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from agent.adapters.files import Files
 from agent.cli import common, sequential
+from agent.cli.computing import ComputingOptions
 from agent.cli.pretrain import demonstration_states
 from agent.cli.study_analysis import Analyse
 from agent.cli.study_evaluate import Evaluate
@@ -33,7 +34,7 @@ from sim.demonstrations import Demonstrations, collect
 
 
 @dataclass
-class Run:
+class Run(ComputingOptions):
     """Run (or go on with) the grid, then write study.json, study.md and study.html.
 
     The defaults are the small VLA's recipe: PPO with a value head, rank 4, noise correlated within a chunk.

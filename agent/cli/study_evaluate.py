@@ -21,6 +21,7 @@ from rich.progress import Progress
 from agent.adapters.lora import scaled
 from agent.adapters.store import FolderStore
 from agent.cli import common
+from agent.cli.computing import ComputingOptions
 from agent.cli.study_folder import finished, write
 from agent.errors import RatchetError
 from agent.learner.methods import variants
@@ -39,7 +40,7 @@ Serve = Callable[[int, str], Policy]
 
 
 @dataclass
-class Evaluate:
+class Evaluate(ComputingOptions):
     """Evaluate the adapters of a study again: other held-out tasks, changed worlds, sampled instead of greedy.
 
     Commands to copy:

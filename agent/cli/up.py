@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from agent.cli import ros
+from agent.cli.computing import ComputingOptions
 from agent.cli.graph import Graph, NodeSpec
 from agent.contract import RobotContract
 from agent.errors import RatchetError
@@ -20,7 +21,7 @@ from calibration import last_check
 
 
 @dataclass
-class _Shared:
+class _Shared(ComputingOptions):
     policy: Path | None = None
     """Folder of the policy checkpoint."""
     store: Path | None = None

@@ -54,6 +54,7 @@ class Assembly:
                     temperature=body.temperature,
                     observation_stamp=body.observation_stamp,
                     observation_sequence=body.observation_sequence,
+                    compute_dtype=getattr(body, "compute_dtype", ""),  # files before it was recorded lack it
                 )
             )
         elif topic == fmt.STEP:

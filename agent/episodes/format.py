@@ -68,7 +68,7 @@ DEFINITIONS: dict[str, str] = {
         "std_msgs/Header header\nfloat64 observation_stamp\nint64 observation_sequence\nstring adapter_id\n"
         "float64 temperature\nuint32 steps\nuint32 dims\nfloat32[] actions\n"
         "bool has_tokens\nint64[] tokens\nbool has_log_prob\nfloat32[] log_prob\n"
-        "uint32[] chain_shape\nfloat32[] chain\n",
+        "uint32[] chain_shape\nfloat32[] chain\nstring compute_dtype\n",
         _HEADER,
         _TIME,
     ),

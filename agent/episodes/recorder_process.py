@@ -87,6 +87,7 @@ class Recording:
             temperature=record["temperature"],
             observation_stamp=record["observation_stamp"],
             observation_sequence=record["observation_sequence"],
+            compute_dtype=record["compute_dtype"],
         )
         self._chunks[chunk.observation_sequence] = (self.writer.chunk(chunk), shape[0])
 

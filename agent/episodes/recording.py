@@ -182,6 +182,7 @@ class EpisodeWriter:
                 "log_prob": [] if chunk.log_prob is None else chunk.log_prob.ravel().tolist(),
                 "chain_shape": [] if chain is None else list(chain.shape),
                 "chain": [] if chain is None else chain.ravel().tolist(),
+                "compute_dtype": chunk.compute_dtype,
             },
         )
 

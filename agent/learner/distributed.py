@@ -24,7 +24,7 @@ from torch import distributed, nn
 from agent.adapters.lora import Lora
 from agent.errors import RatchetError
 from agent.learner.minibatch import Diagnostics, Minibatch
-from agent.learner.rollouts import ChunkEnv, EpisodeSpec, Outcomes, RolloutBatch, run_episodes
+from agent.learner.rollouts import ChunkEnv, EpisodeSpec, Outcomes, RolloutBatch, one_dtype, run_episodes
 from agent.policy.protocol import Policy
 
 # The longest silence between ranks. The learner's service may wait days for a robot's episodes; a rank that dies is
@@ -270,6 +270,7 @@ def pack(batch: RolloutBatch) -> bytes:
         "instructions": batch.instructions,
         "temperature": batch.temperature,
         "adapter_id": batch.adapter_id,
+        "compute_dtype": batch.compute_dtype,
         "specs": [dataclasses.asdict(s) for s in batch.specs],
         "seconds": batch.seconds,
     }
@@ -296,6 +297,7 @@ def concatenate(parts: Sequence[RolloutBatch]) -> RolloutBatch:
     first = parts[0]
     if any((p.adapter_id, p.temperature) != (first.adapter_id, first.temperature) for p in parts):
         raise RatchetError("learner.off_policy", "the ranks' episodes come from different policies")
+    one_dtype({p.compute_dtype for p in parts}, "ranks")
     texts = sorted({t for p in parts for t in p.instructions})
     place = {t: i for i, t in enumerate(texts)}
     instruction = [np.array([place[p.instructions[i]] for i in p.instruction], np.int64) for p in parts]
@@ -308,6 +310,7 @@ def concatenate(parts: Sequence[RolloutBatch]) -> RolloutBatch:
         instructions=texts,
         temperature=first.temperature,
         adapter_id=first.adapter_id,
+        compute_dtype=first.compute_dtype,
         specs=[s for p in parts for s in p.specs],
         seconds=max(p.seconds for p in parts),
     )

@@ -20,6 +20,7 @@ class Wanted:
     """What the learner collects at the moment.
 
     adapter_id: the adapter being updated; every action must come from it. temperature: of the sampling.
+    compute_dtype: of the episodes that the next update has already; None while it has none.
     order, slots: in simulation, the order's name and how many episodes it asks for; empty and 0 where any episode of
     the task is welcome (a real robot, whose initial states cannot be repeated).
     """
@@ -29,6 +30,7 @@ class Wanted:
     temperature: float
     order: str = ""
     slots: int = 0
+    compute_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ def rule(episode: Episode, wanted: Wanted, filled: frozenset[int] | set[int]) ->
             return replay("other_temperature", text)
         if not np.isfinite(step.chunk.log_prob[sampled(step)]).all():
             return replay("not_finite", "log-probabilities of executed actions are not finite")
+    dtypes = {step.chunk.compute_dtype for step in episode.steps}
+    others = dtypes | ({wanted.compute_dtype} if wanted.compute_dtype is not None else set())
+    if len(others) > 1:
+        told = " and ".join(sorted(name or "an unrecorded dtype" for name in others))
+        return replay("other_dtype", f"it and what this update has already were computed in {told}")
     if not any(sampled(step).any() for step in episode.steps):
         return replay("nothing_sampled", "no action reached the robot as sampled: a person drove all of it")
     slot = -1

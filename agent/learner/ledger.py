@@ -30,6 +30,7 @@ class Arrival:
     adapter: str = ""
     success: bool | None = None
     source: str = ""
+    compute_dtype: str = ""
     used: bool = False
 
 
@@ -119,6 +120,7 @@ class Ledger:
         arrival = self.arrivals[data["sha"]]
         for name in ("decision", "code", "reason", "slot", "adapter", "success", "source"):
             setattr(arrival, name, data[name])
+        arrival.compute_dtype = data.get("compute_dtype", "")  # journals before it was recorded lack it
         if f"episode {arrival.sha}" in self.unruled:
             self.unruled.remove(f"episode {arrival.sha}")
         if arrival.decision == "accepted" and arrival.slot >= 0:

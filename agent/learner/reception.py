@@ -38,10 +38,17 @@ def ruling_on(
             episode.success, episode.success_source = label
         ordered = config.mode == "simulation"
         order, slots = (ledger.order, config.slots) if ordered else ("", 0)
-        wanted = Wanted(ledger.task, ledger.training, config.temperature, order, slots)
+        other = next((a for a in ledger.accepted() if a.sha != arrival.sha), None)
+        dtype = None if other is None else other.compute_dtype
+        wanted = Wanted(ledger.task, ledger.training, config.temperature, order, slots, dtype)
         taken = {s for s, sha in ledger.filled.items() if sha != arrival.sha}
         ruling = rule(episode, wanted, taken)
-        facts = {"adapter": episode.adapter_id, "success": episode.success, "source": episode.success_source}
+        facts = {
+            "adapter": episode.adapter_id,
+            "success": episode.success,
+            "source": episode.success_source,
+            "compute_dtype": next((step.chunk.compute_dtype for step in episode.steps), ""),
+        }
     if ruling.decision == "replay":
         log.info("episode %s kept for replay: %s: %s", arrival.sha[:12], ruling.code, ruling.reason)
     return {**dataclasses.asdict(ruling), **facts}

@@ -21,6 +21,7 @@ from scipy.special import ndtr
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.policy.commands import robot_actions
+from agent.policy.computing import name_of
 from agent.policy.protocol import Policy, PolicyInput
 from agent.records import Bool, Float32, Int64, UInt8
 
@@ -65,6 +66,7 @@ class RolloutBatch:
     feature: (N, H) float32, what a value head reads; H = 0 for policies without one.
     valid: (N, K) bool, control steps that ran. episode: (N,) index into the episode arrays, in order of time.
     success: (E,) bool. steps: (E,) control steps run. group: (E,). adapter_id: the id that produced every action.
+    compute_dtype: what every decision was computed in; "" where nobody recorded it.
     """
 
     images: UInt8
@@ -81,6 +83,7 @@ class RolloutBatch:
     group: Int64
     temperature: float
     adapter_id: str
+    compute_dtype: str = ""
     specs: list[EpisodeSpec] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -91,6 +94,23 @@ class RolloutBatch:
             state=torch.from_numpy(self.state[rows]) if self.state.shape[1] else None,
             instructions=[self.instructions[i] for i in self.instruction[rows]],
         )
+
+
+def one_dtype(names: set[str], whose: str) -> str:
+    """The one dtype that everything was computed in.
+
+    Raises:
+        RatchetError: learner.mixed_dtypes, naming them.
+    """
+    if len(names) > 1:
+        told = " and ".join(sorted(name or "an unrecorded dtype" for name in names))
+        raise RatchetError(
+            "learner.mixed_dtypes",
+            f"one batch was computed in {told}",
+            where=whose,
+            fix="let all robots compute in one dtype: --dtype, or RATCHET_DTYPE",
+        )
+    return next(iter(names), "")
 
 
 @dataclass
@@ -223,7 +243,9 @@ def run_episodes(
     outcomes = Outcomes(success, steps, seconds)
     if not keep:
         return outcomes, None
-    return outcomes, _flatten(store, rows_of, specs, success, steps, temperature, adapter_id, seconds)
+    batch = _flatten(store, rows_of, specs, success, steps, temperature, adapter_id, seconds)
+    batch.compute_dtype = name_of(policy)
+    return outcomes, batch
 
 
 def chunk_noise(generator: np.random.Generator, shape: tuple[int, int], correlation: float) -> Float32:

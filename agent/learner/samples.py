@@ -13,8 +13,9 @@ import torch
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.learner.intake import sampled
-from agent.learner.rollouts import EpisodeSpec, RolloutBatch
+from agent.learner.rollouts import EpisodeSpec, RolloutBatch, one_dtype
 from agent.policy.commands import robot_actions
+from agent.policy.computing import computing_as
 from agent.policy.protocol import Policy
 from agent.records import ActionChunk, Episode, Float32, Observation, Step
 
@@ -31,7 +32,8 @@ def to_batch(
 
     Raises:
         RatchetError: learner.bad_episode for a camera, state field or shape that the policy does not take,
-            learner.off_policy where the episodes come from more than one adapter.
+            learner.off_policy where the episodes come from more than one adapter, learner.mixed_dtypes where their
+            decisions were computed in more than one dtype.
     """
     spec = policy.spec
     steps = [(e, step) for e, episode in enumerate(episodes) for step in episode.steps]
@@ -39,6 +41,7 @@ def to_batch(
     temperatures = {step.chunk.temperature for _, step in steps}
     if len(ids) != 1 or len(temperatures) != 1:
         raise RatchetError("learner.off_policy", f"episodes of {len(ids)} adapters, {len(temperatures)} temperatures")
+    dtype = one_dtype({step.chunk.compute_dtype for _, step in steps}, "episodes")
     texts = sorted({episode.instruction for episode in episodes})
     shape = getattr(policy, "sampled_shape", (spec.chunk, len(spec.action_names)))
     whole = len(shape) == 2
@@ -68,6 +71,7 @@ def to_batch(
         group=np.array(groups, np.int64),
         temperature=temperatures.pop(),
         adapter_id=ids.pop(),
+        compute_dtype=dtype,
     )
     if features:
         batch.feature = _features(batch, policy)
@@ -80,7 +84,7 @@ def log_prob_gap(batch: RolloutBatch, policy: Policy, decisions: int = 32) -> fl
     rows = np.flatnonzero(batch.valid.all(axis=1))[:decisions]
     if not len(rows):
         rows = np.flatnonzero(batch.valid.any(axis=1))[:decisions]
-    with torch.no_grad():
+    with torch.no_grad(), computing_as(policy, batch.compute_dtype):
         ours, _ = policy.log_prob(batch.policy_input(rows), torch.from_numpy(batch.tokens[rows]), batch.temperature)
     gap = np.abs(ours.float().cpu().numpy() - batch.log_prob[rows])
     return float(gap[batch.valid[rows]].mean())
@@ -127,6 +131,7 @@ def to_episodes(
                 temperature=batch.temperature,
                 observation_stamp=stamp,
                 observation_sequence=place,
+                compute_dtype=batch.compute_dtype,
             )
             count, last = int(batch.valid[row].sum()), place == len(rows) - 1
             won = last and bool(batch.success[e])
@@ -150,7 +155,8 @@ def _features(batch: RolloutBatch, policy: Policy) -> Float32:
     parts = []
     for start in range(0, len(batch.tokens), ROWS):
         rows = np.arange(start, min(start + ROWS, len(batch.tokens)))
-        feature = policy.predict(batch.policy_input(rows)).feature
+        with computing_as(policy, batch.compute_dtype):
+            feature = policy.predict(batch.policy_input(rows)).feature
         if feature is None:
             raise RatchetError(
                 "learner.no_feature", "this policy gives no feature for a value head", fix="use algorithm grpo"

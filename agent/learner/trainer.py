@@ -99,7 +99,11 @@ class Trainer:
                     fix="nothing was changed",
                 )
             gap = log_prob_gap(batch, self.policy)
-        facts: dict[str, Any] = {"log_prob_gap": gap, "decisions": len(batch.tokens)}
+        facts: dict[str, Any] = {
+            "log_prob_gap": gap,
+            "decisions": len(batch.tokens),
+            "compute_dtype": batch.compute_dtype,
+        }
         if not gap <= self.config.tolerance:
             why = f"robot and learner disagree by {gap:.3f} nats per token under one adapter"
             return {**facts, "skipped": why, "code": "learner.policy_mismatch"}

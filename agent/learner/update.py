@@ -20,7 +20,10 @@ from agent.learner import grpo, ppo
 from agent.learner.distributed import Ranks
 from agent.learner.minibatch import Diagnostics, Minibatch, flatten
 from agent.learner.rollouts import RolloutBatch
+from agent.policy.computing import computing_as, name_of
 from agent.policy.protocol import Policy
+
+FLOAT16_LOSS_SCALE = 2.0**14
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Updater:
         self.value_optimizer: torch.optim.AdamW | None = None
 
     def update(self, batch: RolloutBatch) -> dict[str, float]:
-        """Change the adapter once; returns what to log.
+        """Change the adapter once; returns what to log. The policy computes in the dtype that the batch was sampled in.
 
         Raises:
             RatchetError: learner.no_samples where nothing distinguishes the episodes (nothing was changed then);
@@ -148,7 +151,8 @@ class Updater:
         stopped = False
         for _ in range(self.config.passes):
             for part in samples.shuffled(self.config.minibatches, self.generator):
-                diagnostics, norm = self._step(batch, padded, part)
+                with computing_as(self.policy, batch.compute_dtype):
+                    diagnostics, norm = self._step(batch, padded, part)
                 total, steps = total + diagnostics, steps + 1
                 norms.append(norm)
                 if self.config.target_kl and diagnostics.kl / max(diagnostics.tokens, 1) > self.config.target_kl:
@@ -260,6 +264,8 @@ class Updater:
 
     def _step(self, batch: RolloutBatch, padded: Padded, part: Minibatch) -> tuple[Diagnostics, float]:
         total = Diagnostics()
+        # A power of two, so that nothing is rounded; without it most gradients are too small for float16's exponent.
+        scale = FLOAT16_LOSS_SCALE if name_of(self.policy) == "float16" else 1.0
         self.optimizer.zero_grad(set_to_none=True)
         parts = list(part.micro(self.config.micro_size))
         for micro, factor in self.ranks.share(parts) if self.ranks else [(m, 1.0) for m in parts]:
@@ -274,9 +280,13 @@ class Updater:
                     raise
                 # The other ranks are on their way to the sum of gradients: take part, and let all refuse this step.
                 loss, diagnostics = log_prob.sum() * float("nan"), Diagnostics()
-            (loss * factor).backward()  # type: ignore[no-untyped-call]
+            (loss * (factor * scale)).backward()  # type: ignore[no-untyped-call]
             if factor:
                 total = total + diagnostics
+        if scale != 1.0:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
         if self.ranks:
             self.ranks.add_gradients(self.parameters)
             total = self.ranks.add(total)

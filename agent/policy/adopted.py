@@ -172,6 +172,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> AnyPolicy:
         )
     policy = open_published(found, record.kind, record.contract, record.stated)
     policy.network.to(device)
+    policy.settle()
     return policy
 
 

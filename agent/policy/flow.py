@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from agent.contract import PolicySpec
 from agent.errors import RatchetError
 from agent.policy import flow_sde, rtc
+from agent.policy.computing import Computing
 from agent.policy.flow_network import FlowConfig, FlowNetwork, Prefix
 from agent.policy.flow_text import FlowPrompt
 from agent.policy.images import prepare
@@ -63,7 +63,7 @@ class FlowStatistics:
         )
 
 
-class FlowPolicy:
+class FlowPolicy(Computing):
     """A flow policy that implements the Policy protocol.
 
     Construct with `lerobot.load(folder)`, `checkpoint.load(folder)`, or from parts, with random weights.
@@ -73,6 +73,7 @@ class FlowPolicy:
         policy.unknown_vision_tower.
     """
 
+    config: FlowConfig
     gives_probabilities = True
 
     def __init__(self, config: FlowConfig, spec: PolicySpec, statistics: FlowStatistics, tokenizer: Tokenizer) -> None:
@@ -142,7 +143,7 @@ class FlowPolicy:
             }
             digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
             for name, tensor in sorted(self.base_tensors().items()):
-                raw = tensor.detach().cpu().contiguous()
+                raw = self.as_stored(name, tensor.detach()).cpu().contiguous()
                 digest.update(f"{name}:{raw.dtype}:{tuple(raw.shape)}".encode())
                 digest.update(raw.reshape(-1).view(torch.uint8).numpy().data)
             self._base_hash = digest.hexdigest()
@@ -276,7 +277,7 @@ class FlowPolicy:
         """The language model's pass over some observations; every step of a flow reads it."""
         pixels, ids, mask, state = self.inputs(batch)
         with self.autocast():
-            return self.network.prefix(pixels, ids, mask, state, self._dtype)
+            return self.network.prefix(pixels, ids, mask, state, self.compute_dtype)
 
     def inputs(self, batch: PolicyInput) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Pixels, prompt ids and mask, padded normalised state: what the network takes, on its device."""
@@ -293,20 +294,12 @@ class FlowPolicy:
             state = nn.functional.pad(state, (0, self.config.state_width - width))
         return pixels, ids.to(self.device), mask.to(self.device), state
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """What every forward runs under."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.compute_dtype == "bfloat16" else torch.float32
-
     def velocity(self, prefix: Prefix) -> flow_sde.Velocity:
         """Where noisy actions move, given what the language model left, with gradient."""
 
         def at(x: Tensor, time: Tensor) -> Tensor:
             with self.autocast():
-                return self.network.velocity(prefix, x, time, self._dtype)
+                return self.network.velocity(prefix, x, time, self.compute_dtype)
 
         def again(x: Tensor, time: Tensor) -> Tensor:
             found: Tensor = torch_checkpoint(at, x, time, use_reentrant=False)

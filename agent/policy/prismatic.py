@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from agent.contract import PolicySpec
 from agent.errors import RatchetError
 from agent.policy.action_tokens import BINS, Statistics, decode, encode, normalise, unnormalise
+from agent.policy.computing import Computing
 from agent.policy.images import prepare
 from agent.policy.network import PrismaticConfig, PrismaticNetwork
 from agent.policy.protocol import Chunks, PolicyInput
@@ -32,7 +32,7 @@ from agent.policy.text import Prompt
 __all__ = ["PrismaticConfig", "PrismaticNetwork", "PrismaticPolicy"]
 
 
-class PrismaticPolicy:
+class PrismaticPolicy(Computing):
     """A discrete VLA that implements the Policy protocol.
 
     Construct with `checkpoint.load(folder)`, or from parts: `PrismaticPolicy(config, spec, statistics, tokenizer)`,
@@ -42,6 +42,8 @@ class PrismaticPolicy:
         RatchetError: policy.no_probabilities, policy.missing_statistics, policy.wrong_statistics, policy.bad_config,
             policy.unknown_vision_tower.
     """
+
+    config: PrismaticConfig
 
     def __init__(self, config: PrismaticConfig, spec: PolicySpec, statistics: Statistics, tokenizer: Tokenizer) -> None:
         bins = BINS if config.head == "tokens" else 0
@@ -129,7 +131,7 @@ class PrismaticPolicy:
             }
             digest.update(json.dumps(facts, sort_keys=True).encode())
             for name, tensor in sorted(self.base_tensors().items()):
-                raw = tensor.detach().cpu().contiguous()
+                raw = self.as_stored(name, tensor.detach()).cpu().contiguous()
                 digest.update(f"{name}:{raw.dtype}:{tuple(raw.shape)}".encode())
                 digest.update(
                     raw.view(torch.uint8).numpy().data if raw.ndim else raw.reshape(1).view(torch.uint8).numpy().data
@@ -280,15 +282,6 @@ class PrismaticPolicy:
         with self.autocast():
             logits = self.action_logits(hidden)
         return logits.reshape(len(logits), self._spec.chunk, len(self._spec.action_names), BINS)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Of matrix products."""
-        return torch.bfloat16 if self.config.compute_dtype == "bfloat16" else torch.float32
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """What every forward runs under."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
 
     def _check(self, batch: PolicyInput) -> tuple[Tensor, Tensor | None]:
         images = torch.as_tensor(batch.images)

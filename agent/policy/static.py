@@ -120,7 +120,7 @@ class StaticPredictor:
     def _build(self) -> None:
         policy, f = self.policy, self._fixed
         state = f.get("state")
-        dtype = torch.bfloat16 if policy.config.compute_dtype == "bfloat16" else torch.float32
+        dtype = policy.compute_dtype
         if isinstance(policy, FlowPolicy):
             flow = policy.network
             start = policy.start(len(f["ids"])).contiguous()

@@ -96,6 +96,7 @@ class Request:
             temperature=self.temperature,
             observation_stamp=self.stamp,
             observation_sequence=self.sequence,
+            compute_dtype=message.get("compute_dtype", ""),
         )
 
 
@@ -105,7 +106,7 @@ class PolicyProcess:
     def __init__(self, launch: PolicyLaunch) -> None:
         self.launch = launch
         self.spec: PolicySpec | None = None
-        self.base_hash = self.adapter_id = ""
+        self.base_hash = self.adapter_id = self.computing = ""
         self.warnings: list[str] = []
         self.frames: Frames | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -237,6 +238,7 @@ class PolicyProcess:
         sock.settimeout(None)
         self.spec, self.base_hash, self.adapter_id = spec, ready["base_hash"], ready["adapter_id"]
         self.warnings = [*ready["warnings"], *warnings]
+        self.computing = ready.get("computing", "")
 
     def _expect(self, sock: socket.socket, kind: str) -> dict[str, Any]:
         try:

@@ -22,6 +22,7 @@ from agent.errors import RatchetError
 from agent.policy import adopted, device
 from agent.policy.checkpoint import AnyPolicy
 from agent.policy.commands import policy_actions, robot_actions
+from agent.policy.computing import name_of
 from agent.policy.flow import FlowPolicy
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import Chunks, Policy, PolicyInput
@@ -74,6 +75,12 @@ class PolicyServer:
                 where=contract.name,
                 fix="have the driver deliver that size, or set image_fit to crop_resize if it was trained so",
             )
+
+    @property
+    def computing(self) -> str:
+        """What products are computed in and why, in words; empty for a policy that does not tell."""
+        choice = getattr(self.policy, "choice", None)
+        return "" if choice is None else f"{choice.name}: {choice.reason}"
 
     @property
     def adapter_id(self) -> str:
@@ -140,7 +147,7 @@ class PolicyServer:
         actions = robot_actions(chunks.actions[0].float().cpu().numpy(), self.spec, self._contract)
         tokens = None if chunks.tokens is None else chunks.tokens[0].cpu().numpy()  # bins, or a flow's chain
         log_prob = None if chunks.log_prob is None else chunks.log_prob[0].float().cpu().numpy()
-        return Inferred(actions, tokens, log_prob, adapter_id)
+        return Inferred(actions, tokens, log_prob, adapter_id, name_of(self.policy))
 
     def _greedy(self, batch: PolicyInput, ahead: Ahead | None) -> Chunks:
         committed = None

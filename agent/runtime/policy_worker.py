@@ -36,12 +36,14 @@ PROTOCOL = 1
 
 @dataclass
 class Inferred:
-    """One answer. actions: (K, D) float32, the robot's physical units; tokens, log_prob: as in `ActionChunk`."""
+    """One answer. actions: (K, D) float32, the robot's physical units; tokens, log_prob, compute_dtype: as in
+    `ActionChunk`."""
 
     actions: Float32
     tokens: Int64 | Float32 | None
     log_prob: Float32 | None
     adapter_id: str
+    compute_dtype: str = ""
 
 
 class ChunkServer(Protocol):
@@ -151,6 +153,7 @@ class _Worker:
                 "base_hash": server.base_hash,
                 "adapter_id": server.adapter_id,
                 "warnings": server.warnings,
+                "computing": getattr(server, "computing", ""),
             }
         )
 
@@ -178,7 +181,8 @@ class _Worker:
         if out.tokens is not None and out.log_prob is not None:
             sent |= {"tokens": out.tokens, "log_prob": out.log_prob}
         seconds = time.perf_counter() - began
-        self._send({"type": "chunk", "id": number, "adapter_id": out.adapter_id, "seconds": seconds}, sent)
+        facts = {"adapter_id": out.adapter_id, "compute_dtype": out.compute_dtype, "seconds": seconds}
+        self._send({"type": "chunk", "id": number, **facts}, sent)
 
     def _follow(self, tag: str) -> bool:
         """Swap to where the tag points now; what came of it is told without having been asked for, as number 0."""

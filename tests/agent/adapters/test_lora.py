@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from agent.adapters.identity import binding_of
 from agent.adapters.lora import attach, lora_config
 from agent.errors import RatchetError
 from tests.agent.adapters.tiny import TinyPolicy, batch, made, tiny
@@ -120,7 +121,7 @@ HEAD = "base_model.model.lm_head.lora_B.weight"
     [
         ("adapter.missing_keys", lambda t: t.pop(HEAD)),
         ("adapter.extra_keys", lambda t: t.update({"base_model.model.other.lora_A.weight": torch.zeros(4, 4)})),
-        ("adapter.wrong_dtype", lambda t: t.update({HEAD: t[HEAD].half()})),
+        ("adapter.wrong_dtype", lambda t: t.update({HEAD: t[HEAD].double()})),
         ("adapter.wrong_shape", lambda t: t.update({HEAD: t[HEAD][1:]})),
         ("adapter.wrong_shape", lambda t: t.update({HEAD: t[HEAD].T.contiguous()})),
         ("adapter.wrong_shape", lambda t: t.update({HEAD: t[HEAD][:, :2].contiguous()})),
@@ -174,9 +175,38 @@ def test_attaching_twice_is_refused() -> None:
         attach(policy.module, lora_config(2, 2))
 
 
-def test_half_precision_base_gives_a_half_precision_adapter_unless_told() -> None:
+def test_adapters_train_in_float32_whatever_the_base_is_stored_in() -> None:
+    lora = attach(TinyPolicy().module.bfloat16(), lora_config(2, 2))
+    assert set(lora.layout.sizes) == {torch.float32}
+    parameter = lora.trainable()[0]
+    before = parameter.detach().clone()
+    optimizer = torch.optim.AdamW(lora.trainable(), lr=2e-5, weight_decay=0.0)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert bool((parameter != before).all())
+    assert bool((before.bfloat16() - 2e-5 == before.bfloat16()).any())  # what bfloat16 would have lost
+
+
+def test_an_adapter_stored_in_bfloat16_attaches_and_keeps_its_id_until_it_is_trained() -> None:
+    written = attach(TinyPolicy().module.bfloat16(), lora_config(2, 2), dtype=torch.bfloat16, seed=3)
+    for parameter in written.trainable():
+        parameter.data.add_(0.25)
     policy = TinyPolicy()
-    lora = attach(policy.module.bfloat16(), lora_config(2, 2))
-    assert set(lora.layout.sizes) == {torch.bfloat16}
-    other = TinyPolicy()
-    assert set(attach(other.module.bfloat16(), lora_config(2, 2), dtype=torch.float32).layout.sizes) == {torch.float32}
+    stored = written.adapter(binding_of(policy))
+    lora = attach(policy.module, lora_config(2, 2))
+    lora.load(stored.tensors, stored.config)
+    assert lora.adapter(binding_of(policy)).id == stored.id
+    assert all(torch.equal(lora.parameters[n].data, t.float()) for n, t in stored.tensors.items())
+    lora.trainable()[0].data.add_(1e-5)
+    trained = lora.adapter(binding_of(policy))
+    assert trained.id != stored.id
+    assert {t.dtype for t in trained.tensors.values()} == {torch.float32}
+
+
+def test_an_adapter_finer_than_its_layers_is_refused() -> None:
+    lora = attach(TinyPolicy().module.bfloat16(), lora_config(2, 2), dtype=torch.bfloat16)
+    before = lora.export()
+    with pytest.raises(RatchetError) as refused:
+        lora.load({n: t.float() for n, t in before.items()})
+    assert refused.value.code == "adapter.wrong_dtype"
+    assert all(torch.equal(t, before[n]) for n, t in lora.export().items())

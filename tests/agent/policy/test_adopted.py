@@ -97,9 +97,17 @@ def test_every_form_opens_as_its_loader_opens_it(
     assert torch.equal(policy.predict(batch).actions, expected.predict(batch).actions)
 
 
-def test_the_type_in_memory_is_kept(folder: Path, tmp_path: Path) -> None:
+def test_the_type_in_memory_is_kept_where_the_device_computes_in_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adopted.adopt(folder, LIBERO, dataclasses.replace(STATED, dtype="bfloat16"), tmp_path / "a")
-    assert {p.dtype for p in adopted.load(tmp_path / "a").network.parameters()} == {torch.bfloat16}
+    ids = set()
+    for name in ("bfloat16", "float32"):
+        monkeypatch.setenv("RATCHET_DTYPE", name)
+        policy = adopted.load(tmp_path / "a")
+        assert {p.dtype for p in policy.network.parameters()} == {getattr(torch, name)}
+        ids.add(policy.base_hash)
+    assert len(ids) == 1
 
 
 def store_of(root: Path, contract: RobotContract = LIBERO) -> Path:

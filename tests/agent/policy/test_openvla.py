@@ -135,7 +135,13 @@ def test_bfloat16_stays_bfloat16_in_memory(folder: Path) -> None:
     raw = json.loads((folder / "config.json").read_text())
     assert raw["dtype"] == "float32"  # the default above is the file's
     batch = samples.batch(half)
-    assert bool(half.predict(batch).actions.isfinite().all())
+    whole = half.base_hash
+    for name in ("bfloat16", "float32"):
+        with half.computing_in(name):
+            assert bool(half.predict(batch).actions.isfinite().all())
+        assert {p.dtype for p in half.network.parameters()} == {getattr(torch, name)}
+        half.base_changed()
+        assert half.base_hash == whole  # it counts what was stored, not what memory holds
 
 
 # OpenVLA-OFT's regression head and state.

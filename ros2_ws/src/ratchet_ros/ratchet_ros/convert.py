@@ -37,6 +37,7 @@ def chunk(source: ActionChunk, image_stamps: Iterable[float], clock: TimeBase) -
         steps=steps,
         dims=dims,
         actions=floats(source.actions),
+        compute_dtype=source.compute_dtype,
     )
     out.header.stamp = clock.to_ros(clock.now())
     bins = source.tokens is not None and source.tokens.ndim == 2  # a flow's chain is recorded, not published
