@@ -150,6 +150,8 @@ class Episode:
     success: None until somebody or something judged it.
     success_source: "simulator", or "human:<name>"; empty while success is None.
     initial_state: index of the benchmark's initial state, -1 on a real robot.
+    termination: why it ended, apart from success: "success", "horizon", "cancelled" and others of the control loop's
+        and the recorder's words; empty where nobody said.
     ticks, events: what the control loop did, in order; empty for rollouts that run without one.
     """
 
@@ -164,3 +166,4 @@ class Episode:
     meta: dict[str, Any] = field(default_factory=dict)
     ticks: list[ControlTick] = field(default_factory=list)
     events: list[SafetyEvent] = field(default_factory=list)
+    termination: str = ""

@@ -33,6 +33,7 @@ from agent.policy.protocol import PolicyInput
 from agent.policy.text import train_tokenizer
 from agent.runtime.chunks import CollectExecutor
 from agent.runtime.clock import ManualClock
+from agent.runtime.judging import SceneJudge
 from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.safety import SafetyFilter
@@ -95,7 +96,7 @@ def through_runtime(robot: SimRobot, policy_folder: Path, state: int, horizon: i
             lock_step=True,
             patience=120.0,
         )
-        end = loop.run_episode("bench", robot.instruction, horizon=horizon, success=robot.success)
+        end = loop.run_episode("bench", robot.instruction, horizon=horizon, judge=SceneJudge(robot.success))
     commands = [t.command for t in sink.ticks if t.chunk_sequence >= 0 and t.command is not None]
     return np.stack(commands), bool(end.success)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from agent.contract import RobotContract
+from agent.episodes.earned import already_solved
 from agent.errors import RatchetError
 from sim.base import TaskEnv
 
@@ -132,6 +133,8 @@ class Host:
             self.envs[key] = self.config.make_env(self.config.suite, reset.task, self.config.contract)
         env = self.envs[key]
         env.reset(reset.initial_state)
+        if env.success():
+            raise already_solved(f"{reset.task}, initial state {reset.initial_state}")
         self.slots[reset.slot] = _Slot(env, reset.horizon)
         self.views["done"][reset.slot] = False
         self.views["success"][reset.slot] = False

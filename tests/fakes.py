@@ -62,6 +62,17 @@ def make_fake(suite: str, task: str, contract: RobotContract) -> TaskEnv:
     return FakeTaskEnv(suite, task, contract)
 
 
+class FakeSolvedEnv(FakeTaskEnv):
+    """Nothing is left to do in it."""
+
+    def success(self) -> bool:
+        return True
+
+
+def make_solved(suite: str, task: str, contract: RobotContract) -> TaskEnv:
+    return FakeSolvedEnv(suite, task, contract)
+
+
 class FakeHangingEnv(FakeTaskEnv):
     """Hangs once: at its third step, unless the marker file says that it already did."""
 

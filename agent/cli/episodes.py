@@ -135,7 +135,7 @@ class Play:
             raise RatchetError("cli.bad_value", "speed, columns and fps must be positive, columns 8 or more")
         store = opened(self.store).store
         card = store.card(self.episode)
-        print(f"{card.instruction}  ({card.task}, {card.seconds:.1f} s, ended: {card.reason})")
+        print(f"{card.instruction}  ({card.task}, {card.seconds:.1f} s, ended: {card.reason or '?'})")
         play(store, card, self.speed, self.columns, self.fps)
         return 0
 

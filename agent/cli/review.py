@@ -98,7 +98,7 @@ class Review:
             card = said.store.card(episode)
             proposal = said.proposal(card)
             says = f"; {proposal.source} says {'success' if proposal.success else 'failure'}" if proposal else ""
-            print(f"\n{card.instruction}  ({card.task}, {card.seconds:.1f} s, ended: {card.reason}{says})")
+            print(f"\n{card.instruction}  ({card.task}, {card.seconds:.1f} s, ended: {card.reason or '?'}{says})")
             began, share = time.monotonic(), 0.0
             while True:
                 if share == 0.0:

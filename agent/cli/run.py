@@ -19,6 +19,7 @@ from agent.learner.sequence import derive_seed
 from agent.records import Mark
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from agent.runtime.clock import ManualClock, MonotonicClock
+from agent.runtime.judging import SceneJudge
 from agent.runtime.loop import ControlLoop, EpisodeEnd
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.priority import normal, real_time
@@ -143,7 +144,7 @@ class Run(ComputingOptions):
         try:
             if self.realtime and self.priority:
                 Console(stderr=True).print(real_time(self.priority))
-            end = loop.run_episode(info.name, info.instruction, horizon=info.horizon, success=robot.success)
+            end = loop.run_episode(info.name, info.instruction, horizon=info.horizon, judge=SceneJudge(robot.success))
         finally:
             if self.realtime and self.priority:
                 normal()

@@ -91,6 +91,7 @@ class Assembly:
             meta=meta,
             ticks=self._ticks,
             events=self._events,
+            termination=ending.reason if ending else "",
         )
 
     def _image(self, topic: str, index: int, body: Any) -> None:

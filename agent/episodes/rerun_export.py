@@ -55,7 +55,7 @@ def _log(rerun: Any, recording: Any, store: EpisodeStore, card: Card) -> None:
     reader = store.open(card.id)
     start = start_of(reader)
     ending = reader.ending()
-    text = f"{card.instruction}\n\ntask {card.task}, adapter {card.adapter_id[:12]}, ended: {card.reason}"
+    text = f"{card.instruction}\n\ntask {card.task}, adapter {card.adapter_id[:12]}, ended: {card.reason or '?'}"
     recording.log("episode", rerun.TextDocument(text), static=True)
     encoder = Encoder("jpeg", 90)
     for camera in card.cameras:

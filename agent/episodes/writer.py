@@ -73,8 +73,7 @@ def write_episode(
     writer = EpisodeWriter(scratch, path, info, quality=quality)
     try:
         _write_records(writer, episode)
-        ended = "success" if episode.success else "failure" if episode.success is False else "unjudged"
-        digest, _ = writer.finish(episode.success, episode.success_source, ended, ended=info.created)
+        digest, _ = writer.finish(episode.success, episode.success_source, episode.termination, ended=info.created)
     except BaseException:
         writer.discard()
         raise

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from agent.episodes.earned import doubt
 from agent.records import Bool, Episode, Step
 
 Decision = Literal["accepted", "waiting", "replay"]
@@ -21,6 +22,7 @@ class Wanted:
 
     adapter_id: the adapter being updated; every action must come from it. temperature: of the sampling.
     compute_dtype: of the episodes that the next update has already; None while it has none.
+    instruction: the task in words; what the policy was told must be the same.
     order, slots: in simulation, the order's name and how many episodes it asks for; empty and 0 where any episode of
     the task is welcome (a real robot, whose initial states cannot be repeated).
     """
@@ -28,6 +30,7 @@ class Wanted:
     task: str
     adapter_id: str
     temperature: float
+    instruction: str
     order: str = ""
     slots: int = 0
     compute_dtype: str | None = None
@@ -62,6 +65,10 @@ def rule(episode: Episode, wanted: Wanted, filled: frozenset[int] | set[int]) ->
         return replay("false_adapter", f"says {episode.adapter_id[:12]}, its actions say {found[:12]}")
     if episode.task != wanted.task:
         return replay("other_task", f"task {episode.task}, being learned is {wanted.task}")
+    instructions = {episode.instruction, *(step.observation.instruction for step in episode.steps)}
+    if instructions != {wanted.instruction}:
+        other = sorted(instructions - {wanted.instruction})[0]
+        return replay("other_instruction", f"the policy was told {other[:60]!r}, wanted is {wanted.instruction!r}")
     for step in episode.steps:
         if step.chunk.tokens is None or step.chunk.log_prob is None:
             return replay("no_log_prob", "its actions carry no log-probabilities")
@@ -88,6 +95,8 @@ def rule(episode: Episode, wanted: Wanted, filled: frozenset[int] | set[int]) ->
         return Ruling("waiting", "inbox.unverified", "nobody has judged its success yet", slot)
     if not trusted(episode.success_source):
         return replay("untrusted_success", f"success was judged by {episode.success_source or 'nobody'!r}")
+    if episode.success_source == "simulator" and (why := doubt(episode)):
+        return replay("unearned_success", why)
     return Ruling("accepted", slot=slot)
 
 

@@ -24,9 +24,15 @@ SMALL = 1 << 20  # bytes of a label or a session's manifest
 
 
 def ruling_on(
-    arrival: Arrival, path: Path, ledger: Ledger, config: ServiceConfig, read: Callable[[Path], Episode]
+    arrival: Arrival,
+    path: Path,
+    ledger: Ledger,
+    config: ServiceConfig,
+    instruction: str,
+    read: Callable[[Path], Episode],
 ) -> dict[str, Any]:
-    """Facts of the event `ruled`: the decision about one episode, and whose it is."""
+    """Facts of the event `ruled`: the decision about one episode, and whose it is. instruction: of the task that is
+    being learned."""
     facts: dict[str, Any] = {"adapter": "", "success": None, "source": ""}
     try:
         episode = read(path)
@@ -40,7 +46,7 @@ def ruling_on(
         order, slots = (ledger.order, config.slots) if ordered else ("", 0)
         other = next((a for a in ledger.accepted() if a.sha != arrival.sha), None)
         dtype = None if other is None else other.compute_dtype
-        wanted = Wanted(ledger.task, ledger.training, config.temperature, order, slots, dtype)
+        wanted = Wanted(ledger.task, ledger.training, config.temperature, instruction, order, slots, dtype)
         taken = {s for s, sha in ledger.filled.items() if sha != arrival.sha}
         ruling = rule(episode, wanted, taken)
         facts = {

@@ -19,6 +19,7 @@ import torch
 from scipy.special import ndtr
 
 from agent.contract import RobotContract
+from agent.episodes.earned import require_goal, require_temperature
 from agent.errors import RatchetError
 from agent.policy.commands import robot_actions
 from agent.policy.computing import name_of
@@ -164,10 +165,19 @@ def run_episodes(
         that the policy sees instead. Called once per decision, in the order of the episode's decisions.
 
     Raises:
-        RatchetError: rollout.no_episodes, rollout.greedy_batch, rollout.not_finite, and those of the environment.
+        RatchetError: rollout.no_episodes, rollout.bad_horizon, rollout.greedy_batch, goal.no_task,
+            goal.no_instruction, goal.bad_temperature before anything runs; rollout.not_finite, goal.already_solved for
+            an initial state that is solved before the first action, and those of the environment.
     """
     if not specs:
         raise RatchetError("rollout.no_episodes", "the list of episodes is empty", fix="ask for at least one")
+    require_temperature(temperature)
+    for spec in specs:
+        require_goal(spec.task, spec.instruction)
+        if spec.horizon < 1:
+            raise RatchetError(
+                "rollout.bad_horizon", f"{spec.horizon} control steps", where=spec.task, fix="give 1 or more"
+            )
     if keep and temperature <= 0:
         raise RatchetError("rollout.greedy_batch", "greedy episodes have no log-probabilities to learn from")
     if keep and not getattr(policy, "gives_probabilities", True):

@@ -111,6 +111,7 @@ def to_episodes(
             initial_state=wanted.initial_state,
             seed=wanted.seed,
             adapter_id=batch.adapter_id,
+            termination="success" if batch.success[e] else "horizon",
         )
         rows = np.flatnonzero(batch.episode == e)
         ran = 0

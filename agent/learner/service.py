@@ -149,7 +149,9 @@ class LearnerService:
         """Rule on an episode, or take in another file."""
         arrival = self.ledger.arrivals.get(sha) if type == EPISODE else None
         if arrival is not None and not arrival.used:
-            facts = ruling_on(arrival, self._path_of(sha), self.ledger, self.config, self._read)
+            task = self._tasks.get(self.ledger.task)
+            instruction = task.instruction if task is not None else ""
+            facts = ruling_on(arrival, self._path_of(sha), self.ledger, self.config, instruction, self._read)
             self._write("ruled", sha=sha, **facts)
         else:
             self._write("noted", sha=sha, type=type, **note_of(type, self._path_of(sha)))

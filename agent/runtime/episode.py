@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from agent.records import ControlTick
+from agent.runtime.judging import Judge
 from agent.runtime.outcome import Termination
 from agent.runtime.safety import SafetyFilter, SafetyState
 
@@ -27,31 +28,31 @@ class Ticking(Protocol):
 def until_end(
     loop: Ticking,
     horizon: int,
-    success: Callable[[], bool] | None,
+    judge: Judge | None,
     hold_timeout: float,
     on_tick: Callable[[ControlTick], None] | None,
-) -> tuple[Termination, bool | None]:
-    """Tick until something ends the episode; how it ended, and success (None where nobody judges).
+) -> Termination:
+    """Tick until something ends the episode; how it ended.
 
-    Arguments as in `ControlLoop.run_episode`. Success goes before everything else that happens in the same tick.
+    Arguments as in `ControlLoop.run_episode`. A verdict goes before everything else that happens in the same tick.
     """
-    solved: bool | None = None if success is None else False
     held_since: float | None = None
     for _ in range(horizon):
         tick = loop.tick()
         if on_tick is not None:
             on_tick(tick)
-        if success is not None and success():
-            return Termination.SUCCESS, True
+        verdict = None if judge is None else judge.verdict()
+        if verdict is not None:
+            return Termination.SUCCESS if verdict else Termination.FAILURE
         state = loop.safety.state
         if state is SafetyState.LATCHED:
-            return Termination.FAULT, solved
+            return Termination.FAULT
         if loop.cancelled:
-            return Termination.CANCELLED, solved
+            return Termination.CANCELLED
         if state is not SafetyState.HOLDING:
             held_since = None
         elif held_since is None:
             held_since = tick.stamp
         elif tick.stamp - held_since > hold_timeout:
-            return Termination.HOLD_TIMEOUT, solved
-    return Termination.HORIZON, solved
+            return Termination.HOLD_TIMEOUT
+    return Termination.HORIZON

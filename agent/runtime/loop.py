@@ -13,11 +13,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from agent.episodes.earned import already_solved, require_goal
 from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent
 from agent.runtime.chunks import ChunkExecutor
 from agent.runtime.clock import Clock, MonotonicClock
 from agent.runtime.episode import until_end
+from agent.runtime.judging import Attempt, Judge, Judgement
 from agent.runtime.outcome import EpisodeEnd, FrameStamped, Termination, Timing
 from agent.runtime.priority import undisturbed
 from agent.runtime.robot import Robot
@@ -66,6 +68,8 @@ class ControlLoop:
         self._sequence = 0
         self._moved_at = -np.inf
         self._events = 0
+        self._decided: set[int] = set()  # observations whose answer reached the robot, at least in part
+        self._human_ticks = 0
         self._was_moving = False
         self._seen: Observation | None = None
         self._blind = ""
@@ -87,7 +91,8 @@ class ControlLoop:
         self._cancel.clear()
         self._human = None
         self.watchdog.forget()
-        self._index = self._sequence = self._events = 0
+        self._index = self._sequence = self._events = self._human_ticks = 0
+        self._decided.clear()
         self._moved_at, self._was_moving = -np.inf, True
         self._deadline = now
         self.timing = Timing()
@@ -99,28 +104,45 @@ class ControlLoop:
         instruction: str,
         *,
         horizon: int,
-        success: Callable[[], bool] | None = None,
-        source: str = "simulator",
+        judge: Judge | None = None,
         hold_timeout: float = 10.0,
         on_tick: Callable[[ControlTick], None] | None = None,
     ) -> EpisodeEnd:
-        """Run until success, `horizon` ticks, a cancel, a latched fault, or a hold of `hold_timeout` seconds.
+        """Run until a verdict, `horizon` ticks, a cancel, a latched fault, or a hold of `hold_timeout` seconds.
 
-        success: asked after each tick; None where nobody can tell, and `EpisodeEnd.success` stays None.
-        source: who judges, as in `Episode.success_source`.
+        judge: None where nobody can tell, and `EpisodeEnd.success` stays None.
+
+        Raises:
+            RatchetError: goal.no_task, goal.no_instruction, goal.already_solved, and what `begin` raises; nothing has
+                moved then.
         """
+        require_goal(task, instruction)
+        if judge is not None and judge.verdict() is not None:
+            raise already_solved(task)
         with undisturbed():  # before `begin`: from there on the first deadline runs
             self.begin(task, instruction)
             started = self.clock.now()
-            termination, solved = Termination.FAULT, None if success is None else False
+            termination, said = Termination.FAULT, Judgement()
             try:
-                termination, solved = until_end(self, horizon, success, hold_timeout, on_tick)
+                termination = until_end(self, horizon, judge, hold_timeout, on_tick)
             finally:
                 reason = self.safety.cause
                 self._stop_or_hold()
                 seconds = self.clock.now() - started
-                self.sink.end(termination.value, solved, source if solved is not None else "", self.clock.now())
-        return EpisodeEnd(termination, solved, self._index, seconds, self._events, reason)
+                if judge is not None:
+                    said = judge.judgement(Attempt(termination, len(self._decided), self._human_ticks))
+                self.sink.end(termination.value, said.success, said.source, self.clock.now())
+        return EpisodeEnd(
+            termination,
+            said.success,
+            self._index,
+            seconds,
+            self._events,
+            reason,
+            said.source,
+            len(self._decided),
+            self._human_ticks,
+        )
 
     def stop(self) -> None:
         """Brake to standstill (a few ticks), hold, and drop what was planned."""
@@ -209,6 +231,8 @@ class ControlLoop:
         taken = proposal if proposal is not None and verdict.accepted and sent else None
         if taken is not None and not marks & Mark.HUMAN:
             self.executor.sent(taken, marks)
+            self._decided.add(taken.chunk_sequence)
+        self._human_ticks += bool(marks & Mark.HUMAN)
         if not self.safety.resting:
             self._moved_at = after
         moving = verdict.state in MOVING

@@ -17,6 +17,7 @@ class Termination(enum.StrEnum):
     """Why an episode ended; whether the task was solved is another question (`EpisodeEnd.success`)."""
 
     SUCCESS = "success"
+    FAILURE = "failure"
     HORIZON = "horizon"
     CANCELLED = "cancelled"
     FAULT = "fault"
@@ -57,7 +58,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class EpisodeEnd:
-    """How one episode went. success: None where nobody judged it. ticks: control periods that ran."""
+    """How one episode went. success, source: None and empty where nobody may say. ticks: control periods that ran.
+
+    decisions: answers of the policy of which at least one action was sent. human_ticks: of `ticks`, those under a
+    person's command.
+    """
 
     termination: Termination
     success: bool | None
@@ -65,3 +70,6 @@ class EpisodeEnd:
     seconds: float
     events: int
     reason: str = ""
+    source: str = ""
+    decisions: int = 0
+    human_ticks: int = 0

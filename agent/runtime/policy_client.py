@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from agent.contract import PolicySpec, RobotContract
+from agent.episodes.earned import require_temperature
 from agent.errors import RatchetError
 from agent.records import ActionChunk, Observation
 from agent.runtime import wire
@@ -113,7 +114,11 @@ class PolicyClient:
 
         noise: draws (K, D) float32 uniform in [0, 1); independent numbers if absent. Seeded per episode as rollouts
             are, so that the same seed gives the same actions in process and through the runtime.
+
+        Raises:
+            RatchetError: goal.bad_temperature.
         """
+        require_temperature(temperature)
         with self._lock:
             self._temperature, self._noise = temperature, noise
             self._generator = np.random.Generator(np.random.Philox(key=seed))

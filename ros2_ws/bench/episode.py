@@ -38,7 +38,7 @@ def main() -> None:
         client = ActionClient(node, RunTask, "policy_node/run_task")
         until(executor, client.server_is_ready, "the policy node", 600.0)
         result = None
-        while result is None or result.code in ("ros.not_active", "ros.no_data", "ros.no_safety_node"):
+        while result is None or result.code in ("ros.not_active", "ros.no_data", "ros.no_safety_node", "goal.no_scene"):
             goal = RunTask.Goal(task=ask["task"], instruction=ask["instruction"], horizon=ask["horizon"])
             asked = client.send_goal_async(goal)
             until(executor, asked.done, "the goal")

@@ -76,7 +76,7 @@ class Bench:
         end = time.monotonic() + 60.0
         while time.monotonic() < end:
             self.applied.clear()
-            asked = self.client.send_goal_async(RunTask.Goal(task="move", horizon=100_000))
+            asked = self.client.send_goal_async(RunTask.Goal(task="move", instruction="move", horizon=100_000))
             limit = time.monotonic() + 3.0
             while not asked.done() and time.monotonic() < limit:
                 self.executor.spin_once(timeout_sec=0.05)

@@ -58,7 +58,7 @@ def main() -> None:
         until(executor, client.server_is_ready, "the policy node")
         handle = None
         while handle is None:
-            asked = client.send_goal_async(RunTask.Goal(task="overhead", horizon=steps + WARM + 10))
+            asked = client.send_goal_async(RunTask.Goal(task="overhead", instruction="move", horizon=steps + WARM + 10))
             until(executor, asked.done, "the goal")
             ended = asked.result().get_result_async()
             deadline = time.monotonic() + 2.0

@@ -3,8 +3,9 @@
 It matters because each part can be right and the graph still wrong: topics, clocks, orders of arrival, kills. Pinned:
 an episode through ROS is bit by bit the one in process; an adapter is exchanged in motion between two chunks; cancel
 comes to rest; a killed policy process latches a fault, holds, and moves again only after a person cleared it;
-recordings open in another project's reader; `ratchet ctl` and `ratchet doctor` speak with the graph. Determinism:
-lock-step, so that no load of the machine changes what happens; waiting is for events only.
+recordings open in another project's reader; a success that nobody earned is refused; `ratchet ctl` and `ratchet doctor`
+speak with the graph. Determinism: lock-step, so that no load of the machine changes what happens; waiting is for events
+only.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from tests.ros2_ws.graph import ROOT, Graph, Watcher, active
 POLICY = ROOT / "models" / "small-metaworld"
 CONTRACT = str(ROOT / "robots" / "metaworld.yaml")
 TASK, STATE, HORIZON = "door-open", 3, 64
-ENDLESS = {"instruction": "stand still", "horizon": 100_000}  # moves, but never opens the door
+ENDLESS = "assembly"  # a task that the policy was never shown: it moves on and on
 
 
 class Running:
@@ -85,14 +86,25 @@ class Running:
         last = self.applied[-1]
         return list(last.action) == [] and bool(last.marks & msg.Applied.HELD)
 
-    def reset(self, state: int = STATE) -> None:
-        answer = self.watcher.call(srv.ResetScene, "/sim_robot_node/reset", srv.ResetScene.Request(initial_state=state))
+    def reset(self, state: int = STATE, task: str = TASK) -> None:
+        request = srv.ResetScene.Request(task=task, initial_state=state)
+        answer = self.watcher.call(srv.ResetScene, "/sim_robot_node/reset", request)
         assert answer.success, answer.message
-        self.watcher.until(lambda: self.scene and self.scene[-1].step == 0, "scene at its start")
+        self.watcher.until(
+            lambda: self.scene and (self.scene[-1].step, self.scene[-1].task) == (0, task), "scene at its start"
+        )
 
     def run(self, **goal: Any) -> Any:
-        goal = {"task": TASK, "instruction": self.scene[-1].instruction, "horizon": HORIZON} | goal
+        """A goal that the scene can judge, unless the fields say otherwise; its handle."""
+        scene = self.scene[-1]
+        goal = {"task": scene.task, "instruction": scene.instruction, "horizon": HORIZON} | goal
         return self.watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(**goal))
+
+    def endless(self) -> Any:
+        """A motion that ends when somebody ends it; its handle."""
+        self.reset(5, ENDLESS)
+        self.forget()
+        return self.run(horizon=100_000)
 
     def ratchet(self, *arguments: str) -> tuple[int, Any]:
         """The command line, in this process; its ROS half is a process of its own. Exit status and last JSON line."""
@@ -190,10 +202,30 @@ def _decoded(path: Path, topic: str, kind: type[Any]) -> list[Any]:
         return [deserialize_message(m.data, kind) for _, _, m in make_reader(file).iter_messages(topics=[topic])]
 
 
-def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) -> None:
-    running.reset(5)
+GOALS: list[tuple[dict[str, Any], str]] = [
+    ({}, "goal.already_solved"),
+    ({"task": "button-press", "instruction": "press the button"}, "goal.other_task"),
+    ({"instruction": "stand still"}, "goal.other_instruction"),
+    ({"instruction": ""}, "goal.no_instruction"),
+    ({"task": ""}, "goal.no_task"),
+    ({"temperature": float("nan")}, "goal.bad_temperature"),
+]
+
+
+def test_what_would_be_an_unearned_success_is_refused_and_moves_nothing(running: Running) -> None:
+    running.watcher.until(lambda: running.scene[-1].success, "the solved scene of the first test")
     running.forget()
-    handle = running.run(**ENDLESS)
+    for goal, code in GOALS:
+        answer = running.watcher.result(running.run(**goal))
+        result = answer.result
+        assert answer.status == GoalStatus.STATUS_ABORTED
+        assert (result.termination, result.code) == ("refused", code)
+        assert (result.outcome, result.outcome_source, result.ticks) == (RunTask.Result.OUTCOME_UNJUDGED, "", 0)
+    assert not [a for a in running.applied if a.number]
+
+
+def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) -> None:
+    handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 20, "motion")
     refused = running.watcher.call(
         srv.SwapAdapter, "/policy_node/swap_adapter", srv.SwapAdapter.Request(reference="nobody")
@@ -212,6 +244,7 @@ def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) 
     assert cancel.done()
     assert result.status == GoalStatus.STATUS_CANCELED
     assert result.result.termination == "cancelled"
+    assert (result.result.outcome, result.result.outcome_source) == (RunTask.Result.OUTCOME_UNJUDGED, "")
     of_chunk: dict[int, set[str]] = {}
     for a in running.applied:
         if a.chunk_sequence >= 0:
@@ -258,15 +291,15 @@ def test_ctl_and_doctor_speak_with_the_graph(running: Running) -> None:
 
 
 def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
-    running.reset(5)
-    running.forget()
-    handle = running.run(**ENDLESS)
+    handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 10, "motion")
     code, _ = running.ratchet("ctl", "stop")
     assert code == 0
     result = running.watcher.result(handle)
     assert result.status == GoalStatus.STATUS_ABORTED
     assert result.result.termination == "fault"
+    assert result.result.outcome == RunTask.Result.OUTCOME_UNJUDGED
+    running.reset()
     refused = running.watcher.result(running.run()).result
     assert (refused.termination, refused.code) == ("refused", "safety.latched")
     code, told = running.ratchet("ctl", "clear", "Ada")
@@ -276,9 +309,7 @@ def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
 
 
 def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Running) -> None:
-    running.reset(5)
-    running.forget()
-    handle = running.run(**ENDLESS)
+    handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 10, "motion")
     node = psutil.Process(running.graph.processes["policy_node"].pid)
     worker = next(p for p in node.children(recursive=True) if "policy_worker" in " ".join(p.cmdline()))

@@ -192,7 +192,7 @@ def test_a_killed_policy_node_and_a_clock_that_stops_leave_the_arm_at_rest(free:
     graph, watcher = free
     applied = watcher.collect(msg.Applied, "applied", qos.EVENTS)
     status = watcher.collect(msg.SafetyStatus, "safety_status", qos.STATUS)
-    watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(task="move", horizon=100_000))
+    watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(task="move", instruction="move", horizon=100_000))
     watcher.until(lambda: sum(bool(a.action) for a in applied) > 20, "motion")
     graph.processes["policy_node"].kill()
     watcher.until(lambda: status[-1].cause == "safety.command_lost", "the loss")
@@ -203,7 +203,7 @@ def test_a_killed_policy_node_and_a_clock_that_stops_leave_the_arm_at_rest(free:
     applied.clear()
     start_policy(graph)
     active(watcher, "policy_node")
-    watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(task="move", horizon=100_000))
+    watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(task="move", instruction="move", horizon=100_000))
     watcher.until(lambda: sum(bool(a.action) for a in applied) > 20, "motion again")
     graph.processes["sim_robot_node"].send_signal(signal.SIGSTOP)
     watcher.until(lambda: status[-1].cause in ("safety.clock", "safety.command_lost"), "the lost clock")

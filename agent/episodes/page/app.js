@@ -94,7 +94,7 @@ async function show(id) {
   if (visited[visited.length - 1] !== id) visited.push(id);
   $("empty").hidden = true;
   $("instruction").textContent = card.instruction || card.task;
-  $("facts").textContent = [card.task, card.robot, card.mode, `${card.seconds.toFixed(1)} s`, `ended: ${card.reason}`,
+  $("facts").textContent = [card.task, card.robot, card.mode, `${card.seconds.toFixed(1)} s`, `ended: ${card.reason || "?"}`,
     card.adapter_id && `adapter ${card.adapter_id.slice(0, 12)}`, card.session && `session ${card.session}`,
     card.human_share > 0 && `${Math.round(100 * card.human_share)} % human`, card.recovered && "recovered after a crash",
     card.dropped > 0 && `${card.dropped} records dropped`, `episode ${id.slice(0, 12)}`].filter(Boolean).join(" · ");

@@ -35,6 +35,7 @@ from agent.records import Observation
 from agent.runtime.chunks import CollectExecutor
 from agent.runtime.clock import ManualClock
 from agent.runtime.fake_arm import FakeArm
+from agent.runtime.judging import SceneJudge
 from agent.runtime.loop import ControlLoop
 from agent.runtime.safety import SafetyFilter
 from agent.runtime.sink import ChunkOutcome, MemorySink, TickSink
@@ -152,7 +153,7 @@ def test_what_a_control_loop_does_comes_back(tmp_path: Path, started: Callable[.
         lock_step=True,
     )
     recorder.describe(adapter_id="ab" * 32, mode="collect", seed=5, meta={"why": "test"})
-    loop.run_episode("bowl", "move", horizon=18, success=lambda: False)
+    loop.run_episode("bowl", "move", horizon=18, judge=SceneJudge(lambda: False))
     (digest,) = recorder.wait_finished(1, WAIT)
     store = EpisodeStore(tmp_path)
     read = store.read(digest)

@@ -27,11 +27,12 @@ from agent.records import ActionChunk, Episode, Observation, Step
 from benchmarks.small_world import TASKS, FakeChunkEnv, contract, tiny_policy
 
 ADAPTER = "a" * 64
-WANTED = Wanted("door-open", ADAPTER, 1.0, "run/1", 4)
+WANTED = Wanted("door-open", ADAPTER, 1.0, "open the door", "run/1", 4)
 
 
 def episode(steps: int = 2) -> Episode:
     found = Episode("door-open", "open the door", success=True, success_source="simulator", adapter_id=ADAPTER)
+    found.termination = "success"
     for n in range(steps):
         seen = Observation({}, {}, "open the door", float(n), n)
         chunk = ActionChunk(
@@ -63,12 +64,18 @@ def drove(found: Episode) -> None:
     found.steps = [dataclasses.replace(s, executed=np.zeros(3, bool)) for s in found.steps]
 
 
+def told(found: Episode) -> None:
+    seen = dataclasses.replace(found.steps[1].observation, instruction="open the window")
+    found.steps[1] = dataclasses.replace(found.steps[1], observation=seen)
+
+
 CASES: dict[str, Callable[[Episode], None]] = {
     "empty": lambda e: e.steps.clear(),
     "mixed_adapters": change("adapter_id", "b" * 64),
     "other_adapter": every("adapter_id", "b" * 64),
     "false_adapter": lambda e: setattr(e, "adapter_id", "b" * 64),
     "other_task": lambda e: setattr(e, "task", "push"),
+    "other_instruction": told,
     "no_log_prob": change("log_prob", None),
     "other_temperature": change("temperature", 0.0),
     "not_finite": change("log_prob", np.full((3, 2), np.nan, np.float32)),
@@ -76,6 +83,7 @@ CASES: dict[str, Callable[[Episode], None]] = {
     "not_ordered": lambda e: e.meta.update(order="run/0"),
     "doubled": lambda e: e.meta.update(slot=1),
     "untrusted_success": lambda e: setattr(e, "success_source", "detector"),
+    "unearned_success": lambda e: setattr(e, "termination", "cancelled"),
 }
 
 
@@ -112,6 +120,12 @@ def test_other_verdicts_are_not_trusted(source: str) -> None:
     found = episode()
     found.success_source = source
     assert rule(found, WANTED, set()).code == "inbox.untrusted_success"
+
+
+def test_a_person_may_judge_what_no_machine_could() -> None:
+    found = episode()
+    found.termination, found.success_source = "cancelled", "human:anna"
+    assert rule(found, WANTED, set()).decision == "accepted"
 
 
 def test_without_a_verdict_it_waits() -> None:

@@ -8,6 +8,7 @@ Determinism: frames encode initial state and step, noise comes from the episode'
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 
 from agent.errors import RatchetError
 from agent.learner.rollouts import EpisodeSpec, RolloutBatch, chunk_noise, run_episodes
+from sim.vector import ChunkVectorEnv
+from tests import fakes
 from tests.agent.learner.runs import fake_env, tiny_policy
 
 
@@ -70,6 +73,40 @@ def test_an_episode_does_not_depend_on_its_neighbours(batch: RolloutBatch, worke
     np.testing.assert_array_equal(other.steps, batch.steps)
     np.testing.assert_array_equal(other.tokens, batch.tokens)
     np.testing.assert_array_equal(other.images, batch.images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "temperature", "code"),
+    [
+        ({"instruction": " "}, 1.0, "goal.no_instruction"),
+        ({"task": ""}, 1.0, "goal.no_task"),
+        ({"horizon": 0}, 1.0, "rollout.bad_horizon"),
+        ({}, float("nan"), "goal.bad_temperature"),
+    ],
+)
+def test_episodes_that_nobody_could_earn_are_refused_before_any_runs(
+    changes: dict[str, Any], temperature: float, code: str
+) -> None:
+    env = fake_env()
+    wanted = [*specs(1), dataclasses.replace(specs(1)[0], **changes)]
+    try:
+        with pytest.raises(RatchetError) as caught:
+            run_episodes(tiny_policy(), env, wanted, temperature=temperature)
+    finally:
+        env.close()
+    assert caught.value.code == code
+
+
+def test_an_initial_state_that_is_solved_already_is_refused() -> None:
+    env = ChunkVectorEnv(
+        "metaworld", cameras=("corner2",), state_fields=("hand", "gripper"), chunk=4, workers=1, slots_per_worker=1,
+        make_env=fakes.make_solved,
+    )  # fmt: skip
+    try:
+        with pytest.raises(RatchetError, match=r"goal\.already_solved.*door-open, initial state 100"):
+            run_episodes(tiny_policy(), env, specs(1), temperature=1.0)
+    finally:
+        env.close()
 
 
 def test_greedy_episodes_cannot_be_learned_from() -> None:

@@ -2,7 +2,8 @@
 
 Pinned: `collect` sends exactly what was sampled, `deploy` aligns, skips and blends by the clock and marks it, overruns
 are counted and never caught up with, a person's commands are marked, faults end in a hold with the plan dropped, a
-broken recorder stops nothing. A manual clock stands for time; nothing sleeps.
+broken recorder stops nothing, and a success is earned: nothing that was solved before, by itself or by a person is the
+policy's. A manual clock stands for time; nothing sleeps.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import pytest
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
-from agent.records import Mark, Observation
+from agent.records import ControlTick, Mark, Observation
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from agent.runtime.clock import ExternalClock, ManualClock
 from agent.runtime.fake_arm import FakeArm
 from agent.runtime.fake_contract import arm
+from agent.runtime.judging import SceneJudge
 from agent.runtime.loop import ControlLoop, Termination
 from agent.runtime.safety import SafetyConfig, SafetyFilter, SafetyState
 from agent.runtime.sink import MemorySink
@@ -349,7 +351,7 @@ def test_episodes_end_for_a_reason_apart_from_success() -> None:
     end = (r := rig()).loop.run_episode("t", "move", horizon=20)
     assert (end.termination, end.success) == (Termination.HORIZON, None)
     assert r.sink.episodes[-1] == ("end", "horizon", "None", "")
-    end = (r := rig()).loop.run_episode("t", "move", horizon=20, success=lambda: len(r.sink.ticks) > 7)
+    end = (r := rig()).loop.run_episode("t", "move", horizon=20, judge=SceneJudge(lambda: len(r.sink.ticks) > 7))
     assert (end.termination, end.success, end.ticks >= 8) == (Termination.SUCCESS, True, True)
     assert r.sink.episodes[-1] == ("end", "success", "True", "simulator")
     end = (r := rig()).loop.run_episode("t", "move", horizon=20, on_tick=lambda t: r.loop.cancel())
@@ -362,5 +364,44 @@ def test_episodes_end_for_a_reason_apart_from_success() -> None:
     assert (end.termination, end.reason) == (Termination.FAULT, "policy.crashed")
     r = rig()
     r.source.silent = True
-    end = r.loop.run_episode("t", "move", horizon=400, hold_timeout=1.0, success=lambda: False)
-    assert (end.termination, end.success, end.reason) == (Termination.HOLD_TIMEOUT, False, "safety.policy_timeout")
+    end = r.loop.run_episode("t", "move", horizon=400, hold_timeout=1.0, judge=SceneJudge(lambda: False))
+    assert (end.termination, end.success, end.reason) == (Termination.HOLD_TIMEOUT, None, "safety.policy_timeout")
+
+
+def test_a_solved_scene_and_a_goal_without_words_move_nothing() -> None:
+    for solved, instruction, code in ((True, "move", "already_solved"), (False, "", "no_instruction")):
+        rig = Rig(CollectExecutor(CONTRACT))
+        rig.sink.episodes.clear()
+        with pytest.raises(RatchetError) as caught:
+            rig.loop.run_episode("t", instruction, horizon=20, judge=SceneJudge(lambda solved=solved: solved))
+        assert caught.value.code == f"goal.{code}"
+        assert (rig.robot.commands, rig.sink.episodes) == ([], [])
+
+
+def test_a_success_without_a_decision_of_the_policy_is_nobodys() -> None:
+    rig = Rig(CollectExecutor(CONTRACT), delay=1.0)  # the answer comes long after the scene has solved itself
+    judge = SceneJudge(lambda: len(rig.sink.ticks) >= 4)
+    end = rig.loop.run_episode("t", "move", horizon=20, judge=judge)
+    assert (end.termination, end.success, end.decisions) == (Termination.SUCCESS, None, 0)
+    assert rig.sink.episodes[-1] == ("end", "success", "None", "")
+
+
+def test_what_a_person_solved_or_stopped_is_not_the_policys() -> None:
+    rig = Rig(CollectExecutor(CONTRACT), lock_step=True)
+
+    def take_over(tick: ControlTick) -> None:
+        rig.loop.human(np.array([1e-4, 0.0, 0.0, 1.0], np.float32) if 4 <= tick.index < 8 else None)
+
+    judge = SceneJudge(lambda: len(rig.sink.ticks) > 12)
+    end = rig.loop.run_episode("t", "move", horizon=40, judge=judge, on_tick=take_over)
+    assert (end.termination, end.success, end.human_ticks) == (Termination.SUCCESS, None, 4)
+    rig = Rig(CollectExecutor(CONTRACT), lock_step=True)
+
+    def cancel(tick: ControlTick) -> None:
+        if tick.index == 10:
+            rig.loop.cancel()
+
+    end = rig.loop.run_episode("t", "move", horizon=40, judge=SceneJudge(lambda: False), on_tick=cancel)
+    assert (end.termination, end.success, end.decisions) == (Termination.CANCELLED, None, 2)
+    end = rig.loop.run_episode("t", "move", horizon=24, judge=SceneJudge(lambda: False))
+    assert (end.termination, end.success, end.source, end.decisions) == (Termination.HORIZON, False, "simulator", 3)

@@ -21,6 +21,7 @@ from agent.policy.protocol import Chunks, PolicyInput
 from agent.records import Mark
 from agent.runtime.chunks import CollectExecutor
 from agent.runtime.clock import ManualClock
+from agent.runtime.judging import SceneJudge
 from agent.runtime.loop import ControlLoop, Termination
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.safety import SafetyFilter
@@ -91,7 +92,7 @@ def test_an_episode_is_the_same_in_process_and_through_the_runtime(
         clock=ManualClock(),
         lock_step=True,
     )
-    end = loop.run_episode(TASK, "open the door", horizon=HORIZON, success=robot.success)
+    end = loop.run_episode(TASK, "open the door", horizon=HORIZON, judge=SceneJudge(robot.success))
     assert [e.code for e in sink.events] == []
     ticks = [t for t in sink.ticks if t.chunk_sequence >= 0]
     np.testing.assert_array_equal(np.stack([t.command for t in ticks]), expected)

@@ -21,6 +21,7 @@ from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
 
 from agent.contract import RobotContract
+from agent.episodes.earned import require_goal, require_temperature
 from agent.errors import RatchetError
 from agent.records import ActionChunk, SafetyEvent
 from agent.runtime.loop import ControlLoop
@@ -29,6 +30,7 @@ from agent.runtime.priority import real_time
 from agent.runtime.session import Session
 from ratchet_ros import convert, policy_params, qos, task_run
 from ratchet_ros.intake import Intake
+from ratchet_ros.judge import RosJudge
 from ratchet_ros.node import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.robot import LockStepRosRobot, NotingSafety, RosRobot, StampedRosRobot
 from ratchet_ros.times import SimulatedTime, SteadyTime, TimeBase, seconds
@@ -36,6 +38,7 @@ from ratchet_ros.waiting import in_thread, settled
 
 STEADY = Clock(clock_type=ClockType.STEADY_TIME)
 STATUS_PERIOD, FEEDBACK_PERIOD = 0.5, 0.2
+SCENE_PATIENCE = 0.5  # s in which the scene's status after a reset must arrive
 RECENT = 1000  # ticks that the published jitter is taken over
 
 
@@ -80,7 +83,7 @@ class PolicyNode(RatchetNode):
         self.safety.robot = self.robot
         self.robot.fail = self.safety.fail
         period = 1.0 / self.contract.control_hz
-        self.judge = task_run.Judge(settings.judge, period, settings.patience if lock_step else 0.0)
+        self.judge = RosJudge(settings.judge, period, settings.patience if lock_step else 0.0)
         self.sink = task_run.NodeSink(self._on_chunk, self._on_event)
         if settings.sessions:
             self.session = Session.start(
@@ -274,6 +277,7 @@ class PolicyNode(RatchetNode):
 
     async def _run_task(self, handle: Any) -> RunTask.Result:
         try:
+            await self._scene_settled(handle.request)
             goal = self._checked(handle.request)
             self._prepare(goal)
         except RatchetError as error:
@@ -307,6 +311,11 @@ class PolicyNode(RatchetNode):
             handle.succeed()
         return result
 
+    async def _scene_settled(self, request: RunTask.Goal) -> None:
+        task, instruction = request.task, request.instruction
+        if self.active and self._goal is None and self.judge.refusal(task, instruction) is not None:
+            await settled(self, in_thread(lambda: self.judge.settle(task, instruction, SCENE_PATIENCE), "scene"))
+
     def _checked(self, request: RunTask.Goal) -> task_run.Goal:
         """Everything that can be refused before anything moves."""
         assert self.client is not None
@@ -314,6 +323,11 @@ class PolicyNode(RatchetNode):
             raise RatchetError("ros.not_active", "the node is not active", fix="ratchet ctl lifecycle activate")
         if self._goal is not None:
             raise RatchetError("ros.busy", f"task {self._goal.task!r} is running", fix="cancel it or wait")
+        require_goal(request.task, request.instruction)
+        require_temperature(float(request.temperature))
+        misfit = self.judge.refusal(request.task, request.instruction)
+        if misfit is not None:
+            raise misfit
         if self._last_stage is None or not self.count_subscribers("command"):
             raise RatchetError("ros.no_safety_node", "no safety node listens", fix="start safety_node and activate it")
         if self._last_stage.latched:
@@ -330,7 +344,7 @@ class PolicyNode(RatchetNode):
         stem = self.session.id if self.session is not None else uuid.uuid4().hex[:12]
         return task_run.Goal(
             task=request.task,
-            instruction=request.instruction or request.task,
+            instruction=request.instruction,
             horizon=request.horizon or self.settings.horizon,
             mode=request.mode or self.settings.mode,
             temperature=float(request.temperature),
