@@ -23,7 +23,7 @@ from agent.adapters.canary import Canary
 from agent.adapters.identity import Adapter, binding_of
 from agent.adapters.lora import Effect, Lora
 from agent.adapters.merge import Merge
-from agent.adapters.protocol import AdapterStore, Problem
+from agent.adapters.protocol import BASE, AdapterStore, Problem
 from agent.adapters.turns import Held, NoGap, Turns
 from agent.errors import RatchetError
 from agent.policy.protocol import Policy, PolicyInput
@@ -216,12 +216,8 @@ class HotSwapper:
             return self._flip(staged)
 
     def swap(self, adapter: Adapter | str, *, expected_id: str | None = None) -> SwapReport:
-        """`stage`, then `commit`."""
+        """`stage`, then `commit`; `base` runs the base alone."""
         return self.commit(self.stage(adapter, expected_id=expected_id))
-
-    def swap_to_base(self) -> SwapReport:
-        """Run the base alone."""
-        return self.swap(self.base_id)
 
     def rollback(self) -> SwapReport:
         """Flip back to the adapter that ran before, which is still in memory.
@@ -320,11 +316,13 @@ class HotSwapper:
 
     def _look_up(self, reference: str) -> Adapter | Staged | None:
         """What a reference stands for: an adapter in memory already, one from the store, or None for the base."""
-        if reference == self.base_id:
+        if reference in (self.base_id, BASE):
             return None
         if self._store is None:
             raise RatchetError("adapter.no_store", "no store to look adapters up in", fix="give the swapper a store")
         name = self._store.resolve(reference)
+        if name == BASE:
+            return None
         return self._resident.get(name) or self._store.get(name)
 
     def _require_identity(self, adapter: Adapter, expected_id: str | None) -> None:

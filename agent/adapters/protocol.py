@@ -12,6 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from agent.adapters.identity import Adapter
 
+BASE = "base"
+"""What stands for the base without an adapter: a reference like an id, and where a tag may point. It has no card."""
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -79,7 +82,10 @@ class Problem:
 
 @runtime_checkable
 class AdapterStore(Protocol):
-    """Immutable adapters under their ids, and tags that point at them."""
+    """Immutable adapters under their ids, and tags that point at them or at the base.
+
+    Before the first promotion the base is active, and `active` and `previous` stand for it without having been set.
+    """
 
     def put(self, adapter: Adapter, provenance: Provenance | None = None) -> Card:
         """Store an adapter; the same adapter again changes nothing and returns the first card.
@@ -93,7 +99,7 @@ class AdapterStore(Protocol):
         """Read an adapter by tag, id or unique id prefix; its bytes are checked against its id.
 
         Raises:
-            RatchetError: adapter.unknown, adapter.ambiguous, adapter.truncated, adapter.missing_file,
+            RatchetError: adapter.unknown, adapter.ambiguous, adapter.is_base, adapter.truncated, adapter.missing_file,
                 adapter.hash_mismatch, adapter.bad_card.
         """
         ...
@@ -109,7 +115,7 @@ class AdapterStore(Protocol):
         ...
 
     def resolve(self, reference: str) -> str:
-        """The id behind a tag, an id or a unique id prefix of at least four digits.
+        """The id behind a tag, an id or a unique id prefix of at least four digits; BASE for the base.
 
         Raises:
             RatchetError: adapter.unknown (names near matches), adapter.ambiguous.
@@ -117,21 +123,25 @@ class AdapterStore(Protocol):
         ...
 
     def tag(self, name: str, reference: str, reason: str = "") -> TagMove:
-        """Point a tag at an adapter, atomically.
+        """Point a tag at an adapter or at the base, atomically.
 
         Raises:
-            RatchetError: adapter.bad_tag for a name that is not `[A-Za-z0-9][A-Za-z0-9._-]*` or could be an id.
+            RatchetError: adapter.bad_tag for a name that is not `[A-Za-z0-9][A-Za-z0-9._-]*`, could be an id, or is
+                the base's.
         """
         ...
 
-    def tags(self) -> dict[str, str]: ...
+    def tags(self) -> dict[str, str]:
+        """Tag -> id, or BASE; only tags that somebody set."""
+        ...
 
     def promote(self, reference: str, reason: str = "") -> TagMove:
-        """Point `active` at an adapter and `previous` at what was active."""
+        """Point `active` at an adapter (or the base) and `previous` at what was active."""
         ...
 
     def rollback(self, name: str = "active", reason: str = "") -> TagMove:
-        """Point a tag at what it pointed at before its latest `set` that was not yet rolled back.
+        """Point a tag at what it pointed at before its latest `set` that was not yet rolled back; `active` stood for
+        the base before its first.
 
         Raises:
             RatchetError: adapter.no_previous.

@@ -34,7 +34,7 @@ from agent.adapters.peft_format import (
     read_weights,
     weights_bytes,
 )
-from agent.adapters.protocol import Card, Problem, Provenance, TagMove
+from agent.adapters.protocol import BASE, Card, Problem, Provenance, TagMove
 from agent.adapters.tags import Tags
 from agent.errors import RatchetError
 
@@ -106,13 +106,13 @@ class FolderStore:
         return card
 
     def get(self, reference: str) -> Adapter:
-        return self._load(self._objects / self.resolve(reference))
+        return self._load(self._objects / self._stored(reference))
 
     def card(self, reference: str) -> Card:
-        return self._card(self.resolve(reference))
+        return self._card(self._stored(reference))
 
     def annotate(self, reference: str, metrics: Mapping[str, float], *, gate: Mapping[str, Any] | None = None) -> Card:
-        name = self.resolve(reference)
+        name = self._stored(reference)
         with self._writing() as scratch:
             card = self._card(name)
             merged = {**card.provenance.metrics, **metrics}
@@ -127,13 +127,13 @@ class FolderStore:
         return sorted(p.name for p in self._objects.iterdir() if _ID.fullmatch(p.name))
 
     def lineage(self, reference: str) -> list[str]:
-        known, line = set(self.ids()), [self.resolve(reference)]
+        known, line = set(self.ids()), [self._stored(reference)]
         while (parent := self._card(line[-1]).provenance.parent) in known and parent not in line:
             line.append(str(parent))
         return line
 
     def remove(self, reference: str) -> None:
-        name = self.resolve(reference)
+        name = self._stored(reference)
         with self._writing() as scratch:
             holders = [tag for tag, target in self._tags.all().items() if target == name]
             if holders:
@@ -150,9 +150,13 @@ class FolderStore:
 
     def resolve(self, reference: str) -> str:
         tagged = self._tags.get(reference)
+        if reference == BASE or (reference == "active" and not self._tags.has("active")):
+            tagged = BASE
+        elif reference == "previous" and not self._tags.has("previous"):
+            tagged = self._tags.line("active")[-2:][0]
         ids = self.ids()
         if tagged is not None:
-            if tagged in ids:
+            if tagged in (*ids, BASE):
                 return tagged
             raise RatchetError(
                 "adapter.unknown", f"tag '{reference}' points at {tagged[:12]}, which is not stored", fix="store it"
@@ -171,6 +175,14 @@ class FolderStore:
         hint = f"did you mean {' or '.join(near)}?" if near else f"tags: {', '.join(tags) or 'none'}; {len(ids)} ids"
         raise RatchetError("adapter.unknown", f"no adapter '{reference}'", where=str(self.root), fix=hint)
 
+    def _stored(self, reference: str) -> str:
+        """The id of an adapter; the base has none."""
+        name = self.resolve(reference)
+        if name == BASE:
+            text = "this is the base without an adapter" if reference == BASE else f"'{reference}' is the base"
+            raise RatchetError("adapter.is_base", text, where=str(self.root), fix="name an adapter; see `list`")
+        return name
+
     def tag(self, name: str, reference: str, reason: str = "") -> TagMove:
         new = self.resolve(reference)
         with self._writing():
@@ -182,8 +194,8 @@ class FolderStore:
     def promote(self, reference: str, reason: str = "") -> TagMove:
         new = self.resolve(reference)
         with self._writing():
-            old = self._tags.get("active")
-            if old is not None and old != new:
+            old = self._tags.get("active") or BASE
+            if old != new:
                 self._tags.move("previous", old, "set", reason)
             return self._tags.move("active", new, "set", reason)
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from agent.adapters.files import Files
-from agent.adapters.protocol import Problem, TagMove
+from agent.adapters.protocol import BASE, Problem, TagMove
 from agent.errors import RatchetError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -30,20 +30,24 @@ class Tags:
         self._files = files
 
     def all(self) -> dict[str, str]:
-        """Tag -> id, sorted by tag."""
+        """Tag -> id or BASE, sorted by tag."""
         return {name: move.new for name, move in self._current().items()}
 
     def get(self, name: str) -> str | None:
         move = self._read(self._folder / name) if _NAME.fullmatch(name) else None
         return move.new if move else None
 
+    def has(self, name: str) -> bool:
+        """Whether the tag was ever set; also where its file is damaged, which must not read as the base."""
+        return (self._folder / name).exists()
+
     def move(self, name: str, new: str, action: str, reason: str) -> TagMove:
         """Write a tag. The rename is the moment at which it happens; nothing that could fail comes after it."""
-        if not _NAME.fullmatch(name) or _ID_LIKE.fullmatch(name):
+        if not _NAME.fullmatch(name) or _ID_LIKE.fullmatch(name) or name == BASE:
             raise RatchetError(
                 "adapter.bad_tag",
                 f"{name!r} cannot be a tag",
-                fix="use letters, digits, '.', '_' or '-', at most 64, and nothing that reads like an id",
+                fix="use letters, digits, '.', '_' or '-', at most 64; nothing that reads like an id, and not 'base'",
             )
         moves = self._complete_log()
         sequence = max((m.sequence for m in moves), default=0) + 1
@@ -66,20 +70,25 @@ class Tags:
         Raises:
             RatchetError: adapter.no_previous.
         """
-        stack: list[str] = []
-        for move in self.history(name):
-            if move.action == "rollback":
-                stack.pop()
-            elif not stack or stack[-1] != move.new:
-                stack.append(move.new)
-        if len(stack) < 2:
+        line = self.line(name)
+        if len(line) < 2:
             raise RatchetError(
                 "adapter.no_previous",
-                "nothing to roll back to",
+                "nothing to roll back to" + (": the base is active" if line == [BASE] else ""),
                 where=f"tag '{name}'",
                 fix=f"tags: {', '.join(self.all()) or 'none'}; set the tag to the adapter you want",
             )
-        return stack[-2]
+        return line[-2]
+
+    def line(self, name: str) -> list[str]:
+        """What a tag pointed at, oldest first, without what was rolled back; `active` began at the base."""
+        line = [BASE] if name == "active" else []
+        for move in self.history(name):
+            if move.action == "rollback":
+                line.pop()
+            elif not line or line[-1] != move.new:
+                line.append(move.new)
+        return line
 
     def verify(self, known: set[str]) -> list[Problem]:
         """Damaged tags and log lines, and tags that point at nothing."""
@@ -88,7 +97,7 @@ class Tags:
             move = self._read(path)
             if move is None:
                 problems.append(Problem("adapter.bad_tag", str(path), "the tag's file is damaged"))
-            elif move.new not in known:
+            elif move.new not in {*known, BASE}:
                 problems.append(Problem("adapter.dangling_tag", str(path), f"points at {move.new[:12]}, not stored"))
         _, good, size = self._logged()
         if good < size:

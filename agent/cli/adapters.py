@@ -6,12 +6,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.cli.promotion import Diff, Promote, Rollback
 
@@ -30,13 +31,16 @@ class List:
     def run(self) -> int:
         store = FolderStore(self.store)
         cards = sorted((store.card(i) for i in store.ids()), key=lambda c: c.created)
-        tags = store.tags()
+        tags = {"active": BASE, **store.tags()}
         if self.json:
             print(json.dumps({"adapters": [dataclasses.asdict(c) for c in cards], "tags": tags}, default=dict))
             return 0
         table = Table()
         for column in ("id", "task", "stage", "parent", "effect", "created", "tags"):
             table.add_column(column)
+        at_base = ", ".join(t for t, target in sorted(tags.items()) if target == BASE)
+        if at_base:
+            table.add_row(BASE, "", "", "", "", "", at_base)
         for card in cards:
             provenance = card.provenance
             table.add_row(
@@ -57,7 +61,7 @@ class Show:
     """One adapter's card and lineage."""
 
     adapter: Annotated[str, tyro.conf.Positional]
-    """Id, id prefix or tag."""
+    """Id, id prefix, tag, or base."""
     store: Path = STORE
     """Adapter store."""
     json: bool = False
@@ -65,8 +69,12 @@ class Show:
 
     def run(self) -> int:
         store = FolderStore(self.store)
-        card = dataclasses.asdict(store.card(self.adapter))
-        card["lineage"] = store.lineage(self.adapter)
+        if store.resolve(self.adapter) == BASE:
+            tags = sorted(t for t, target in {"active": BASE, **store.tags()}.items() if target == BASE)
+            card: dict[str, Any] = {"id": BASE, "tags": tags, "what": "the base without an adapter", "lineage": []}
+        else:
+            card = dataclasses.asdict(store.card(self.adapter))
+            card["lineage"] = store.lineage(self.adapter)
         if self.json:
             print(json.dumps(card, default=dict))
         else:
@@ -76,12 +84,12 @@ class Show:
 
 @dataclass
 class Tag:
-    """Point a tag at an adapter."""
+    """Point a tag at an adapter or at the base."""
 
     name: Annotated[str, tyro.conf.Positional]
     """Tag, such as `active`."""
     adapter: Annotated[str, tyro.conf.Positional]
-    """Id, id prefix or another tag."""
+    """Id, id prefix, another tag, or base."""
     reason: str = ""
     """Why; kept in the history."""
     store: Path = STORE

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from agent.adapters.hotswap import HotSwapper, SwapReport
 from agent.adapters.lora import Lora, attach, lora_config
+from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
@@ -104,7 +105,9 @@ def open_policy(
 
 
 def lora_of(store: FolderStore, reference: str) -> LoraOptions:
-    """The shape of the adapter's layers, as its configuration says."""
+    """The shape of the adapter's layers, as its configuration says; any, for the base."""
+    if store.resolve(reference) == BASE:
+        return LoraOptions()
     config = store.get(reference).config
     targets = config["target_modules"]
     return LoraOptions(

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.cli import ros
 from agent.cli.graph import Graph, NodeSpec
@@ -29,7 +30,8 @@ def run(folder: Path, suite: str, tasks: Sequence[str], policy: Path, console: C
     store = FolderStore(folder / "adapters")
     if not store.ids():
         raise RatchetError("demo.no_adapter", "the run has no adapter yet", where=str(folder), fix="ratchet demo")
-    adapter = store.tags().get("active") or max(store.ids(), key=lambda i: store.card(i).created)
+    active = store.resolve("active")
+    adapter = active if active != BASE else max(store.ids(), key=lambda i: store.card(i).created)
     infos = [registry.task(suite, task) for task in tasks]
     requests: list[dict[str, Any]] = []
     for swap_to in ("", adapter):

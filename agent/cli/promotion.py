@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from agent.adapters.difference import Change, change
-from agent.adapters.protocol import AdapterStore
+from agent.adapters.identity import Adapter
+from agent.adapters.lora import scaled
+from agent.adapters.protocol import BASE, AdapterStore
 from agent.adapters.store import FolderStore
 from agent.cli import common
 from agent.errors import RatchetError
@@ -68,10 +70,11 @@ class Promote:
         console = Console(stderr=self.json)
         store = FolderStore(self.store)
         candidate = store.resolve(self.adapter)
-        active = store.tags().get("active", "")
-        stored = store.card(candidate).provenance.gate
-        if candidate == active:
+        running = store.resolve("active")
+        active = "" if running == BASE else running
+        if candidate == running:
             raise RatchetError("gate.same", "this adapter is active already", where=candidate[:12])
+        stored = store.card(candidate).provenance.gate
         if self.again or decision_of(stored, active, self.gate, self.held_out) is None:
             self._measure(store, candidate, active, console)
             stored = store.card(candidate).provenance.gate
@@ -136,7 +139,8 @@ def _no_policy(adapter_id: str) -> NoReturn:
 
 @dataclass
 class Rollback:
-    """Point a tag back at what it pointed at before. A running robot follows at its next look at the store."""
+    """Point a tag back at what it pointed at before: after a first promotion, at the base. A running robot follows at
+    its next look at the store."""
 
     tag: str = "active"
     """Tag to move back."""
@@ -162,9 +166,9 @@ class Diff:
     layer."""
 
     first: Annotated[str, tyro.conf.Positional]
-    """Id, id prefix or tag."""
+    """Id, id prefix, tag, or base."""
     second: Annotated[str, tyro.conf.Positional]
-    """Id, id prefix or tag."""
+    """Id, id prefix, tag, or base."""
     store: Path = STORE
     """Adapter store."""
     layers: int = 10
@@ -174,13 +178,18 @@ class Diff:
 
     def run(self) -> int:
         store = FolderStore(self.store)
-        changes = change(store.get(self.first), store.get(self.second))
-        facts = _card_differences(store, self.first, self.second)
+        names = [store.resolve(reference) for reference in (self.first, self.second)]
+        if names == [BASE, BASE]:
+            text = f"{self.first} and {self.second} are the base"
+            print(json.dumps({"cards": {}, "layers": []}) if self.json else text)
+            return 0
+        changes = change(*_pair(store, names))
+        facts = _card_differences(store, *names)
         if self.json:
             print(json.dumps({"cards": facts, "layers": [dataclasses.asdict(c) for c in changes]}, default=dict))
             return 0
         console = Console()
-        table = Table(title=f"{store.resolve(self.first)[:12]} against {store.resolve(self.second)[:12]}")
+        table = Table(title=f"{names[0][:12]} against {names[1][:12]}")
         for column in ("", "first", "second"):
             table.add_column(column)
         for name, (one, two) in facts.items():
@@ -216,10 +225,21 @@ def print_verdict(verdict: Mapping[str, Any], console: Console) -> None:
         console.print(f"  {reason['code']}{place} {reason['text']}", markup=False, highlight=False)
 
 
+def _pair(store: AdapterStore, names: list[str]) -> tuple[Adapter, Adapter]:
+    """Two adapters of which one may be the base: the other one's layers, changed by nothing."""
+    first, second = (None if name == BASE else store.get(name) for name in names)
+    some = first or second
+    assert some is not None
+    return first or scaled(some, 0.0), second or scaled(some, 0.0)
+
+
 def _card_differences(store: AdapterStore, first: str, second: str) -> dict[str, tuple[Any, Any]]:
-    """Facts of the two cards by name, those that are equal left out."""
-    sides = []
+    """Facts of the two cards by name, those that are equal left out; the base has none."""
+    sides: list[dict[str, Any]] = []
     for reference in (first, second):
+        if reference == BASE:
+            sides.append({})
+            continue
         card = store.card(reference)
         origin = card.provenance
         sides.append(

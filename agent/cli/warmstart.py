@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from agent.adapters.identity import binding_of
-from agent.adapters.protocol import Provenance
+from agent.adapters.protocol import BASE, Provenance
 from agent.adapters.store import FolderStore
 from agent.cli import common
 from agent.errors import RatchetError
@@ -61,6 +61,7 @@ def run(
     contract = registry.contract_for(suite)
     store = FolderStore(options.store or folder / "adapters", create=True)
     parent = store.resolve(options.start) if options.start else None
+    parent = None if parent == BASE else parent
     policy, adapter = common.open_policy(
         policy_folder, contract, common.lora_of(store, parent) if parent is not None else lora
     )

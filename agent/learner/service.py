@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.adapters.files import Files
+from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
 from agent.learner.gate import Verdict
@@ -74,7 +75,7 @@ class LearnerService:
                 where=str(folder),
                 fix="use a new folder, or the same options as before",
             )
-        active = store.tags().get("active", "")
+        active = self._active()
         if not self.ledger.adapters and active:
             self._write("moved", adapter=active, by="the store at the start")
 
@@ -109,7 +110,7 @@ class LearnerService:
             "phase": ledger.phase,
             "base": self.trainer.policy.base_hash,
             "tags": tags,
-            "adapters": [a for a in dict.fromkeys(wanted) if a],
+            "adapters": [a for a in dict.fromkeys(wanted) if a not in ("", BASE)],
             "order": order,
         }
 
@@ -247,10 +248,9 @@ class LearnerService:
 
     def _moved(self) -> bool:
         """Whether a person moved `active` in the store; then the current task begins again from there."""
-        active = self.store.tags().get("active", "")
-        ledger = self.ledger
+        active, ledger = self._active(), self.ledger
         deciding = ledger.verdict == "promote" and not ledger.promoted
-        if active == ledger.active or not active or (deciding and active == ledger.candidate):
+        if active == ledger.active or (deciding and active == ledger.candidate):
             return False
         if ledger.phase == "waiting" and active == ledger.candidate:
             return False  # `_person` takes it as the promotion that was waited for
@@ -269,6 +269,11 @@ class LearnerService:
         return True
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _active(self) -> str:
+        """The id of the active adapter, "" for the base. Raises RatchetError adapter.unknown for a damaged tag."""
+        active = self.store.resolve("active")
+        return "" if active == BASE else active
 
     def _fold(self) -> None:
         """Take in events that another thread wrote (`received`)."""

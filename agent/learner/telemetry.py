@@ -250,7 +250,7 @@ class Story:
             how = "learned" if data["learned"] else "given up"
             return f"{data['task']} {how}, active {data['adapter'][:12] or 'base'}"
         elif kind == "moved":
-            return f"active was set to {data['adapter'][:12]} by {data['by']}"
+            return f"active was set to {data['adapter'][:12] or 'the base'} by {data['by']}"
         elif kind == "started":
             return f"the learner started (process {data['pid']})"
         plain = {"waits": "waiting for a person", "declined": "a person declined it", "done": "all tasks are over"}

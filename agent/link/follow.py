@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
 
@@ -43,10 +44,10 @@ class Follower:
 
     def on_state(self, state: Mapping[str, Any]) -> None:
         active = state.get("tags", {}).get("active", "")
-        if not active and state.get("mode") == "robot":
-            # Nothing was promoted yet. The adapter that is trained from is empty and acts as the base, but only under
-            # its id is what the arm does on-policy.
-            active = (state.get("order") or {}).get("adapter", "")
+        if active in ("", BASE) and state.get("mode") == "robot":
+            # Nothing is promoted. The adapter that is trained from is empty and acts as the base, but only under its
+            # id is what the arm does on-policy.
+            active = (state.get("order") or {}).get("adapter", "") or active
         with self._changed:
             if isinstance(active, str) and active and active != self._wish:
                 self._wish = active
@@ -81,4 +82,4 @@ class Follower:
             self._on_swap(wish)
 
     def _ready(self) -> bool:
-        return self._wish not in ("", self._done, self._refused) and self._wish in self._store.ids()
+        return self._wish not in ("", self._done, self._refused) and self._wish in (BASE, *self._store.ids())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from agent.adapters.hotswap import HotSwapper
 from agent.adapters.lora import attach, lora_config
+from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
@@ -105,15 +106,15 @@ class PolicyServer:
     def swap(self, reference: str, expected_id: str) -> dict[str, Any]:
         if self._swapper is None:
             raise RatchetError("adapter.no_store", "this policy runs without adapters", fix="start it with a store")
-        wanted = self._swapper.base_id if reference == "base" else reference
-        report = self._swapper.swap(wanted, expected_id=expected_id or None)
+        report = self._swapper.swap(reference, expected_id=expected_id or None)
         return dataclasses.asdict(report)
 
     def adapters(self) -> list[dict[str, Any]]:
+        tags = self._store.tags() if self._store is not None else {}
         rows: list[dict[str, Any]] = [
             {
                 "id": self.base_hash,
-                "tags": ["base"],
+                "tags": ["base", *sorted(t for t, target in tags.items() if target == BASE)],
                 "task": "",
                 "stage": 0,
                 "active": self.adapter_id == self.base_hash,
@@ -121,7 +122,6 @@ class PolicyServer:
         ]
         if self._store is None:
             return rows
-        tags = self._store.tags()
         for name in self._store.ids():
             card = self._store.card(name)
             rows.append(
@@ -219,7 +219,7 @@ def _lora(options: dict[str, Any], store: FolderStore) -> Any:
     """The shape of the adapter layers: that of the adapter to run, else of any stored one, else as the options say."""
     ids = store.ids()
     chosen = options.get("adapter", "")
-    if chosen and chosen in {*ids, *store.tags()}:
+    if chosen and chosen in {*ids, *store.tags()} and store.resolve(chosen) != BASE:
         config = dict(store.get(chosen).config)
     elif ids:
         config = dict(store.get(ids[0]).config)

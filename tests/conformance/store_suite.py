@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agent.adapters.identity import Adapter
-from agent.adapters.protocol import AdapterStore, Provenance
+from agent.adapters.protocol import BASE, AdapterStore, Provenance
 from agent.errors import RatchetError
 from tests.agent.adapters.tiny import made
 
@@ -102,13 +102,36 @@ class StoreSuite:
         assert store.tags() == {"active": ids[2], "previous": ids[1]}
         assert store.rollback(reason="dropped a cup").new == ids[1]
         assert store.rollback().new == ids[0]
-        refused("adapter.no_previous", store.rollback)
-        assert store.tags()["active"] == ids[0]
         store.promote(ids[2])
         assert store.rollback().new == ids[0]
         assert [m.action for m in store.history("active")] == ["set"] * 3 + ["rollback"] * 2 + ["set", "rollback"]
         sequences = [m.sequence for m in store.history()]
         assert sequences == sorted(set(sequences))
+
+    def test_the_base_is_active_before_and_has_a_name(self, store: AdapterStore) -> None:
+        assert [store.resolve(r) for r in ("active", "previous", BASE)] == [BASE] * 3
+        name = store.put(made(1)).id
+        store.promote(name)
+        assert store.tags() == {"active": name, "previous": BASE}
+        assert store.rollback().new == BASE
+        assert (store.tags()["active"], store.resolve("active")) == (BASE, BASE)
+        refused("adapter.no_previous", store.rollback)
+        store.tag("candidate", BASE)
+        for call in (store.get, store.card, store.lineage, store.remove):
+            refused("adapter.is_base", call, "candidate")
+        refused("adapter.bad_tag", store.tag, BASE, name)
+        refused("adapter.unknown", store.resolve, "declined")
+        assert store.verify() == []
+        store.promote(name)
+        assert [m.new for m in store.history("active")] == [name, BASE, name]
+        assert store.rollback().new == BASE
+
+    def test_tags_set_by_hand_have_a_previous(self, store: AdapterStore) -> None:
+        one, two = store.put(made(1)).id, store.put(made(2)).id
+        store.tag("active", one)
+        assert store.resolve("previous") == BASE
+        store.tag("active", two)
+        assert store.resolve("previous") == one
 
     def test_lineage_follows_parents(self, store: AdapterStore) -> None:
         one = store.put(made(1), Provenance(parent="ee" * 32)).id

@@ -15,6 +15,7 @@ from torch import Tensor
 from agent.adapters.hotswap import HotSwapper
 from agent.adapters.identity import Adapter, binding_of
 from agent.adapters.lora import Lora, attach, lora_config
+from agent.adapters.protocol import BASE
 from agent.policy.protocol import Policy
 
 
@@ -63,7 +64,7 @@ class SwapSuite:
         assert torch.equal(answer(policy), seen[2])
         with lora.disabled():
             assert torch.equal(answer(policy), base)
-        swapper.swap_to_base()
+        swapper.swap(BASE)
         assert torch.equal(answer(policy), base)
 
     @pytest.mark.parametrize("only", ["", "lm_head"])

@@ -18,6 +18,7 @@ import torch
 from agent.adapters.hotswap import HotSwapper
 from agent.adapters.identity import Adapter, Binding, binding_of
 from agent.adapters.lora import Lora, attach, lora_config
+from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
 from tests.agent.adapters.tiny import TinyPolicy, batch, randomised, tiny
@@ -109,7 +110,7 @@ def test_back_and_forth_by_every_road_is_exact(bench: Bench) -> None:
     assert torch.equal(bench.logits(), bench.alone(bench.one))
     assert swapper.rollback().new_id == bench.two.id
     assert torch.equal(bench.logits(), bench.alone(bench.two))
-    assert swapper.swap_to_base().new_id == bench.policy.base_hash
+    assert swapper.swap(BASE).new_id == bench.policy.base_hash
     assert torch.equal(bench.logits(), bench.base)
     assert swapper.rollback().new_id == bench.two.id
 
@@ -125,7 +126,7 @@ def test_adapters_in_memory_are_not_read_again(bench: Bench) -> None:
     third = randomised(bench.lora, bench.binding, 3)
     bench.swapper.swap(bench.two.id)
     bench.swapper.swap(third)
-    bench.swapper.swap_to_base()  # keep=3: the first one has left
+    bench.swapper.swap(BASE)  # keep=3: the first one has left
     refused("adapter.missing_file", bench.swapper.swap, bench.one.id)
 
 
@@ -202,7 +203,7 @@ def test_an_adapter_without_effect_is_told(bench: Bench) -> None:
         "adapter.already_active",
         "adapter.partial_effect",
     ]
-    assert bench.swapper.swap_to_base().warnings == ()
+    assert bench.swapper.swap(BASE).warnings == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -228,7 +229,7 @@ def test_merging_runs_at_the_base_and_unmerging_restores_it_bit_for_bit(tmp_path
         assert torch.equal(tensor, before[name])
         if "lora" not in name:
             assert torch.equal(tensor, weights[name.replace(".base_layer", "")])
-    swapper.swap_to_base()
+    swapper.swap(BASE)
     lora_free = TinyPolicy()
     lora_free.module.to(dtype)
     assert torch.equal(policy.logits(batch()), _cast(lora_free, dtype).logits(batch()))

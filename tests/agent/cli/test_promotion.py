@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,33 @@ def test_rollback_goes_back_to_what_was_active(store: FolderStore, capsys: pytes
     assert main(["adapters", "rollback", "--store", str(store.root), "--reason", "hesitates", "--json"]) == 0
     assert store.tags()["active"] == made(1).id
     assert store.history("active")[-1].reason == "hesitates"
+
+
+def test_after_a_first_promotion_the_way_back_is_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = FolderStore(tmp_path, create=True)
+    candidate = store.put(made(1), Provenance(task="new")).id
+    words = ["--store", str(tmp_path), "--json"]
+
+    def told(*verb: str, code: int = 0) -> dict[str, Any]:
+        assert main(["adapters", *verb, *words]) == code
+        out: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return out
+
+    # The morning after a night in which the gate held everything.
+    assert told("show", "active")["id"] == "base"
+    assert told("diff", "previous", "active") == {"cards": {}, "layers": []}
+    assert told("list")["tags"] == {"active": "base"}
+    assert told("rollback", code=2)["error"]["code"] == "adapter.no_previous"
+    store.promote(candidate)
+    between = told("diff", "previous", "active")
+    assert between["cards"]["task"] == [None, "new"]
+    assert all(layer["first"] == 0 < layer["second"] for layer in between["layers"])
+    assert told("rollback")["new"] == "base"
+    assert told("show", "active")["tags"] == ["active", "previous"]
+    assert told("tag", "active", candidate)["old"] == "base"
+    assert told("promote", "active", code=2)["error"]["code"] == "gate.same"
+    assert main(["adapters", "list", "--store", str(tmp_path)]) == 0
+    assert "previous" in capsys.readouterr().out
 
 
 def test_promoting_the_active_adapter_is_refused(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:

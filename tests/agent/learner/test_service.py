@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
 from agent.learner.collector import Order
@@ -305,6 +306,11 @@ def test_a_persons_rollback_restarts_the_task_from_there(tmp_path: Path) -> None
     assert (ledger.active, ledger.training, ledger.update) == (first, first, 0)
     assert bench.service.state()["tags"]["active"] == first
     assert promoted in bench.store.ids()
+    bench.store.tag("active", BASE, "not even that")
+    ledger = bench.settle()
+    assert (ledger.active, ledger.training, ledger.update) == ("", first, 0)
+    state = bench.service.state()
+    assert (state["tags"]["active"], BASE in state["adapters"]) == (BASE, False)
     bench.close()
 
 

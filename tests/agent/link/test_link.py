@@ -19,7 +19,7 @@ import zmq
 
 from agent.adapters.files import Files
 from agent.adapters.peft_format import WEIGHTS
-from agent.adapters.protocol import Provenance
+from agent.adapters.protocol import BASE, Provenance
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
 from agent.link import keys, wire
@@ -331,7 +331,7 @@ def test_the_running_adapter_follows_promotion_and_rollback(tmp_path: Path) -> N
 
     def swap(adapter: str) -> None:
         with seen:
-            robot.store.get(adapter)
+            robot.store.resolve(adapter)
             swapped.append(adapter)
             seen.notify_all()
 
@@ -339,13 +339,13 @@ def test_the_running_adapter_follows_promotion_and_rollback(tmp_path: Path) -> N
     robot.start(on_state=follower.on_state)
     robot.client._fetcher._on_adapter = follower.on_adapter  # type: ignore[union-attr]
     one, two = learner.store.put(made(1)).id, learner.store.put(made(2)).id
-    for active in (one, two, one):
+    for active in (one, two, one, BASE):
         learner.server.publish({"adapters": [one, two], "tags": {"active": active}})
         with seen:
             assert seen.wait_for(lambda active=active: swapped[-1:] == [active], 30)  # type: ignore[misc]
     follower.stop()
-    assert swapped == [one, two, one]
-    assert robot.store.tags()["active"] == one
+    assert swapped == [one, two, one, BASE]
+    assert robot.store.tags()["active"] == BASE
     robot.stop()
     robot.close()
     learner.stop()
