@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,21 @@ def lora_config(rank: int, alpha: float, target_modules: str | Sequence[str] = "
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=targets)
+
+
+def room_for(config: Mapping[str, Any]) -> LoraConfig:
+    """A configuration whose layers hold an adapter of another one: its largest rank, its own scale where no pattern
+    says otherwise, and its layers."""
+    rank = max([int(config["r"]), *(int(r) for r in config["rank_pattern"].values())])
+    same = rank == config["r"] and not config["use_rslora"]
+    alpha = (
+        float(config["lora_alpha"])
+        if same
+        else rank * scaling_of({**config, "rank_pattern": {}, "alpha_pattern": {}}, "")
+    )
+    targets = config["target_modules"]
+    pattern = targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{re.escape(t)}" for t in sorted(targets))
+    return lora_config(rank, alpha, pattern)
 
 
 def attach(module: nn.Module, config: LoraConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Lora:

@@ -20,6 +20,7 @@ from agent.errors import RatchetError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PICKLED = "adapter_model.bin"
 
 
 def weights_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -103,7 +104,7 @@ def import_folder(folder: str | Path, binding: Binding) -> Adapter:
 
     Raises:
         RatchetError: adapter.missing_file, adapter.truncated, adapter.wrong_dtype, adapter.bad_config,
-            adapter.unsupported_config, adapter.is_base.
+            adapter.unsupported_config, adapter.is_base, adapter.pickled.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
@@ -112,6 +113,13 @@ def import_folder(folder: str | Path, binding: Binding) -> Adapter:
             "this folder holds a base model, not an adapter",
             where=str(folder),
             fix=f"give a folder with {CONFIG}; name this one as the base",
+        )
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
+        raise RatchetError(
+            "adapter.pickled",
+            f"{PICKLED} is a pickle: whoever opens it runs what it says",
+            where=str(folder),
+            fix="have its author save it with safe_serialization=True, or convert it where that risk is taken",
         )
     config = read_config(read_file(folder / CONFIG), str(folder / CONFIG))
     tensors = read_weights(read_file(folder / WEIGHTS), str(folder / WEIGHTS))

@@ -1,4 +1,4 @@
-"""`ratchet adapters …`: what is in a store; promotion, rollback and comparison are in promotion.py."""
+"""`ratchet adapters …`: what is in a store; promotion.py and adapter_exchange.py hold the other verbs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
+from agent.cli.adapter_exchange import Export, Import
 from agent.cli.promotion import Diff, Promote, Rollback
 
 STORE = Path("runs/demo/adapters")
@@ -130,7 +131,7 @@ class Verify:
 
 @dataclass
 class Adapters:
-    """Look at, compare, tag, promote and roll back the adapters of a store.
+    """Look at, compare, tag, promote, roll back, import and export the adapters of a store.
 
     Commands to copy:
 
@@ -143,6 +144,10 @@ class Adapters:
         ratchet adapters rollback --reason "hesitates at the drawer"
 
         ratchet adapters diff active candidate
+
+        ratchet adapters import peft-folder --policy models/mine --task door-open --tag candidate
+
+        ratchet adapters export active out/peft-folder --dtype float32
     """
 
     command: Annotated[
@@ -152,6 +157,8 @@ class Adapters:
         | Annotated[Promote, tyro.conf.subcommand("promote")]
         | Annotated[Rollback, tyro.conf.subcommand("rollback")]
         | Annotated[Diff, tyro.conf.subcommand("diff")]
+        | Annotated[Import, tyro.conf.subcommand("import")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Verify, tyro.conf.subcommand("verify")],
         tyro.conf.arg(name=""),
     ]

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.adapters.hotswap import HotSwapper, SwapReport
-from agent.adapters.lora import Lora, attach, lora_config
+from agent.adapters.lora import Lora, attach, lora_config, room_for
 from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
@@ -108,13 +108,8 @@ def lora_of(store: FolderStore, reference: str) -> LoraOptions:
     """The shape of the adapter's layers, as its configuration says; any, for the base."""
     if store.resolve(reference) == BASE:
         return LoraOptions()
-    config = store.get(reference).config
-    targets = config["target_modules"]
-    return LoraOptions(
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        targets=targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{t}" for t in sorted(targets)),
-    )
+    config = room_for(store.get(reference).config)
+    return LoraOptions(rank=config.r, alpha=float(config.lora_alpha), targets=str(config.target_modules))
 
 
 def open_running(

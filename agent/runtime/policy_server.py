@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agent.adapters.hotswap import HotSwapper
-from agent.adapters.lora import attach, lora_config
+from agent.adapters.lora import attach, lora_config, room_for
 from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
@@ -220,13 +220,9 @@ def _lora(options: dict[str, Any], store: FolderStore) -> Any:
     ids = store.ids()
     chosen = options.get("adapter", "")
     if chosen and chosen in {*ids, *store.tags()} and store.resolve(chosen) != BASE:
-        config = dict(store.get(chosen).config)
-    elif ids:
-        config = dict(store.get(ids[0]).config)
-    else:
-        return lora_config(
-            int(options.get("rank", 32)), float(options.get("alpha", 32.0)), options.get("targets", "all-linear")
-        )
-    targets = config["target_modules"]
-    pattern = targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{t}" for t in sorted(targets))
-    return lora_config(int(config["r"]), float(config["lora_alpha"]), pattern)
+        return room_for(store.get(chosen).config)
+    if ids:
+        return room_for(store.get(ids[0]).config)
+    return lora_config(
+        int(options.get("rank", 32)), float(options.get("alpha", 32.0)), options.get("targets", "all-linear")
+    )
