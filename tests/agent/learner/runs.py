@@ -33,7 +33,7 @@ TASKS = {
 }
 
 
-def tiny_policy() -> PrismaticPolicy:
+def tiny_policy(compute_dtype: str = "float32") -> PrismaticPolicy:
     """A policy of some 50,000 parameters with fixed random weights; its random motions sometimes reach the goal."""
     contract = RobotContract.load(ROOT / "robots" / "metaworld.yaml")
     spec = presets.spec_for(contract, cameras=["corner2"], state=["hand", "gripper"], chunk=4, statistics_key="fake")
@@ -47,7 +47,7 @@ def tiny_policy() -> PrismaticPolicy:
         (0.1,) * 4,
     )
     torch.manual_seed(0)
-    config = presets.small(hidden=32, layers=1, heads=2, channels=(8, 8, 8, 16), compute_dtype="float32")
+    config = presets.small(hidden=32, layers=1, heads=2, channels=(8, 8, 8, 16), compute_dtype=compute_dtype)
     return PrismaticPolicy(config, spec, statistics, train_tokenizer([t.instruction for t in TASKS.values()], 300))
 
 
