@@ -69,8 +69,10 @@ def build(folder: Path, attention: Attention) -> tuple[PrismaticPolicy, publishe
 
 
 @torch.no_grad()
-def compare(folder: Path, file: str, attention: Attention) -> tuple[dict[str, float], int]:
+def compare(folder: Path, file: str, attention: Attention, dtype: str = "float32") -> tuple[dict[str, float], int]:
     """Relative error per quantity, and how many greedy tokens differ, under the mask that is asked for.
+
+    dtype: what our side computes in; the published side computed in float32.
 
     Raises:
         RatchetError: parity.missing_file; policy.bad_checkpoint.
@@ -84,8 +86,9 @@ def compare(folder: Path, file: str, attention: Attention) -> tuple[dict[str, fl
     size, views = policy.spec.image_size, len(policy.spec.cameras)
     pixels = golden["pixel_values"].reshape(batch, views, 6, size, size)
 
-    hidden = policy.hidden_states(pixels, golden["input_ids"], golden["attention_mask"].bool())
-    logits = policy.action_logits(hidden) / temperature
+    with policy.computing_in(dtype), policy.autocast():
+        hidden = policy.hidden_states(pixels, golden["input_ids"], golden["attention_mask"].bool()).float()
+        logits = policy.action_logits(hidden) / temperature
     log_prob = logits.log_softmax(-1)
     given = golden["given_tokens"] - found.first_action_id
     greedy = logits.argmax(-1)

@@ -79,22 +79,25 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
+@pytest.mark.parametrize(("dtype", "goal"), [("float32", GOAL), ("bfloat16", 0.03)])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_actions_loss_and_chunking_are_lerobots(folders: dict[str, Path], kind: str) -> None:
+def test_actions_loss_and_chunking_are_lerobots(folders: dict[str, Path], kind: str, dtype: str, goal: float) -> None:
     policy = load(folders[kind])
     batch, io = observations(kind)
-    prefix = policy.prefix(batch)
-    velocity = policy.velocity(prefix)
-    assert error(flow_sde.integrate(velocity, io["noise"], 5)[..., :4], io["actions"]) < GOAL
-    assert error(policy.predict(batch, noise=io["noise"]).actions, io["physical"]) < GOAL
-    wanted = torch.nn.functional.pad(io["loss.actions"], (0, 4))
-    assert error(flow_sde.matching_loss(velocity, wanted, io["noise"], io["loss.time"]), io["loss"]) < GOAL
-    guide = rtc.Guide(io["rtc.previous"], delay=1, horizon=5, schedule="linear", limit=10.0)
-    assert error(flow_sde.integrate(rtc.guided(velocity, guide), io["noise"], 5)[..., :4], io["rtc.actions"]) < GOAL
-    # The test can fail: another schedule is far outside.
-    other = dataclasses.replace(guide, schedule="ones")
-    assert error(flow_sde.integrate(rtc.guided(velocity, other), io["noise"], 5)[..., :4], io["rtc.actions"]) > 1e-2
+    with policy.computing_in(dtype):
+        prefix = policy.prefix(batch)
+        velocity = policy.velocity(prefix)
+        assert error(flow_sde.integrate(velocity, io["noise"], 5)[..., :4], io["actions"]) < goal
+        assert error(policy.predict(batch, noise=io["noise"]).actions, io["physical"]) < goal
+        wanted = torch.nn.functional.pad(io["loss.actions"], (0, 4))
+        assert error(flow_sde.matching_loss(velocity, wanted, io["noise"], io["loss.time"]), io["loss"]) < goal
+        guide = rtc.Guide(io["rtc.previous"], delay=1, horizon=5, schedule="linear", limit=10.0)
+        pulled = flow_sde.integrate(rtc.guided(velocity, guide), io["noise"], 5)[..., :4]
+        assert error(pulled, io["rtc.actions"]) < goal
+        # The test can fail: another schedule is far outside.
+        other = dataclasses.replace(guide, schedule="ones")
+        assert error(flow_sde.integrate(rtc.guided(velocity, other), io["noise"], 5)[..., :4], io["rtc.actions"]) > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])

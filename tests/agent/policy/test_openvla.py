@@ -66,7 +66,8 @@ def broken(folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], obje
 # One token after another.
 
 
-def test_tokens_and_logits_are_the_published_ones(folder: Path) -> None:
+@pytest.mark.parametrize(("dtype", "goal"), [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_tokens_and_logits_are_the_published_ones(folder: Path, dtype: str, goal: float) -> None:
     policy = load(folder)
     io = load_file(samples.GOLDEN / "io.safetensors")
     pixels = io["pixel_values"].reshape(3, 1, 6, 56, 56)
@@ -77,14 +78,15 @@ def test_tokens_and_logits_are_the_published_ones(folder: Path) -> None:
         seen.append(logits)
         return logits.argmax(-1)
 
-    tokens, _ = policy.network.one_by_one(pixels, ids, mask, None, torch.float32, choose)
-    assert torch.equal(tokens, GOLDEN["tokens"])
-    error = (torch.stack(seen, 1) - GOLDEN["logits"]).norm() / GOLDEN["logits"].norm()
-    assert float(error) < 1e-5
-    # In one forward over given tokens, as the learner computes it.
-    hidden = policy.hidden_states(pixels, ids, mask, given=tokens)
-    again = policy.action_logits(hidden)
-    assert float(((again - GOLDEN["logits"]).norm() / GOLDEN["logits"].norm()).detach()) < 1e-5
+    with policy.computing_in(dtype), policy.autocast():
+        tokens, _ = policy.network.one_by_one(pixels, ids, mask, None, policy.compute_dtype, choose)
+        assert torch.equal(tokens, GOLDEN["tokens"])
+        error = (torch.stack(seen, 1) - GOLDEN["logits"]).norm() / GOLDEN["logits"].norm()
+        assert float(error) < goal
+        # In one forward over given tokens, as the learner computes it.
+        hidden = policy.hidden_states(pixels, ids, mask, given=tokens)
+        again = policy.action_logits(hidden)
+        assert float(((again - GOLDEN["logits"]).norm() / GOLDEN["logits"].norm()).detach()) < goal
 
 
 class TestAutoregressive(PolicyConformance):
