@@ -60,9 +60,21 @@ class Demo(ComputingOptions):
                 f"no measured demo recipe for suite '{self.suite}'",
                 fix=f"suites with one: {', '.join(DEMO)}; for others use ratchet learn with a policy of your own",
             )
-        results = [self._part(console, self.suite, DEMO[self.suite], self.out, "")]
+        speed = estimate.measure()
+        recipes = [DEMO[self.suite]]
         if self.libero and self.suite == "metaworld":
-            results.append(self._part(console, "libero_object", SHORT["libero_object"], self.out / "libero", ", short"))
+            recipes.append(SHORT["libero_object"])
+        expected = [60 * recipe.minutes * speed.factor for recipe in recipes]
+        if all(expected):
+            parts = " + ".join(estimate.minutes(seconds) for seconds in expected)
+            console.print(f"about {estimate.minutes(sum(expected))} ({parts}) on this machine: {speed.told()}")
+        results = [self._part(console, self.suite, DEMO[self.suite], self.out, "", expected[0])]
+        if self.libero and self.suite == "metaworld":
+            results.append(
+                self._part(
+                    console, "libero_object", SHORT["libero_object"], self.out / "libero", ", short", expected[1]
+                )
+            )
         if self.ros:
             policy = common.policy_folder(self.suite, None)
             demo_ros.run(results[0].folder, self.suite, DEMO[self.suite].tasks, policy, console)
@@ -73,7 +85,9 @@ class Demo(ComputingOptions):
             print(json.dumps({r.suite: r.as_dict() for r in results}))
         return 0
 
-    def _part(self, console: Console, suite: str, recipe: Recipe, out: Path, note: str) -> sequential.Result:
+    def _part(
+        self, console: Console, suite: str, recipe: Recipe, out: Path, note: str, expected: float
+    ) -> sequential.Result:
         result = sequential.run(
             title=f"Ratchet demo on {suite}{note}",
             suite=suite,
@@ -85,6 +99,7 @@ class Demo(ComputingOptions):
             slots=recipe.slots,
             videos=self.videos,
             console=console,
+            expected=expected,
         )
         for stage, task in enumerate(result.matrix.tasks, 1):
             before, after = result.matrix.get(0, task), result.matrix.get(stage, task)

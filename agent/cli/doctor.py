@@ -12,6 +12,21 @@ from rich.table import Table
 from agent.cli import ros
 from agent.cli.computing import ComputingOptions
 from agent.contract import RobotContract
+from agent.errors import RatchetError
+from agent.policy import computing, device
+
+
+def computing_finding() -> dict[str, str]:
+    """What policies compute in here, and why."""
+    where = device.choose()
+    choice = computing.choose(where, "bfloat16")
+    return {
+        "level": "ok",
+        "code": "doctor.computing",
+        "what": f"policies compute in {choice.name}: {choice.reason}",
+        "where": f"{where}, {computing.processor()}" if where.type == "cpu" else str(where),
+        "fix": "",
+    }
 
 
 @dataclass
@@ -47,7 +62,13 @@ class Doctor(ComputingOptions):
             "running": self.running,
             "sim_time": self.sim_time,
         }
-        findings = next(iter(ros.ask("doctor", request)))["findings"]
+        findings = [computing_finding()]
+        try:
+            findings += next(iter(ros.ask("doctor", request)))["findings"]
+        except RatchetError as error:
+            if error.code != "ros.no_environment":
+                raise
+            findings.append({"level": "error", "code": error.code, "what": error.what, "where": "", "fix": error.fix})
         if self.json:
             print(json.dumps(findings))
         else:

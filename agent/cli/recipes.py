@@ -16,7 +16,10 @@ from agent.learner.update import UpdateConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """One demo: tasks in order, held-out tasks and the learner's settings."""
+    """One demo: tasks in order, held-out tasks and the learner's settings.
+
+    minutes: what it took on the machine of `estimate.REFERENCE_PRODUCTS`; 0 where nobody measured it.
+    """
 
     tasks: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -30,6 +33,7 @@ class Recipe:
     lora: LoraOptions
     slots: int = 12
     horizon: int = 0
+    minutes: float = 0.0
 
     def sequence(self, seed: int) -> SequenceConfig:
         return SequenceConfig(
@@ -66,6 +70,7 @@ DEMO: dict[str, Recipe] = {
             ppo=PpoConfig(lam=0.9),
         ),
         lora=LoraOptions(rank=4, alpha=4.0),
+        minutes=6.0,
     ),
     "libero_object": Recipe(
         tasks=(
@@ -95,5 +100,6 @@ SHORT: dict[str, Recipe] = {
         groups=8,
         group_size=4,
         evaluation_episodes=10,
+        minutes=3.0,
     ),
 }

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agent.adapters.identity import binding_of
 from agent.adapters.lora import Lora
 from agent.adapters.store import FolderStore
-from agent.cli import common
+from agent.cli import common, estimate
 from agent.errors import RatchetError
 from agent.learner.distributed import Ranks
 from agent.learner.evaluations import KnownEvaluations
@@ -30,6 +30,8 @@ from agent.learner.sequence import SequenceConfig, SequentialRun
 from agent.policy.checkpoint import AnyPolicy
 from sim import registry
 from sim.video import record
+
+TRAINED = 3.0  # what an episode that is learned from costs, in episodes that are only evaluated; two cores
 
 
 @dataclasses.dataclass
@@ -79,12 +81,13 @@ def run(
     ranks: Ranks | None = None,
     shard: bool = False,
     known: KnownEvaluations | None = None,
+    expected: float = 0.0,
 ) -> Result:
     """Run (or go on with) a sequential fine-tuning in `folder` and write its report.
 
     device: where both policies are. ranks: the processes that run this together, each with `workers` simulators of its
     own; rank 0 alone writes and shows. shard: each rank keeps a part of the frozen base while it updates. known:
-    evaluations that other runs made already.
+    evaluations that other runs made already. expected: seconds that it should take here, 0 where nobody measured it.
     """
     started = time.perf_counter()
     main = ranks is None or ranks.main
@@ -125,7 +128,7 @@ def run(
     ticking = _Ticker(running) if running is not None else None
     try:
         with _progress(console) as progress:
-            view = _View(progress, console, config)
+            view = _View(progress, console, config, expected)
             serve = running.serve if running is not None else lambda wanted: _trained(wanted, policy, adapter)
             sequence = SequentialRun(
                 policy, adapter, env, tasks, store, serve, config, folder / "state", view.event, method, ranks, known
@@ -244,8 +247,13 @@ def _progress(console: Console) -> Progress:
 class _View:
     """Turns events of the run into progress bars and lines."""
 
-    def __init__(self, progress: Progress, console: Console, config: SequenceConfig) -> None:
+    def __init__(self, progress: Progress, console: Console, config: SequenceConfig, expected: float) -> None:
         self.progress, self.console, self.config = progress, console, config
+        training = len(config.tasks) * config.updates * config.groups * config.group_size
+        stages, columns = len(config.tasks) + 1, len(config.tasks) + len(config.held_out)
+        evaluation = stages * columns * config.evaluation_episodes
+        self.left = estimate.Remaining(TRAINED * training + evaluation, expected)
+        self.whole = progress.add_task("in all", total=int(self.left.total), note="")
         total = len(config.tasks) * config.updates
         self.bar = progress.add_task("learning", total=total, note="")
         self.episodes = progress.add_task("episodes", total=1, note="")
@@ -257,6 +265,7 @@ class _View:
             )
         elif kind == "update":
             done = (facts["stage"] - 1) * self.config.updates + facts["update"]
+            self._advance(TRAINED * self.config.groups * self.config.group_size)
             if facts["episodes"]:
                 rate = facts["successes"] / facts["episodes"]
                 kl, entropy = facts.get("approx_kl", 0), facts.get("entropy", 0)
@@ -265,8 +274,10 @@ class _View:
                 note = f"{facts['task']} loss {facts['loss']:.3f}"
             self.progress.update(self.bar, completed=done, note=note)
             if not self.console.is_terminal:
-                self.console.print(f"update {facts['update']:3d}  {note}  {facts['seconds']:.0f} s")
+                left = estimate.minutes(self.left.seconds())
+                self.console.print(f"update {facts['update']:3d}  {note}  {facts['seconds']:.0f} s, about {left} left")
         elif kind == "evaluated":
+            self._advance(facts["trials"])
             rate = facts["successes"] / facts["trials"]
             speed = f"{60 * facts['trials'] / facts['seconds']:5.0f} episodes/min" if facts["seconds"] else "known"
             self.console.print(
@@ -278,6 +289,11 @@ class _View:
                 f"[bold]learned {facts['task']}[/]: adapter {facts['adapter_id'][:12]}, "
                 f"changes the base by {facts['effect']:.2%}"
             )
+
+    def _advance(self, weight: float) -> None:
+        self.left.advance(weight)
+        left = f"about {estimate.minutes(self.left.seconds())} left"
+        self.progress.update(self.whole, completed=int(self.left.done), note=left)
 
 
 def _videos(
