@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from agent.cli import common, demo_ros, sequential
+from agent.cli import common, demo_ros, estimate, sequential
 from agent.cli.computing import ComputingOptions
 from agent.cli.recipes import DEMO, SHORT, Recipe
 from agent.errors import RatchetError
