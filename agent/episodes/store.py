@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.episodes import format as fmt
+from agent.episodes import labels
 from agent.episodes.disk import disk_refusals, file_hash, sync_folder
 from agent.episodes.format import EpisodeEnding, EpisodeInfo
 from agent.episodes.index import Index
@@ -209,7 +210,7 @@ class EpisodeStore:
     def add(self, path: Path, digest: str | None = None) -> Card:
         """Enter a finished file that lies inside the store. digest: its id, if known; computed otherwise.
 
-        Entering it again changes nothing.
+        What a person said while it was recorded is entered with it, as their label. Entering it again changes nothing.
 
         Raises:
             RatchetError: episode.outside_store, episode.damaged, episode.unknown_format.
@@ -228,7 +229,7 @@ class EpisodeStore:
         if digest in known:
             return known[digest]
         card = Card.of(digest, file, path.stat().st_size, reader.info, ending)
-        self.index.append([("episode", dataclasses.asdict(card))])
+        self.index.append([("episode", dataclasses.asdict(card)), *labels.recorded(digest, ending)])
         return card
 
     def copy_in(self, path: Path) -> Card:

@@ -8,45 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
+from agent.episodes.labels import VERDICTS, Label, Seen, Verdict, body_of
 from agent.episodes.store import Card, EpisodeStore
 from agent.errors import RatchetError
 from agent.records import Episode
 
-Verdict = Literal["success", "failure", "discard"]
-VERDICTS: tuple[Verdict, ...] = ("success", "failure", "discard")
+__all__ = ["VERDICTS", "Label", "Proposal", "Seen", "Standing", "Verdict", "Verification"]
+
 State = Literal["unjudged", "second_reader", "disputed", "discarded", "verified"]
 SIMULATOR = "simulator"
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What somebody saw before judging. share: of the episode's frames, in [0, 1]; seconds: time spent.
-
-    via: "page", "terminal", "ros" or the name of a program.
-    """
-
-    share: float
-    seconds: float
-    cameras: tuple[str, ...] = ()
-    via: str = ""
-
-
-@dataclass(frozen=True)
-class Label:
-    """One judgement. number, time: of its entry in the index. settles: given to end a dispute."""
-
-    number: int
-    time: str
-    episode: str
-    verdict: Verdict
-    person: str
-    note: str
-    seen: Seen
-    settles: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,29 +73,12 @@ class Verification:
         Raises:
             RatchetError: episode.unknown, episode.bad_verdict, episode.no_person, episode.no_dispute.
         """
-        if verdict not in VERDICTS:
-            raise RatchetError("episode.bad_verdict", f"{verdict!r} is no verdict", fix=f"one of {', '.join(VERDICTS)}")
-        person = " ".join(person.split())
-        if not person or ":" in person or len(person) > 60:
-            raise RatchetError(
-                "episode.no_person",
-                "a judgement needs a person's name",
-                fix="give a name without ':', up to 60 letters",
-            )
         episode = self.store.resolve(reference)
+        body = body_of(episode, verdict, person, note=note, seen=seen, settles=settles)
         if settles and self.standing(episode).state != "disputed":
             raise RatchetError("episode.no_dispute", "nobody disagrees", where=episode[:12], fix="judge it plainly")
-        seen = seen or Seen(0.0, 0.0)
-        body = {
-            "episode": episode,
-            "verdict": verdict,
-            "person": person,
-            "note": note.strip()[:2000],
-            "seen": dataclasses.asdict(seen),
-            "settles": settles,
-        }
         entry = self.store.index.append([("label", body)])[0]
-        return _label(entry.number, entry.time, entry.body)
+        return Label.of(entry.number, entry.time, entry.body)
 
     def propose(self, proposal: Proposal) -> None:
         """A detector's opinion. Raises RatchetError episode.unknown, episode.bad_source."""
@@ -148,7 +105,8 @@ class Verification:
         self._take()
         if card.id in self._proposals:
             return self._proposals[card.id]
-        return Proposal(card.id, card.success, card.source) if card.success is not None else None
+        by_machine = card.source == SIMULATOR and card.success is not None  # a person's word is a label
+        return Proposal(card.id, bool(card.success), card.source) if by_machine else None
 
     @property
     def second_reader(self) -> float:
@@ -247,7 +205,7 @@ class Verification:
             entries = self.store.index.entries(self._taken)
             for entry in entries:
                 if entry.kind == "label":
-                    label = _label(entry.number, entry.time, entry.body)
+                    label = Label.of(entry.number, entry.time, entry.body)
                     self._labels.setdefault(label.episode, []).append(label)
                 elif entry.kind == "proposal":
                     self._proposals[entry.body["episode"]] = Proposal(**entry.body)
@@ -268,17 +226,3 @@ def _final(verdict: Verdict, source: str, readers: int) -> Standing:
     if verdict == "discard":
         return Standing("discarded", source=source, readers=readers)
     return Standing("verified", verdict == "success", source, readers)
-
-
-def _label(number: int, time: str, body: Mapping[str, Any]) -> Label:
-    seen = {**body["seen"], "cameras": tuple(body["seen"]["cameras"])}
-    return Label(
-        number=number,
-        time=time,
-        episode=body["episode"],
-        verdict=body["verdict"],
-        person=body["person"],
-        note=body["note"],
-        seen=Seen(**seen),
-        settles=body["settles"],
-    )

@@ -1,7 +1,8 @@
 """A wrong label teaches a robot the wrong thing: who may say what, and when it counts, is fixed here.
 
-Pinned: nothing is overwritten, disagreement keeps an episode from the learner, second readers, settlements, the
-simulator as one reader, proposals that are no labels. Deterministic: ids are those of seeded episodes.
+Pinned: nothing is overwritten, the buttons beside the arm count as a person's label, disagreement keeps an episode from
+the learner, second readers, settlements, the simulator as one reader, proposals that are no labels. Deterministic: ids
+are those of seeded episodes.
 """
 
 from __future__ import annotations
@@ -45,6 +46,33 @@ def test_a_person_decides_about_a_robots_episode(tmp_path: Path) -> None:
         said.read(two)
     assert [c.id for c, _ in said.verified()] == [one]
     assert [c.id for c, _ in said.verified(task="task1")] == []
+
+
+def recorded(root: Path, source: str, success: bool | None) -> tuple[Verification, str]:
+    store = EpisodeStore(root, create=True)
+    made = episode(CONTRACT, seed=1, steps=1, success=success)
+    made.success_source = source
+    digest = write_episode(store.folder("s") / "0.mcap", made, CONTRACT)
+    store.add(store.folder("s") / "0.mcap", digest)
+    return Verification(store), digest
+
+
+def test_what_the_buttons_beside_the_arm_said_is_a_label(tmp_path: Path) -> None:
+    said, one = recorded(tmp_path, "human:ada", False)
+    (label,) = said.labels(one)
+    assert (label.person, label.verdict, label.seen.via) == ("ada", "failure", "operator")
+    assert (said.standing(one).state, said.standing(one).source) == ("verified", "human:ada")
+    assert said.proposal(said.store.card(one)) is None  # a second reader is not told
+    said.judge(one, "success", "bob")
+    assert said.standing(one).state == "disputed"
+    # Entered again, as after a crash: nothing is said twice.
+    said.store.add(said.store.path(one), one)
+    assert len(said.labels(one)) == 2
+
+
+def test_a_button_without_a_name_judges_nothing_and_loses_nothing(tmp_path: Path) -> None:
+    said, one = recorded(tmp_path, "human: ", True)
+    assert (said.labels(one), said.standing(one).state) == ([], "unjudged")
 
 
 def test_changing_ones_mind_keeps_both(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import threading
 from ratchet_msgs import msg
 
 from agent.episodes.earned import already_solved, require_same
+from agent.episodes.labels import HUMAN, named
 from agent.errors import RatchetError
 from agent.records import ControlTick
 from agent.runtime.judging import Attempt, Judgement, by_scene
@@ -44,7 +45,7 @@ class RosJudge:
     def operator(self, message: msg.OperatorInput) -> None:
         """A button that ends the attempt; the first one counts."""
         if self.kind == "operator" and message.judge in BUTTONS and self._pressed is None:
-            self._pressed, self._person = BUTTONS[message.judge], message.person.strip()
+            self._pressed, self._person = BUTTONS[message.judge], message.person
 
     def ticked(self, tick: ControlTick) -> None:
         self._tick = tick
@@ -91,9 +92,12 @@ class RosJudge:
         """A person's word counts however the attempt ended, and needs a name to it; the scene's as machines' do."""
         if self.kind == "scene":
             return by_scene(attempt)
-        if self._pressed is None or not self._person:
+        if self._pressed is None:
             return Judgement()
-        return Judgement(self._pressed, f"human:{self._person}")
+        try:
+            return Judgement(self._pressed, HUMAN + named(self._person))
+        except RatchetError:
+            return Judgement()
 
     def _scene_solved(self) -> bool:
         tick = self._tick

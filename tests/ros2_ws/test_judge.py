@@ -1,0 +1,95 @@
+"""What a button or a scene says becomes an episode's label; a word too much is a lesson that nobody meant.
+
+Pinned: a person's word counts however the attempt ended, but only with a name; the first button counts; the scene is
+heard for its own task, after the goal began, and waited for where its news may still be on the way. No node, no clock:
+messages are handed in.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from ratchet_msgs import msg
+from ratchet_ros.judge import RosJudge
+from ratchet_ros.times import to_time
+
+from agent.runtime.judging import Attempt, Judgement
+from agent.runtime.outcome import Termination
+
+PERIOD = 0.05
+STOPPED = Attempt(Termination.FAILURE, 4, 0)
+
+
+def pressed(judge: RosJudge, button: int, person: str) -> None:
+    judge.operator(msg.OperatorInput(judge=button, person=person))
+
+
+def scene(
+    stamp: float, *, solved: bool = False, task: str = "door-open", text: str = "open the door"
+) -> msg.SceneStatus:
+    status = msg.SceneStatus(task=task, instruction=text, success=solved)
+    status.header.stamp = to_time(stamp)
+    return status
+
+
+def test_a_named_person_ends_the_attempt_and_judges_it() -> None:
+    judge = RosJudge("operator", PERIOD, 0.0)
+    judge.begin(1.0)
+    assert judge.verdict() is None
+    assert judge.judgement(STOPPED) == Judgement()
+    pressed(judge, msg.OperatorInput.JUDGE_FAILURE, " Ada ")
+    pressed(judge, msg.OperatorInput.JUDGE_SUCCESS, "Ada")  # the next report, while the arm brakes
+    assert judge.verdict() is False
+    assert judge.judgement(STOPPED) == Judgement(False, "human:Ada")
+    judge.begin(2.0)
+    assert judge.verdict() is None
+
+
+@pytest.mark.parametrize("person", ["", "  ", "robot:1"])
+def test_a_button_without_a_name_ends_the_attempt_and_judges_nothing(person: str) -> None:
+    judge = RosJudge("operator", PERIOD, 0.0)
+    judge.begin(1.0)
+    pressed(judge, msg.OperatorInput.JUDGE_SUCCESS, person)
+    assert judge.verdict() is True
+    assert judge.judgement(Attempt(Termination.SUCCESS, 4, 0)) == Judgement()
+
+
+def test_buttons_say_nothing_where_the_scene_judges() -> None:
+    judge = RosJudge("scene", PERIOD, 0.0)
+    judge.begin(1.0)
+    pressed(judge, msg.OperatorInput.JUDGE_SUCCESS, "Ada")
+    assert judge.verdict() is None
+    assert judge.judgement(Attempt(Termination.HORIZON, 4, 0)) == Judgement(False, "simulator")
+    assert judge.judgement(Attempt(Termination.CANCELLED, 4, 0)) == Judgement()
+    assert judge.judgement(Attempt(Termination.SUCCESS, 4, 1)) == Judgement()
+
+
+def test_a_scene_is_asked_for_its_own_task_only() -> None:
+    judge = RosJudge("scene", PERIOD, 0.0)
+
+    def code(task: str, text: str) -> str:
+        refusal = judge.refusal(task, text)
+        return "" if refusal is None else refusal.code
+
+    assert code("door-open", "open the door") == "goal.no_scene"
+    judge.scene(scene(1.0))
+    assert code("door-open", "open the door") == ""
+    assert code("push", "open the door") == "goal.other_task"
+    assert code("door-open", "stand still") == "goal.other_instruction"
+    judge.scene(scene(1.05, solved=True))
+    assert code("door-open", "open the door") == "goal.already_solved"
+    assert RosJudge("none", PERIOD, 0.0).refusal("anything", "at all") is None
+
+
+def test_the_news_of_a_reset_is_waited_for() -> None:
+    judge = RosJudge("scene", PERIOD, 0.0)
+    judge.scene(scene(1.0, solved=True))
+    waiting = threading.Thread(target=judge.settle, args=("door-open", "open the door", 60.0))
+    waiting.start()
+    judge.scene(scene(1.05))
+    waiting.join(30.0)
+    assert not waiting.is_alive()
+    judge.scene(scene(1.1, solved=True))
+    judge.settle("door-open", "open the door", 0.01)  # nothing comes: it goes on, and the goal is refused
+    assert judge.refusal("door-open", "open the door") is not None
