@@ -60,7 +60,7 @@ def show(name: str, config: plan.AnyConfig, options: plan.Options, made: plan.Pl
         "GPU: together": (made.gpu, ""),
         "host": (made.host, f"{options.samples} frames as bytes, two adapters, 4 GiB for processes"),
         "disk": (made.disk, "base, one update's episodes, a checkpoint"),
-        "network, adapter": (made.network_adapter, "bfloat16, once per update"),
+        "network, adapter": (made.network_adapter, "float32, once per update"),
         "network, episodes": (made.network_episodes, "lossless, at the share measured in simulation, once per update"),
     }
     for label, (size, how) in gb.items():

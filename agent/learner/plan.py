@@ -248,7 +248,7 @@ def make(config: AnyConfig, options: Options, chunk: int = 8, dims: int = 7) -> 
         reserved=RESERVED,
         host=host,
         disk=2.0 * base + options.samples * frame * LOSSLESS + mine + optimiser,
-        network_adapter=2.0 * adapter,
+        network_adapter=4.0 * adapter,
         network_episodes=options.samples * frame * LOSSLESS,
         seconds=seconds,
         fits={name: total <= size for name, size in CARDS.items()},
