@@ -45,7 +45,7 @@ class Learner(ComputingOptions):
 
         ratchet learner --tasks button-press handle-press --out runs/learner --keys keys/learner/learner.key_secret
 
-        ratchet learner --mode robot --tasks stack-cups --suite metaworld --batch 24 --batch-when session
+        ratchet learner --mode robot --tasks stack-cups --suite metaworld --batch 24
 
         ratchet learner --tasks button-press --address tcp://127.0.0.1:5544 --plain      (one machine, no keys)
 
@@ -85,8 +85,8 @@ class Learner(ComputingOptions):
     """Episodes from each initial state (simulation)."""
     batch: int = 24
     """Least verified on-policy episodes of an update (robot)."""
-    batch_when: Literal["full", "session"] = "session"
-    """Update when the batch is full, or when a session has ended (robot)."""
+    batch_when: Literal["full", "session"] = "full"
+    """Update as soon as the batch is full, or when a session has ended with at least so many (robot)."""
     temperature: float = 1.0
     """Sampling temperature of training episodes."""
     noise_correlation: float = 0.0

@@ -15,7 +15,7 @@ from rich.table import Table
 from agent.cli import common
 from agent.cli.computing import ComputingOptions
 from agent.contract import RobotContract
-from agent.learner.sequence import derive_seed
+from agent.policy.noise import derive_seed
 from agent.records import Mark
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from agent.runtime.clock import ManualClock, MonotonicClock

@@ -28,8 +28,9 @@ from agent.learner.methods import variants
 from agent.learner.methods.variants import Variant
 from agent.learner.metrics import Cell, SuccessMatrix
 from agent.learner.rollouts import run_episodes
-from agent.learner.sequence import derive_seed, evaluated, evaluation_specs
+from agent.learner.sequence import evaluated, evaluation_specs
 from agent.learner.study import load_trial, require_same
+from agent.policy.noise import derive_seed
 from agent.policy.protocol import Policy
 from sim import perturbations, registry
 from sim.base import TaskInfo

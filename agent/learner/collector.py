@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from agent.learner.samples import to_episodes
 from agent.learner.sequence import Task, training_specs
 from agent.link.client import LinkClient
 from agent.link.disk import disk_errors
+from agent.link.orders import Order
 from agent.link.outbox import Outbox
 from agent.link.parcels import EPISODE
 from agent.policy.protocol import Policy
@@ -29,41 +29,6 @@ from agent.records import Episode
 
 log = logging.getLogger("ratchet.robot")
 LOOK = 1.0  # seconds between looks at wishes that arrive as files
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the learner wants: the episodes of `training_specs` with these numbers, under this adapter."""
-
-    id: str
-    task: str
-    adapter: str
-    temperature: float
-    noise_correlation: float
-    stage: int
-    update: int
-    groups: int
-    group_size: int
-    horizon: int
-    seed: int
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Order | None:
-        """The order in a learner's state, None where there is none. Raises RatchetError robot.bad_order."""
-        raw = state.get("order")
-        if raw is None:
-            return None
-        try:
-            order = cls(**{name: raw[name] for name in cls.__dataclass_fields__})
-            for name, kind in cls.__annotations__.items():
-                wanted: Any = {"str": str, "float": (int, float), "int": int}[kind]
-                if not isinstance(getattr(order, name), wanted):
-                    raise TypeError(name)
-        except (KeyError, TypeError) as error:
-            raise RatchetError(
-                "robot.bad_order", f"the learner's order cannot be read: {error}", fix="run the same release on both"
-            ) from None
-        return order
 
 
 class Abandoned(Exception):

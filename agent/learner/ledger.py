@@ -40,6 +40,7 @@ class Ledger:
     current task began with (promoted, or "" for the empty one)."""
 
     fingerprint: str = ""
+    config: dict[str, Any] = field(default_factory=dict)  # the run's settings, as plain data
     phase: Phase = "new"
     stage: int = 0
     update: int = 0
@@ -107,7 +108,7 @@ class Ledger:
     # -- events --------------------------------------------------------------------------------------------------
 
     def _run(self, data: dict[str, Any], n: int) -> None:
-        self.fingerprint = data["fingerprint"]
+        self.fingerprint, self.config = data["fingerprint"], data.get("config") or {}
 
     def _received(self, data: dict[str, Any], n: int) -> None:
         if data["type"] == "episode":

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from scipy.special import ndtr
 
 from agent.contract import RobotContract
 from agent.episodes.earned import require_goal, require_temperature
 from agent.errors import RatchetError
 from agent.policy.commands import robot_actions
 from agent.policy.computing import name_of
+from agent.policy.noise import chunk_noise
 from agent.policy.protocol import Policy, PolicyInput
 from agent.records import Bool, Float32, Int64, UInt8
 
@@ -256,22 +256,6 @@ def run_episodes(
     batch = _flatten(store, rows_of, specs, success, steps, temperature, adapter_id, seconds)
     batch.compute_dtype = name_of(policy)
     return outcomes, batch
-
-
-def chunk_noise(generator: np.random.Generator, shape: tuple[int, int], correlation: float) -> Float32:
-    """(K, D) uniform in [0, 1), Gaussian copula: any two actions of the chunk correlate, dimensions do not.
-
-    Each token keeps exactly its own distribution and log-probability; only how tokens vary together changes.
-    Independent noise averages out over a chunk and explores little; shared noise moves the arm somewhere else. The
-    gradient built from the tokens' own log-probabilities is then, to first order in the noise, the policy gradient
-    times the noise's correlation matrix, which is positive definite: still an ascent direction, with more signal in it.
-    """
-    if correlation == 0.0:
-        return generator.random(shape, np.float32)
-    shared, own = generator.standard_normal((1, shape[1])), generator.standard_normal(shape)
-    mixed = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
-    uniform: Float32 = ndtr(mixed).astype(np.float32).clip(0.0, np.float32(1 - 2**-24))
-    return uniform
 
 
 def _decide(

@@ -28,6 +28,7 @@ from agent.learner.methods.base import SeqFT, TaskUpdater
 from agent.learner.metrics import Cell, SuccessMatrix
 from agent.learner.rollouts import ChunkEnv, EpisodeSpec, RolloutBatch
 from agent.learner.update import UpdateConfig
+from agent.policy.noise import derive_seed
 from agent.policy.protocol import Policy
 
 
@@ -63,7 +64,7 @@ class SequenceConfig:
     temperature: float = 1.6
     """Sampling temperature of training episodes."""
     noise_correlation: float = 0.0
-    """Correlation of the sampling noise within a chunk, in [0, 1); see `rollouts.chunk_noise`."""
+    """Correlation of the sampling noise within a chunk, in [0, 1); see `policy.noise.chunk_noise`."""
     evaluation_episodes: int = 50
     """Episodes per task and evaluation, at most one per evaluation state."""
     evaluation_temperature: float = 0.0
@@ -90,12 +91,6 @@ class Stop(Exception):
 
 
 Event = Callable[[str, dict[str, Any]], None]
-
-
-def derive_seed(*parts: object) -> int:
-    """63-bit seed that depends on every part and on nothing else."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def training_specs(

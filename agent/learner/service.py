@@ -85,6 +85,9 @@ class LearnerService:
         """The state to publish: small plain data."""
         ledger, config = self.ledger, self.config
         tags = {name: self.store.tags().get(name, "") for name in ("active", "previous")}
+        # A candidate that nobody has decided about goes to the robots too: a person may have to try it.
+        judged = {"gating": ledger.training, "deciding": ledger.candidate, "waiting": ledger.candidate}
+        tags["candidate"] = judged.get(ledger.phase, "")
         order: dict[str, Any] | None = None
         if ledger.order and ledger.phase == "collecting":
             task = self._tasks[ledger.task]
@@ -102,8 +105,9 @@ class LearnerService:
                 "horizon": config.horizon or task.horizon,
                 "seed": config.seed,
                 "slots": config.slots,
+                "have": len(ledger.accepted()),
             }
-        wanted = [tags["previous"], tags["active"], ledger.training if order else ""]
+        wanted = [tags["previous"], tags["active"], tags["candidate"], ledger.training if order else ""]
         return {
             "run": ledger.fingerprint[:12],
             "mode": config.mode,

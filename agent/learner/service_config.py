@@ -97,7 +97,7 @@ def real_robot(tasks: tuple[str, ...], **changes: object) -> ServiceConfig:
         mode="robot",
         updates=8,
         batch=24,
-        batch_when="session",
+        batch_when="full",
         temperature=1.0,
         gate_each="update",
         attempts=1,

@@ -85,6 +85,11 @@ def alerts(ledger: Ledger, sync_age: float, free: int, limits: Limits) -> list[A
     if ledger.phase == "collecting" and sync_age > limits.sync:
         age = "never" if math.isinf(sync_age) else f"{sync_age:.0f} s ago"
         found.append(Alert("learner.sync", f"episodes are wanted and the last word of a robot came {age}"))
+    if ledger.phase == "collecting" and ledger.config.get("batch_when") == "session" and not ledger.session_ended:
+        have, batch = len(ledger.accepted()), int(ledger.config["batch"])
+        if ledger.config.get("mode") == "robot" and have >= batch:
+            text = f"the batch is full ({have} of {batch}) and waits for the end of a session: `ratchet session stop`"
+            found.append(Alert("learner.session", text))
     if ledger.updates and ledger.updates[-1]["facts"].get("code") in ("learner.policy_mismatch", "learner.not_finite"):
         found.append(Alert(ledger.updates[-1]["facts"]["code"], str(ledger.updates[-1]["facts"]["skipped"])))
     if ledger.phase == "waiting":

@@ -22,10 +22,10 @@ from agent.adapters.lora import Lora
 from agent.errors import RatchetError
 from agent.learner.distributed import Ranks, pack, unpack
 from agent.learner.samples import log_prob_gap, to_batch
-from agent.learner.sequence import derive_seed
 from agent.learner.service_config import ServiceConfig
 from agent.learner.update import Updater
 from agent.link.disk import disk_errors, hash_file
+from agent.policy.noise import derive_seed
 from agent.policy.protocol import Policy
 from agent.records import Episode
 

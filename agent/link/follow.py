@@ -20,7 +20,7 @@ class Follower:
 
     Args:
         store: the robot's store; its `active` and `previous` tags follow too, so that a robot that starts alone runs
-            what it ran last.
+            what it ran last. `candidate` follows as a name only: a person may try it.
         swap: brings an adapter id into force between two chunks, such as `HotSwapper.swap`.
         on_swap: called with the id after each swap; on_error with a refusal.
     """
@@ -36,6 +36,7 @@ class Follower:
         self._store, self._swap, self._on_swap, self._on_error = store, swap, on_swap, on_error
         self._changed = threading.Condition()
         self._wish = ""
+        self._candidate = self._tagged = ""
         self._done = store.tags().get("active", "")
         self._refused = ""
         self._stopping = False
@@ -48,9 +49,13 @@ class Follower:
             # Nothing is promoted. The adapter that is trained from is empty and acts as the base, but only under its
             # id is what the arm does on-policy.
             active = (state.get("order") or {}).get("adapter", "") or active
+        candidate = state.get("tags", {}).get("candidate", "")
         with self._changed:
             if isinstance(active, str) and active and active != self._wish:
                 self._wish = active
+                self._changed.notify_all()
+            if isinstance(candidate, str) and candidate and candidate != self._candidate:
+                self._candidate = candidate
                 self._changed.notify_all()
 
     def on_adapter(self, adapter: str) -> None:
@@ -66,10 +71,14 @@ class Follower:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._ready())
+                self._changed.wait_for(lambda: self._stopping or self._ready() or self._tries())
                 if self._stopping:
                     return
-                wish = self._wish
+                wish, ready, candidate = self._wish, self._ready(), self._candidate if self._tries() else ""
+            if candidate:
+                self._tag(candidate)
+            if not ready:
+                continue
             try:
                 self._swap(wish)
                 if self._store.tags().get("active") != wish:
@@ -80,6 +89,18 @@ class Follower:
                 continue
             self._done, self._refused = wish, ""
             self._on_swap(wish)
+
+    def _tag(self, candidate: str) -> None:
+        """Give the candidate its name here, so that a person can try it; nothing runs it by itself."""
+        try:
+            if self._store.tags().get("candidate") != candidate:
+                self._store.tag("candidate", candidate, "the learner's candidate")
+        except RatchetError as error:
+            self._on_error(error)
+        self._tagged = candidate
+
+    def _tries(self) -> bool:
+        return self._candidate not in ("", self._tagged) and self._candidate in self._store.ids()
 
     def _ready(self) -> bool:
         return self._wish not in ("", self._done, self._refused) and self._wish in (BASE, *self._store.ids())

@@ -16,15 +16,17 @@ import torch
 
 from agent.adapters.files import Files
 from agent.errors import RatchetError
-from agent.learner.collector import Abandoned, Collector, Order
+from agent.learner.collector import Abandoned, Collector
 from agent.link.client import LinkStatus
+from agent.link.orders import Order
 from agent.link.outbox import Outbox
 from agent.policy.protocol import Policy
 from benchmarks.small_world import TASKS, FakeChunkEnv, read_episode, tiny_policy, write_episode
 
 ORDER: dict[str, Any] = {
-    "id": "run/1", "task": "door-open", "adapter": "a" * 64, "temperature": 1.0, "noise_correlation": 0.5, "stage": 0,
-    "update": 0, "groups": 2, "group_size": 3, "horizon": 12, "seed": 0,
+    "id": "run/1", "task": "door-open", "instruction": "open the door", "adapter": "a" * 64, "temperature": 1.0,
+    "noise_correlation": 0.5, "stage": 0, "update": 0, "groups": 2, "group_size": 3, "horizon": 12, "seed": 0,
+    "slots": 6, "have": 0,
 }  # fmt: skip
 
 

@@ -17,11 +17,12 @@ import torch
 from agent.episodes.checking import check_chunk
 from agent.errors import RatchetError
 from agent.learner.intake import Wanted, rule, sampled
-from agent.learner.rollouts import chunk_noise, run_episodes
+from agent.learner.rollouts import run_episodes
 from agent.learner.samples import log_prob_gap, to_batch, to_episodes
 from agent.learner.sequence import training_specs
 from agent.policy import presets
 from agent.policy.flow import FlowPolicy, FlowStatistics
+from agent.policy.noise import chunk_noise
 from agent.policy.prismatic import PrismaticPolicy
 from agent.records import ActionChunk, Episode, Observation, Step
 from benchmarks.small_world import TASKS, FakeChunkEnv, contract, tiny_policy

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from agent.errors import RatchetError
-from agent.learner.rollouts import EpisodeSpec, RolloutBatch, chunk_noise, run_episodes
+from agent.learner.rollouts import EpisodeSpec, RolloutBatch, run_episodes
+from agent.policy.noise import chunk_noise
 from sim.vector import ChunkVectorEnv
 from tests import fakes
 from tests.agent.learner.runs import fake_env, tiny_policy

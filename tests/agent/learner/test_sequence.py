@@ -25,8 +25,9 @@ from agent.adapters.lora import Lora
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
 from agent.learner.metrics import SuccessMatrix
-from agent.learner.sequence import SequentialRun, Stop, derive_seed
+from agent.learner.sequence import SequentialRun, Stop
 from agent.learner.update import Updater
+from agent.policy.noise import derive_seed
 from agent.policy.prismatic import PrismaticPolicy
 from tests.agent.learner import runs
 from tests.agent.learner.runs import CONFIG, ROOT, start, tiny_with_adapter

@@ -21,7 +21,6 @@ import torch
 from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
-from agent.learner.collector import Order
 from agent.learner.gate import GateConfig, Reason, Verdict
 from agent.learner.ledger import Ledger
 from agent.learner.rollouts import run_episodes
@@ -33,6 +32,7 @@ from agent.learner.telemetry import Limits, Rates, Recorder, alerts, status, sto
 from agent.learner.trainer import Trainer
 from agent.link.inbox import Inbox, Parcel
 from agent.link.journal import Journal, read
+from agent.link.orders import Order
 from agent.link.parcels import label_parcel, session_parcel
 from benchmarks.small_world import (
     CONFIG,
@@ -232,13 +232,17 @@ def robot_config(**changes: Any) -> ServiceConfig:
 
 
 def test_on_a_robot_labels_and_the_end_of_the_session_complete_a_batch(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, robot_config())
+    bench = Bench(tmp_path, robot_config(batch_when="session"))
     bench.settle()
     shas = bench.collect(verdict=None)
     assert bench.settle().counts()["waiting"] == 6
+    assert bench.service.state()["order"]["have"] == 0
     for n, sha in enumerate(shas):
         bench.put(label_parcel(sha, n % 2 == 0, "anna"), "label", f"label/{sha}")
-    assert bench.settle().phase == "collecting"
+    ledger = bench.settle()
+    assert ledger.phase == "collecting"
+    assert bench.service.state()["order"]["have"] == 6
+    assert [a.code for a in alerts(ledger, 0.0, 1 << 50, Limits())] == ["learner.session"]
     bench.put(session_parcel("s1", True, {}, []), "session", "session/s1")
     ledger = bench.settle()
     assert len(ledger.updates) == 1
@@ -280,6 +284,8 @@ def test_a_held_candidate_waits_for_a_person(tmp_path: Path, person: str) -> Non
     assert ledger.phase == "waiting"
     assert [a.code for a in alerts(ledger, 0.0, 1 << 50, Limits())] == ["learner.held"]
     candidate = ledger.candidate
+    state = bench.service.state()
+    assert (state["tags"]["candidate"], candidate in state["adapters"]) == (candidate, True)  # a person may try it
     bench.reopen()
     if person == "promotes":
         bench.store.promote(candidate, "override: seen on the robot")
@@ -287,6 +293,7 @@ def test_a_held_candidate_waits_for_a_person(tmp_path: Path, person: str) -> Non
         bench.store.tag("declined", candidate, "hesitates")
     ledger = bench.settle()
     assert ledger.phase == "collecting"
+    assert bench.service.state()["tags"]["candidate"] == ""
     assert ledger.training == (candidate if person == "promotes" else before)
     assert ledger.active == (candidate if person == "promotes" else "")
     bench.close()

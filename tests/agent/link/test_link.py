@@ -351,6 +351,23 @@ def test_the_running_adapter_follows_promotion_and_rollback(tmp_path: Path) -> N
     learner.stop()
 
 
+def test_a_candidate_arrives_as_a_name_and_runs_only_when_a_person_says_so(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path, create=True)
+    swapped: list[str] = []
+    seen = threading.Event()
+    follower = Follower(store, swapped.append, on_swap=lambda adapter: seen.set())
+    one, two = made(1), made(2)
+    follower.on_state({"tags": {"active": one.id, "candidate": two.id}})  # before either is here
+    store.put(two)
+    follower.on_adapter(two.id)
+    store.put(one)
+    follower.on_adapter(one.id)
+    assert seen.wait(30)
+    follower.stop()
+    assert store.tags()["candidate"] == two.id
+    assert swapped == [one.id]
+
+
 def test_a_refused_swap_is_told_and_not_tried_forever(tmp_path: Path) -> None:
     store = FolderStore(tmp_path, create=True)
     card = store.put(made())

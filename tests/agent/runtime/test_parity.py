@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from agent.learner.rollouts import chunk_noise
 from agent.policy import checkpoint
+from agent.policy.noise import chunk_noise
 from agent.policy.protocol import Chunks, PolicyInput
 from agent.records import Mark
 from agent.runtime.chunks import CollectExecutor
