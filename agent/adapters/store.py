@@ -57,10 +57,10 @@ class FolderStore:
         self.root = Path(root)
         self._files = files or Files()
         self._objects, self._scratch = self.root / "objects", self.root / "scratch"
-        folders = (self._objects, self.root / "tags", self._scratch)
+        folders = (self._objects, self.root / "tags")
         if create:
             with disk_errors(self.root):
-                for folder in folders:
+                for folder in (*folders, self._scratch):
                     self._files.folder(folder)
         elif not all(folder.is_dir() for folder in folders):
             raise RatchetError(
@@ -222,7 +222,7 @@ class FolderStore:
                     text = f"its parent {parent[:12]} is not stored here"
                     problems.append(Problem("adapter.missing_parent", str(path), text, fatal=False))
             problems += self._tags.verify(known)
-            for path in sorted(self._scratch.iterdir()):
+            for path in self._unfinished():
                 problems.append(Problem("adapter.leftover", str(path), "of an interrupted write", fatal=False))
         return problems
 
@@ -270,6 +270,8 @@ class FolderStore:
         """The writers' lock, a clean scratch, coded errors; yields an unused path on the same file system."""
         scratch = self._scratch / secrets.token_hex(8)
         with disk_errors(self.root), self._files.lock(self.root / ".lock"):
+            if not self._scratch.is_dir():
+                self._files.folder(self._scratch)
             self._sweep()
             try:
                 yield scratch
@@ -278,8 +280,12 @@ class FolderStore:
 
     def _sweep(self) -> None:
         # Under the writers' lock nothing in the scratch folder can still be in use.
-        for path in self._scratch.iterdir():
+        for path in self._unfinished():
             self._files.remove(path)
+
+    def _unfinished(self) -> list[Path]:
+        """What interrupted writes left. A store that was copied by git has no scratch folder: it was empty."""
+        return sorted(self._scratch.iterdir()) if self._scratch.is_dir() else []
 
 
 def _card_bytes(card: Card) -> bytes:

@@ -199,6 +199,19 @@ def test_damaged_tags_and_logs_are_named(tmp_path: Path) -> None:
     assert store.verify() == []
 
 
+def test_a_store_that_came_without_its_empty_scratch_folder_works(tmp_path: Path) -> None:
+    """As git and archives copy it: an empty folder does not travel."""
+    FolderStore(tmp_path / "store", create=True).put(ONE)
+    FolderStore(tmp_path / "store").promote(ONE.id)
+    (tmp_path / "store" / "scratch").rmdir()
+    store = FolderStore(tmp_path / "store")
+    assert same(store.get("active"), ONE)
+    assert store.verify() == []
+    assert not (tmp_path / "store" / "scratch").exists(), "reading writes nothing"
+    store.put(TWO)
+    assert store.ids() == sorted([ONE.id, TWO.id])
+
+
 def test_a_tag_that_points_nowhere_is_refused(tmp_path: Path) -> None:
     store = prepare(tmp_path)
     (store.root / "objects" / TWO.id).rename(tmp_path / "away")
