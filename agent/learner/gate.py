@@ -42,6 +42,8 @@ class GateConfig:
     """What a significant drop on a held-out task does."""
     temperature: float = 0.0
     """Sampling temperature of the evaluation; 0 acts greedily."""
+    horizon: int = 0
+    """Longest episode in control steps; 0 takes each task's own."""
     seed: int = 0
     """Root of the seeds of sampled actions."""
 
@@ -49,6 +51,8 @@ class GateConfig:
         for name, low, high in (("allowed_drop", 0.0, 1.0), ("significance", 0.0, 0.5), ("temperature", 0.0, math.inf)):
             if not low <= getattr(self, name) <= high:
                 raise RatchetError("gate.bad_config", f"{name} {getattr(self, name)} is not in [{low}, {high}]")
+        if self.horizon < 0:
+            raise RatchetError("gate.bad_config", f"horizon {self.horizon} is negative", fix="0 takes each task's own")
         if self.episodes < 1 or self.min_episodes < 1:
             raise RatchetError("gate.bad_config", "episodes and min_episodes must be at least 1")
 
@@ -254,7 +258,8 @@ def decision_of(
         return None
     if any(reason["code"] == CANNOT for reason in stored.get("reasons", ())):
         return None
-    if config is not None and dict(stored.get("config", {})) != asdict(config):
+    # Cards from before there was a horizon stand for 0.
+    if config is not None and {"horizon": 0, **stored.get("config", {})} != asdict(config):
         return None
     if not {*held_out} <= {row["task"] for row in stored.get("tasks", ())}:
         return None

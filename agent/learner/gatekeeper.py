@@ -119,7 +119,7 @@ class Gatekeeper:
     def _evaluate(self, adapter_id: str, name: str) -> Cell:
         assert self.env is not None
         task, config = self.tasks[name], self.config
-        specs = evaluation_specs(task, config.episodes, config.seed, purpose="gate")
+        specs = evaluation_specs(task, config.episodes, config.seed, config.horizon, purpose="gate")
         outcomes, _ = run_episodes(
             self.serve(adapter_id),
             self.env,
@@ -138,7 +138,10 @@ class Gatekeeper:
     def _path(self, base: str) -> Path:
         """One journal per base, configuration and set of episodes: outcomes of others are never taken for these."""
         tasks = {n: list(t.evaluation_states[: self.config.episodes]) for n, t in sorted(self.tasks.items())}
-        facts = json.dumps([base, asdict(self.config), tasks], sort_keys=True)
+        config = asdict(self.config)
+        if not self.config.horizon:
+            del config["horizon"]  # so that journals from before there was such a setting are found
+        facts = json.dumps([base, config, tasks], sort_keys=True)
         return self.folder / f"gate-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
 
 

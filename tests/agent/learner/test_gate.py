@@ -148,6 +148,11 @@ def test_a_stored_verdict_counts_only_for_the_question_that_is_asked() -> None:
     assert decision_of(stored, "a", GateConfig(), ["h"]) == "promote"
     assert decision_of(stored, "a", GateConfig(), ["another"]) is None
     assert decision_of(stored, "a", GateConfig(allowed_drop=0.0)) is None
+    assert decision_of(stored, "a", GateConfig(horizon=200)) is None
+    # Cards written before the gate knew horizons mean each task's own.
+    old = {**stored, "config": {k: v for k, v in stored["config"].items() if k != "horizon"}}
+    assert decision_of(old, "a", GateConfig()) == "promote"
+    assert decision_of(old, "a", GateConfig(horizon=200)) is None
     # What was missing may be there by now: a hold for that reason is measured again.
     missing = cannot_evaluate("c", "a", "no simulator", GateConfig())
     assert missing.decision == "hold"

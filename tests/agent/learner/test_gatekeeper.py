@@ -8,6 +8,7 @@ Determinism: fixed policy and seeds, sampled actions with noise from those seeds
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
 from agent.learner.gate import GateConfig
 from agent.learner.gatekeeper import Gatekeeper, earlier_tasks
+from agent.learner.rollouts import run_episodes
 from agent.policy.protocol import Policy
 from sim.vector import ChunkVectorEnv
 from tests.agent.learner.runs import TASKS, fake_env, tiny_with_adapter
@@ -117,6 +119,26 @@ def test_the_base_is_the_rival_where_nothing_is_active(world: World, env: ChunkV
     assert verdict.active == ""
     assert earlier_tasks(world.store, world.first, "") == []
     assert earlier_tasks(world.store, world.second, world.first) == ["door-open"]
+
+
+def test_a_horizon_cuts_every_episode(
+    world: World, env: ChunkVectorEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        outcomes, batch = run_episodes(*args, **options)
+        steps.extend(outcomes.steps.tolist())
+        return outcomes, batch
+
+    monkeypatch.setattr("agent.learner.gatekeeper.run_episodes", counted)
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, horizon=4))
+    keeper(world, env, tmp_path).run(world.first, "")
+    assert len(steps) == 12
+    assert max(steps) == 4
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, horizon=0))
+    keeper(world, env, tmp_path).run(world.first, "")
+    assert max(steps[12:]) > 4, "outcomes of another horizon were taken for these"
 
 
 def test_without_a_simulator_it_holds(world: World, tmp_path: Path) -> None:
