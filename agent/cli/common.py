@@ -123,6 +123,13 @@ def open_running(
     return Running(policy, HotSwapper(policy, lora, store=store), [])
 
 
+def take_over(store: FolderStore, source: FolderStore, reference: str) -> str:
+    """Copy an adapter and those it descends from into another store, with what their cards tell; returns its id."""
+    for identity in reversed(source.lineage(reference)):
+        store.put(source.get(identity), source.card(identity).provenance)
+    return source.resolve(reference)
+
+
 def share_base(policy: AnyPolicy, other: AnyPolicy) -> int:
     """Let a policy read another's frozen weights instead of keeping its own; returns the bytes that this frees.
 

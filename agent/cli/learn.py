@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from agent.adapters.store import FolderStore
 from agent.cli import common, sequential, warmstart
 from agent.cli.computing import ComputingOptions
 from agent.errors import RatchetError
@@ -34,6 +35,8 @@ class Learn(ComputingOptions):
 
         ratchet learn --from demonstrations --tasks window-close --warm.replay window-open --out runs/warm
 
+        ratchet learn --start candidate --store runs/two/adapters --tasks door-open --out runs/third
+
         accelerate launch --num-processes 8 -m agent.cli.main learn --device cuda --tasks ... --out runs/eight
 
     Under `accelerate launch` or `torchrun` the processes share episodes and updates; see docs/scale.md. A run that was
@@ -50,6 +53,11 @@ class Learn(ComputingOptions):
     """Tasks that are evaluated and never trained."""
     policy: Path | None = None
     """Folder of the base policy; the built-in one of the suite if absent."""
+    start: str = ""
+    """Adapter to go on from: id, id prefix or tag in --store; a fresh one if absent. It keeps its shape, whatever
+    --lora says."""
+    store: Path | None = None
+    """Adapter store of --start; the run folder's own if absent."""
     out: Path = Path("runs/learn")
     """Run folder."""
     updates: int = 10
@@ -65,7 +73,7 @@ class Learn(ComputingOptions):
     noise_correlation: float = 0.0
     """Correlation of the sampling noise within a chunk; small policies explore better with 0.9."""
     evaluation_episodes: int = 50
-    """Episodes per task and evaluation."""
+    """Episodes per task and evaluation; 0 evaluates nothing."""
     evaluation: Literal["greedy", "sampled"] = "greedy"
     """How actions are chosen in evaluations."""
     train_pool: int = 0
@@ -116,6 +124,13 @@ class Learn(ComputingOptions):
                 "--shard divides the base among processes, and there is one",
                 fix="start it with accelerate launch or torchrun, or leave --shard out",
             )
+        if self.source == "demonstrations" and self.start:
+            raise RatchetError(
+                "learn.cannot_start",
+                "--start belongs to learning from rollouts",
+                where=self.start,
+                fix="for demonstrations: --warm.start and --warm.store",
+            )
         if self.source == "demonstrations":
             facts = warmstart.run(
                 suite=self.suite,
@@ -160,6 +175,8 @@ class Learn(ComputingOptions):
             device=device.choose(self.device) if ranks is None else ranks.device,
             ranks=ranks,
             shard=self.shard,
+            start=self.start,
+            origin=FolderStore(self.store or self.out / "adapters") if self.start else None,
         )
         if ranks is not None and not ranks.main:
             return 0

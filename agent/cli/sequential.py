@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from agent.adapters.identity import binding_of
 from agent.adapters.lora import Lora
@@ -82,19 +84,27 @@ def run(
     shard: bool = False,
     known: KnownEvaluations | None = None,
     expected: float = 0.0,
+    start: str = "",
+    origin: FolderStore | None = None,
 ) -> Result:
     """Run (or go on with) a sequential fine-tuning in `folder` and write its report.
 
     device: where both policies are. ranks: the processes that run this together, each with `workers` simulators of its
     own; rank 0 alone writes and shows. shard: each rank keeps a part of the frozen base while it updates. known:
     evaluations that other runs made already. expected: seconds that it should take here, 0 where nobody measured it.
+    start: adapter that the run goes on from, stored in `origin`.
     """
     started = time.perf_counter()
     main = ranks is None or ranks.main
     contract = registry.contract_for(suite)
     tasks = common.find_tasks(suite, [*config.tasks, *config.held_out])
+    first = origin.resolve(start) if origin is not None else ""
+    if origin is not None:
+        lora = dataclasses.replace(common.lora_of(origin, first), seed=lora.seed)
     policy, adapter = common.open_policy(policy_folder, contract, lora, device)
     store = FolderStore(folder / "adapters", create=True)
+    if origin is not None:
+        common.take_over(store, origin, first)
     method = method or SeqFT()
     room = method.serving_rank(lora.rank, len(config.tasks))
     served = dataclasses.replace(lora, rank=room, alpha=lora.alpha * room / lora.rank)
@@ -118,20 +128,34 @@ def run(
         policy=str(policy_folder),
         base_hash=policy.base_hash,
         config={"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)},
+        **({"start": first} if first else {}),
         **({} if ranks is None else {"processes": ranks.world, "sharded": shard}),
     )
     if main:
         common.write_json(folder / "run.json", facts)
     if videos and main and running is not None:
-        _videos(running, "", [*config.tasks, *config.held_out], tasks, folder, "before", console)
+        _videos(running, first, [*config.tasks, *config.held_out], tasks, folder, "before", console)
     env = common.make_vector(policy, suite, contract, workers, slots, rollouts)
-    ticking = _Ticker(running) if running is not None else None
+    ticking = Ticker(running) if running is not None else None
     try:
-        with _progress(console) as progress:
-            view = _View(progress, console, config, expected)
+        with progress_bars(console) as progress:
+            view = View(progress, console, config, expected)
             serve = running.serve if running is not None else lambda wanted: _trained(wanted, policy, adapter)
             sequence = SequentialRun(
-                policy, adapter, env, tasks, store, serve, config, folder / "state", view.event, method, ranks, known
+                policy,
+                adapter,
+                env,
+                tasks,
+                store,
+                serve,
+                config,
+                folder / "state",
+                view.event,
+                method,
+                ranks,
+                known,
+                origin=common.command_line(),
+                start=first,
             )
             with ticking or contextlib.nullcontext():
                 matrix = sequence.run()
@@ -145,25 +169,44 @@ def run(
         source = folder / "state" / name
         if source.exists():
             (folder / name).write_bytes(source.read_bytes())
-    cards = [store.card(i) for i in sequence.adapter_ids[1:] if i in store.ids()]
+    common.write_json(folder / "adapters.json", adapter_rows(store, sequence.adapter_ids[1:]))
+    swaps = swap_rows(running)
+    seconds = time.perf_counter() - started
+    facts |= {
+        "finished": common.now(),
+        "seconds": round(seconds, 1),
+        "hot swaps": "; ".join(map(swap_line, swaps)),
+        "forwards of the running policy meanwhile": ticking.count if ticking is not None else 0,
+    }
+    common.write_json(folder / "run.json", facts)
+    report = write_report(folder)
+    if matrix.cells:
+        print_matrix(matrix, console)
+    return Result(suite, folder, matrix, swaps, seconds, report)
+
+
+def adapter_rows(store: FolderStore, identities: Sequence[str]) -> list[dict[str, Any]]:
+    """adapters.json: what the report's table says of those that are stored."""
     tags: dict[str, list[str]] = {}
     for tag, identity in store.tags().items():
         tags.setdefault(identity, []).append(tag)
-    common.write_json(
-        folder / "adapters.json",
-        [
-            {
-                "stage": c.provenance.stage,
-                "task": c.provenance.task,
-                "id": c.id,
-                "parent": c.provenance.parent,
-                "effect": c.provenance.effect,
-                "tags": tags.get(c.id, []),
-            }
-            for c in cards
-        ],
-    )
-    swaps = [
+    there = store.ids()
+    return [
+        {
+            "stage": c.provenance.stage,
+            "task": c.provenance.task,
+            "id": c.id,
+            "parent": c.provenance.parent,
+            "effect": c.provenance.effect,
+            "tags": tags.get(c.id, []),
+        }
+        for c in (store.card(i) for i in identities if i in there)
+    ]
+
+
+def swap_rows(running: common.Running | None) -> list[dict[str, Any]]:
+    """The hot swaps so far, as plain data."""
+    return [
         {
             "from": s.old_id[:12],
             "to": s.new_id[:12],
@@ -173,20 +216,13 @@ def run(
         }
         for s in (running.swaps if running is not None else [])
     ]
-    seconds = time.perf_counter() - started
-    facts |= {
-        "finished": common.now(),
-        "seconds": round(seconds, 1),
-        "hot swaps": "; ".join(
-            f"{s['from']} -> {s['to']}: ready in {s['ready_ms']:.0f} ms, unavailable {s['unavailable_ms']:.3f} ms"
-            for s in swaps
-        ),
-        "forwards of the running policy meanwhile": ticking.count if ticking is not None else 0,
-    }
-    common.write_json(folder / "run.json", facts)
-    report = write_report(folder)
-    print_matrix(matrix, console)
-    return Result(suite, folder, matrix, swaps, seconds, report)
+
+
+def swap_line(swap: Mapping[str, Any]) -> str:
+    return (
+        f"{swap['from']} -> {swap['to']}: ready in {swap['ready_ms']:.0f} ms, "
+        f"policy unavailable {swap['unavailable_ms']:.3f} ms"
+    )
 
 
 def _trained(wanted: str, policy: AnyPolicy, adapter: Lora) -> AnyPolicy:
@@ -206,7 +242,7 @@ def _trained(wanted: str, policy: AnyPolicy, adapter: Lora) -> AnyPolicy:
     return policy
 
 
-class _Ticker:
+class Ticker:
     """Keeps asking the running policy for chunks at 1 Hz, so that every swap happens on a policy in use."""
 
     def __init__(self, running: common.Running) -> None:
@@ -215,7 +251,7 @@ class _Ticker:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> _Ticker:
+    def __enter__(self) -> Ticker:
         self._thread.start()
         return self
 
@@ -233,18 +269,20 @@ class _Ticker:
             self.count += 1
 
 
-def _progress(console: Console) -> Progress:
+def progress_bars(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        # LIBERO's task names are longer than a terminal is wide; the bar and the counts must stay.
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         TimeElapsedColumn(),
         console=console,
+        expand=True,
     )
 
 
-class _View:
+class View:
     """Turns events of the run into progress bars and lines."""
 
     def __init__(self, progress: Progress, console: Console, config: SequenceConfig, expected: float) -> None:

@@ -66,7 +66,7 @@ class SequenceConfig:
     noise_correlation: float = 0.0
     """Correlation of the sampling noise within a chunk, in [0, 1); see `policy.noise.chunk_noise`."""
     evaluation_episodes: int = 50
-    """Episodes per task and evaluation, at most one per evaluation state."""
+    """Episodes per task and evaluation, at most one per evaluation state; 0 evaluates nothing."""
     evaluation_temperature: float = 0.0
     """0 evaluates greedily; the published code evaluates at its sampling temperature."""
     seed: int = 0
@@ -155,6 +155,11 @@ class SequentialRun:
         known: evaluations that need not be made again; None makes all. Not for several ranks.
         ranks: the processes that run this together, all with the same arguments but `env`; rank 0 writes the folder,
             which all of them see. None for one process.
+        origin: the command that this run was started with; stands on the card of every adapter that it makes.
+        start: id of a stored adapter that the run goes on from; a fresh one if absent.
+
+    Raises:
+        RatchetError: learn.unknown_task, learn.cannot_start.
     """
 
     def __init__(
@@ -171,16 +176,27 @@ class SequentialRun:
         method: SeqFT | None = None,
         ranks: Ranks | None = None,
         known: KnownEvaluations | None = None,
+        origin: str = "",
+        start: str = "",
     ) -> None:
         for name in (*config.tasks, *config.held_out):
             if name not in tasks:
                 raise RatchetError("learn.unknown_task", f"no task '{name}'", fix=f"tasks: {', '.join(sorted(tasks))}")
         self.policy, self.lora, self.env, self.tasks = policy, lora, env, tasks
         self.store, self.serve, self.config, self.folder = store, serve, config, folder
-        self.on_event = on_event
+        self.on_event, self.origin = on_event, origin
         self.known = known if ranks is None else None
         self.ranks, self._writes = ranks, ranks is None or ranks.main
         self.method = method or SeqFT()
+        if start and type(self.method) is not SeqFT:
+            raise RatchetError(
+                "learn.cannot_start",
+                f"method {self.method.name} has more state than an adapter holds",
+                where=start[:12],
+                fix="go on from an adapter with seq_ft, or start anew",
+            )
+        self.start = start
+        self._stages_before = store.card(start).provenance.stage if start else 0
         self._base_hash = policy.base_hash  # of the base as it came: a method may change the weights
         self.method.bind(policy, lora, config.tasks, config.seed)
         self.policy = self.method.policy  # a control may train a network of its own
@@ -188,7 +204,7 @@ class SequentialRun:
         self.stage = 0  # tasks finished
         self.update = 0  # updates finished in the current stage
         self.solved = False  # whether the current stage needs no more of them
-        self.adapter_ids: list[str] = [""]  # by stage
+        self.adapter_ids: list[str] = [start]  # by stage, "" for the base
         self.updater: TaskUpdater | None = None
 
     @property
@@ -203,6 +219,9 @@ class SequentialRun:
             self._resume()
         else:
             self.method.start(derive_seed(self.config.seed, "lora"))
+            if self.start:
+                origin = self.store.get(self.start)
+                self.lora.load(origin.tensors, origin.config)
         if self.ranks is not None:
             # Before anything is written: a rank with another command, release or folder would learn something else.
             self.ranks.agree("the run", [self._fingerprint(), resumed, self.stage, self.update, self.adapter_ids])
@@ -275,7 +294,9 @@ class SequentialRun:
         parent = self.adapter_ids[-1] or None
         self.method.end_task(self.stage)
         effect = self.lora.effect().overall
-        provenance = Provenance(parent=parent, task=task, stage=self.stage + 1, effect=effect, notes=self.method.name)
+        notes = f"{self.method.name}: {self.origin}" if self.origin else self.method.name
+        stage = self._stages_before + self.stage + 1
+        provenance = Provenance(parent=parent, task=task, stage=stage, effect=effect, notes=notes)
         adapter_id = self.method.publish(self.store, provenance) if self._writes else ""
         if self.ranks is not None:
             # The others wait here until the adapter is in the store, from which they serve it.
@@ -288,6 +309,8 @@ class SequentialRun:
         self.on_event("stage", {"task": task, "stage": self.stage, "adapter_id": adapter_id, "effect": effect})
 
     def _evaluate_stage(self) -> None:
+        if not self.config.evaluation_episodes:
+            return
         if not self.method.sequential and 0 < self.stage < len(self.config.tasks):
             return  # stages mean nothing to it
         for name in (*self.config.tasks, *self.config.held_out):
@@ -375,6 +398,8 @@ class SequentialRun:
         facts = {"config": config, "base": self._base_hash, "method": self.method.name}
         if self.method.settings:
             facts["settings"] = self.method.settings
+        if self.start:
+            facts["start"] = self.start
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _save(self) -> None:

@@ -90,8 +90,9 @@ def start(
     ranks: Ranks | None = None,
     shard: bool = False,
     known: KnownEvaluations | None = None,
+    begin: str = "",
 ) -> SequentialRun:
-    """Run (or resume) in `folder`; with ranks, this process's part of it."""
+    """Run (or resume) in `folder`; with ranks, this process's part of it. begin: a stored adapter's id."""
     torch.set_num_threads(1)
     method = method or SeqFT()
     policy, lora = tiny_with_adapter()
@@ -109,7 +110,20 @@ def start(
     env = fake_env()
     try:
         sequence = SequentialRun(
-            policy, lora, env, TASKS, store, serve, config, folder / "state", on_event, method, ranks, known
+            policy,
+            lora,
+            env,
+            TASKS,
+            store,
+            serve,
+            config,
+            folder / "state",
+            on_event,
+            method,
+            ranks,
+            known,
+            origin="ratchet learn --tasks door-open",
+            start=begin,
         )
         sequence.run()
     finally:

@@ -21,9 +21,12 @@ import psutil
 import pytest
 import torch
 
+from agent.adapters.identity import binding_of
 from agent.adapters.lora import Lora
+from agent.adapters.protocol import Provenance
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
+from agent.learner.methods.ewc import EWC
 from agent.learner.metrics import SuccessMatrix
 from agent.learner.sequence import SequentialRun, Stop
 from agent.learner.update import Updater
@@ -39,11 +42,15 @@ def quiet(kind: str, facts: dict[str, Any]) -> None:
     """Nobody watches."""
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def outcome_of_updates(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "state" / "updates.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
     return {
         "matrix": json.loads((folder / "state" / "matrix.json").read_text()),
-        "updates": [{k: v for k, v in line.items() if k not in TIMES} for line in lines],
+        "updates": outcome_of_updates(folder),
         "adapters": sorted(FolderStore(folder / "adapters").ids()),
     }
 
@@ -227,6 +234,40 @@ def test_a_solved_task_is_over_and_the_next_one_is_not(tmp_path: Path) -> None:
         start(tmp_path / "resumed", stop, dataclasses.replace(config, until=until))
     start(tmp_path / "resumed", quiet, dataclasses.replace(config, until=until))
     assert outcome(tmp_path / "resumed") == found, "a resumed run must remember that the task was solved"
+
+
+def test_a_run_goes_on_from_a_stored_adapter(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "adapters", create=True)
+    policy, lora = tiny_with_adapter()
+    generator = torch.Generator().manual_seed(3)
+    lora.load({n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in lora.export().items()})
+    first = store.put(lora.adapter(binding_of(policy)), Provenance(task="door-open", stage=2)).id
+    config = dataclasses.replace(CONFIG, tasks=("push",), held_out=(), evaluation_episodes=0)
+    seen = 0
+
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += kind == "update"
+        assert kind != "evaluated"
+        if seen:
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(tmp_path, stop, config, begin=first)
+    sequence = start(tmp_path, quiet, config, begin=first)
+    updates = outcome_of_updates(tmp_path)
+    assert updates[0]["adapter_id"] == first, "the first episodes are the stored adapter's"
+    assert updates[1]["adapter_id"] != first
+    assert sequence.adapter_ids[0] == first
+    made = sequence.adapter_ids[1]
+    assert store.lineage(made) == [made, first]
+    assert store.card(made).provenance.stage == 3
+    assert store.card(made).provenance.notes == "seq_ft: ratchet learn --tasks door-open"
+    assert sequence.matrix.cells == {}
+    with pytest.raises(RatchetError, match=r"learn\.changed_run"):
+        start(tmp_path, quiet, config)
+    with pytest.raises(RatchetError, match=r"learn\.cannot_start"):
+        start(tmp_path / "ewc", quiet, config, method=EWC(), begin=first)
 
 
 @pytest.mark.parametrize("until", [-0.1, 1.1, float("nan")])
