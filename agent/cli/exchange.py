@@ -22,6 +22,7 @@ from agent.episodes.format import Codec
 from agent.episodes.hdf5 import export_hdf5
 from agent.episodes.imports import NameMapping, import_lerobot, import_libero
 from agent.episodes.rerun_export import export_rrd
+from agent.episodes.returning import import_own, is_own
 from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import Verification
 from agent.errors import RatchetError
@@ -77,12 +78,13 @@ class Export:
 
 @dataclass
 class Import:
-    """Demonstrations of others: a LeRobot data set (v3.0, v2.1) or a LIBERO HDF5 file, as unjudged episodes."""
+    """Demonstrations of others (a LeRobot data set, v3.0 or v2.1, or a LIBERO HDF5 file) and exports of this project,
+    as unjudged episodes. Own exports come back row by row as they were recorded."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of a LeRobot data set, or HDF5 file."""
-    contract: Path
-    """Contract of the robot that the demonstrations are for."""
+    contract: Path | None = None
+    """Contract of the robot that the demonstrations are for; own exports have theirs with them."""
     store: Path = STORE
     """Folder with the episodes; made if need be."""
     cameras: tuple[str, ...] = ()
@@ -97,14 +99,23 @@ class Import:
     """Print JSON."""
 
     def run(self) -> int:
-        contract = RobotContract.load(self.contract)
+        contract = RobotContract.load(self.contract) if self.contract is not None else None
         pairs = [c.partition("=") for c in self.cameras]
         if any(not there for _, there, _ in pairs):
             raise RatchetError("cli.bad_value", "cameras are pairs", fix="such as --cameras agentview=image")
         mapping = NameMapping({mine: theirs for mine, _, theirs in pairs}, self.actions, self.same_order)
         store = EpisodeStore(self.store, create=True)
         with progress("read", quiet=self.json) as tell:
-            if self.source.is_dir():
+            if is_own(self.source):
+                cards = import_own(self.source, store, contract, frames=self.frames, progress=tell)
+            elif contract is None:
+                raise RatchetError(
+                    "import.no_contract",
+                    "nothing says which robot these demonstrations are for",
+                    where=str(self.source),
+                    fix="give --contract, such as robots/libero.yaml",
+                )
+            elif self.source.is_dir():
                 cards = import_lerobot(self.source, store, contract, mapping, frames=self.frames, progress=tell)
             else:
                 cards = import_libero(self.source, store, contract, frames=self.frames, progress=tell)

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from agent.contract import RobotContract
 from agent.episodes import lerobot, statistics
 from agent.episodes.disk import disk_refusals, sync_folder
 from agent.episodes.export_check import Progress, compare
+from agent.episodes.exported import FORMAT, facts_of
 from agent.episodes.rows import Rate, Row, best_rate, rows, state_vector
 from agent.episodes.store import Card
 from agent.episodes.verification import Standing, Verification
 from agent.episodes.video import VideoCodec, VideoFile
 from agent.errors import RatchetError
 
-OURS = "meta/ratchet.json"  # what LeRobot has no place for
+OURS = "meta/ratchet.json"  # what LeRobot has no place for, and what brings the set back
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ def choose(said: Verification, references: Sequence[str], unverified: bool) -> l
             "export.mixed_contracts", "the episodes are of several robots", fix="export one robot's at a time"
         )
     return chosen
+
+
+def empty_episode(card: Card, rate: Rate) -> RatchetError:
+    fix = "leave --options.rate out: it was recorded decision by decision" if rate == "control" and card.steps else ""
+    return RatchetError("export.empty_episode", "it has no step with an action", where=card.id[:12], fix=fix)
 
 
 def export_lerobot(
@@ -182,12 +188,13 @@ class _Writer:
                 colours[name].add(image)
             kept.append(Row(**{**row.__dict__, "images": {}}))
         if not kept:
-            raise RatchetError("export.empty_episode", "it has no step with an action", where=card.id[:12])
+            raise empty_episode(card, self.rate)
         table = self._table(kept, success, self._tasks.index(card.instruction))
         written = lerobot.data_table(table, self._schema)
         self._data.write_table(written)
         self._data_bytes += written.nbytes
-        self._describe(card, standing, table, colours, starts)
+        self._describe(card, table, colours, starts)
+        self._ours.append(facts_of(card, standing, reader))
         self.frames += len(kept)
 
     def finish(self) -> None:
@@ -202,10 +209,8 @@ class _Writer:
         _json(self._folder / "meta/stats.json", plain)
         facts = lerobot.info(self.columns, self.fps, self.contract.name, len(self.rows), self.frames, len(self._tasks))
         _json(self._folder / "meta/info.json", facts)
-        _json(
-            self._folder / OURS,
-            {"rate": self.rate, "contract": json.loads(json.dumps(asdict(self.contract))), "episodes": self._ours},
-        )
+        ours = {"format": FORMAT, "rate": self.rate, "fps": self.fps, "contract": self.contract.to_dict()}
+        _json(self._folder / OURS, {**ours, "episodes": self._ours})
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -256,6 +261,8 @@ class _Writer:
             "next.success": np.array([bool(success) and r.done for r in kept]),
             "is_intervention": np.array([r.human for r in kept]),
             "executed": np.array([r.executed for r in kept]),
+            "marks": np.array([r.marks for r in kept]),
+            "stamp": np.array([r.stamp for r in kept]),
             "timestamp": (index / self.fps).astype(np.float32),
             "frame_index": index,
             "episode_index": np.full(count, len(self.rows)),
@@ -264,12 +271,12 @@ class _Writer:
         }
         if self._length:
             table[lerobot.CHUNK] = np.stack([r.chunk.ravel() for r in kept if r.chunk is not None])
+            table[lerobot.CHUNK_EXECUTED] = np.stack([r.flags for r in kept if r.flags is not None])
         return table
 
     def _describe(
         self,
         card: Card,
-        standing: Standing,
         table: dict[str, Any],
         colours: dict[str, statistics.Colours],
         starts: dict[str, int],
@@ -295,8 +302,6 @@ class _Writer:
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
         self.rows.append(row)
         self._stats.append(stats)
-        facts = {"id": card.id, "adapter_id": card.adapter_id, "task": card.task, "session": card.session}
-        self._ours.append({**facts, "verification": asdict(standing)})
 
 
 def _json(path: Path, data: Any) -> None:

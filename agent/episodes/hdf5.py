@@ -5,7 +5,6 @@ Knows the layout. Frames are stored as they are, without loss.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -19,8 +18,9 @@ import numpy as np
 
 from agent.contract import RobotContract
 from agent.episodes.disk import disk_refusals, sync_folder
-from agent.episodes.export import choose
+from agent.episodes.export import choose, empty_episode
 from agent.episodes.export_check import Progress
+from agent.episodes.exported import FORMAT, facts_of
 from agent.episodes.rows import Rate, Row, best_rate, rows
 from agent.episodes.verification import Verification
 from agent.errors import RatchetError
@@ -71,19 +71,21 @@ def export_hdf5(
                     success = standing.success if standing.state == "verified" else card.success
                     kept = list(rows(reader, rate, success))
                     if not kept:
-                        raise RatchetError("export.empty_episode", "it has no step with an action", where=card.id[:12])
+                        raise empty_episode(card, rate)
                     demo = data.create_group(f"demo_{i}")
                     _write(demo, kept, contract, compress)
                     demo.attrs["num_samples"] = len(kept)
                     demo.attrs["episode_id"] = card.id
                     demo.attrs["adapter_id"] = card.adapter_id
-                    demo.attrs["verification"] = json.dumps(dataclasses.asdict(standing))
+                    demo.attrs["facts"] = json.dumps(facts_of(card, standing, reader))
                     total += len(kept)
                     tell("written", i + 1, len(chosen))
                 data.attrs["total"] = total
                 data.attrs["env_args"] = json.dumps({"env_name": contract.name, "type": 1, "env_kwargs": {}})
                 data.attrs["problem_info"] = json.dumps({"language_instruction": chosen[0][0].instruction})
-                data.attrs["contract"] = json.dumps(dataclasses.asdict(contract))
+                data.attrs["contract"] = json.dumps(contract.to_dict())
+                data.attrs["rate"] = rate
+                data.attrs["ratchet_format"] = FORMAT
                 file.create_dataset("mask/train", data=np.array([f"demo_{i}" for i in range(len(chosen))], "S"))
             _compare(said, scratch, rate, contract, chosen, tell)
             with scratch.open("rb") as whole:
@@ -101,10 +103,11 @@ def _write(demo: Any, kept: list[Row], contract: RobotContract, compress: bool) 
     demo.create_dataset("rewards", data=np.array([r.reward for r in kept]))
     demo.create_dataset("dones", data=np.array([r.done for r in kept], np.int64))
     demo.create_dataset("is_intervention", data=np.array([r.human for r in kept], np.int64))
+    demo.create_dataset("executed", data=np.array([r.executed for r in kept], np.int64))
+    demo.create_dataset("marks", data=np.array([r.marks for r in kept], np.int64))
+    demo.create_dataset("stamps", data=np.array([r.stamp for r in kept], np.float64))
     if kept[0].chunk is not None:
-        lengths = {len(r.chunk) for r in kept if r.chunk is not None}
-        if len(lengths) == 1:
-            demo.create_dataset("action_chunks", data=np.stack([r.chunk for r in kept if r.chunk is not None]))
+        _write_chunks(demo, kept, contract.action.size)
     obs = demo.create_group("obs")
     options: dict[str, Any] = {"compression": "gzip", "compression_opts": 1} if compress else {}
     for camera in contract.cameras:
@@ -112,6 +115,19 @@ def _write(demo: Any, kept: list[Row], contract: RobotContract, compress: bool) 
         obs.create_dataset(f"{camera.name}_image", data=frames, chunks=(1, *frames.shape[1:]), **options)
     for state in contract.state:
         obs.create_dataset(state.name, data=np.stack([r.state[state.name] for r in kept]))
+
+
+def _write_chunks(demo: Any, kept: list[Row], size: int) -> None:
+    """Chunks side by side, shorter ones padded with NaN behind their own length."""
+    lengths = [0 if r.chunk is None else len(r.chunk) for r in kept]
+    chunks = np.full((len(kept), max(lengths), size), np.nan, np.float32)
+    executed = np.zeros((len(kept), max(lengths)), np.int64)
+    for i, row in enumerate(kept):
+        if row.chunk is not None and row.flags is not None:
+            chunks[i, : lengths[i]], executed[i, : lengths[i]] = row.chunk, row.flags
+    demo.create_dataset("action_chunks", data=chunks)
+    demo.create_dataset("chunk_executed", data=executed)
+    demo.create_dataset("chunk_lengths", data=np.array(lengths, np.int64))
 
 
 def _compare(

@@ -66,9 +66,9 @@ def import_lerobot(
             import.other_rate, import.other_size; nothing has been imported then.
     """
     mapping = mapping or NameMapping()
-    source = _LeRobot(folder, contract, mapping)
+    source = LeRobotSet(folder, contract, mapping)
     written = (folder / "meta/info.json").stat().st_mtime
-    return _take_in(source.episodes(), len(source.listing), store, contract, frames, written, progress)
+    return take_in(source.episodes(), len(source.listing), store, contract, frames, progress, written)
 
 
 def import_libero(
@@ -95,7 +95,7 @@ def import_libero(
             )
         _check_libero(data["data"][names[0]], contract, str(file))
         found = _libero(data, names, file, contract)
-        return _take_in(found, len(names), store, contract, frames, file.stat().st_mtime, progress)
+        return take_in(found, len(names), store, contract, frames, progress, file.stat().st_mtime)
 
 
 def demonstration(
@@ -125,27 +125,30 @@ def demonstration(
     return Episode(task=task, instruction=instruction, steps=steps, ticks=ticks, meta=meta)
 
 
-def _take_in(
-    found: Iterator[Episode],
+def take_in(
+    found: Iterator[tuple[Episode, dict[str, Any]]],
     count: int,
     store: EpisodeStore,
     contract: RobotContract,
     frames: Codec,
-    written: float,
     progress: Progress | None,
+    written: float = 0.0,
 ) -> list[Card]:
     """Write all beside the store first, so that a refusal in the middle leaves nothing behind.
 
-    written: when the source was, in seconds UTC; it dates the episodes, so that importing again gives the same ids.
+    found: episodes, each with what is known of it (session, created, clock_offset, calibrations) or nothing. written:
+        when the source was, in seconds UTC; it dates episodes of which nothing is known, so that importing again gives
+        the same ids.
     """
     created = datetime.fromtimestamp(written, UTC).isoformat(timespec="milliseconds")
+    unknown = {"session": "imported", "created": created, "clock_offset": written, "calibrations": {}}
     tell = progress or (lambda what, done, of: None)
     waiting = Path(tempfile.mkdtemp(prefix=".importing-", dir=store.root))
     try:
-        for i, episode in enumerate(found):
+        for i, (episode, known) in enumerate(found):
             path = waiting / f"{i:06d}.mcap"
-            facts: dict[str, Any] = {"mode": "import", "session": "imported", "created": created}
-            write_episode(path, episode, contract, frames=frames, clock_offset=written, **facts)
+            facts = {name: known.get(name, value) for name, value in unknown.items()}
+            write_episode(path, episode, contract, frames=frames, mode="import", **facts)
             tell("read", i + 1, count)
         return [store.copy_in(path) for path in sorted(waiting.iterdir())]
     finally:
@@ -171,7 +174,9 @@ def _check_libero(demo: Any, contract: RobotContract, where: str) -> None:
         raise _other("actions", text, where, [d.name for d in contract.action.dims])
 
 
-def _libero(data: Any, names: list[str], file: Path, contract: RobotContract) -> Iterator[Episode]:
+def _libero(
+    data: Any, names: list[str], file: Path, contract: RobotContract
+) -> Iterator[tuple[Episode, dict[str, Any]]]:
     attributes = data["data"].attrs
     problem = json.loads(attributes.get("problem_info", "{}"))
     instruction = " ".join(str(problem.get("language_instruction", file.stem.replace("_", " "))).split())
@@ -192,7 +197,7 @@ def _libero(data: Any, names: list[str], file: Path, contract: RobotContract) ->
                 states[i][state.name] = values[i]
         actions = np.asarray(demo["actions"], np.float32) * scale
         meta = {"imported_from": file.name, "demonstration": name, "claims_success": bool(np.any(demo["dones"]))}
-        yield demonstration(contract, instruction, file.stem.removesuffix("_demo"), images, states, actions, meta)
+        yield demonstration(contract, instruction, file.stem.removesuffix("_demo"), images, states, actions, meta), {}
 
 
 def upright(image: npt.NDArray[Any], camera: CameraSpec) -> UInt8:
@@ -205,11 +210,12 @@ def upright(image: npt.NDArray[Any], camera: CameraSpec) -> UInt8:
 # -- LeRobot -----------------------------------------------------------------------------------------------------
 
 
-class _LeRobot:
-    """One data set of version 3.0 or 2.1, held against the contract."""
+class LeRobotSet:
+    """One data set of version 3.0 or 2.1, held against the contract. rate: frames per second, or the contract's."""
 
-    def __init__(self, folder: Path, contract: RobotContract, mapping: NameMapping) -> None:
+    def __init__(self, folder: Path, contract: RobotContract, mapping: NameMapping, rate: float | None = None) -> None:
         self._folder, self._contract, self._mapping = folder, contract, mapping
+        self._rate = contract.control_hz if rate is None else rate
         try:
             self._info = json.loads((folder / "meta/info.json").read_text())
             self._version = str(self._info["codebase_version"])
@@ -228,9 +234,19 @@ class _LeRobot:
         self._check()
         self.listing = self._list()
 
-    def episodes(self) -> Iterator[Episode]:
-        videos: dict[Path, Iterator[UInt8]] = {}
+    def episodes(self) -> Iterator[tuple[Episode, dict[str, Any]]]:
         scale = np.array([d.command_scale for d in self._contract.action.dims], np.float32)
+        for row, (table, states, actions, images) in zip(self.listing, self.read(), strict=True):
+            if self._mapping.actions == "command":
+                actions = actions * scale
+            human = table["is_intervention"].to_pylist() if "is_intervention" in table.column_names else None
+            text = row["tasks"][0]
+            meta = {"imported_from": self._folder.name, "episode": row["episode_index"]}
+            yield demonstration(self._contract, text, text, images, states, actions, meta, human=human), {}
+
+    def read(self) -> Iterator[tuple[Any, list[dict[str, Float32]], Float32, list[dict[str, UInt8]]]]:
+        """Table, N states, actions (N, D) float32 as they are written, and N times the frames of each episode."""
+        videos: dict[Path, Iterator[UInt8]] = {}
         names = [s.name for s in self._contract.state]
         ends = np.cumsum([s.size for s in self._contract.state])[:-1]
         for row in self.listing:
@@ -238,16 +254,8 @@ class _LeRobot:
             count = len(table["index"])
             state = np.array(table["observation.state"].to_pylist(), np.float32).reshape(count, -1)
             actions = np.array(table["action"].to_pylist(), np.float32).reshape(count, -1)
-            if self._mapping.actions == "command":
-                actions = actions * scale
             states = [dict(zip(names, np.split(values, ends), strict=True)) for values in state]
-            images = self._images(row, table, count, videos)
-            human = table["is_intervention"].to_pylist() if "is_intervention" in table.column_names else None
-            text = row["tasks"][0]
-            meta = {"imported_from": self._folder.name, "episode": row["episode_index"]}
-            yield demonstration(
-                self._contract, text, text, images, states, actions, meta, human=human if human and any(human) else None
-            )
+            yield table, states, actions, self._images(row, table, count, videos)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -265,8 +273,8 @@ class _LeRobot:
             fits = theirs["shape"] == [len(names)] and (given == names or self._mapping.same_order)
             if not fits:
                 raise _other(code, f"{key} is {given} of shape {theirs['shape']}, the contract has {names}", where, [])
-        if abs(self._info["fps"] - contract.control_hz) > 1e-6:
-            raise _other("rate", f"{self._info['fps']} fps, the contract runs at {contract.control_hz} Hz", where, [])
+        if abs(self._info["fps"] - self._rate) > 1e-6:
+            raise _other("rate", f"{self._info['fps']} fps, the contract runs at {self._rate:g} Hz", where, [])
         for camera in contract.cameras:
             key = self._key(camera)
             if self._features.get(key, {}).get("dtype") not in ("video", "image"):

@@ -25,8 +25,9 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 IMAGES, STATE, ACTION, CHUNK = "observation.images.", "observation.state", "action", "action.chunk"
+CHUNK_EXECUTED = "action.chunk.executed"
 DEFAULTS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-_ARROW = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}
+_ARROW = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_()}
 
 
 def features(contract: RobotContract, fps: int, codec: str, crf: int, chunk: int = 0) -> dict[str, dict[str, Any]]:
@@ -56,12 +57,15 @@ def features(contract: RobotContract, fps: int, codec: str, crf: int, chunk: int
     if chunk:
         names = [f"{d}.{k}" for k in range(chunk) for d in dims]
         found[CHUNK] = {"dtype": "float32", "shape": [len(names)], "names": names}
+        found[CHUNK_EXECUTED] = {"dtype": "bool", "shape": [chunk], "names": [str(k) for k in range(chunk)]}
     for name, dtype in (
         ("next.reward", "float32"),
         ("next.done", "bool"),
         ("next.success", "bool"),
         ("is_intervention", "bool"),
         ("executed", "bool"),
+        ("marks", "int64"),
+        ("stamp", "float64"),
     ):
         found[name] = {"dtype": dtype, "shape": [1], "names": None}
     for name in DEFAULTS:

@@ -18,7 +18,7 @@ from agent.episodes.format import Codec
 from agent.episodes.frames import Decoder
 from agent.episodes.reader import EpisodeReader
 from agent.errors import RatchetError
-from agent.records import Float32, Mark, UInt8
+from agent.records import Bool, Float32, Mark, UInt8
 
 Rate = Literal["control", "decisions"]
 FRAME_AGE = 1.6  # control periods that a frame may be older than the step it is shown at
@@ -30,7 +30,8 @@ class Row:
 
     action: (D,) float32, physical units: what the robot was sent; of a decision, the first action of its chunk.
     chunk: (K, D) float32 of a decision, None at control rate. executed: the (first) action was sent exactly as sampled.
-    human: it was a person's.
+    human: it was a person's. marks: what became of the action, a `Mark` as a number, at control rate; 0 of a decision.
+    flags: (K,) bool of a decision, which of its actions were sent exactly as sampled; None at control rate.
     """
 
     stamp: float
@@ -42,6 +43,8 @@ class Row:
     human: bool
     reward: float
     done: bool
+    marks: int = 0
+    flags: Bool | None = None
 
 
 def best_rate(reader: EpisodeReader) -> Rate:
@@ -101,15 +104,36 @@ def _control_rows(reader: EpisodeReader) -> Iterator[Row]:
                 shown[camera.name] = (body, image)
             images[camera.name] = shown[camera.name][1]
         human = bool(tick.marks & Mark.HUMAN)
-        yield Row(tick.stamp, images, tick.state, tick.command, None, tick.marks == Mark.NONE, human, 0.0, False)
+        yield Row(
+            tick.stamp,
+            images,
+            tick.state,
+            tick.command,
+            None,
+            tick.marks == Mark.NONE,
+            human,
+            0.0,
+            False,
+            int(tick.marks),
+        )
 
 
 def _decision_rows(reader: EpisodeReader) -> Iterator[Row]:
     for step in reader.episode().steps:
         seen, actions = step.observation, step.chunk.actions
         human = not step.chunk.adapter_id and not step.executed.any()
-        executed = bool(step.executed[0])
-        yield Row(seen.stamp, seen.images, seen.state, actions[0], actions, executed, human, step.reward, step.done)
+        yield Row(
+            seen.stamp,
+            seen.images,
+            seen.state,
+            actions[0],
+            actions,
+            bool(step.executed[0]),
+            human,
+            step.reward,
+            step.done,
+            flags=step.executed,
+        )
 
 
 def _ages(reader: EpisodeReader) -> Iterator[float]:

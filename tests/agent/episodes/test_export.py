@@ -223,7 +223,7 @@ def test_what_was_exported_comes_back(exported: tuple[Verification, Path, Any], 
     store = EpisodeStore(tmp_path, create=True)
     cards = import_lerobot(folder, store, CONTRACT)
     assert [(c.ticks, c.mode, c.human_share, c.success) for c in cards] == [
-        (n, "import", 1.0, None) for n in (8, 9, 10)
+        (n, "import", 0.0, None) for n in (8, 9, 10)
     ]
     for mine, theirs in zip(said.store.cards(), cards, strict=True):
         for a, b in zip(said.store.read(mine).ticks, store.read(theirs.id).ticks, strict=True):
