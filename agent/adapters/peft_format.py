@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from agent.adapters.identity import Adapter, Binding, canonical_config, dtype_name
-from agent.adapters.lora import peft_config
 from agent.errors import RatchetError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -33,6 +32,8 @@ def weights_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
     """The configuration file: PEFT's full one, so that any version of it can read it."""
+    from agent.adapters.lora import peft_config  # peft takes seconds to load, and whoever only reads needs none of it
+
     full = peft_config(config).to_dict()
     full["peft_type"] = "LORA"
     full["inference_mode"] = True

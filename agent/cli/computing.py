@@ -9,8 +9,6 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from agent.policy.computing import VARIABLE
-
 
 @dataclass(kw_only=True)
 class ComputingOptions:
@@ -23,4 +21,6 @@ class ComputingOptions:
     def apply(self) -> None:
         """Let this process and those that it starts compute so."""
         if self.dtype:
+            from agent.policy.computing import VARIABLE  # torch is loaded by those who compute
+
             os.environ[VARIABLE] = self.dtype

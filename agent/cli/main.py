@@ -10,74 +10,46 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 from rich.console import Console
 
-from agent.cli import (
-    adapters,
-    calibrate,
-    courier,
-    ctl,
-    demo,
-    doctor,
-    episodes,
-    evaluate,
-    inspection,
-    keys,
-    learn,
-    learner,
-    plan,
-    pretrain,
-    report,
-    review,
-    robot,
-    run,
-    session,
-    status,
-    study,
-    up,
-)
 from agent.cli.computing import ComputingOptions
 from agent.errors import RatchetError
+
+VERBS = (
+    "demo",
+    "eval",
+    "inspect",
+    "adopt",
+    "learn",
+    "pretrain",
+    "plan",
+    "adapters",
+    "report",
+    "episodes",
+    "review",
+    "run",
+    "keys",
+    "learner",
+    "courier",
+    "robot",
+    "session",
+    "status",
+    "study",
+    "calibrate",
+    "doctor",
+    "up",
+    "ctl",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {
-        "demo": demo.Demo,
-        "eval": evaluate.Eval,
-        "inspect": inspection.Inspect,
-        "adopt": inspection.Adopt,
-        "learn": learn.Learn,
-        "pretrain": pretrain.Pretrain,
-        "plan": plan.PlanCommand,
-        "adapters": adapters.Adapters,
-        "report": report.Report,
-        "episodes": episodes.Episodes,
-        "review": review.Review,
-        "run": run.Run,
-        "keys": keys.Keys,
-        "learner": learner.Learner,
-        "courier": courier.Courier,
-        "robot": robot.Robot,
-        "session": session.SessionCommand,
-        "status": status.Status,
-        "study": study.Study,
-        "calibrate": calibrate.Calibrate,
-        "doctor": doctor.Doctor,
-        "up": up.Up,
-        "ctl": ctl.Ctl,
-    }
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            verbs,  # type: ignore[arg-type]
-            prog="ratchet",
-            description="Run a VLA on an arm and let it get better between sessions without losing what it could do.",
-            args=given,
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
+        command = _parsed(given)
         for part in (command, getattr(command, "command", None)):
             if isinstance(part, ComputingOptions):
                 part.apply()
@@ -94,6 +66,118 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on from the last checkpoint")
         return 130
+
+
+def _parsed(given: list[str]) -> Any:
+    """The verb's command with its options. All verbs are loaded only where none is named: for the list of them."""
+    how = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+    if given and given[0] in VERBS:
+        return tyro.cli(_loaded(given[0]), prog=f"ratchet {given[0]}", args=given[1:], config=how)
+    return tyro.extras.subcommand_cli_from_dict(
+        {verb: _loaded(verb) for verb in VERBS},
+        prog="ratchet",
+        description="Run a VLA on an arm and let it get better between sessions without losing what it could do.",
+        args=given,
+        config=how,
+    )
+
+
+def _loaded(verb: str) -> Any:
+    """A verb's class, imported when it is asked for: what only hands files over waits for no simulator and no plot."""
+    match verb:
+        case "demo":
+            from agent.cli import demo
+
+            return demo.Demo
+        case "eval":
+            from agent.cli import evaluate
+
+            return evaluate.Eval
+        case "inspect":
+            from agent.cli import inspection
+
+            return inspection.Inspect
+        case "adopt":
+            from agent.cli import inspection
+
+            return inspection.Adopt
+        case "learn":
+            from agent.cli import learn
+
+            return learn.Learn
+        case "pretrain":
+            from agent.cli import pretrain
+
+            return pretrain.Pretrain
+        case "plan":
+            from agent.cli import plan
+
+            return plan.PlanCommand
+        case "adapters":
+            from agent.cli import adapters
+
+            return adapters.Adapters
+        case "report":
+            from agent.cli import report
+
+            return report.Report
+        case "episodes":
+            from agent.cli import episodes
+
+            return episodes.Episodes
+        case "review":
+            from agent.cli import review
+
+            return review.Review
+        case "run":
+            from agent.cli import run
+
+            return run.Run
+        case "keys":
+            from agent.cli import keys
+
+            return keys.Keys
+        case "learner":
+            from agent.cli import learner
+
+            return learner.Learner
+        case "courier":
+            from agent.cli import courier
+
+            return courier.Courier
+        case "robot":
+            from agent.cli import robot
+
+            return robot.Robot
+        case "session":
+            from agent.cli import session
+
+            return session.SessionCommand
+        case "status":
+            from agent.cli import status
+
+            return status.Status
+        case "study":
+            from agent.cli import study
+
+            return study.Study
+        case "calibrate":
+            from agent.cli import calibrate
+
+            return calibrate.Calibrate
+        case "doctor":
+            from agent.cli import doctor
+
+            return doctor.Doctor
+        case "up":
+            from agent.cli import up
+
+            return up.Up
+        case "ctl":
+            from agent.cli import ctl
+
+            return ctl.Ctl
+    raise KeyError(verb)
 
 
 def _escape(text: str) -> str:

@@ -1,6 +1,7 @@
 """The command line is what people meet first: a typo must cost one clear line and exit code 2, never a traceback.
 
-Pinned: every verb has help with a command to copy, refusals name what would have been right, `--json` refuses in JSON.
+Pinned: every verb has help with a command to copy, refusals name what would have been right, `--json` refuses in JSON;
+a verb that computes nothing does not load what computes.
 Determinism: no simulator is started; every case ends before an environment is built.
 """
 
@@ -52,6 +53,17 @@ def test_help_has_a_command_to_copy(verb: str, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.count(f"ratchet {verb}") >= 2  # the usage line and at least one example
 
 
+@pytest.mark.parametrize(("verb", "heavy"), [("up", "torch"), ("ctl", "torch"), ("courier", "peft")])
+def test_beside_an_arm_a_verb_loads_only_what_it_needs(verb: str, heavy: str) -> None:
+    """Seconds of a robot's processor at every start."""
+    script = (
+        "import sys\nfrom agent.cli.main import main\n"
+        f"try:\n    main(['{verb}', '--help'])\nexcept SystemExit:\n    pass\n"
+        f"sys.exit('{heavy}' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "hint"),
     [
@@ -92,7 +104,7 @@ def test_refusals_in_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_empty_store_lists_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     FolderStore(tmp_path / "store", create=True)
     assert main(["adapters", "list", "--store", str(tmp_path / "store"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"adapters": [], "tags": {}}
+    assert json.loads(capsys.readouterr().out) == {"adapters": [], "tags": {"active": "base"}}
     assert main(["adapters", "verify", "--store", str(tmp_path / "store"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
 
