@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -25,8 +26,11 @@ from agent.link.client import LinkClient
 from agent.link.fetch import Fetcher
 from agent.link.follow import Follower
 from agent.link.outbox import Outbox
+from agent.link.parcels import SESSION, session_parcel
 from agent.policy.protocol import Policy
 from agent.records import Episode
+from agent.runtime.dispatch import sent_of
+from agent.runtime.session import Manifest
 from agent.runtime.session_desk import SessionDesk
 from sim import registry
 
@@ -99,7 +103,20 @@ class Robot(ComputingOptions):
         running = common.open_running(common.policy_folder(self.suite, self.policy), contract, lora, store)
         common.print_contract(console, contract)
         swapper = running.swapper
-        desk = SessionDesk(self.out, contract, outbox, swapper.base_id, lambda: swapper.current_id)
+
+        def end_of(manifest: Manifest) -> None:
+            parcel = session_parcel(manifest.session, True, dataclasses.asdict(manifest), manifest.episodes)
+            outbox.put(parcel, SESSION, f"session/{manifest.session}", {"session": manifest.session})
+
+        desk = SessionDesk(
+            self.out,
+            "robot",
+            contract,
+            swapper.base_id,
+            lambda: swapper.current_id,
+            episodes=lambda session: sent_of(outbox.root, session),
+            on_end=end_of,
+        )
         follower = Follower(store, lambda adapter: store.resolve(adapter))
         fetcher = Fetcher(store, self.out / "incoming", on_adapter=follower.on_adapter, reserve=reserve)
         pair = None if self.plain else link_keys.load(self.keys or Path("keys") / self.name / f"{self.name}.key_secret")
@@ -165,6 +182,7 @@ class Robot(ComputingOptions):
             client.stop()
             follower.stop()
             env.close()
+            desk.close()
             outbox.close()
         return 0
 

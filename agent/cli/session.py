@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.contract import RobotContract
+from agent.episodes.store import EpisodeStore
+from agent.errors import RatchetError
+from agent.runtime import robot_folder
+from agent.runtime.dispatch import of_session, sent_of
 from agent.runtime.session import Session
-from agent.runtime.session_desk import CURRENT, SESSIONS, WISH, episodes_of, wish
 from calibration import last_check
 
 ROBOT = Path("runs/robot")
@@ -22,41 +25,55 @@ ROBOT = Path("runs/robot")
 
 @dataclass
 class Start:
-    """Open a session: from now on the robot collects."""
+    """Open a session: from now on the robot collects. Its process answers, between two episodes."""
 
     robot: Path = ROBOT
     """The robot's folder."""
     note: str = ""
     """Kept in the manifest: who, where, what is special."""
     contract: Path | None = None
-    """Robot contract: its cameras must have been checked for having moved; see `ratchet calibrate drift`."""
+    """Refuse unless the robot runs under this contract; the one that it runs under if absent."""
     calibrations: Path = Path("calibrations")
-    """Folder of calibrations, with --contract."""
+    """Folder of calibrations; cameras that the contract ties to one must have been checked with `calibrate drift`."""
+    patience: float = 60.0
+    """Seconds to wait for the robot's process."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        notes: dict[str, Any] = {"note": self.note} if self.note else {}
+        running = robot_folder.who(self.robot)
         if self.contract is not None:
-            notes["cameras"] = last_check.require(self.calibrations, RobotContract.load(self.contract))
-        wish(self.robot, "start", notes=notes)
-        return _told("start", self.json)
+            wanted = RobotContract.load(self.contract)
+            if wanted.id != running.contract_id:
+                raise RatchetError(
+                    "session.other_contract",
+                    f"the robot runs under {running.contract.get('name')} {running.contract_id[:12]}, not under "
+                    f"{wanted.name} {wanted.id[:12]}",
+                    where=str(self.robot),
+                    fix="name the folder of the robot that you mean, or start it with this contract",
+                )
+        checks = last_check.require(self.calibrations, running.robot())
+        notes = {"note": self.note} if self.note else {}
+        session = robot_folder.ask(self.robot, "start", self.patience, notes=notes, checks=checks)
+        return _told(session, "open", self.json)
 
 
 @dataclass
 class Stop:
-    """End the session: the robot stops collecting, tells the learner, and the learner updates."""
+    """End the session: the robot stops collecting, and the learner is told."""
 
     robot: Path = ROBOT
     """The robot's folder."""
     reason: str = "stopped"
     """Kept in the manifest."""
+    patience: float = 60.0
+    """Seconds to wait for the robot's process."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        wish(self.robot, "stop", reason=self.reason)
-        return _told("stop", self.json)
+        session = robot_folder.ask(self.robot, "stop", self.patience, reason=self.reason)
+        return _told(session, "ended", self.json)
 
 
 @dataclass
@@ -69,17 +86,18 @@ class Status:
     """Print JSON."""
 
     def run(self) -> int:
-        current = self.robot / CURRENT
-        opened = json.loads(current.read_text())["session"] if current.exists() else ""
+        current = robot_folder.read(self.robot / robot_folder.CURRENT)
+        opened = "" if current is None else str(current["session"])
+        folder = self.robot / robot_folder.SESSIONS
+        if not folder.is_dir():
+            robot_folder.who(self.robot)  # says why there are none
         rows: list[dict[str, Any]] = []
-        folder = self.robot / SESSIONS
         for place in sorted(folder.iterdir()) if folder.is_dir() else []:
-            manifest = dataclasses.asdict(Session.read(place))
-            episodes = episodes_of(self.robot / "outbox", place.name)
-            rows.append({**manifest, "open": place.name == opened, "episodes": episodes})
-        wished = (self.robot / WISH).exists()
+            manifest = Session.read(place)
+            episodes = manifest.episodes if manifest.ended else self._so_far(place.name)
+            rows.append({**dataclasses.asdict(manifest), "open": place.name == opened, "episodes": episodes})
         if self.json:
-            print(json.dumps({"open": opened, "wish_pending": wished, "sessions": rows}))
+            print(json.dumps({"open": opened, "running": self._running(), "sessions": rows}))
             return 0
         table = Table()
         for column in ("session", "started", "ended", "episodes", "adapters", "contract", "base"):
@@ -90,9 +108,26 @@ class Status:
             facts = (str(len(row["episodes"])), adapters, row["contract_id"][:8], row["base_hash"][:8])
             table.add_row(row["session"], row["started"][:19], ended, *facts)
         Console().print(table)
-        if wished:
-            Console().print("a wish is waiting for the robot's process; is `ratchet robot` running?")
+        if not self._running():
+            Console().print("the robot's process is not running")
         return 0
+
+    def _running(self) -> bool:
+        try:
+            robot_folder.who(self.robot)
+        except RatchetError:
+            return False
+        return True
+
+    def _so_far(self, session: str) -> list[dict[str, Any]]:
+        """The episodes of a session that is open."""
+        store = (robot_folder.read(self.robot / robot_folder.ROBOT) or {}).get("episodes", "")
+        if not store:
+            return sent_of(self.robot / "outbox", session)
+        try:
+            return of_session(EpisodeStore(store), session)
+        except RatchetError:
+            return []  # nothing was recorded yet
 
 
 @dataclass
@@ -102,6 +137,8 @@ class SessionCommand:
     Commands to copy:
 
         ratchet session start --robot runs/robot --note "new cups, left light off"
+
+        ratchet session start --robot runs/left --contract robots/ur5e.yaml
 
         ratchet session stop --robot runs/robot
 
@@ -119,6 +156,6 @@ class SessionCommand:
         return self.command.run()
 
 
-def _told(action: str, as_json: bool) -> int:
-    print(json.dumps({"wished": action}) if as_json else f"{action}: the robot's process does it when it next looks")
+def _told(session: str, state: str, as_json: bool) -> int:
+    print(json.dumps({"session": session, "state": state}) if as_json else f"session {session} is {state}")
     return 0

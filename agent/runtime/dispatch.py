@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import SIMULATOR, Standing, Verification
@@ -82,8 +83,18 @@ class Dispatcher:
                 continue  # being written, or damaged: `ratchet session status` says which
             if not manifest.ended:
                 continue
-            episodes = [
-                {"key": c.id, "sha": c.id} for c in self.store.cards().values() if c.session == manifest.session
-            ]
+            episodes = of_session(self.store, manifest.session)
             parcel = session_parcel(manifest.session, True, dataclasses.asdict(manifest), episodes)
             self._outbox.put(parcel, SESSION, key, {"session": manifest.session})
+
+
+def of_session(store: EpisodeStore, session: str) -> list[dict[str, Any]]:
+    """A session's episodes, oldest first, as its manifest lists them: key, name and SHA-256 of each."""
+    cards = [c for c in store.cards().values() if c.session == session]
+    return [{"key": c.id, "sha": c.id} for c in cards]
+
+
+def sent_of(outbox: Path, session: str) -> list[dict[str, Any]]:
+    """The same of a robot that keeps no store: key and SHA-256 of each that its outbox accepted."""
+    items = (i for i in history(outbox) if i.type == EPISODE and i.meta.get("session") == session)
+    return [{"key": i.key, "sha": i.sha} for i in items]

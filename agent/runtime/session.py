@@ -11,6 +11,7 @@ import os
 import platform
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +36,9 @@ class Manifest:
     """Everything that must be known later about a session.
 
     contract: the whole contract as data; contract_id: its hash. calibrations: camera name -> calibration id.
-    adapters: [(UTC time, adapter id)] in the order in which they came into force; the base's hash for none.
+    checks: camera name -> its newest look for having moved before the session, with an override, if it had, and who
+    gave it. adapters: [(UTC time, adapter id)] in the order in which they came into force; the base's hash for none.
+    episodes: id and name of each that was recorded, written when the session ends.
     started, ended: UTC, ISO 8601; ended and reason stay empty where the session was cut off.
     """
 
@@ -53,6 +56,8 @@ class Manifest:
     ended: str = ""
     reason: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    episodes: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Session:
@@ -69,7 +74,8 @@ class Session:
         *,
         base_hash: str,
         adapter_id: str,
-        calibrations: dict[str, str] | None = None,
+        calibrations: Mapping[str, str] | None = None,
+        checks: Mapping[str, Mapping[str, Any]] | None = None,
         notes: dict[str, Any] | None = None,
     ) -> Session:
         """Make a new folder under `root` with its manifest.
@@ -79,7 +85,7 @@ class Session:
         Raises:
             RatchetError: session.calibration where a camera's calibration is not the one that the contract demands.
         """
-        given = calibrations or {}
+        given = dict(calibrations or {})
         for camera in contract.cameras:
             if camera.calibration_id and given.get(camera.name) != camera.calibration_id:
                 raise RatchetError(
@@ -107,6 +113,7 @@ class Session:
                 host=platform.node(),
                 started=now,
                 notes=notes or {},
+                checks={camera: dict(check) for camera, check in (checks or {}).items()},
             ),
         )
         session._write()
@@ -133,10 +140,11 @@ class Session:
             self.manifest.adapters.append((utc(), adapter_id))
             self._write()
 
-    def stop(self, reason: str) -> None:
-        """End the session; only the first reason counts."""
+    def stop(self, reason: str, episodes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """End the session; only the first reason counts. episodes: what was recorded in it, as plain data."""
         if not self.manifest.ended:
             self.manifest.ended, self.manifest.reason = utc(), reason
+            self.manifest.episodes = [dict(episode) for episode in episodes]
             self._write()
 
     def __enter__(self) -> Session:

@@ -1,16 +1,12 @@
-"""Starting and ending sessions from outside the robot's process: wishes as files, a session's list of episodes.
+"""The sessions of one robot, kept by the process that runs it: opened, continued after a kill, ended, wished for.
 
-Knows the robot's folder and the outbox. Knows no robot and no policy. The manifest is `session.py`'s.
-
-    session.wish      what a person asked for; taken away once it is done
-    session.current   the session that is open, so that a process killed in mid-session goes on with it
-    sessions/<id>/    session.json (manifest), episodes.json (key and hash of each, once it is over)
+Knows the robot's folder and the manifest. Knows no policy, no link and no recorder: who wants to hear of an end gives a
+function.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,40 +15,50 @@ from agent.adapters.files import Files
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.link.disk import disk_errors
-from agent.link.outbox import Outbox, history
-from agent.link.parcels import EPISODE, SESSION, session_parcel
-from agent.runtime.session import Session
-
-WISH, CURRENT, SESSIONS, EPISODES = "session.wish", "session.current", "sessions", "episodes.json"
+from agent.runtime import robot_folder
+from agent.runtime.robot_folder import ANSWER, CURRENT, SESSIONS, WISH
+from agent.runtime.session import Manifest, Session
 
 
 class SessionDesk:
-    """Belongs to the robot's process; `look` is called whenever it has a moment.
+    """One per robot's folder. `look` is called whenever the process has a moment between two episodes; `close` at its
+    end.
 
     Args:
+        kind: "nodes", "robot" or "run"; told to whoever asks.
         adapter: the id that is in force now.
         calibrations: camera -> calibration id in force.
+        episodes: given a session's id, its episodes so far as plain data; for the manifest.
+        store: folder that the episodes go to; empty for none.
+        on_end: called with the manifest of each session that ended, such as to tell a learner; may be called again for
+            one that was told already.
     """
 
     def __init__(
         self,
         folder: Path,
+        kind: str,
         contract: RobotContract,
-        outbox: Outbox,
         base_hash: str,
         adapter: Callable[[], str],
         *,
         calibrations: Mapping[str, str] | None = None,
+        episodes: Callable[[str], list[dict[str, Any]]] = lambda session: [],
+        store: str = "",
+        on_end: Callable[[Manifest], None] = lambda manifest: None,
         files: Files | None = None,
     ) -> None:
-        self.folder, self._contract, self._outbox = folder, contract, outbox
-        self._base_hash, self._adapter, self._calibrations = base_hash, adapter, dict(calibrations or {})
-        self._files = files or Files()
+        """Raises RatchetError session.busy, session.unreadable."""
+        self.folder, self._contract, self._base_hash = folder, contract, base_hash
+        self._adapter, self._calibrations, self._episodes = adapter, dict(calibrations or {}), episodes
+        self._on_end, self._files = on_end, files or Files()
+        self._presence, self._lock = robot_folder.occupy(folder, kind, contract, base_hash, store)
         self.session: Session | None = None
-        current = _read(folder / CURRENT)
-        if current is not None:
-            place = folder / SESSIONS / str(current["session"])
-            self.session = Session(place, Session.read(place))
+        try:
+            self._go_on()
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     @property
     def id(self) -> str:
@@ -60,26 +66,30 @@ class SessionDesk:
         return self.session.id if self.session else ""
 
     def look(self) -> None:
-        """Do what was wished for, and note a new adapter.
+        """Do what was wished for and say what became of it; note a new adapter.
 
         Raises:
-            RatchetError: session.calibration, link.disk_full; the wish stays.
+            RatchetError: link.disk_full, link.io; the wish stays.
         """
-        wish = _read(self.folder / WISH)
-        if wish is not None:
-            if wish.get("action") == "start":
-                self.start(dict(wish.get("notes") or {}))
-            elif wish.get("action") == "stop":
-                self.stop(str(wish.get("reason") or "stopped"))
-            with disk_errors(self.folder):
+        wish = robot_folder.read(self.folder / WISH)
+        with disk_errors(self.folder):
+            if wish is not None:
+                self._answer(wish)
                 self._files.remove(self.folder / WISH)
-        if self.session is not None:
-            self.session.adapter(self._adapter())
+            if self.session is not None:
+                self.session.adapter(self._adapter())
 
-    def start(self, notes: Mapping[str, Any]) -> None:
-        """Open a session; where one is open, nothing."""
+    def start(self, notes: Mapping[str, Any], checks: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+        """Open a session, unless one goes on that a killed process left open; its id.
+
+        notes: who, where, what is special. checks: camera -> its newest look for having moved, with an override and
+        who gave it.
+
+        Raises:
+            RatchetError: session.calibration, link.disk_full, link.io.
+        """
         if self.session is not None:
-            return
+            return self.session.id
         with disk_errors(self.folder):
             session = Session.start(
                 self.folder / SESSIONS,
@@ -87,62 +97,70 @@ class SessionDesk:
                 base_hash=self._base_hash,
                 adapter_id=self._adapter(),
                 calibrations=self._calibrations,
+                checks=checks,
                 notes=dict(notes),
             )
-            self._replace(CURRENT, {"session": session.id})
+            robot_folder.replace(self.folder / CURRENT, {"session": session.id}, self._files)
         self.session = session
+        return session.id
 
     def stop(self, reason: str) -> None:
-        """End the open session and tell the learner, after its episodes; where none is open, nothing."""
-        if self.session is None:
-            return
+        """End the open session, if there is one.
+
+        Raises:
+            RatchetError: link.disk_full, link.io, and what `on_end` raises; called again it goes on from there.
+        """
         session = self.session
-        session.stop(reason)
-        manifest = dataclasses.asdict(session.manifest)
-        episodes = episodes_of(self._outbox.root, session.id)
-        self._replace(f"{SESSIONS}/{session.id}/{EPISODES}", episodes)
-        parcel = session_parcel(session.id, True, manifest, episodes)
-        self._outbox.put(parcel, SESSION, f"session/{session.id}", {"session": session.id})
+        if session is None:
+            return
         with disk_errors(self.folder):
+            session.stop(reason, self._episodes(session.id))
+            self._on_end(session.manifest)
             self._files.remove(self.folder / CURRENT)
         self.session = None
 
-    def _replace(self, name: str, data: Mapping[str, Any] | list[dict[str, Any]]) -> None:
-        scratch = self.folder / f"{name}.tmp"
-        self._files.remove(scratch)
-        self._files.create(scratch, (json.dumps(data) + "\n").encode())
-        self._files.rename(scratch, self.folder / name)
+    def close(self) -> None:
+        """Leave the robot to another process. A session that is open stays open; `stop` it first where it is over."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
+    # -- inside --------------------------------------------------------------------------------------------------
 
-def wish(folder: Path, action: str, **details: Any) -> None:
-    """Ask the robot's process to `start` or `stop` a session; it does so when it next looks, or when it starts.
+    def _go_on(self) -> None:
+        """With the session that a process before left open; one of another robot or base is over."""
+        current = robot_folder.read(self.folder / CURRENT)
+        if current is None:
+            return
+        place = self.folder / SESSIONS / str(current["session"])
+        session = Session(place, Session.read(place))
+        same = (session.manifest.contract_id, session.manifest.base_hash) == (self._contract.id, self._base_hash)
+        self.session = session
+        if session.manifest.ended or not same:  # killed while it ended; or the folder has another robot now
+            self.stop("cut off: another contract or base came after it")
 
-    Raises:
-        RatchetError: session.no_robot where the folder is not a robot's.
-    """
-    if not folder.is_dir():
-        raise RatchetError(
-            "session.no_robot", "no such robot folder", where=str(folder), fix="start `ratchet robot` there first"
-        )
-    files = Files()
-    scratch = folder / f"{WISH}.tmp"
-    with disk_errors(folder):
-        files.remove(scratch)
-        files.create(scratch, (json.dumps({"action": action, **details}) + "\n").encode())
-        files.rename(scratch, folder / WISH)
+    def _answer(self, wish: Mapping[str, Any]) -> None:
+        """Only a wish that was meant for this process: one that a dead process left unread is nobody's any more."""
+        if wish.get("process") != self._presence.process:
+            return
+        answer: dict[str, Any] = {"number": wish.get("number"), "session": "", "error": None}
+        try:
+            if wish.get("action") == "start":
+                answer["session"] = self._wished_start(wish)
+            elif wish.get("action") == "stop":
+                answer["session"] = self._wished_stop(str(wish.get("reason") or "stopped"))
+        except RatchetError as error:
+            answer["error"] = error.as_dict()
+        robot_folder.replace(self.folder / ANSWER, answer, self._files)
 
+    def _wished_start(self, wish: Mapping[str, Any]) -> str:
+        if self.session is not None:
+            raise RatchetError("session.open", f"session {self.id} is open", fix="`ratchet session stop` ends it")
+        return self.start(dict(wish.get("notes") or {}), dict(wish.get("checks") or {}))
 
-def episodes_of(outbox: Path, session: str) -> list[dict[str, Any]]:
-    """A session's episodes, oldest first: key and SHA-256 of each that the outbox accepted."""
-    items = (i for i in history(outbox) if i.type == EPISODE and i.meta.get("session") == session)
-    return [{"key": i.key, "sha": i.sha} for i in items]
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RatchetError("session.unreadable", str(error), where=str(path), fix="remove the file") from None
-    return raw if isinstance(raw, dict) else None
+    def _wished_stop(self, reason: str) -> str:
+        if self.session is None:
+            raise RatchetError("session.none", "no session is open", fix="`ratchet session start` opens one")
+        ended = self.id
+        self.stop(reason)
+        return ended

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from agent.cli.main import main
 from agent.contract import RobotContract
 from agent.link.journal import Journal
 from agent.link.outbox import Outbox
+from agent.runtime.dispatch import sent_of
+from agent.runtime.session import Session
 from agent.runtime.session_desk import SessionDesk
+from calibration import last_check
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE, ONE = "b" * 64, "1" * 64
@@ -45,33 +50,49 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 class Robot:
     """The robot's process, as far as sessions go."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, contract: RobotContract | None = None) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.adapter = BASE
+        self.contract = contract or RobotContract.load(ROOT / "robots" / "metaworld.yaml")
         self.open()
 
     def open(self) -> None:
         self.outbox = Outbox(self.folder / "outbox", reserve=0)
-        contract = RobotContract.load(ROOT / "robots" / "metaworld.yaml")
-        self.desk = SessionDesk(self.folder, contract, self.outbox, BASE, lambda: self.adapter)
+        self.desk = SessionDesk(
+            self.folder, "robot", self.contract, BASE, lambda: self.adapter,
+            calibrations={c.name: c.calibration_id for c in self.contract.cameras if c.calibration_id},
+            episodes=lambda session: sent_of(self.outbox.root, session),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.outbox.close()
+        self.desk.close()
 
     def kill(self) -> None:
-        self.outbox.close()
+        self.close()
         self.open()
 
     def episode(self, name: str) -> None:
         self.outbox.put(name.encode(), "episode", name, {"session": self.desk.id})
 
+    def told(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
+        """What a verb says while this process looks."""
+        codes: list[int] = []
+        verb = threading.Thread(target=lambda: codes.append(main([*arguments, "--robot", str(self.folder), "--json"])))
+        verb.start()
+        while verb.is_alive():
+            self.desk.look()
+            verb.join(0.01)
+        return codes[0], json.loads(capsys.readouterr().out)
+
 
 def test_a_session_from_start_to_stop_with_a_kill_between(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path / "robot")
     robot = Robot(tmp_path / "robot")
-    assert robot.desk.id == ""
-    assert told(capsys, "session", "start", "--robot", folder, "--note", "new cups") == (0, {"wished": "start"})
-    assert told(capsys, "session", "status", "--robot", folder)[1]["wish_pending"] is True
-    robot.desk.look()
+    code, answer = robot.told(capsys, "session", "start", "--note", "new cups")
     session = robot.desk.id
+    assert (code, answer) == (0, {"session": session, "state": "open"})
     robot.episode("a")
     robot.adapter = ONE
     robot.desk.look()
@@ -79,9 +100,10 @@ def test_a_session_from_start_to_stop_with_a_kill_between(tmp_path: Path, capsys
     assert robot.desk.id == session
     robot.episode("b")
     status = told(capsys, "session", "status", "--robot", folder)[1]
-    assert (status["open"], status["wish_pending"]) == (session, False)
-    assert told(capsys, "session", "stop", "--robot", folder, "--reason", "lunch")[0] == 0
-    robot.desk.look()
+    assert (status["open"], status["running"]) == (session, True)
+    assert [e["key"] for e in status["sessions"][0]["episodes"]] == ["a", "b"]
+    code, answer = robot.told(capsys, "session", "stop", "--reason", "lunch")
+    assert (code, answer) == (0, {"session": session, "state": "ended"})
     assert robot.desk.id == ""
     robot.episode("outside")
     [row] = told(capsys, "session", "status", "--robot", folder)[1]["sessions"]
@@ -90,17 +112,47 @@ def test_a_session_from_start_to_stop_with_a_kill_between(tmp_path: Path, capsys
     assert (row["base_hash"], row["reason"], row["notes"]) == (BASE, "lunch", {"note": "new cups"})
     assert len(row["contract_id"]) == 64
     assert row["software"]
-    types = [i.type for i in robot.outbox.waiting()]
-    assert types == ["episode", "episode", "session", "episode"]
-    parcel = json.loads(robot.outbox.path(robot.outbox.waiting()[2]).read_bytes())
-    assert (parcel["session"], parcel["ended"], len(parcel["episodes"])) == (session, True, 2)
-    robot.outbox.close()
+    robot.close()
     assert main(["session", "status", "--robot", folder]) == 0
+    assert "not running" in capsys.readouterr().out
 
 
-def test_a_session_of_no_robot_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, answer = told(capsys, "session", "start", "--robot", str(tmp_path / "nothing"))
+def test_a_session_of_no_robot_and_of_another_contract_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("start", "stop", "status"):
+        code, answer = told(capsys, "session", verb, "--robot", str(tmp_path / "nothing"))
+        assert (code, answer["error"]["code"]) == (2, "session.no_robot")
+    robot = Robot(tmp_path / "robot")
+    code, answer = robot.told(capsys, "session", "start", "--contract", str(ROOT / "robots" / "so101.yaml"))
+    assert (code, answer["error"]["code"]) == (2, "session.other_contract")
+    for word in ("metaworld", "so101"):
+        assert word in answer["error"]["what"]
+    robot.close()
+    code, answer = robot.told(capsys, "session", "start")
     assert (code, answer["error"]["code"]) == (2, "session.no_robot")
+    assert "has ended" in answer["error"]["what"]
+
+
+def test_a_session_starts_on_a_fresh_look_at_the_cameras_and_keeps_who_let_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = RobotContract.load(ROOT / "robots" / "metaworld.yaml").to_dict()
+    raw["cameras"][0]["calibration_id"] = "c" * 64
+    robot, store = Robot(tmp_path / "robot", RobotContract.from_dict(raw)), tmp_path / "calibrations"
+    (store / ("c" * 64)).mkdir(parents=True)
+    start = ("session", "start", "--calibrations", str(store))
+    assert robot.told(capsys, *start)[1]["error"]["code"] == "session.not_checked"
+    camera, now = raw["cameras"][0]["name"], datetime.now(UTC).isoformat()
+    last_check.write(store, "c" * 64, last_check.Check(now, True, "", "", {}))
+    assert robot.told(capsys, *start)[1]["error"]["code"] == "session.camera_moved"
+    last_check.write(store, "c" * 64, last_check.Check(now, True, "half a pixel", "Ada", {"pixels": 0.5}))
+    code, answer = robot.told(capsys, *start)
+    assert code == 0
+    manifest = Session.read(robot.folder / "sessions" / answer["session"])
+    assert manifest.checks[camera]["person"] == "Ada"
+    assert manifest.calibrations == {camera: "c" * 64}
+    robot.close()
 
 
 def learner_status(**changes: Any) -> dict[str, Any]:
