@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
 from agent.adapters.store import FolderStore
-from agent.cli import common
+from agent.cli import common, remote
 from agent.cli.computing import ComputingOptions
 from agent.cli.recipes import DEMO
 from agent.episodes.writer import write_episode
 from agent.errors import RatchetError
 from agent.learner.collector import Collector
-from agent.link import keys as link_keys
-from agent.link.client import LinkClient
-from agent.link.fetch import Fetcher
-from agent.link.follow import Follower
-from agent.link.outbox import Outbox
 from agent.link.parcels import SESSION, session_parcel
 from agent.policy.protocol import Policy
 from agent.records import Episode
@@ -34,11 +28,9 @@ from agent.runtime.session import Manifest
 from agent.runtime.session_desk import SessionDesk
 from sim import registry
 
-STATUS = "status.json"
-
 
 @dataclass
-class Robot(ComputingOptions):
+class Robot(remote.LearnerOptions, ComputingOptions):
     """Follow a learner: fetch the adapter that it trains, collect the episodes that it wants, send them.
 
     Commands to copy:
@@ -55,18 +47,10 @@ class Robot(ComputingOptions):
 
     suite: str = "metaworld"
     """Suite whose robot this is."""
-    name: str = "robot-1"
-    """This robot's name, as on the learner's allow list."""
-    learner: str = "tcp://127.0.0.1:5544"
+    learner: str = remote.ADDRESS
     """The learner's address."""
-    out: Path = Path("runs/robot")
+    out: Path = remote.FOLDER
     """The robot's folder: outbox, adapters, sessions; one robot per folder."""
-    keys: Path | None = None
-    """This robot's secret key; keys/<name>/<name>.key_secret if absent."""
-    learner_key: Path = Path("keys/learner/learner.key")
-    """The learner's public key."""
-    plain: bool = False
-    """No keys and no encryption; only with an address on 127.0.0.1."""
     policy: Path | None = None
     """Folder of the base policy; the built-in one of the suite if absent."""
     lora: common.LoraOptions = field(default_factory=common.LoraOptions)
@@ -74,10 +58,6 @@ class Robot(ComputingOptions):
     """demo: the adapter's shape of `ratchet demo`."""
     session: Literal["auto", "manual"] = "auto"
     """auto: a session lasts as long as this process. manual: collect only between `ratchet session start|stop`."""
-    outbox_gib: float = 50.0
-    """GiB that may wait for the learner; beyond it collecting stops."""
-    reserve_gib: float = 2.0
-    """GiB of disk that stay free."""
     workers: int = 1
     """Simulator processes."""
     slots: int = 12
@@ -96,9 +76,9 @@ class Robot(ComputingOptions):
         )
         console = Console()
         contract = registry.contract_for(self.suite)
+        self.check_keys()
         store = FolderStore(self.out / "adapters", create=True)
-        reserve = int(self.reserve_gib * 1024**3)
-        outbox = Outbox(self.out / "outbox", limit=int(self.outbox_gib * 1024**3), reserve=reserve)
+        outbox = self.outbox(self.out)
         lora = DEMO[self.suite].lora if self.recipe == "demo" else self.lora
         running = common.open_running(common.policy_folder(self.suite, self.policy), contract, lora, store)
         common.print_contract(console, contract)
@@ -117,18 +97,8 @@ class Robot(ComputingOptions):
             episodes=lambda session: sent_of(outbox.root, session),
             on_end=end_of,
         )
-        follower = Follower(store, lambda adapter: store.resolve(adapter))
-        fetcher = Fetcher(store, self.out / "incoming", on_adapter=follower.on_adapter, reserve=reserve)
-        pair = None if self.plain else link_keys.load(self.keys or Path("keys") / self.name / f"{self.name}.key_secret")
-        client = LinkClient(
-            self.learner,
-            self.name,
-            outbox,
-            keys=pair,
-            learner=None if self.plain else link_keys.load_public(self.learner_key),
-            fetcher=fetcher,
-            on_state=follower.on_state,
-        )
+        link = remote.Link(self, self.learner, self.out, outbox, store)
+        client = link.client
         env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
         shown = 0.0
 
@@ -145,12 +115,21 @@ class Robot(ComputingOptions):
         def write(path: Path, episode: Episode) -> None:
             write_episode(path, episode, contract, session=desk.id)
 
+        def show() -> None:
+            link.show(
+                doing=collector.doing,
+                error=collector.error,
+                adapter=swapper.current_id,
+                session=desk.id,
+                pid=os.getpid(),
+            )
+
         def pulse() -> None:
             nonlocal shown
             desk.look()
             if time.monotonic() - shown >= 1.0:
                 shown = time.monotonic()
-                self._show(client, collector, desk, swapper.current_id)
+                show()
 
         collector = Collector(
             client,
@@ -169,7 +148,7 @@ class Robot(ComputingOptions):
             signal.signal(sign, lambda *_: collector.stop())
         if self.session == "auto":
             desk.start({"by": "ratchet robot"})
-        client.start()
+        link.start()
         console.print(f"robot {self.name} in {self.out}, learner {self.learner}, outbox {len(outbox)} files")
         try:
             collector.run(lambda: self.until_done and client.state.get("phase") == "done" and not len(outbox))
@@ -178,33 +157,9 @@ class Robot(ComputingOptions):
             if self.until_done:
                 client.wait(lambda: not len(outbox), 30.0)
         finally:
-            self._show(client, collector, desk, swapper.current_id)
-            client.stop()
-            follower.stop()
+            show()
+            link.stop()
             env.close()
             desk.close()
             outbox.close()
         return 0
-
-    def _show(self, client: LinkClient, collector: Collector, desk: SessionDesk, adapter: str) -> None:
-        link = client.status()
-        facts: dict[str, Any] = {
-            "robot": self.name,
-            "doing": collector.doing,
-            "error": collector.error or link.error,
-            "adapter": adapter,
-            "session": desk.id,
-            "link": {"up": link.up, "heard": link.heard if link.heard < 1e9 else None, "error": link.error},
-            "outbox": {"waiting": link.waiting, "bytes": link.waiting_bytes, "delivered": link.delivered},
-            "refused": link.refused,
-            "fetching": link.fetching,
-            "order": client.state.get("order"),
-            "pid": os.getpid(),
-            "written": time.time(),
-        }
-        scratch = self.out / f"{STATUS}.tmp"
-        try:
-            scratch.write_text(json.dumps(facts) + "\n")
-            scratch.rename(self.out / STATUS)
-        except OSError as error:
-            logging.getLogger("ratchet.robot").warning("no status file: %s", error)
