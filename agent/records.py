@@ -129,6 +129,8 @@ class ControlTick:
     command: (D,) float32, physical units, what the robot was sent; None where it was told to hold.
     chunk_sequence, chunk_offset: `ActionChunk.observation_sequence` and index of the action within it; -1 for none.
     state: measured state at this tick, as in `Observation.state`.
+    applied, applied_marks: what a last safety stage behind this loop made of `command`, as in `Applied`; None and
+        SKIPPED where it told nothing of it. `applied_marks` is None where there is no such stage.
     """
 
     stamp: float
@@ -141,6 +143,31 @@ class ControlTick:
     chunk_offset: int
     adapter_id: str
     state: dict[str, Float32]
+    applied: Float32 | None = None
+    applied_marks: Mark | None = None
+
+    @property
+    def reached(self) -> Float32 | None:
+        """(D,) float32, what the robot's driver was sent in the end; None for a hold."""
+        return self.command if self.applied_marks is None else self.applied
+
+    @property
+    def fate(self) -> Mark:
+        """Everything that was done to the sampled action on its way, by this loop and by a last stage behind it."""
+        return self.marks | (self.applied_marks or Mark.NONE)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What the last safety stage before the robot made of one command.
+
+    number: of the command, as its sender counts them. action: (D,) float32, physical units, what the driver was sent;
+    None for a hold. marks: the command's own, and what was done here.
+    """
+
+    number: int
+    action: Float32 | None
+    marks: Mark
 
 
 @dataclass

@@ -23,8 +23,9 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument("resume", default_value="manual", description="After a hold: automatic or manual."),
         DeclareLaunchArgument("dead_man", default_value="false", description="Motion needs the dead-man switch."),
         DeclareLaunchArgument("sessions", default_value="runs/sessions", description="Where session manifests go."),
-        DeclareLaunchArgument("record", default_value="true", description="Record every task."),
-        DeclareLaunchArgument("episodes", default_value="runs/episodes", description="Where recordings go."),
+        DeclareLaunchArgument(
+            "episodes", default_value="runs/episodes", description="Episode store to record into; empty for none."
+        ),
         DeclareLaunchArgument("teleop", default_value="false", description="Start teleop_node; needs a joy driver."),
         DeclareLaunchArgument("teleop_params", default_value="", description="Parameter file of teleop_node."),
         DeclareLaunchArgument(
@@ -69,13 +70,9 @@ def generate_launch_description() -> LaunchDescription:
                         "policy_python": LaunchConfiguration("policy_python"),
                         "mode": LaunchConfiguration("mode"),
                         "sessions": LaunchConfiguration("sessions"),
+                        "episodes": LaunchConfiguration("episodes"),
                     },
                 ],
-            ),
-            node(
-                "recorder",
-                [{"folder": LaunchConfiguration("episodes")}],
-                condition=IfCondition(LaunchConfiguration("record")),
             ),
             node(
                 "teleop_node",

@@ -4,7 +4,6 @@ Without the launch package, `ratchet up sim` starts the same graph.
 """
 
 from launch.actions import DeclareLaunchArgument
-from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
 
@@ -24,8 +23,10 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument("adapter", default_value="", description="Adapter id or tag to start with."),
         DeclareLaunchArgument("policy_python", default_value="", description="Interpreter of the policy process."),
         DeclareLaunchArgument("mode", default_value="deploy", description="deploy or collect."),
-        DeclareLaunchArgument("record", default_value="false", description="Record every task."),
-        DeclareLaunchArgument("episodes", default_value="runs/episodes", description="Where recordings go."),
+        DeclareLaunchArgument(
+            "episodes", default_value="", description="Episode store to record into; empty for none."
+        ),
+        DeclareLaunchArgument("sessions", default_value="runs/sessions", description="Where session manifests go."),
         DeclareLaunchArgument("namespace", default_value="", description="Namespace of all nodes."),
     ]
     contract, lock_step = LaunchConfiguration("contract"), LaunchConfiguration("lock_step")
@@ -69,13 +70,10 @@ def generate_launch_description() -> LaunchDescription:
                         "policy_python": LaunchConfiguration("policy_python"),
                         "mode": LaunchConfiguration("mode"),
                         "judge": "scene",
+                        "episodes": LaunchConfiguration("episodes"),
+                        "sessions": LaunchConfiguration("sessions"),
                     },
                 ],
-            ),
-            node(
-                "recorder",
-                [{"folder": LaunchConfiguration("episodes")}],
-                condition=IfCondition(LaunchConfiguration("record")),
             ),
         ]
     )

@@ -33,7 +33,9 @@ class _Shared(ComputingOptions):
     mode: Literal["deploy", "collect"] = "deploy"
     """Chunk execution."""
     episodes: Path | None = None
-    """Record every task into this folder."""
+    """Record every task into this episode store."""
+    sessions: Path | None = Path("runs/sessions")
+    """Where sessions with their manifests go."""
     namespace: str = ""
     """Namespace, such as /left for one of two arms."""
     logs: Path | None = None
@@ -59,6 +61,8 @@ class _Shared(ComputingOptions):
             "policy_python": ros.policy_python(),
             "policy_module": self.policy_module,
             "policy_options": self._options(),
+            "episodes": ros.absolute(self.episodes),
+            "sessions": ros.absolute(self.sessions),
             **parameters,
         }
         return NodeSpec("policy_node", "policy_node", values)
@@ -72,12 +76,6 @@ class _Shared(ComputingOptions):
             raise RatchetError(
                 "up.bad_options", str(error), where="--policy-options", fix="give a JSON object"
             ) from None
-
-    def _recorder(self, contract: Path, **parameters: Any) -> list[NodeSpec]:
-        if self.episodes is None:
-            return []
-        values = {"contract": ros.absolute(contract), "folder": ros.absolute(self.episodes), **parameters}
-        return [NodeSpec("recorder", "recorder", values, vital=False)]
 
     def _up(self, specs: list[NodeSpec]) -> int:
         folder = self.logs or Path("runs/up") / utc().replace(":", "").replace("-", "")
@@ -157,7 +155,6 @@ class Sim(_Shared):
                 NodeSpec("sim_robot_node", "sim_robot_node", scene),
                 NodeSpec("safety_node", "safety_node", {"contract": ros.absolute(contract), **timed}),
                 self._policy(contract, judge="scene", **timed),
-                *self._recorder(contract),
             ]
         )
 
@@ -185,8 +182,6 @@ class Real(_Shared):
     """After a hold: go on by itself, or wait for a person."""
     dead_man: bool = False
     """Motion needs the dead-man switch."""
-    sessions: Path | None = Path("runs/sessions")
-    """Where sessions with their manifests go."""
     calibrations: Path = Path("calibrations")
     """Folder of calibrations; cameras that the contract ties to one must have been checked with `calibrate drift`."""
 
@@ -199,11 +194,11 @@ class Real(_Shared):
         tied = {"calibrations": ids} if ids else {}  # an empty list has no type on the way to a node
         safe = {"resume": self.resume, "dead_man": self.dead_man}
         specs.append(NodeSpec("safety_node", "safety_node", {"contract": path, **safe}))
-        specs.append(self._policy(self.contract, sessions=ros.absolute(self.sessions), **tied, **safe))
+        specs.append(self._policy(self.contract, **tied, **safe))
         if self.joy:
             joy = {"contract": path, "axes": self.joy, "person": self.person}
             specs.append(NodeSpec("teleop_node", "teleop_node", joy, vital=False))
-        return self._up([*specs, *self._recorder(self.contract)])
+        return self._up(specs)
 
 
 def _camera(contract: RobotContract, path: str, line: str) -> NodeSpec:

@@ -160,7 +160,7 @@ class Assembly:
         executed = np.zeros(len(chunk.actions), np.bool_)
         mine = [t for t in self._ticks if t.chunk_sequence == sequence]
         for tick in mine:
-            executed[tick.chunk_offset] = tick.marks == Mark.NONE and tick.command is not None
+            executed[tick.chunk_offset] = tick.fate == Mark.NONE and tick.reached is not None
         return Step(seen, chunk, executed, 0.0, False, len(mine))
 
 
@@ -169,6 +169,7 @@ def decode_frame(decoder: Decoder, body: Any) -> UInt8:
 
 
 def tick_of(body: Any) -> ControlTick:
+    applied_marks = getattr(body, "applied_marks", -1)  # files from before a last stage was recorded lack it
     return ControlTick(
         stamp=body.stamp,
         deadline=body.deadline,
@@ -180,6 +181,8 @@ def tick_of(body: Any) -> ControlTick:
         chunk_offset=body.chunk_offset,
         adapter_id=body.adapter_id,
         state=split_state(body),
+        applied=np.array(body.applied, np.float32) if applied_marks >= 0 and body.has_applied else None,
+        applied_marks=Mark(applied_marks) if applied_marks >= 0 else None,
     )
 
 

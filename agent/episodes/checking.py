@@ -61,7 +61,7 @@ def check_step(step: Step, contract: RobotContract) -> None:
 def check_tick(tick: ControlTick, contract: RobotContract) -> None:
     """Raises RatchetError episode.bad_record."""
     where = f"tick {tick.index}"
-    for name, values in (("sampled", tick.sampled), ("command", tick.command)):
+    for name, values in (("sampled", tick.sampled), ("command", tick.command), ("applied", tick.applied)):
         if values is not None and (values.dtype != np.float32 or values.shape != (contract.action.size,)):
             raise _bad(f"{name} is {values.dtype} {values.shape}, not float32 ({contract.action.size},)", where)
     _check_state(tick.state, contract, where)

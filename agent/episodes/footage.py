@@ -117,8 +117,8 @@ def _facts(reader: EpisodeReader, card: Card) -> dict[str, Any]:
                 values.setdefault(f"{name}.{i}" if size > 1 else name, []).append(next(flat))
         if item.topic == fmt.TICK:
             tick = tick_of(item.body)
-            marks.append(int(tick.marks))
-            command = [float("nan")] * len(dims) if tick.command is None else tick.command.tolist()
+            marks.append(int(tick.fate))
+            command = [float("nan")] * len(dims) if tick.reached is None else tick.reached.tolist()
             for name, value in zip(dims, command, strict=True):
                 values.setdefault(f"command {name}", []).append(value)
     keep: list[int] = np.unique(np.linspace(0, len(times) - 1, min(POINTS, len(times))).round()).astype(int).tolist()

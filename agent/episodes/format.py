@@ -81,7 +81,8 @@ DEFINITIONS: dict[str, str] = {
     "ratchet_msgs/msg/RecordedTick": _with(
         "std_msgs/Header header\nfloat64 stamp\nfloat64 deadline\nint64 index\nbool has_sampled\nfloat32[] sampled\n"
         "bool has_command\nfloat32[] command\nuint32 marks\nint64 chunk_sequence\nint64 chunk_offset\n"
-        "string adapter_id\nstring[] state_names\nuint32[] state_sizes\nfloat32[] state\n",
+        "string adapter_id\nstring[] state_names\nuint32[] state_sizes\nfloat32[] state\n"
+        "bool has_applied\nfloat32[] applied\nint64 applied_marks\n",
         _HEADER,
         _TIME,
     ),
@@ -114,6 +115,7 @@ class EpisodeInfo:
 
     contract: the whole contract as data. calibrations: camera -> calibration id in force. session: empty outside one.
     mode: "collect", "deploy", "rollout", "demonstration" or "import". created: UTC, ISO 8601.
+    name: what it was called while it was recorded, such as RunTask's `episode`; unique, empty for none.
     clock_offset: seconds added to stamps of the robot's clock to give UTC; message times in the file are UTC.
     stream, decisions: codecs of the camera streams and of the frames that decisions were made on; "" for decisions
         says that they are frames of the stream.
@@ -135,6 +137,7 @@ class EpisodeInfo:
     software: str = ""
     stream: str = "jpeg"
     decisions: str = "raw"
+    name: str = ""
     topics: dict[str, dict[str, str]] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 

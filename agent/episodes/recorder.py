@@ -26,7 +26,7 @@ from agent.episodes.handoff import Sender
 from agent.episodes.recorder_types import Outcome, RecorderConfig, RecorderStatus
 from agent.episodes.recording import make_info
 from agent.errors import RatchetError
-from agent.records import ActionChunk, ControlTick, Observation, SafetyEvent, UInt8
+from agent.records import ActionChunk, Applied, ControlTick, Observation, SafetyEvent, UInt8
 
 __all__ = ["Recorder", "RecorderConfig", "RecorderStatus"]
 
@@ -48,16 +48,19 @@ class Recorder:
         *,
         session: str = "",
         calibrations: dict[str, str] | None = None,
+        last_stage: bool = False,
         ready_timeout: float = 60.0,
     ) -> None:
         """Start the recorder process; files that an earlier one left unfinished are recovered first.
+
+        last_stage: another safety stage stands behind the loop, and `applied` will tell what it made of each command.
 
         Raises:
             RatchetError: recorder.bad_config, recorder.not_started, and what opening the store raises.
         """
         self.root, self.contract, self.config = Path(root), contract, config or RecorderConfig()
         self.config.check(str(self.root))
-        self._session, self._calibrations = session, calibrations or {}
+        self._session, self._calibrations, self._last_stage = session, calibrations or {}, last_stage
         largest = max((c.height * c.width * 3 for c in contract.cameras), default=1)
         count = max(4 * len(contract.cameras), (self.config.memory_mb << 20) // largest)
         self._sender = Sender(largest, count, queue=16 << 20, reserved=count // 8)
@@ -71,22 +74,29 @@ class Recorder:
         self._recording = False
         self._told: dict[str, Any] = {"state": "idle"}
         self._finished: list[str] = []
+        self._episode = 0  # counts `begin`
+        self._ended: dict[int, tuple[str, str]] = {}  # episode -> its id, or empty and why there is none
         self._start()
         self._wait_until_ready(ready_timeout)
 
     # -- what a session says ------------------------------------------------------------------------------------
 
     def describe(self, **facts: Any) -> None:
-        """Facts of the next episode: adapter_id, mode, seed, initial_state, meta (plain JSON data).
+        """Facts of the next episode: name, adapter_id, mode, seed, initial_state, meta (plain JSON data).
 
         Raises:
             RatchetError: recorder.bad_fact, episode.bad_meta.
         """
-        unknown = set(facts) - {"adapter_id", "mode", "seed", "initial_state", "meta"}
+        unknown = set(facts) - {"name", "adapter_id", "mode", "seed", "initial_state", "meta"}
         if unknown:
             raise RatchetError("recorder.bad_fact", f"an episode has no {sorted(unknown)[0]}", fix="see the docstring")
         check_meta(facts.get("meta", {}), "meta")
         self._facts = facts
+
+    def revive(self) -> None:
+        """Start the recorder process again where it died; takes a moment, so not from a control loop."""
+        if not self._sender.alive:
+            self._start()
 
     def require_ready(self) -> None:
         """Before a session or an episode that must be recorded.
@@ -125,6 +135,27 @@ class Recorder:
         while len(self.status().finished) < count and time.monotonic() < limit and self._sender.alive:
             time.sleep(0.01)
         return self.status().finished
+
+    def wait_ended(self, timeout: float) -> str:
+        """The id of the episode that `end` was called for last, once its file is whole; not for the loop.
+
+        Raises:
+            RatchetError: recorder.lost where there is no finished file of it, with the reason.
+        """
+        limit = time.monotonic() + timeout
+        while True:
+            alive = self._sender.alive
+            self._listen()
+            if self._episode in self._ended or not alive or time.monotonic() > limit:
+                break
+            time.sleep(0.005)
+        late = "still being finished" if alive else "the recorder process is gone; the next start recovers the file"
+        digest, why = self._ended.get(self._episode, ("", late))
+        if not digest:
+            fix = "see `ratchet episodes verify`"
+            what = f"the episode has no finished file: {why}"
+            raise RatchetError("recorder.lost", what, where=str(self.root), fix=fix)
+        return digest
 
     def close(self, timeout: float = 30.0) -> RecorderStatus:
         """Finish what is open and end the process; safe to call more than once."""
@@ -176,7 +207,9 @@ class Recorder:
             for recent in self._recent.values():
                 recent.clear()
             self._numbers.clear()
-            self._send({"kind": "begin", "info": json.dumps(dataclasses.asdict(info))}, must=True)
+            self._episode += 1
+            body = {"kind": "begin", "info": json.dumps(dataclasses.asdict(info)), "number": self._episode}
+            self._send({**body, "last_stage": self._last_stage}, must=True)
             self._recording = True
 
     def observation(self, observation: Observation) -> None:
@@ -205,11 +238,18 @@ class Recorder:
                 body |= {"tokens_type": chunk.tokens.dtype.name, "tokens_shape": list(chunk.tokens.shape)}
             self._send(body)
 
-    def tick(self, tick: ControlTick) -> None:
+    def tick(self, tick: ControlTick, number: int = -1) -> None:
+        """number: of the tick's command, as in `Applied`; -1 where none went out."""
         if self._recording:
-            body = {"kind": "tick", **_plain(tick), "marks": int(tick.marks)}
+            body = {"kind": "tick", **_plain(tick), "marks": int(tick.marks), "number": number}
             body["state"] = {name: values.tobytes() for name, values in tick.state.items()}
+            body["applied_marks"] = None if tick.applied_marks is None else int(tick.applied_marks)
             self._send(body)
+
+    def applied(self, applied: Applied) -> None:
+        """What the last stage made of a command; in any order with the tick of that command."""
+        if self._recording:
+            self._send({"kind": "applied", **_plain(applied), "marks": int(applied.marks)})
 
     def event(self, event: SafetyEvent) -> None:
         if self._recording:
@@ -261,8 +301,9 @@ class Recorder:
 
     def _listen(self) -> None:
         for told in self._sender.poll():
-            if "finished" in told:
-                self._finished.append(told["finished"])
+            if "number" in told:
+                self._ended[told["number"]] = (told["finished"], told["error"])
+                self._finished += [told["finished"]] if told["finished"] else []
             else:
                 self._told = told
 
@@ -280,6 +321,9 @@ class Recorder:
         descriptors = (theirs.fileno(), self._sender.memory_fd)
         if self._process is not None:
             self._process.poll()
+            for name, count in self._told.get("dropped", {}).items():
+                self._dropped[name] += count
+        self._told = {"state": "idle"}
         package = str(Path(__file__).resolve().parents[2])  # found by the child wherever it was started from
         paths = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
         self._process = subprocess.Popen(

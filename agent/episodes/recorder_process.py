@@ -7,6 +7,7 @@ the open episode; when it is killed itself, the file is readable up to the last 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,29 +23,43 @@ from typing import Any
 import numpy as np
 
 from agent.episodes import format as fmt
-from agent.episodes.format import EpisodeInfo
+from agent.episodes.format import EpisodeEnding, EpisodeInfo
 from agent.episodes.handoff import Receiver
 from agent.episodes.recorder import REMEMBER, RecorderConfig
 from agent.episodes.recording import EpisodeWriter
 from agent.episodes.store import EpisodeStore
 from agent.errors import RatchetError
-from agent.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent, UInt8
+from agent.records import ActionChunk, Applied, ControlTick, Float32, Mark, Observation, SafetyEvent, UInt8
 
 STATUS_EVERY = 0.25
+LATE = 5  # ticks that wait for what became of the oldest of them; it usually comes within one period
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a chunk in the control loop. marks: one `records.Mark` value per action."""
+
+    sequence: int
+    marks: list[int]
 
 
 class Recording:
-    """One episode being recorded."""
+    """One episode being recorded. number: the sender's own of it. last_stage: `applied` will tell of every command."""
 
-    def __init__(self, writer: EpisodeWriter, config: RecorderConfig) -> None:
+    def __init__(self, writer: EpisodeWriter, config: RecorderConfig, number: int, last_stage: bool) -> None:
         self.writer, self._config = writer, config
+        self.number, self._last_stage = number, last_stage
         self.dropped: Counter[str] = Counter()
         self._raw: dict[str, OrderedDict[int, UInt8]] = {}  # newest frames, for decisions that share them
         self._written: dict[str, OrderedDict[int, int]] = {}  # camera -> number -> index in the stream
         self._observations: dict[int, int] = {}
         self._chunks: dict[int, tuple[int, int]] = {}  # sequence -> (index, K)
         self._ticks: Counter[int] = Counter()
-        self._pending: tuple[int, list[int]] | None = None
+        self._marks: dict[tuple[int, int], int] = {}  # (chunk, offset) -> the marks of its tick, all stages'
+        self._queue: deque[tuple[int, ControlTick] | Outcome] = deque()  # in the order in which they came
+        self._applied: dict[int, Applied] = {}  # by number, of commands whose tick has not come yet
+        self._newest = -1  # number of the newest command that was applied
+        self._pending: Outcome | None = None
         self._stamp = 0.0
 
     def frame(self, record: dict[str, Any], image: UInt8) -> None:
@@ -105,28 +120,69 @@ class Recording:
             adapter_id=record["adapter_id"],
             state=_state(record["state"]),
         )
-        self._ticks[tick.chunk_sequence] += 1
-        self._stamp = tick.stamp
-        self.writer.tick(tick)
+        self._queue.append((record["number"], tick))
+        self._settle(LATE)
+
+    def applied(self, record: dict[str, Any]) -> None:
+        action = record["action"]
+        told = Applied(
+            number=record["number"],
+            action=None if action is None else np.frombuffer(action, np.float32),
+            marks=Mark(record["marks"]),
+        )
+        self._applied[told.number] = told
+        self._newest = max(self._newest, told.number)
+        self._settle(LATE)
 
     def event(self, record: dict[str, Any]) -> None:
         fields = ("stamp", "code", "message", "dim", "value", "limit", "latched")
         self.writer.event(SafetyEvent(**{name: record[name] for name in fields}))
 
     def outcome(self, record: dict[str, Any]) -> None:
-        """Written when the next one comes, as only then it is known that the episode did not end with it."""
-        self._write_pending(reward=0.0, done=False)
-        self._pending = (record["sequence"], np.frombuffer(record["marks"], np.int64).tolist())
+        self._queue.append(Outcome(record["sequence"], np.frombuffer(record["marks"], np.int64).tolist()))
+        self._settle(LATE)
 
-    def finish(self, success: bool | None, source: str, reason: str, dropped: dict[str, int]) -> str:
+    def finish(
+        self, success: bool | None, source: str, reason: str, dropped: dict[str, int]
+    ) -> tuple[str, EpisodeEnding]:
+        self._settle(0)
         self._write_pending(reward=1.0 if success else 0.0, done=True)
         every = dict(self.dropped + Counter(dropped))
-        return self.writer.finish(success, source, reason, dropped=every)[0]
+        return self.writer.finish(success, source, reason, dropped=every)
+
+    def _settle(self, late: int) -> None:
+        """Write what waited, in order, up to the first tick of whose command the last stage may still tell. late: how
+        many may wait."""
+        while self._queue:
+            first = self._queue[0]
+            if isinstance(first, Outcome):
+                # Written when the next one comes, as only then it is known that the episode did not end with it.
+                self._write_pending(reward=0.0, done=False)
+                self._pending = first
+            else:
+                number, tick = first
+                if self._last_stage and number >= 0:
+                    told = self._applied.pop(number, None)
+                    if told is None and self._newest < number and len(self._queue) <= late:
+                        return
+                    marks = Mark.SKIPPED if told is None else told.marks
+                    self.dropped["told of commands"] += told is None
+                    tick = dataclasses.replace(tick, applied=told.action if told else None, applied_marks=marks)
+                self._write_tick(tick)
+            self._queue.popleft()
+
+    def _write_tick(self, tick: ControlTick) -> None:
+        self._ticks[tick.chunk_sequence] += 1
+        self._marks[tick.chunk_sequence, tick.chunk_offset] = int(tick.fate)
+        self._stamp = tick.stamp
+        self.writer.tick(tick)
 
     def _write_pending(self, reward: float, done: bool) -> None:
         if self._pending is None:
             return
-        (sequence, marks), self._pending = self._pending, None
+        pending, self._pending = self._pending, None
+        sequence = pending.sequence
+        marks = [own | self._marks.pop((sequence, offset), 0) for offset, own in enumerate(pending.marks)]
         if sequence not in self._observations or sequence not in self._chunks:
             self.dropped["steps"] += 1
             return
@@ -191,6 +247,7 @@ class RecorderProcess:
         if self._recording is not None:
             self._end("not_ended", None, "")
         if self._low():
+            self._receiver.say({"number": record["number"], "finished": "", "error": self._error})
             return
         info = EpisodeInfo(**json.loads(record["info"]))
         folder = self._store.folder(info.session)
@@ -200,7 +257,7 @@ class RecorderProcess:
         writer = EpisodeWriter(
             folder / (name + ".open"), folder / name, info, quality=self._config.quality, compress=raw
         )
-        self._recording = Recording(writer, self._config)
+        self._recording = Recording(writer, self._config, record["number"], record["last_stage"])
         self._state, self._error = "recording", ""
         self._flush()
         self._tell()
@@ -210,17 +267,17 @@ class RecorderProcess:
             return
         recording, self._recording = self._recording, None
         try:
-            digest = recording.finish(success, source, reason, dict(self._dropped))
+            digest, ending = recording.finish(success, source, reason, dict(self._dropped))
+            self._store.add(recording.writer.path, digest, ending)
         except RatchetError as error:
-            recording.writer.abandon()
+            self._recording = recording
             self._refused(error)
             return
         self._written += recording.writer.size
         self._dropped.clear()
-        self._store.add(recording.writer.path, digest)
         if self._state == "recording":
             self._state = "idle"
-        self._receiver.say({"finished": digest})
+        self._receiver.say({"number": recording.number, "finished": digest, "error": ""})
         self._tell()
 
     def _refused(self, error: RatchetError) -> None:
@@ -228,6 +285,7 @@ class RecorderProcess:
         self._state, self._error = "failed", str(error)
         if self._recording is not None:
             self._recording.writer.abandon()
+            self._receiver.say({"number": self._recording.number, "finished": "", "error": str(error)})
             self._recording = None
         self._tell()
 

@@ -30,6 +30,7 @@ from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent, UInt8
 
 CHUNK_BYTES = 4 << 20
+NOT_TOLD = -1  # in the place of marks: there is no last stage
 
 
 def make_info(contract: RobotContract, task: str, instruction: str, **facts: Any) -> EpisodeInfo:
@@ -228,10 +229,13 @@ class EpisodeWriter:
             "chunk_offset": tick.chunk_offset,
             "adapter_id": tick.adapter_id,
             **_state(tick.state),
+            "has_applied": tick.applied is not None,
+            "applied": [] if tick.applied is None else tick.applied.tolist(),
+            "applied_marks": NOT_TOLD if tick.applied_marks is None else int(tick.applied_marks),
         }
         self._put(fmt.TICK, fmt.TYPES[fmt.TICK], tick.stamp, body)
         self._human_ticks += bool(tick.marks & Mark.HUMAN)
-        self.plots(tick.state, command, tick.stamp)
+        self.plots(tick.state, tick.reached, tick.stamp)
 
     def event(self, event: SafetyEvent) -> None:
         body = {**dataclasses.asdict(event), "header": self._header(event.stamp)}

@@ -75,7 +75,7 @@ def _log(rerun: Any, recording: Any, store: EpisodeStore, card: Card) -> None:
         tick = tick_of(item.body)
         for name, values in tick.state.items():
             recording.log(f"state/{name}", rerun.Scalars(values.astype(np.float64)))
-        if tick.command is not None:
-            for name, value in zip(dims, tick.command.tolist(), strict=True):
+        if tick.reached is not None:
+            for name, value in zip(dims, tick.reached.tolist(), strict=True):
                 recording.log(f"command/{name}", rerun.Scalars([value]))
         recording.log("human", rerun.Scalars([float(bool(tick.marks & Mark.HUMAN))]))

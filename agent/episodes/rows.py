@@ -87,7 +87,7 @@ def _control_rows(reader: EpisodeReader) -> Iterator[Row]:
             newest[cameras[item.topic]] = (reader.stamp(item), item.topic, body)
             continue
         tick = tick_of(item.body)
-        if tick.command is None:
+        if tick.reached is None:
             continue
         images = {}
         for camera in contract.cameras:
@@ -108,13 +108,13 @@ def _control_rows(reader: EpisodeReader) -> Iterator[Row]:
             tick.stamp,
             images,
             tick.state,
-            tick.command,
+            tick.reached,
             None,
-            tick.marks == Mark.NONE,
+            tick.fate == Mark.NONE,
             human,
             0.0,
             False,
-            int(tick.marks),
+            int(tick.fate),
         )
 
 
@@ -137,13 +137,13 @@ def _decision_rows(reader: EpisodeReader) -> Iterator[Row]:
 
 
 def _ages(reader: EpisodeReader) -> Iterator[float]:
-    """Age of the oldest newest frame at each tick with a command; inf where a camera has none yet."""
+    """Age of the oldest newest frame at each tick that moved the robot; inf where a camera has none yet."""
     cameras, _, _ = _camera_topics(reader)
     newest: dict[str, float] = {c.name: -np.inf for c in reader.info.robot().cameras}
     for item in reader.items([fmt.TICK, *cameras]):
         if item.topic in cameras:
             newest[cameras[item.topic]] = reader.stamp(item)
-        elif item.body.has_command:
+        elif tick_of(item.body).reached is not None:
             yield item.body.stamp - min(newest.values(), default=-np.inf)
 
 

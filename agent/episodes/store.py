@@ -56,6 +56,7 @@ class Card:
     success: bool | None
     source: str
     reason: str
+    name: str = ""
     dropped: int = 0
     recovered: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class Card:
             success=ending.success,
             source=ending.success_source,
             reason=ending.reason,
+            name=info.name,
             dropped=sum(ending.dropped.values()),
             recovered=ending.recovered,
             meta=info.meta,
@@ -165,7 +167,7 @@ class EpisodeStore:
             self._seen += len(entries)
 
     def resolve(self, reference: str) -> str:
-        """The full id for an id or a unique prefix of one.
+        """The full id for an id, a unique beginning of one, or the name that an episode was recorded under.
 
         Raises:
             RatchetError: episode.unknown, episode.ambiguous.
@@ -174,7 +176,10 @@ class EpisodeStore:
         with self._guard:
             if reference in self._cards:
                 return reference
-            cards = list(self._cards)
+            cards = dict(self._cards)
+        named = [i for i, card in cards.items() if card.name == reference] if reference else []
+        if len(named) == 1:
+            return named[0]
         found = [i for i in cards if i.startswith(reference)] if re.fullmatch(r"[0-9a-f]{4,64}", reference) else []
         if len(found) == 1:
             return found[0]
@@ -207,8 +212,9 @@ class EpisodeStore:
             sync_folder(self.root)
         return folder
 
-    def add(self, path: Path, digest: str | None = None) -> Card:
-        """Enter a finished file that lies inside the store. digest: its id, if known; computed otherwise.
+    def add(self, path: Path, digest: str | None = None, ending: EpisodeEnding | None = None) -> Card:
+        """Enter a finished file that lies inside the store. digest, ending: its id and last record, if known; looked up
+        in the file otherwise.
 
         What a person said while it was recorded is entered with it, as their label. Entering it again changes nothing.
 
@@ -222,7 +228,7 @@ class EpisodeStore:
                 "episode.outside_store", "the file is not in the store", where=str(path), fix="use `copy_in`"
             ) from None
         reader = EpisodeReader(path)
-        ending = reader.ending()
+        ending = ending or reader.ending()
         assert ending is not None  # a reader that accepts no cut-off file has refused it before
         digest = digest or reader.id
         known = self.cards()

@@ -152,3 +152,38 @@ class GuardedSink:
             call()
         except Exception as error:  # whatever a recorder raises: told in `error`, the arm goes on
             self.error = error
+
+
+class Tee:
+    """Passes everything on to several sinks; one that fails is left out from then on, and the others go on."""
+
+    def __init__(self, *sinks: TickSink) -> None:
+        self.sinks = tuple(GuardedSink(sink) for sink in sinks)
+
+    def begin(self, task: str, instruction: str, now: float) -> None:
+        for sink in self.sinks:
+            sink.begin(task, instruction, now)
+
+    def observation(self, observation: Observation) -> None:
+        for sink in self.sinks:
+            sink.observation(observation)
+
+    def chunk(self, chunk: ActionChunk) -> None:
+        for sink in self.sinks:
+            sink.chunk(chunk)
+
+    def tick(self, tick: ControlTick) -> None:
+        for sink in self.sinks:
+            sink.tick(tick)
+
+    def event(self, event: SafetyEvent) -> None:
+        for sink in self.sinks:
+            sink.event(event)
+
+    def outcome(self, outcome: ChunkOutcome) -> None:
+        for sink in self.sinks:
+            sink.outcome(outcome)
+
+    def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
+        for sink in self.sinks:
+            sink.end(reason, success, source, now)

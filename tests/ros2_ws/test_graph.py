@@ -1,11 +1,11 @@
-"""The whole graph as processes over DDS: simulated arm, safety node, policy node with its policy process, recorder.
+"""The whole graph over DDS: simulated arm, safety node, policy node with its policy and recorder processes.
 
 It matters because each part can be right and the graph still wrong: topics, clocks, orders of arrival, kills. Pinned:
 an episode through ROS is bit by bit the one in process; an adapter is exchanged in motion between two chunks; cancel
 comes to rest; a killed policy process latches a fault, holds, and moves again only after a person cleared it;
-recordings open in another project's reader; a success that nobody earned is refused; `ratchet ctl` and `ratchet doctor`
-speak with the graph. Determinism: lock-step, so that no load of the machine changes what happens; waiting is for events
-only.
+every task lies in the episode store as it was heard on the topics, opens in another project's reader and takes a
+person's word; a success that nobody earned is refused; `ratchet ctl` and `ratchet doctor` speak with the graph.
+Determinism: lock-step, so that no load of the machine changes what happens; waiting is for events only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import psutil
 import pytest
 import torch
 from action_msgs.msg import GoalStatus
-from mcap.reader import make_reader
 from ratchet_msgs import msg, srv
 from ratchet_msgs.action import RunTask
 from ratchet_ros import qos
@@ -32,6 +31,8 @@ from rosbags.rosbag2 import Reader
 from agent.adapters.lora import attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.cli.main import main
+from agent.episodes.store import EpisodeStore
+from agent.episodes.verification import Verification
 from agent.policy import checkpoint
 from agent.policy.protocol import PolicyInput
 from sim.robot import SimRobot
@@ -68,14 +69,19 @@ class Running:
             judge="scene",
             mode="collect",
             sessions=str(folder / "sessions"),
+            episodes=str(self.episodes),
+            record_least_free_gb=0.1,
             restarts=1,
         )
-        self.graph.start("recorder", contract=CONTRACT, folder=str(self.episodes))
         self.applied = self.watcher.collect(msg.Applied, "applied", qos.EVENTS)
         self.chunks = self.watcher.collect(msg.ActionChunk, "chunks", qos.EVENTS)
         self.events = self.watcher.collect(msg.SafetyEvent, "safety_events", qos.EVENTS)
         self.scene = self.watcher.collect(msg.SceneStatus, "scene_status", qos.STATUS)
-        active(self.watcher, "sim_robot_node", "safety_node", "policy_node", "recorder")
+        try:
+            active(self.watcher, "sim_robot_node", "safety_node", "policy_node")
+        except BaseException:
+            self.graph.stop()
+            raise
 
     def forget(self) -> None:
         for heard in (self.applied, self.chunks, self.events):
@@ -167,39 +173,49 @@ def test_an_episode_over_topics_is_the_one_in_process(running: Running) -> None:
     assert told, "no feedback came"
 
 
-def test_the_recording_of_it_opens_in_another_reader(running: Running) -> None:
-    running.watcher.until(lambda: list(running.episodes.glob("*.mcap")), "the recording")
-    path = next(running.episodes.glob("*.mcap"))
-    with path.open("rb") as file:
-        reader = make_reader(file)
-        counts: dict[str, int] = {}
-        for _, channel, _ in reader.iter_messages():
-            counts[channel.topic] = counts.get(channel.topic, 0) + 1
-        about = {m.name: m.metadata for m in make_reader(path.open("rb")).iter_metadata()}
-    assert about["episode"]["task"] == TASK
-    assert about["end"]["termination"] == "success"
-    assert about["end"]["dropped"] == "0"
-    commands, applied = _decoded(path, "/command", msg.Command), _decoded(path, "/applied", msg.Applied)
-    assert [c.number for c in commands] == [a.number for a in applied]
-    assert [c.kind for c in commands[-2:]] == [msg.Command.HOLD, msg.Command.STOP]
-    assert counts["/corner2/image_raw"] >= len(commands) - 2
-    answer = running.watcher.call(
-        srv.VerifyEpisode,
-        "/recorder/verify",
-        srv.VerifyEpisode.Request(episode=path.stem, label=srv.VerifyEpisode.Request.SUCCESS, person="Ada"),
-    )
-    assert answer.success
-    line = json.loads((running.episodes / "verdicts.jsonl").read_text())
-    assert (line["label"], line["person"]) == ("success", "Ada")
-    nobody = srv.VerifyEpisode.Request(episode=path.stem, label=1, person=" ")
-    assert running.watcher.call(srv.VerifyEpisode, "/recorder/verify", nobody).code == "episode.no_person"
+def test_it_lies_in_the_store_as_it_was(running: Running) -> None:
+    """The same topics that were heard here, and everything that learning and judging need."""
+    store = EpisodeStore(running.episodes)
+    card = next(iter(store.cards().values()))
+    assert (card.task, card.success, card.source, card.reason) == (TASK, True, "simulator", "success")
+    assert (card.adapter_id, card.mode, card.dropped) == (running.base, "collect", 0)
+    assert card.session == next((running.folder / "sessions").iterdir()).name
+    reader = store.open(card.id)
+    assert (reader.info.initial_state, reader.info.calibrations) == (STATE, {})
+    episode = store.read(card.id)
+    told = {a.number: a for a in running.applied if a.number}
+    commands = [t for t in episode.ticks if t.command is not None]
+    for tick, number in zip(episode.ticks, sorted(told), strict=False):
+        sent = told[number]
+        assert (tick.chunk_sequence, tick.chunk_offset) == (sent.chunk_sequence, sent.chunk_offset)
+        assert tick.applied_marks == sent.marks
+        assert (tick.reached is None) == (not sent.action)
+        if tick.reached is not None:
+            np.testing.assert_array_equal(tick.reached, np.array(sent.action, np.float32))
+    assert len(commands) == sum(bool(a.action) for a in told.values())
+    assert len(episode.steps) == len(running.chunks)
+    for step, chunk in zip(episode.steps, running.chunks, strict=True):
+        np.testing.assert_array_equal(step.chunk.actions.ravel(), np.array(chunk.actions, np.float32))
+        assert set(step.observation.images) == {"corner2"}
+        assert step.executed[: step.steps_run].all()
+    assert [s.done for s in episode.steps] == [False] * (len(episode.steps) - 1) + [True]
+    assert episode.steps[-1].reward == 1.0
+    # The camera's stream is there too, from the first frame on that came after the first decision's.
+    assert len(list(reader.frames("corner2"))) >= len(commands) - 1
 
 
-def _decoded(path: Path, topic: str, kind: type[Any]) -> list[Any]:
-    from rclpy.serialization import deserialize_message
-
-    with path.open("rb") as file:
-        return [deserialize_message(m.data, kind) for _, _, m in make_reader(file).iter_messages(topics=[topic])]
+def test_a_person_judges_it_through_the_node(running: Running) -> None:
+    store = EpisodeStore(running.episodes)
+    card = next(iter(store.cards().values()))
+    request = srv.VerifyEpisode.Request(episode=card.name, label=srv.VerifyEpisode.Request.SUCCESS, person="Ada")
+    answer = running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", request)
+    assert answer.success, answer.message
+    label = Verification(store).labels(card.id)[0]
+    assert (label.verdict, label.person, label.seen.via) == ("success", "Ada", "ros")
+    nobody = srv.VerifyEpisode.Request(episode=card.name, label=1, person=" ")
+    assert running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", nobody).code == "episode.no_person"
+    other = srv.VerifyEpisode.Request(episode="of yesterday", label=1, person="Ada")
+    assert running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", other).code == "episode.unknown"
 
 
 GOALS: list[tuple[dict[str, Any], str]] = [
@@ -222,6 +238,26 @@ def test_what_would_be_an_unearned_success_is_refused_and_moves_nothing(running:
         assert (result.termination, result.code) == ("refused", code)
         assert (result.outcome, result.outcome_source, result.ticks) == (RunTask.Result.OUTCOME_UNJUDGED, "", 0)
     assert not [a for a in running.applied if a.number]
+
+
+def test_a_person_records_by_hand(running: Running) -> None:
+    """A lock-step simulation stands still meanwhile, so there are no ticks; frames and a discarding label are there."""
+    running.reset()
+    kind, name = srv.RecordEpisode.Request, "/policy_node/record"
+    started = running.watcher.call(srv.RecordEpisode, name, kind(request=kind.START, task="wave", instruction="wave"))
+    assert started.success, started.message
+    assert running.watcher.call(srv.RecordEpisode, name, kind(request=kind.START)).code == "recorder.busy"
+    refused = running.watcher.result(running.run()).result
+    assert (refused.termination, refused.code) == ("refused", "recorder.busy")
+    running.reset()
+    ended = running.watcher.call(srv.RecordEpisode, name, kind(request=kind.DISCARD))
+    assert (ended.success, ended.episode) == (True, started.episode)
+    assert running.watcher.call(srv.RecordEpisode, name, kind(request=kind.STOP)).code == "recorder.idle"
+    store = EpisodeStore(running.episodes)
+    card = store.card(started.episode)
+    assert (card.task, card.mode, card.reason, card.success) == ("wave", "demonstration", "discarded", None)
+    assert Verification(store).standing(card.id).state == "discarded"
+    assert list(store.open(card.id).frames("corner2"))
 
 
 def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) -> None:
@@ -331,8 +367,8 @@ def test_a_session_has_its_manifest(running: Running) -> None:
 
 
 def test_rosbags_reads_a_recording_as_a_bag(running: Running) -> None:
-    path = next(running.episodes.glob("*.mcap"))
-    with Reader(path) as reader:
+    store = EpisodeStore(running.episodes)
+    with Reader(store.path(next(iter(store.cards())))) as reader:
         kinds = {c.topic: c.msgtype for c in reader.connections}
-    assert kinds["/applied"] == "ratchet_msgs/msg/Applied"
-    assert kinds["/corner2/image_raw"] == "sensor_msgs/msg/Image"
+    assert kinds["/ratchet/tick"] == "ratchet_msgs/msg/RecordedTick"
+    assert kinds["/cameras/corner2/image_raw/compressed"] == "sensor_msgs/msg/CompressedImage"

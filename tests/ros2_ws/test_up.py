@@ -27,7 +27,7 @@ FAKE = ["--policy-module", "agent.runtime.fake_policy_worker", "--policy-options
 def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     command = [sys.executable, "-m", "agent.cli.main", "up", "sim", "--logs", str(logs), "--json", *FAKE]
-    command += ["--episodes", str(tmp_path / "episodes"), "--speed", "0.5"]
+    command += ["--episodes", str(tmp_path / "episodes"), "--sessions", str(tmp_path / "sessions"), "--speed", "0.5"]
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
@@ -36,7 +36,7 @@ def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
-        assert told["nodes"] == ["sim_robot_node", "safety_node", "policy_node", "recorder"]
+        assert told["nodes"] == ["sim_robot_node", "safety_node", "policy_node"]
         active(watcher, *told["nodes"])
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
@@ -50,6 +50,7 @@ def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
             process.kill()
         watcher.close()
     assert not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
+    assert not list((tmp_path / "episodes").glob("*/*.mcap*"))
     assert {p.name for p in logs.iterdir()} == {f"{n}.{k}" for n in told["nodes"] for k in ("yaml", "log")}
 
 

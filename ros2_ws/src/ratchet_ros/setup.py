@@ -7,7 +7,6 @@ from setuptools import setup
 NODES = (
     "policy_node",
     "safety_node",
-    "recorder",
     "camera_node",
     "teleop_node",
     "sim_robot_node",

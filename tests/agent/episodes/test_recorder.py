@@ -31,7 +31,7 @@ from agent.episodes.recorder import Recorder, RecorderConfig
 from agent.episodes.recorder_process import RecorderProcess
 from agent.episodes.store import EpisodeStore
 from agent.errors import RatchetError
-from agent.records import Observation
+from agent.records import Applied, Mark, Observation
 from agent.runtime.chunks import CollectExecutor
 from agent.runtime.clock import ManualClock
 from agent.runtime.fake_arm import FakeArm
@@ -69,9 +69,11 @@ class InThread(Recorder):
 def started(tmp_path: Path) -> Iterator[Callable[..., Recorder]]:
     made: list[Recorder] = []
 
-    def start(kind: type[Recorder] = InThread, contract: Any = CONTRACT, **config: Any) -> Recorder:
+    def start(
+        kind: type[Recorder] = InThread, contract: Any = CONTRACT, *, last_stage: bool = False, **config: Any
+    ) -> Recorder:
         given = {"memory_mb": 2, "min_free_gb": 0.0, **config}
-        made.append(kind(tmp_path, contract, RecorderConfig(**given), session="s"))
+        made.append(kind(tmp_path, contract, RecorderConfig(**given), session="s", last_stage=last_stage))
         return made[-1]
 
     yield start
@@ -206,6 +208,47 @@ def test_shared_frames_are_found_again(tmp_path: Path, started: Callable[..., Re
     assert ending is not None
     groups = 2 if decisions else 1
     assert sorted(ending.frames.values()) == sorted([8, 8] + [1, 1] * (groups - 1))
+
+
+def test_a_last_stage_has_the_last_word(tmp_path: Path, started: Callable[..., Recorder]) -> None:
+    """What it clipped or never passed on was not executed as sampled, whenever its word comes; silence is none."""
+    recorder = started(last_stage=True)
+    rng = np.random.default_rng(0)
+    recorder.describe(name="s-0001")
+    recorder.begin("bowl", "go", 0.0)
+    ticks = []
+    for i in range(3):
+        seen = observation(CONTRACT, rng, i, i * 0.2)
+        recorder.observation(seen)
+        recorder.chunk(chunk(CONTRACT, rng, seen))
+        for j in range(4):
+            ticks.append(tick(CONTRACT, rng, 4 * i + j))
+            recorder.tick(ticks[-1], 100 + 4 * i + j)
+            if i == 1:  # each at once; of the first chunk all but one, of the third some, later
+                recorder.applied(Applied(104 + j, ticks[-1].command, Mark.NONE))
+            elif i == 0 and j != 1:
+                clipped = np.zeros(7, np.float32)
+                recorder.applied(Applied(100 + j, clipped if j == 0 else ticks[-1].command, Mark(j == 0)))
+        recorder.outcome(ChunkOutcome(i, "ab", np.zeros(4, np.int64)))
+    for j in (0, 1, 3):
+        recorder.applied(Applied(108 + j, None if j == 1 else ticks[8 + j].command, Mark.HELD if j == 1 else Mark.NONE))
+    recorder.end("horizon", False, "simulator", 1.0)
+    digest = recorder.wait_ended(WAIT)
+    store = EpisodeStore(tmp_path)
+    assert store.resolve("s-0001") == digest
+    read = store.read(digest)
+    told = [t.applied_marks for t in read.ticks]
+    assert told == [Mark.CLIPPED, Mark.SKIPPED, *[Mark.NONE] * 7, Mark.HELD, Mark.SKIPPED, Mark.NONE]
+    assert [s.executed.tolist() for s in read.steps] == [
+        [False, False, True, True],
+        [True, True, True, True],
+        [True, False, False, True],
+    ]
+    assert read.ticks[0].reached is not None
+    assert not read.ticks[0].reached.any()
+    assert [t.reached is None for t in read.ticks].count(True) == 3
+    assert same([t.command for t in read.ticks], [t.command for t in ticks])
+    assert store.card(digest).dropped == 2
 
 
 class Stopped(NamedTuple):

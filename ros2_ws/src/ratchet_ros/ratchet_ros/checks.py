@@ -17,8 +17,8 @@ from rclpy.qos import DurabilityPolicy, QoSCompatibility, ReliabilityPolicy, qos
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from ratchet_ros import decode, encode, qos
-from ratchet_ros.bag import type_name
 from ratchet_ros.intake import require_wiring
+from ratchet_ros.interfaces import type_name
 from ratchet_ros.times import seconds
 
 AHEAD = 0.02  # s that a stamp may lie in the future: clocks of two machines under NTP

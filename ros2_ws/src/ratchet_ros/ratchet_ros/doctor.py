@@ -27,7 +27,7 @@ from ratchet_ros.checks import Finding
 from ratchet_ros.robot_driver_check import check
 
 NEEDED = 64 << 20  # bytes of /dev/shm for two segments of the shipped profile
-OURS = ("policy_node", "safety_node", "recorder", "camera_node", "teleop_node", "sim_robot_node")
+OURS = ("policy_node", "safety_node", "camera_node", "teleop_node", "sim_robot_node")
 
 
 def environment(profile_before: str) -> list[Finding]:

@@ -15,6 +15,7 @@ from rclpy.node import Node
 
 from agent.contract import CameraSpec, RobotContract
 from agent.errors import RatchetError
+from agent.records import UInt8
 from agent.runtime.align import Aligner
 from ratchet_ros import decode, qos
 from ratchet_ros.times import TimeBase
@@ -35,7 +36,8 @@ def require_wiring(contract: RobotContract) -> Any:
 class Intake:
     """Everything that arrives from one arm. Callbacks run on the node's executor; readers are any threads.
 
-    cameras: names to subscribe to; () for a node that needs the state only.
+    cameras: names that observations consist of; () for a node that needs the state only.
+    others: names of cameras that are only shown to `on_frame`.
     reliable: lock-step simulation, where nothing may be lost.
     """
 
@@ -49,6 +51,8 @@ class Intake:
         max_skew: float,
         reliable: bool = False,
         on_data: Callable[[], None] | None = None,
+        others: Iterable[str] = (),
+        on_frame: Callable[[str, UInt8, float], None] = lambda camera, pixels, stamp: None,
     ) -> None:
         wiring = require_wiring(contract)
         names = [c.name for c in contract.cameras] if cameras is None else list(cameras)
@@ -57,9 +61,9 @@ class Intake:
         self.received: Counter[str] = Counter()
         self.problems: dict[str, RatchetError] = {}
         self._told: dict[str, float] = {}
-        self._on_data = on_data
+        self._on_data, self._on_frame = on_data, on_frame
         self._subscriptions: list[Any] = []
-        for name in names:
+        for name in [*names, *others]:
             camera = contract.camera(name)
             self._subscribe(
                 decode.image_type(camera),
@@ -98,7 +102,10 @@ class Intake:
                 self._tell(camera.name, error)
                 return
             self.problems.pop(camera.name, None)
-            self.aligner.add_frame(camera.name, pixels, self._clock.from_ros(message.header.stamp))
+            stamp = self._clock.from_ros(message.header.stamp)
+            self._on_frame(camera.name, pixels, stamp)  # before an observation can be made of it
+            if camera.name in self.aligner.cameras:
+                self.aligner.add_frame(camera.name, pixels, stamp)
             self._count(camera.name)
 
         return received

@@ -50,6 +50,11 @@ class RosJudge:
     def ticked(self, tick: ControlTick) -> None:
         self._tick = tick
 
+    @property
+    def initial_state(self) -> int:
+        """That the scene was reset to; -1 without one."""
+        return -1 if self._scene is None else int(self._scene.initial_state)
+
     # -- before a goal -----------------------------------------------------------------------------------------------
 
     def refusal(self, task: str, instruction: str) -> RatchetError | None:

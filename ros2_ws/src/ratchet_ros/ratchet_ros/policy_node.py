@@ -23,15 +23,18 @@ from std_srvs.srv import Trigger
 from agent.contract import RobotContract
 from agent.episodes.earned import require_goal, require_temperature
 from agent.errors import RatchetError
-from agent.records import ActionChunk, SafetyEvent
+from agent.records import ActionChunk, SafetyEvent, UInt8
 from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient
 from agent.runtime.priority import real_time
 from agent.runtime.session import Session
+from agent.runtime.sink import Tee, TickSink
 from ratchet_ros import convert, policy_params, qos, task_run
+from ratchet_ros.episode_services import EpisodeServices
 from ratchet_ros.intake import Intake
 from ratchet_ros.judge import RosJudge
 from ratchet_ros.node import ERROR, OK, WARN, Line, RatchetNode, spin
+from ratchet_ros.recording import EpisodeRecording
 from ratchet_ros.robot import LockStepRosRobot, NotingSafety, RosRobot, StampedRosRobot
 from ratchet_ros.times import SimulatedTime, SteadyTime, TimeBase, seconds
 from ratchet_ros.waiting import in_thread, settled
@@ -52,6 +55,7 @@ class PolicyNode(RatchetNode):
         self.client: PolicyClient | None = None
         self.intake: Intake | None = None
         self.session: Session | None = None
+        self.recording: EpisodeRecording | None = None
         self.loop: ControlLoop | None = None
         self._things: list[Any] = []
         self._ticking: list[Any] = []
@@ -85,13 +89,24 @@ class PolicyNode(RatchetNode):
         period = 1.0 / self.contract.control_hz
         self.judge = RosJudge(settings.judge, period, settings.patience if lock_step else 0.0)
         self.sink = task_run.NodeSink(self._on_chunk, self._on_event)
+        calibrations = policy_params.calibrations(settings)
         if settings.sessions:
             self.session = Session.start(
                 Path(settings.sessions),
                 self.contract,
                 base_hash=self.client.base_hash,
                 adapter_id=self.client.adapter_id,
-                calibrations=policy_params.calibrations(settings),
+                calibrations=calibrations,
+            )
+        if settings.episodes:
+            self.recording = EpisodeRecording(
+                Path(settings.episodes),
+                self.contract,
+                self.clock,
+                self.robot,
+                policy_params.recorder_config(settings),
+                session=self.session.id if self.session is not None else "",
+                calibrations=calibrations,
             )
         self._make_publishers()
         self._make_servers()
@@ -111,6 +126,9 @@ class PolicyNode(RatchetNode):
         if self.client is not None:
             self.client.stop()
             self.client = None
+        if self.recording is not None:
+            self.recording.close()
+            self.recording = None
         if self.session is not None:
             self.session.stop("cleaned up")
             self.session = None
@@ -145,6 +163,8 @@ class PolicyNode(RatchetNode):
         lines.append((ERROR if missing or problems else OK, "observation", text, ages | {"skew_s": self.robot.skew}))
         if self._last_stage is None:
             lines.append((ERROR, "safety node", "not heard of", {}))
+        if self.recording is not None:
+            lines.append(self.recording.diagnose())
         if self.loop is not None:
             timing = self.loop.timing
             level = WARN if timing.missed else OK
@@ -158,6 +178,7 @@ class PolicyNode(RatchetNode):
         skew = settings.max_skew or self.contract.watchdog.observation_max_age
         self._commands = self._keep(self.create_publisher(msg.Command, "command", qos.COMMANDS))
         waker: list[Any] = []
+        watched = [c.name for c in self.contract.cameras if c.name not in cameras] if settings.episodes else []
         self.intake = Intake(
             self,
             self.contract,
@@ -166,6 +187,8 @@ class PolicyNode(RatchetNode):
             max_skew=skew,
             reliable=lock_step,
             on_data=lambda: [w() for w in waker] and None,
+            others=watched,
+            on_frame=self._on_frame,
         )
         publish = self._commands.publish
         if lock_step:
@@ -186,6 +209,19 @@ class PolicyNode(RatchetNode):
         keep(self.create_subscription(msg.SafetyStatus, "safety_status", self._on_last_stage, qos.STATUS))
         keep(self.create_subscription(msg.OperatorInput, "operator", self._on_operator, qos.INPUT))
         keep(self.create_subscription(Bool, "e_stop", self._on_e_stop, qos.STATUS))
+        assert self.intake is not None
+        self.episode_services = EpisodeServices(
+            self,
+            self.recording,
+            self.intake,
+            self.clock,
+            self._new_name,
+            lambda: self._goal.task if self._goal is not None else "",
+        )
+        keep(self.episode_services)
+        if self.recording is not None:
+            keep(self.create_subscription(msg.Applied, "applied", self._on_applied, qos.EVENTS))
+            keep(self.create_subscription(msg.SafetyEvent, "safety_events", self._on_other_event, qos.EVENTS))
         if self.settings.judge == "scene":
             keep(self.create_subscription(msg.SceneStatus, "scene_status", self.judge.scene, qos.STATUS))
         keep(self.create_service(srv.SwapAdapter, "~/swap_adapter", self._serve_swap))
@@ -215,6 +251,19 @@ class PolicyNode(RatchetNode):
             return
         wanted = message.intervene and len(message.action) == self.contract.action.size
         self.loop.human(np.frombuffer(message.action, np.float32) if wanted else None)
+
+    def _on_frame(self, camera: str, pixels: UInt8, stamp: float) -> None:
+        if self.recording is not None:
+            self.recording.frame(camera, pixels, stamp)
+
+    def _on_applied(self, message: msg.Applied) -> None:
+        if self.recording is not None:
+            self.recording.on_applied(message)
+            self.episode_services.on_applied(message)
+
+    def _on_other_event(self, message: msg.SafetyEvent) -> None:
+        if message.node != "policy_node" and self.recording is not None:
+            self.recording.on_event(message)
 
     def _on_chunk(self, chunk: ActionChunk) -> None:
         self._chunks.publish(convert.chunk(chunk, self.robot.image_stamps, self.clock))
@@ -292,7 +341,7 @@ class PolicyNode(RatchetNode):
         def work() -> RunTask.Result:
             if not simulated:
                 self.get_logger().info(f"control loop: {real_time()}")
-            return task_run.run(loop, robot, self.judge, goal, timeout, self._mark)
+            return task_run.run(loop, robot, self.judge, goal, timeout, self._mark, self.recording)
 
         self._thread = in_thread(work, "control-loop")
         try:
@@ -340,8 +389,9 @@ class PolicyNode(RatchetNode):
             raise RatchetError(
                 "adapter.not_active", f"{request.expected_adapter[:12]} is expected, {status.adapter_id[:12]} is active"
             )
-        self._episodes += 1
-        stem = self.session.id if self.session is not None else uuid.uuid4().hex[:12]
+        if self.episode_services.by_hand:
+            what = f"{self.episode_services.by_hand} is being recorded by hand"
+            raise RatchetError("recorder.busy", what, fix="stop it")
         return task_run.Goal(
             task=request.task,
             instruction=request.instruction,
@@ -350,8 +400,14 @@ class PolicyNode(RatchetNode):
             temperature=float(request.temperature),
             seed=int(request.seed),
             expected_adapter=request.expected_adapter,
-            episode=f"{stem}-{self._episodes:04d}",
+            episode=self._new_name(),
         )
+
+    def _new_name(self) -> str:
+        """Of the next episode; unique."""
+        self._episodes += 1
+        stem = self.session.id if self.session is not None else uuid.uuid4().hex[:12]
+        return f"{stem}-{self._episodes:04d}"
 
     def _prepare(self, goal: task_run.Goal) -> None:
         assert self.client is not None
@@ -361,12 +417,22 @@ class PolicyNode(RatchetNode):
         self.client.sample(goal.temperature, goal.seed)
         if isinstance(self.robot, LockStepRosRobot):
             self.robot.begin()
+        sink: TickSink = self.sink
+        if self.recording is not None:
+            self.recording.prepare(
+                goal.episode,
+                adapter_id=self.client.adapter_id,
+                mode=goal.mode,
+                seed=goal.seed,
+                initial_state=self.judge.initial_state,
+            )
+            sink = Tee(self.sink, self.recording)
         self.loop = ControlLoop(
             self.robot,
             self.client,
             self.safety,
             steps,
-            sink=self.sink,
+            sink=sink,
             clock=self.clock,
             lock_step=self.settings.lock_step,
             patience=self.settings.patience,

@@ -6,9 +6,11 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from agent.contract import RobotContract
+from agent.episodes.format import Codec
+from agent.episodes.recorder_types import RecorderConfig
 from agent.errors import RatchetError
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from agent.runtime.policy_client import PolicyLaunch
@@ -75,6 +77,14 @@ class Parameters:
     patience: float = parameter(
         30.0, "Lock-step only: real seconds to wait for an answer or an observation.", low=0.1, high=3600.0
     )
+    episodes: str = parameter("", "Folder of the episode store that every task is recorded into; empty for none.")
+    record_cameras: str = parameter(
+        "jpeg",
+        "How camera streams are recorded; the frames that decisions were made on are always kept bit by bit.",
+        one_of=("jpeg", "h264", "png", "raw"),
+    )
+    record_memory_mb: int = parameter(256, "Frames that may wait for the disk.", low=1, high=1 << 16)
+    record_least_free_gb: float = parameter(2.0, "Recording stops when less disk than this is free.", low=0.0, high=1e6)
     sessions: str = parameter("", "Folder in which a session with its manifest is made; empty for none.")
     calibrations: list[str] = parameter([], "Calibrations in force, as camera=id.")  # noqa: RUF009
 
@@ -124,6 +134,15 @@ def executor(settings: Parameters, mode: str, contract: RobotContract, chunk: in
     if mode == "deploy":
         return DeployExecutor(contract, use=settings.use or max(1, chunk // 2), blend=settings.blend)
     raise RatchetError("ros.bad_mode", f"no execution mode {mode!r}", fix="deploy or collect")
+
+
+def recorder_config(settings: Parameters) -> RecorderConfig:
+    """How episodes are recorded."""
+    return RecorderConfig(
+        stream=cast(Codec, settings.record_cameras),
+        memory_mb=settings.record_memory_mb,
+        min_free_gb=settings.record_least_free_gb,
+    )
 
 
 def calibrations(settings: Parameters) -> dict[str, str]:

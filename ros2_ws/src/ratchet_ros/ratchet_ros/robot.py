@@ -44,6 +44,11 @@ class RosRobot:
     def contract(self) -> RobotContract:
         return self._contract
 
+    @property
+    def number(self) -> int:
+        """Of the newest command that was sent; 0 before the first."""
+        return self._number
+
     def connect(self) -> None:
         """Refuse while a source is silent. Raises RatchetError ros.no_data."""
         missing = self._intake.missing()

@@ -17,6 +17,7 @@ from agent.records import ActionChunk, ControlTick, Observation, SafetyEvent
 from agent.runtime.loop import ControlLoop, EpisodeEnd, Termination
 from agent.runtime.sink import ChunkOutcome
 from ratchet_ros.judge import RosJudge
+from ratchet_ros.recording import EpisodeRecording
 from ratchet_ros.robot import RosRobot
 
 
@@ -81,6 +82,7 @@ def run(
     goal: Goal,
     hold_timeout: float,
     mark: Callable[[int, RunTask.Result | None], None],
+    recording: EpisodeRecording | None = None,
 ) -> RunTask.Result:
     """Run the goal to its end; then the last stage is told that nothing more comes. mark: told begin and end."""
     robot.instruction = goal.instruction
@@ -100,7 +102,11 @@ def run(
         result = refusal(error)
     finally:
         robot.release()
-    result.episode = goal.episode
+    if recording is not None:
+        try:
+            result.episode = recording.finish()
+        except RatchetError as error:
+            result.message += f"; {error}"
     mark(msg.EpisodeMark.END, result)
     return result
 
