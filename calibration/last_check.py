@@ -14,6 +14,8 @@ from typing import Any
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
+from calibration.store import CalibrationStore
+from calibration.tie import require_fit
 
 FILE = "last_check.json"
 MAX_AGE = timedelta(hours=12)
@@ -48,7 +50,8 @@ def require(
         camera -> its check as plain data, overrides included, for the session's manifest.
 
     Raises:
-        RatchetError: session.not_checked, session.check_too_old, session.camera_moved; calibration.unknown.
+        RatchetError: session.not_checked, session.check_too_old, session.camera_moved; calibration.unknown and what
+            reading it raises; calibration.other_camera and the others of `tie.require_fit`.
     """
     now = now or datetime.now(UTC)
     found: dict[str, dict[str, Any]] = {}
@@ -61,6 +64,7 @@ def require(
                 "calibration.unknown", f"the contract demands calibration {identity[:12]}", where=str(store),
                 fix="name the folder that holds it, or calibrate again and change the contract",
             )  # fmt: skip
+        require_fit(CalibrationStore(store).load(identity), contract, camera)
         again = f"ratchet calibrate drift {identity[:12]} --store {store}"
         try:
             raw: Mapping[str, Any] = json.loads((store / identity / FILE).read_text())

@@ -14,6 +14,7 @@ from rich.table import Table
 from agent.cli.calibrate_arm import Actions, HandEye
 from agent.cli.calibrate_camera import Cameras, Capture, Intrinsics
 from agent.cli.calibrate_drift import Drift
+from agent.cli.calibrate_use import Use
 from calibration import export, report
 from calibration.boards import Board as BoardDescription
 from calibration.store import CalibrationStore
@@ -145,6 +146,8 @@ class Calibrate:
 
         ratchet calibrate actions --suite libero_object
 
+        ratchet calibrate use front --contract robots/so101.yaml
+
         ratchet calibrate drift front --picture now.png
 
         ratchet calibrate list
@@ -157,6 +160,7 @@ class Calibrate:
         | Annotated[HandEye, tyro.conf.subcommand("handeye")]
         | Annotated[Cameras, tyro.conf.subcommand("cameras")]
         | Annotated[Actions, tyro.conf.subcommand("actions")]
+        | Annotated[Use, tyro.conf.subcommand("use")]
         | Annotated[Drift, tyro.conf.subcommand("drift")]
         | Annotated[ListCalibrations, tyro.conf.subcommand("list")]
         | Annotated[Report, tyro.conf.subcommand("report")]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.cli import common
-from agent.cli.calibrate_camera import read_board, read_views
+from agent.cli.calibrate_camera import measure_lens, read_board, read_views
 from agent.contract import VerifiedFact, write_verified
 from agent.errors import RatchetError
 from calibration import action_checks, handeye, report
@@ -33,9 +33,14 @@ from calibration.record import Calibration, Mount
 from calibration.store import CalibrationStore
 from sim import registry
 from sim.board_arm import CAMERA, BoardArm
+from sim.board_scene import BoardScene, Look
+from sim.board_scene import poses as board_poses
 from sim.robot import SimRobot
 
 POSES = "poses.json"
+# What `--simulate` gives a camera of which nothing is known: a webcam's lens.
+SIMULATED = CameraModel(640, 480, 610.0, 612.0, 325.0, 236.0, "brown5", (0.12, -0.25, 0.001, -0.0005, 0.01))
+LENS_VIEWS = 25
 
 
 @dataclass
@@ -61,16 +66,21 @@ class HandEye:
     next_poses: int = 0
     """Print so many poses that would make the result more certain."""
     simulate: int = 0
-    """Take so many views with a simulated arm into the folder first, and say how far the result is from the truth."""
+    """Take so many views with a simulated arm into the folder first, and say how far the result is from the truth.
+    Where there is no board or no lens of this camera yet, a usual one is simulated and measured first."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
         console = Console(stderr=self.json, width=100)
-        board = read_board(self.board)
         store = CalibrationStore(self.store)
-        before = store.load(store.resolve(self.camera))
-        truth = self._take(board, before.model, console) if self.simulate else None
+        if self.simulate and not self.board.is_file():
+            board = Board()
+            console.print(f"no {self.board}: the usual board of {board.columns} x {board.rows} is simulated")
+        else:
+            board = read_board(self.board)
+        before, lens = self._lens(board, store, console)
+        truth = self._take(board, lens, before.model, console) if self.simulate else None
         poses, found, encoded = self._read(board, console)
         result = handeye.calibrate(board, before.model, self.mounting, poses, found)
         mount = Mount.of(
@@ -133,9 +143,40 @@ class HandEye:
             )  # fmt: skip
         return [poses[d.name] for d in found], found, encoded
 
-    def _take(self, board: Board, model: CameraModel, console: Console) -> Float:
-        """Views by a simulated arm; the camera's true pose."""
-        arm = BoardArm(board, model, self.mounting)
+    def _lens(self, board: Board, store: CalibrationStore, console: Console) -> tuple[Calibration, CameraModel]:
+        """The camera's newest intrinsics, and the lens that a simulated camera has: a known one's is measured first,
+        from pictures of the board, as a real one's."""
+        try:
+            before = store.load(store.resolve(self.camera))
+            return before, before.model
+        except RatchetError as error:
+            if error.code != "calibration.unknown":
+                raise
+            if not self.simulate:
+                raise RatchetError(
+                    error.code,
+                    f"the lens of '{self.camera}' is not calibrated yet",
+                    where=error.where,
+                    fix=f"ratchet calibrate intrinsics PICTURES --camera {self.camera} --board {self.board} "
+                    f"--store {self.store}",
+                ) from None
+        console.print(f"no lens of '{self.camera}' is calibrated: pictures for it are taken with the simulated camera")
+        folder = self.folder / "lens"
+        folder.mkdir(parents=True, exist_ok=True)
+        generator = np.random.default_rng(0)
+        scene = BoardScene(board, SIMULATED)
+        try:
+            for i, pose in enumerate(board_poses(board, SIMULATED, LENS_VIEWS, generator, (0.3, 0.6))):
+                picture = scene.photograph(pose, Look(), generator)
+                cv2.imwrite(str(folder / f"{i:03d}.png"), picture[..., ::-1])
+        finally:
+            scene.close()
+        before, _, _ = measure_lens(folder, self.camera, board, SIMULATED.model, store, console)
+        return before, SIMULATED
+
+    def _take(self, board: Board, lens: CameraModel, model: CameraModel, console: Console) -> Float:
+        """Views by a simulated arm; the camera's true pose. lens: its own; model: what is known of it."""
+        arm = BoardArm(board, lens, self.mounting)
         try:
             with console.status("the simulated arm takes views") as status:
                 views = Collector(arm, CAMERA, board, model, self.mounting, tell=status.update).automatic(self.simulate)

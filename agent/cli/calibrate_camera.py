@@ -121,27 +121,19 @@ class Intrinsics:
 
     def run(self) -> int:
         console = Console(stderr=self.json, width=100)
-        board = read_board(self.board)
-        found, refused, encoded = read_views(self.folder, board, console)
-        result = intrinsics.calibrate(board, found, self.model)
-        calibration = Calibration(
-            camera=self.camera,
-            model=result.camera,
-            board=board,
-            date=common.now(),
-            rms=result.rms,
-            held_out_rms=result.held_out_rms,
-            views=sum(v.used for v in result.views),
-            camera_serial=self.serial,
+        stored, result, refused = measure_lens(
+            self.folder,
+            self.camera,
+            read_board(self.board),
+            self.model,
+            CalibrationStore(self.store),
+            console,
+            serial=self.serial,
             robot=self.robot,
             robot_serial=self.robot_serial,
         )
-        kept = {d.name: encoded[d.name] for d in found}
-        stored = CalibrationStore(self.store).put(calibration, kept, lambda c: report.write(c, result))
-        show_lens(console, stored, result, refused)
-        page = self.store / stored.id / "report.html"
-        console.print(f"calibration {stored.id[:12]}, report: {page}", soft_wrap=True)
         if self.json:
+            page = self.store / stored.id / "report.html"
             print(json.dumps({"id": stored.id, "report": str(page), "refused": refused} | report.as_dict(result, None)))
         return 0 if report.judge(stored)[0] else 1
 
@@ -218,6 +210,40 @@ class Cameras:
             "exposure": camera_checks.exposure(frames[-10:]).problem,
             "orientation": turned,
         }
+
+
+def measure_lens(
+    folder: Path,
+    camera: str,
+    board: Board,
+    model: Model,
+    store: CalibrationStore,
+    console: Console,
+    *,
+    serial: str = "",
+    robot: str = "",
+    robot_serial: str = "",
+) -> tuple[Calibration, intrinsics.IntrinsicsResult, dict[str, str]]:
+    """Estimate a lens from a folder of pictures, store and show it; with why pictures were left out."""
+    found, refused, encoded = read_views(folder, board, console)
+    result = intrinsics.calibrate(board, found, model)
+    calibration = Calibration(
+        camera=camera,
+        model=result.camera,
+        board=board,
+        date=common.now(),
+        rms=result.rms,
+        held_out_rms=result.held_out_rms,
+        views=sum(v.used for v in result.views),
+        camera_serial=serial,
+        robot=robot,
+        robot_serial=robot_serial,
+    )
+    kept = {d.name: encoded[d.name] for d in found}
+    stored = store.put(calibration, kept, lambda c: report.write(c, result))
+    show_lens(console, stored, result, refused)
+    console.print(f"calibration {stored.id[:12]}, report: {store.root / stored.id / 'report.html'}", soft_wrap=True)
+    return stored, result, refused
 
 
 def news(view: coverage.View, views: Sequence[coverage.View]) -> bool:

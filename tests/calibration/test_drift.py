@@ -22,10 +22,12 @@ from agent.errors import RatchetError
 from agent.runtime.fake_contract import arm
 from calibration import drift, last_check
 from calibration.last_check import FILE, Check
+from calibration.record import Calibration
+from calibration.store import CalibrationStore
 from tests.calibration.scenes import BOARD, CAMERA, drawn, pose
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
-IDENTITY = "ab" * 32
+CALIBRATION = Calibration("front", dataclasses.replace(CAMERA, width=8, height=8), BOARD, "2026-01-02", 0.1, 0.1, 20)
 
 
 def scene(shift: float = 0.0, turn: float = 0.0, objects: int = 0, light: float = 1.0) -> NDArray[np.uint8]:
@@ -99,9 +101,16 @@ def test_averaging_lowers_noise() -> None:
 # -- before a session --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A store with the calibration of the arm's camera."""
+    CalibrationStore(tmp_path).put(CALIBRATION, {})
+    return tmp_path
+
+
 def tied() -> RobotContract:
     contract = arm()
-    camera = dataclasses.replace(contract.cameras[0], calibration_id=IDENTITY)
+    camera = dataclasses.replace(contract.cameras[0], calibration_id=CALIBRATION.id)
     return dataclasses.replace(contract, cameras=(camera,))
 
 
@@ -109,11 +118,10 @@ def check(**change: object) -> Check:
     return dataclasses.replace(Check("2026-03-01T11:00:00Z", False, "", "", {"pixels": 0.1}), **change)  # type: ignore[arg-type]
 
 
-def test_a_session_starts_on_a_fresh_check(tmp_path: Path) -> None:
-    (tmp_path / IDENTITY).mkdir()
-    last_check.write(tmp_path, IDENTITY, check())
-    assert last_check.require(tmp_path, tied(), NOW)["front"]["measured"] == {"pixels": 0.1}
-    assert last_check.require(tmp_path, arm(), NOW) == {}  # nothing tied, nothing to check
+def test_a_session_starts_on_a_fresh_check(store: Path) -> None:
+    last_check.write(store, CALIBRATION.id, check())
+    assert last_check.require(store, tied(), NOW)["front"]["measured"] == {"pixels": 0.1}
+    assert last_check.require(store, arm(), NOW) == {}  # nothing tied, nothing to check
 
 
 @pytest.mark.parametrize(
@@ -127,12 +135,11 @@ def test_a_session_starts_on_a_fresh_check(tmp_path: Path) -> None:
         (json.dumps(dataclasses.asdict(check(moved=True))), "session.camera_moved"),
     ],
 )
-def test_no_session_without_a_good_check(tmp_path: Path, content: str | None, code: str) -> None:
-    (tmp_path / IDENTITY).mkdir()
+def test_no_session_without_a_good_check(store: Path, content: str | None, code: str) -> None:
     if content is not None:
-        (tmp_path / IDENTITY / FILE).write_text(content)
+        (store / CALIBRATION.id / FILE).write_text(content)
     with pytest.raises(RatchetError) as refusal:
-        last_check.require(tmp_path, tied(), NOW)
+        last_check.require(store, tied(), NOW)
     assert refusal.value.code == code
     assert "calibrate drift" in str(refusal.value)
 
@@ -142,13 +149,22 @@ def test_a_missing_calibration_starts_no_session(tmp_path: Path) -> None:
         last_check.require(tmp_path, tied(), NOW)
 
 
-def test_an_override_is_told_to_the_session(tmp_path: Path) -> None:
-    (tmp_path / IDENTITY).mkdir()
-    last_check.write(tmp_path, IDENTITY, check(moved=True, override="demo for visitors", person="Ada"))
-    told = last_check.require(tmp_path, tied(), NOW)["front"]
+def test_an_override_is_told_to_the_session(store: Path) -> None:
+    last_check.write(store, CALIBRATION.id, check(moved=True, override="demo for visitors", person="Ada"))
+    told = last_check.require(store, tied(), NOW)["front"]
     assert (told["moved"], told["override"], told["person"]) == (True, "demo for visitors", "Ada")
     with pytest.raises(RatchetError, match=r"session\.check_too_old"):  # a reason does not last for ever
-        last_check.require(tmp_path, tied(), NOW + timedelta(days=1))
+        last_check.require(store, tied(), NOW + timedelta(days=1))
+
+
+def test_another_cameras_calibration_starts_no_session(tmp_path: Path) -> None:
+    """The id in a contract is 64 digits that somebody may have copied from the line below."""
+    wrist = CalibrationStore(tmp_path).put(dataclasses.replace(CALIBRATION, camera="wrist"), {})
+    last_check.write(tmp_path, wrist.id, check())
+    contract = tied()
+    camera = dataclasses.replace(contract.cameras[0], calibration_id=wrist.id)
+    with pytest.raises(RatchetError, match=r"calibration\.other_camera.*'wrist'"):
+        last_check.require(tmp_path, dataclasses.replace(contract, cameras=(camera,)), NOW)
 
 
 def test_a_move_along_the_axis_of_view_is_noticed() -> None:

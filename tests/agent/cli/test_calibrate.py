@@ -15,8 +15,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import yaml
 
+from agent.cli import calibrate_arm
 from agent.cli.main import main
 from agent.contract import RobotContract, VerifiedFact, write_verified
 from agent.errors import RatchetError
@@ -27,7 +27,7 @@ from tests.calibration import scenes
 from tests.calibration.scenes import BOARD, drawn
 
 ROOT = Path(__file__).resolve().parents[3]
-VERBS = ["board", "capture", "intrinsics", "handeye", "cameras", "actions", "drift", "report", "export", "list"]
+VERBS = ["board", "capture", "intrinsics", "handeye", "cameras", "actions", "use", "drift", "report", "export", "list"]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -90,9 +90,9 @@ def test_from_a_board_to_a_session(
 
 def _a_session(tmp_path: Path, identity: str, shown: Path, store: list[str]) -> None:
     """Session start refuses until somebody looked, and after the camera moved, but for an override."""
-    raw = yaml.safe_load((ROOT / "robots" / "so101.yaml").read_text())
-    raw["cameras"][0]["calibration_id"] = identity
-    (tmp_path / "contract.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "contract.yaml").write_text((ROOT / "robots" / "so101.yaml").read_text())
+    assert main(["calibrate", "use", identity[:12], "--contract", "contract.yaml", *store]) == 0
+    assert RobotContract.load(tmp_path / "contract.yaml").camera("front").calibration_id == identity
     (tmp_path / "robot").mkdir()
     start = ["session", "start", "--robot", "robot", "--contract", "contract.yaml", "--calibrations", store[1]]
     drift = ["calibrate", "drift", "front", *store, "--picture"]
@@ -113,6 +113,29 @@ def _a_session(tmp_path: Path, identity: str, shown: Path, store: list[str]) -> 
     assert main([*drift, then]) == 0
     assert main(start) == 0
     assert json.loads(wish.read_text())["notes"]["cameras"]["front"]["moved"] is False
+
+
+def test_a_simulated_arm_needs_nothing_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One command on a machine without a printer: board, lens and arm are simulated, in this order."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibrate_arm, "LENS_VIEWS", 12)
+    words = ["calibrate", "handeye", "hand", "--camera", "front", "--mounting", "eye_in_hand"]
+    assert main([*words, "--simulate", "8", "--json"]) == 0
+    told = said(capsys)
+    assert told["from_truth"]["mm"] < 3
+    store = CalibrationStore(tmp_path / "calibrations")
+    assert [store.load(i).mount is not None for i in (store.resolve("front"), told["id"])] == [True, True]
+    assert len(store.ids()) == 2
+    # Without --simulate the command to run before is named.
+    assert main([*words[:4], "wrist", *words[5:], "--board", str(_board(tmp_path)), "--json"]) == 2
+    assert said(capsys)["error"]["fix"].startswith("ratchet calibrate intrinsics PICTURES --camera wrist")
+
+
+def _board(folder: Path) -> Path:
+    (folder / "board.json").write_text(json.dumps(BOARD.to_dict()))
+    return folder / "board.json"
 
 
 @pytest.mark.parametrize("verb", VERBS)
