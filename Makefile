@@ -69,7 +69,9 @@ lint: setup
 	@$(VENV)/bin/ruff format --check -q .
 	@$(VENV)/bin/mypy agent
 
-test: lint $(ROS_VENV)/.ready $(JAZZY_VENV)/.ready
+test: setup $(ROS_VENV)/.ready $(JAZZY_VENV)/.ready
+	@$(PY) -m tests.time_left
+	@$(MAKE) --no-print-directory lint
 	@$(PY) -m pytest
 	@$(ROS_PY) -m pytest tests/ros2_ws
 

@@ -1,73 +1,14 @@
-"""Says how long the tests will take on this machine, and keeps saying it.
-
-Knows how many seconds each file took on the reference machine (durations.json, written by `--record-durations`) and a
-measurement of two seconds. Changes nothing about the tests.
-"""
+"""What all tests share: a line about the time that is left."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections import Counter, defaultdict
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from agent.cli import estimate
-
-DURATIONS = Path(__file__).with_name("durations.json")
-UNKNOWN = 0.5  # s, of a test in a file that nobody has timed
-FEW = 120.0  # s; below, nothing is said
-EVERY = 60.0  # s between two lines
+from tests.time_left import TimeLeft
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-durations", action="store_true", help="write the seconds of each file for estimates")
-
-
-class TimeLeft:
-    """Weighs each test by what its file took before."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self._known: dict[str, float] = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
-        self._weights: dict[str, float] = {}
-        self._taken: defaultdict[str, float] = defaultdict(float)
-        self._left: estimate.Remaining | None = None
-        self._told = 0.0
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        count = Counter(item.nodeid.split("::")[0] for item in session.items)
-        self._weights = {file: self._known.get(file, UNKNOWN * n) / n for file, n in count.items()}
-        total = sum(self._weights[file] * n for file, n in count.items())
-        if total < FEW or session.config.option.collectonly:
-            return
-        speed = estimate.measure()
-        expected = total * speed.factor
-        self._left = estimate.Remaining(total, expected)
-        self._say(f"about {estimate.minutes(expected)} for {len(session.items)} tests on this machine: {speed.told()}")
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        file = report.nodeid.split("::")[0]
-        self._taken[file] += report.duration
-        if report.when != "teardown" or self._left is None:
-            return
-        self._left.advance(self._weights.get(file, UNKNOWN))
-        if time.monotonic() - self._told >= EVERY:
-            self._say(f"about {estimate.minutes(self._left.seconds())} left")
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._config.getoption("--record-durations"):
-            taken = {file: round(seconds, 1) for file, seconds in self._taken.items()}
-            DURATIONS.write_text(json.dumps(dict(sorted({**self._known, **taken}.items())), indent=1) + "\n")
-
-    def _say(self, text: str) -> None:
-        self._told = time.monotonic()
-        terminal: Any = self._config.pluginmanager.getplugin("terminalreporter")
-        if terminal is not None:
-            terminal.ensure_newline()
-            terminal.write_line(text)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -104,6 +104,8 @@ class Run(ComputingOptions):
         try:
             with console.status("starting the policy process"), PolicyClient(contract, launch) as client:
                 robot.connect()
+                if client.computing:
+                    console.print(f"the policy computes in {client.computing}", markup=False, highlight=False)
                 for warning in client.warnings:
                     console.print(f"[yellow]{warning}[/]")
                 session = self._session(contract, client)

@@ -44,6 +44,7 @@ class PolicyClient:
         self.spec: PolicySpec | None = None
         self.base_hash = ""
         self.warnings: list[str] = []
+        self.computing = ""  # the dtype of the policy's products and why, in words
         self._adapter_id = ""
         self._wanted_adapter = str(launch.options.get("adapter", ""))
         self._state, self._error = "stopped", ""
@@ -233,6 +234,7 @@ class PolicyClient:
         with self._lock:
             self._require_running()
             self.spec, self.base_hash, self.warnings = link.spec, link.base_hash, link.warnings
+            self.computing = link.computing
             self._adapter_id = self._wanted_adapter = link.adapter_id
             self._state, self._error, self._killed_for = "ready", "", ""
             self._arrived.notify_all()

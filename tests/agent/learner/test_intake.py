@@ -80,6 +80,7 @@ CASES: dict[str, Callable[[Episode], None]] = {
     "no_log_prob": change("log_prob", None),
     "other_temperature": change("temperature", 0.0),
     "not_finite": change("log_prob", np.full((3, 2), np.nan, np.float32)),
+    "other_dtype": change("compute_dtype", "bfloat16"),
     "nothing_sampled": drove,
     "not_ordered": lambda e: e.meta.update(order="run/0"),
     "doubled": lambda e: e.meta.update(slot=1),
@@ -100,6 +101,17 @@ def test_every_misfit_is_kept_for_replay_with_its_reason(code: str) -> None:
     ruling = rule(found, WANTED, {1})
     assert (ruling.decision, ruling.code) == ("replay", f"inbox.{code}")
     assert ruling.reason
+
+
+def test_one_update_takes_episodes_of_one_dtype_and_says_which_two_met() -> None:
+    found = episode()
+    every("compute_dtype", "float32")(found)
+    assert rule(found, dataclasses.replace(WANTED, compute_dtype="float32"), {1}).decision == "accepted"
+    ruling = rule(found, dataclasses.replace(WANTED, compute_dtype="bfloat16"), {1})
+    assert (ruling.decision, ruling.code) == ("replay", "inbox.other_dtype")
+    assert "bfloat16 and float32" in ruling.reason
+    unrecorded = rule(found, dataclasses.replace(WANTED, compute_dtype=""), {1})
+    assert "an unrecorded dtype" in unrecorded.reason
 
 
 @pytest.mark.parametrize("slot", [-1, 4, 99])

@@ -81,6 +81,8 @@ class PolicyNode(RatchetNode):
         self.client = PolicyClient(self.contract, policy_params.launch(settings))
         spec = self.client.start()
         policy_params.executor(settings, settings.mode, self.contract, spec.chunk)
+        if self.client.computing:
+            self.get_logger().info(f"the policy computes in {self.client.computing}")
         for warning in self.client.warnings:
             self.get_logger().warning(warning)
         self.robot = self._make_robot(spec.cameras)
