@@ -29,7 +29,7 @@ class TimeLeft:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._known: dict[str, float] = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+        self._known = known_seconds()
         self._weights: dict[str, float] = {}
         self._taken: defaultdict[str, float] = defaultdict(float)
         self._left: estimate.Remaining | None = None
@@ -68,10 +68,16 @@ class TimeLeft:
             terminal.write_line(text)
 
 
+def known_seconds() -> dict[str, float]:
+    """Seconds of each test file on the reference machine."""
+    known: dict[str, float] = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+    return known
+
+
 def main() -> int:
     """Print the estimate for lint and both runs of tests."""
     speed = estimate.measure()
-    known: dict[str, float] = json.loads(DURATIONS.read_text())
+    known = known_seconds()
     ros = sum(seconds for file, seconds in known.items() if file.startswith(ROS))
     parts = {"lint": LINT, "tests": sum(known.values()) - ros, "ROS tests": ros}
     told = ", ".join(f"{name} {estimate.minutes(seconds * speed.factor)}" for name, seconds in parts.items())
