@@ -26,6 +26,7 @@ from agent.episodes.returning import import_own, is_own
 from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import Verification
 from agent.errors import RatchetError
+from agent.runtime.former_recordings import import_recordings, recordings
 
 STORE = Path("runs/episodes")
 
@@ -79,12 +80,13 @@ class Export:
 @dataclass
 class Import:
     """Demonstrations of others (a LeRobot data set, v3.0 or v2.1, or a LIBERO HDF5 file) and exports of this project,
-    as unjudged episodes. Own exports come back row by row as they were recorded."""
+    as unjudged episodes. Own exports come back row by row as they were recorded; recordings of the ROS nodes' former
+    recorder with the verdicts beside them."""
 
     source: Annotated[Path, tyro.conf.Positional]
-    """Folder of a LeRobot data set, or HDF5 file."""
+    """Folder of a LeRobot data set, HDF5 file, or folder or file of the nodes' former recorder."""
     contract: Path | None = None
-    """Contract of the robot that the demonstrations are for; own exports have theirs with them."""
+    """Contract of the robot that the demonstrations are for; own exports and recordings have theirs with them."""
     store: Path = STORE
     """Folder with the episodes; made if need be."""
     cameras: tuple[str, ...] = ()
@@ -105,6 +107,8 @@ class Import:
             raise RatchetError("cli.bad_value", "cameras are pairs", fix="such as --cameras agentview=image")
         mapping = NameMapping({mine: theirs for mine, _, theirs in pairs}, self.actions, self.same_order)
         store = EpisodeStore(self.store, create=True)
+        if recordings(self.source):
+            return self._former(store)
         with progress("read", quiet=self.json) as tell:
             if is_own(self.source):
                 cards = import_own(self.source, store, contract, frames=self.frames, progress=tell)
@@ -124,6 +128,18 @@ class Import:
         else:
             print(f"{len(cards)} episodes imported; judge them with `ratchet review --store {self.store}`")
         return 0
+
+    def _former(self, store: EpisodeStore) -> int:
+        with progress("read", quiet=self.json) as tell:
+            done = import_recordings(self.source, store, frames=self.frames, progress=tell)
+        if self.json:
+            passed = [{"path": str(path), "error": str(error)} for path, error in done.passed]
+            print(json.dumps({"episodes": [c.id for c in done.cards], "labels": done.labels, "passed": passed}))
+        else:
+            for path, error in done.passed:
+                print(f"passed over {path}: {error}")
+            print(f"{len(done.cards)} episodes and {done.labels} labels in {self.store}")
+        return 1 if done.passed else 0
 
 
 @dataclass

@@ -17,6 +17,8 @@ from agent.adapters.store import FolderStore
 from agent.cli import common, remote
 from agent.cli.computing import ComputingOptions
 from agent.cli.recipes import DEMO
+from agent.contract import RobotContract
+from agent.episodes.store import EpisodeStore
 from agent.episodes.writer import write_episode
 from agent.errors import RatchetError
 from agent.learner.collector import Collector
@@ -58,6 +60,8 @@ class Robot(remote.LearnerOptions, ComputingOptions):
     """demo: the adapter's shape of `ratchet demo`."""
     session: Literal["auto", "manual"] = "auto"
     """auto: a session lasts as long as this process. manual: collect only between `ratchet session start|stop`."""
+    episodes: Path | None = None
+    """Episode store that keeps everything that was run, besides sending it; <out>/episodes if absent."""
     workers: int = 1
     """Simulator processes."""
     slots: int = 12
@@ -112,8 +116,11 @@ class Robot(remote.LearnerOptions, ComputingOptions):
                 )
             return running.serve(adapter)
 
+        kept = EpisodeStore(self.episodes or self.out / "episodes", create=True)
+        kept.take_stock()
+
         def write(path: Path, episode: Episode) -> None:
-            write_episode(path, episode, contract, session=desk.id)
+            keep(kept, path, episode, contract, desk.id)
 
         def show() -> None:
             link.show(
@@ -150,6 +157,7 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             desk.start({"by": "ratchet robot"})
         link.start()
         console.print(f"robot {self.name} in {self.out}, learner {self.learner}, outbox {len(outbox)} files")
+        console.print(f"episodes in {kept.root}")
         try:
             collector.run(lambda: self.until_done and client.state.get("phase") == "done" and not len(outbox))
             if self.session == "auto":
@@ -163,3 +171,19 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             desk.close()
             outbox.close()
         return 0
+
+
+def keep(store: EpisodeStore, path: Path, episode: Episode, contract: RobotContract, session: str) -> None:
+    """Write an ordered episode to `path`, and keep it in the store under its place in the order.
+
+    Called again after a crash, it gives the file that the store has: what is sent and what is kept are one.
+
+    Raises:
+        RatchetError: what writing an episode raises.
+    """
+    name = f"{session}/{episode.meta['order']}/{episode.meta['slot']}"
+    if store.named(name) is not None:
+        store.link_out(name, path)
+        return
+    write_episode(path, episode, contract, session=session, name=name)
+    store.copy_in(path, link=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import uuid
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from rich.table import Table
 from agent.cli import common
 from agent.cli.computing import ComputingOptions
 from agent.contract import RobotContract
+from agent.episodes.recorder import Recorder
+from agent.errors import RatchetError
 from agent.policy.noise import derive_seed
 from agent.records import Mark
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
@@ -26,7 +29,7 @@ from agent.runtime.priority import normal, real_time
 from agent.runtime.restamped import Restamped
 from agent.runtime.safety import SafetyConfig, SafetyFilter
 from agent.runtime.session import Session
-from agent.runtime.sink import MemorySink
+from agent.runtime.sink import MemorySink, Tee
 from sim import registry
 from sim.base import TaskInfo
 from sim.robot import SimRobot
@@ -41,6 +44,8 @@ class Run(ComputingOptions):
         ratchet run --task door-open
 
         ratchet run --task door-open --execute deploy --realtime
+
+        ratchet run --task door-open --record runs/episodes --temperature 1
 
         ratchet run --task faucet-open --adapter active --store runs/demo/adapters --episodes 5 --json
 
@@ -61,6 +66,10 @@ class Run(ComputingOptions):
     """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once."""
     episodes: int = 1
     """Episodes, from the first so many evaluation states."""
+    horizon: int = 0
+    """Control periods after which an episode ends; 0 for the task's own number."""
+    record: Path | None = None
+    """Episode store to record into; nothing is kept if absent."""
     execute: Literal["collect", "deploy"] = "collect"
     """collect: exactly what was sampled. deploy: inference overlaps motion, stale actions skipped, seams blended."""
     use: int = 0
@@ -109,8 +118,13 @@ class Run(ComputingOptions):
                 for warning in client.warnings:
                     console.print(f"[yellow]{warning}[/]")
                 session = self._session(contract, client)
-                for state in info.evaluation_states[: self.episodes]:
-                    rows.append(self._episode(robot, client, safety, info, state))
+                recorder = self._recorder(contract, session)
+                try:
+                    for state in info.evaluation_states[: self.episodes]:
+                        rows.append(self._episode(robot, client, safety, info, state, recorder))
+                finally:
+                    if recorder is not None:
+                        recorder.close()
                 if session is not None:
                     session.stop("done")
                 adapter_id = client.adapter_id
@@ -120,10 +134,16 @@ class Run(ComputingOptions):
             print(json.dumps({"task": info.name, "adapter": adapter_id, "episodes": rows}))
         else:
             console.print(table_of(rows, f"{self.suite} {info.name}, {self.execute}, adapter {adapter_id[:12]}"))
-        return 0 if all(row["success"] is not None for row in rows) else 1
+        return 0 if all(row["success"] is not None and not row["not_recorded"] for row in rows) else 1
 
     def _episode(
-        self, robot: SimRobot, client: PolicyClient, safety: SafetyFilter, info: TaskInfo, state: int
+        self,
+        robot: SimRobot,
+        client: PolicyClient,
+        safety: SafetyFilter,
+        info: TaskInfo,
+        state: int,
+        recorder: Recorder | None,
     ) -> dict[str, Any]:
         robot.reset(state)
         robot.observe()  # the first frame compiles shaders; that must not happen in the first control period
@@ -133,24 +153,36 @@ class Run(ComputingOptions):
         executor: ChunkExecutor = CollectExecutor(robot.contract)
         if self.execute == "deploy":
             executor = DeployExecutor(robot.contract, use=self.use or max(1, client.spec.chunk * 3 // 4))
-        client.sample(self.temperature, derive_seed(self.seed, "evaluation", info.name, state))
+        seed = derive_seed(self.seed, "evaluation", info.name, state)
+        client.sample(self.temperature, seed)
+        if recorder is not None:
+            recorder.revive()
+            recorder.require_ready()
+            facts = {"mode": self.execute, "seed": seed, "initial_state": state}
+            recorder.describe(name=uuid.uuid4().hex[:12], adapter_id=client.adapter_id, **facts)
         loop = ControlLoop(
             Restamped(robot, clock) if self.realtime else robot,
             client,
             safety,
             executor,
-            sink=sink,
+            sink=sink if recorder is None else Tee(sink, recorder),
             clock=clock,
             lock_step=not self.realtime,
         )
         try:
             if self.realtime and self.priority:
                 Console(stderr=True).print(real_time(self.priority))
-            end = loop.run_episode(info.name, info.instruction, horizon=info.horizon, judge=SceneJudge(robot.success))
+            horizon, judge = self.horizon or info.horizon, SceneJudge(robot.success)
+            end = loop.run_episode(info.name, info.instruction, horizon=horizon, judge=judge)
         finally:
             if self.realtime and self.priority:
                 normal()
-        return report(state, end, sink, loop)
+        return report(state, end, sink, loop) | kept(recorder)
+
+    def _recorder(self, contract: RobotContract, session: Session | None) -> Recorder | None:
+        if self.record is None:
+            return None
+        return Recorder(self.record, contract, session=session.id if session is not None else "")
 
     def _session(self, contract: RobotContract, client: PolicyClient) -> Session | None:
         if self.out is None:
@@ -177,6 +209,16 @@ def report(state: int, end: EpisodeEnd, sink: MemorySink, loop: ControlLoop) -> 
     }
 
 
+def kept(recorder: Recorder | None) -> dict[str, str]:
+    """The id under which the last episode is kept, or why it is not."""
+    if recorder is None:
+        return {"episode": "", "not_recorded": ""}
+    try:
+        return {"episode": recorder.wait_ended(60.0), "not_recorded": ""}
+    except RatchetError as error:
+        return {"episode": "", "not_recorded": str(error)}
+
+
 def print_times(console: Console, contract: RobotContract) -> None:
     """When the arm will hold, before it does anything."""
     times = dataclasses.asdict(contract.watchdog)
@@ -190,8 +232,8 @@ def print_times(console: Console, contract: RobotContract) -> None:
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
-    for column in ("state", "success", "ended by", "ticks", "as sampled", "missed", "events"):
-        table.add_column(column, justify="left" if column in ("ended by", "events") else "right")
+    for column in ("state", "success", "ended by", "ticks", "as sampled", "missed", "events", "episode"):
+        table.add_column(column, justify="left" if column in ("ended by", "events", "episode") else "right")
     for row in rows:
         events = ", ".join(f"{code.split('.')[-1]} {n}" for code, n in row["events"].items()) or "none"
         solved = "?" if row["success"] is None else "yes" if row["success"] else "no"
@@ -203,5 +245,6 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
             f"{row['exactly_as_sampled']:.0%}",
             str(row["missed_ticks"]),
             events,
+            row["not_recorded"] or row["episode"][:12],
         )
     return table

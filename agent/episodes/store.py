@@ -125,6 +125,7 @@ class EpisodeStore:
             self.root.mkdir(parents=True, exist_ok=True)
         self.index = Index(self.root / INDEX, ("store", {"format": fmt.FORMAT}))
         self._cards: dict[str, Card] = {}
+        self._names: dict[str, str] = {}  # name -> id
         self._seen = 0
         self._guard = threading.Lock()  # the review page asks from several threads
 
@@ -161,9 +162,12 @@ class EpisodeStore:
             for entry in entries:
                 if entry.kind == "episode":
                     raw = {**entry.body, "cameras": tuple(entry.body["cameras"])}
-                    self._cards[raw["id"]] = Card(**raw)
+                    card = self._cards[raw["id"]] = Card(**raw)
+                    self._names |= {card.name: card.id} if card.name else {}
                 elif entry.kind == "removed":
-                    self._cards.pop(entry.body["id"], None)
+                    gone = self._cards.pop(entry.body["id"], None)
+                    if gone is not None and self._names.get(gone.name) == gone.id:
+                        del self._names[gone.name]
             self._seen += len(entries)
 
     def resolve(self, reference: str) -> str:
@@ -176,10 +180,9 @@ class EpisodeStore:
         with self._guard:
             if reference in self._cards:
                 return reference
-            cards = dict(self._cards)
-        named = [i for i, card in cards.items() if card.name == reference] if reference else []
-        if len(named) == 1:
-            return named[0]
+            if reference in self._names:
+                return self._names[reference]
+            cards = list(self._cards)
         found = [i for i in cards if i.startswith(reference)] if re.fullmatch(r"[0-9a-f]{4,64}", reference) else []
         if len(found) == 1:
             return found[0]
@@ -188,6 +191,12 @@ class EpisodeStore:
         raise RatchetError(
             "episode.unknown", "no such episode", where=reference, fix="see `ratchet episodes list`; 4 digits or more"
         )
+
+    def named(self, name: str) -> Card | None:
+        """The episode that was recorded under this name, None where there is none."""
+        self._take()
+        with self._guard:
+            return self._cards.get(self._names.get(name, ""))
 
     def card(self, reference: str) -> Card:
         return self._cards[self.resolve(reference)]
@@ -238,8 +247,10 @@ class EpisodeStore:
         self.index.append([("episode", dataclasses.asdict(card)), *labels.recorded(digest, ending)])
         return card
 
-    def copy_in(self, path: Path) -> Card:
+    def copy_in(self, path: Path, *, link: bool = False) -> Card:
         """Copy a finished file from elsewhere into the store, whole or not at all.
+
+        link: nobody will write to that file any more, so where the file system can, it only gets a second name here.
 
         Raises:
             RatchetError: episode.damaged, episode.copy_differs, episode.disk_full.
@@ -251,7 +262,8 @@ class EpisodeStore:
         folder = self.folder(reader.info.session)
         final, scratch = folder / f"{digest[:16]}{fmt.SUFFIX}", folder / f".{digest[:16]}.copying"
         with disk_refusals(final):
-            shutil.copyfile(path, scratch)
+            scratch.unlink(missing_ok=True)
+            _duplicate(path, scratch, link)
             with scratch.open("rb") as file:
                 os.fsync(file.fileno())
             if file_hash(scratch) != digest:
@@ -260,6 +272,15 @@ class EpisodeStore:
             scratch.rename(final)
             sync_folder(folder)
         return self.add(final, digest)
+
+    def link_out(self, reference: str, path: Path) -> None:
+        """The episode's file under another name, which may be moved and removed; a copy on another file system.
+
+        Raises:
+            RatchetError: episode.unknown, episode.exists, episode.disk_full, episode.io.
+        """
+        with disk_refusals(path):
+            _duplicate(self.path(reference), path, True)
 
     def take_stock(self) -> Stock:
         """After a crash: recover unfinished files, and enter finished ones that the index does not have yet.
@@ -332,3 +353,16 @@ class EpisodeStore:
         names = [p for ext in ("copying", "recovering") for p in self.root.glob(f"*/.*.{ext}")]
         names += [p for p in gone - known if p.exists()]
         return sorted(p for p in names if p.stat().st_mtime < limit)
+
+
+def _duplicate(source: Path, target: Path, link: bool) -> None:
+    """A second file with the same content; the same file under a second name, where that is wished for and possible."""
+    try:
+        if link:
+            os.link(source, target)
+            return
+    except FileExistsError:
+        raise
+    except OSError:
+        pass  # another file system, or one without links
+    shutil.copyfile(source, target)

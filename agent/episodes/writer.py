@@ -27,6 +27,7 @@ def write_episode(
     quality: int = 90,
     mode: str = "rollout",
     session: str = "",
+    name: str = "",
     calibrations: dict[str, str] | None = None,
     created: str | None = None,
     clock_offset: float | None = None,
@@ -35,7 +36,8 @@ def write_episode(
 
     frames: "raw" and "png" keep every pixel; "jpeg" and "h264" do not, and learning on-policy from them is not exact.
     created, clock_offset: UTC of the episode and what turns its stamps into UTC; now, if absent. With both given, the
-        same episode gives the same id. calibrations: camera -> id, beside those that the contract names.
+        same episode gives the same id. calibrations: camera -> id, beside those that the contract names. name: unique,
+        what a store may be asked for it by.
 
     Raises:
         RatchetError: episode.bad_record, episode.bad_meta, contract.unknown_camera before anything is written;
@@ -55,6 +57,7 @@ def write_episode(
         episode.instruction,
         adapter_id=episode.adapter_id,
         session=session,
+        name=name,
         mode=mode,
         seed=episode.seed,
         initial_state=episode.initial_state,

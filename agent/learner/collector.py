@@ -93,7 +93,7 @@ class Collector:
             except Abandoned:
                 log.info("order %s abandoned", order.id)
             except RatchetError as error:
-                if not error.code.startswith(("link.", "adapter.")):
+                if not error.code.startswith(("link.", "adapter.", "episode.disk_full")):
                     raise
                 log.warning("%s", error)
                 self.error = str(error)
