@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from agent.episodes.labels import VERDICTS, Label, Seen, Verdict, body_of
+from agent.episodes.labels import HUMAN, VERDICTS, Label, Seen, Verdict, body_of
 from agent.episodes.store import Card, EpisodeStore
 from agent.errors import RatchetError
 from agent.records import Episode
@@ -101,12 +101,12 @@ class Verification:
         return list(self._labels.get(episode, ()))
 
     def proposal(self, card: Card) -> Proposal | None:
-        """What to show a reader first: a detector's newest opinion, else the simulator's."""
+        """What to show a reader first: a detector's newest opinion, else the simulator's, or an import's claim."""
         self._take()
         if card.id in self._proposals:
             return self._proposals[card.id]
-        by_machine = card.source == SIMULATOR and card.success is not None  # a person's word is a label
-        return Proposal(card.id, bool(card.success), card.source) if by_machine else None
+        said = card.success is not None and not card.source.startswith(HUMAN)  # a person's word is a label
+        return Proposal(card.id, bool(card.success), card.source) if said else None
 
     @property
     def second_reader(self) -> float:
