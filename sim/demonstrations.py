@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from agent.errors import RatchetError
@@ -64,11 +65,18 @@ class Demonstrations:
 
     @classmethod
     def load(cls, path: Path) -> Demonstrations:
-        from safetensors import safe_open
-
-        with safe_open(path, "np") as file:
-            meta = file.metadata()
-        return cls(**load_file(path), tasks=meta["tasks"].split("\n"), instructions=meta["text"].split("\n"))
+        """Raises RatchetError learn.not_demonstrations for any file that `save` did not write."""
+        try:
+            with safe_open(path, "np") as file:
+                meta = file.metadata() or {}
+            return cls(**load_file(path), tasks=meta["tasks"].split("\n"), instructions=meta["text"].split("\n"))
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            raise RatchetError(
+                "learn.not_demonstrations",
+                f"no demonstrations are in it ({type(error).__name__})",
+                where=str(path),
+                fix="name a demonstrations.safetensors that `ratchet pretrain` or `learn --from demonstrations` wrote",
+            ) from None
 
     @classmethod
     def concatenate(cls, parts: Sequence[Demonstrations]) -> Demonstrations:

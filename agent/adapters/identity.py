@@ -138,8 +138,8 @@ class Binding:
 
         Raises:
             RatchetError: adapter.wrong_action_space, adapter.wrong_statistics, adapter.wrong_base. A base hash covers
-                its statistics, so where only these moved along with it, the narrower reason is named; where all three
-                differ it is another base.
+                its statistics: where both differ it is another base, or the same one with other statistics, which is
+                another base as well.
         """
         base = self.base_hash != other.base_hash
         statistics = self.statistics_hash != other.statistics_hash
@@ -154,10 +154,10 @@ class Binding:
         what = ", ".join(f"{name} {a[:12]} instead of {b[:12]}" for name, (bad, a, b) in named.items() if bad)
         if action and not (base and statistics):
             code, fix = "adapter.wrong_action_space", "use an adapter trained for this robot's action space"
-        elif statistics and not action:
+        elif statistics and not (action or base):
             code, fix = "adapter.wrong_statistics", "statistics are frozen with the base: use those it was trained with"
         else:
-            code, fix = "adapter.wrong_base", "load the base model that the adapter was trained on"
+            code, fix = "adapter.wrong_base", "name the base that the adapter was trained on, with --policy FOLDER"
         raise RatchetError(code, f"adapter was made for {what}", where=where, fix=fix)
 
 

@@ -19,6 +19,11 @@ from agent.learner.sequence import SequenceConfig
 from agent.learner.update import UpdateConfig
 from agent.policy import device
 
+NOTHING = (
+    "nothing was learned, and no candidate was left: learning needs episodes of one start that end differently. "
+    "Try a base that succeeds now and then, a higher --temperature, a larger --group-size, or demonstrations first"
+)
+
 
 @dataclass
 class Learn(ComputingOptions):
@@ -38,6 +43,8 @@ class Learn(ComputingOptions):
         ratchet learn --start candidate --store runs/two/adapters --tasks door-open --out runs/third
 
         accelerate launch --num-processes 8 -m agent.cli.main learn --device cuda --tasks ... --out runs/eight
+
+    Exit 1 where nothing could be learned, as of episodes that all failed; no `candidate` is left then.
 
     Under `accelerate launch` or `torchrun` the processes share episodes and updates; see docs/scale.md. A run that was
     stopped goes on when the same command is given again.
@@ -143,7 +150,7 @@ class Learn(ComputingOptions):
             )
             if self.json:
                 print(json.dumps(facts))
-            return 0
+            return 0 if any(stage["effect"] for stage in facts["stages"]) else 1
         config = SequenceConfig(
             tasks=self.tasks,
             held_out=self.held_out,
@@ -178,10 +185,13 @@ class Learn(ComputingOptions):
             start=self.start,
             origin=FolderStore(self.store or self.out / "adapters") if self.start else None,
         )
+        nothing = set(result.unlearned) == set(self.tasks)
         if ranks is not None and not ranks.main:
-            return 0
+            return 1 if nothing else 0
         if self.json:
             print(json.dumps(result.as_dict()))
         else:
             console.print(f"report: {result.report}")
-        return 0
+        if nothing:
+            console.print(NOTHING, style="bold red")
+        return 1 if nothing else 0

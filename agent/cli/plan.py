@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from agent.errors import RatchetError
 from agent.learner import plan
+from agent.policy import adopted
 
 
 @dataclass
@@ -24,29 +26,45 @@ class PlanCommand:
         ratchet plan --base openvla-oft-7b --options.checkpointing --options.batch 4 --json
 
         ratchet plan --base pi0 --options.images 2 --options.batch 16
+
+        ratchet plan --base models/mine --options.batch 64
     """
 
     base: str = "openvla-oft-7b"
-    """Which base: openvla-oft-7b, pi0, smolvla, small or small-flow."""
+    """Which base: openvla-oft-7b, pi0, smolvla, small, small-flow, or the folder of one's own or of an adopted one,
+    which says itself how many images it sees."""
     options: plan.Options = field(default_factory=plan.Options)
     json: bool = False
     """Print the plan as JSON."""
 
     def run(self) -> int:
-        known = plan.bases()
-        if self.base not in known:
-            raise RatchetError("plan.unknown_base", f"no base '{self.base}'", fix=f"one of {', '.join(known)}")
-        config = known[self.base]
-        made = plan.make(config, self.options)
+        known, options, shape = plan.bases(), self.options, plan.Shape()
+        if self.base in known:
+            config = known[self.base]
+        elif Path(self.base).is_dir():
+            config, spec = adopted.read(self.base)
+            options = dataclasses.replace(options, images=len(spec.cameras))
+            shape = plan.Shape(spec.chunk, len(spec.action_names), spec.state_size if spec.state else 0)
+        else:
+            names = ", ".join(known)
+            raise RatchetError("plan.unknown_base", f"no base '{self.base}'", fix=f"one of {names}, or a base's folder")
+        made = plan.make(config, options, shape)
         if self.json:
             data = dataclasses.asdict(made)
-            print(json.dumps({"base": self.base, "options": dataclasses.asdict(self.options), "gpu": made.gpu, **data}))
+            print(json.dumps({"base": self.base, "options": dataclasses.asdict(options), "gpu": made.gpu, **data}))
         else:
-            show(self.base, config, self.options, made, Console(width=100))
+            show(self.base, config, options, made, Console(width=100), shape)
         return 0
 
 
-def show(name: str, config: plan.AnyConfig, options: plan.Options, made: plan.Plan, console: Console) -> None:
+def show(
+    name: str,
+    config: plan.AnyConfig,
+    options: plan.Options,
+    made: plan.Plan,
+    console: Console,
+    shape: plan.Shape = plan.Shape(),  # noqa: B008
+) -> None:
     table = Table(title=f"{name}, rank {options.rank}, {options.batch} samples at once", box=None)
     table.add_column("")
     table.add_column("", justify="right")
@@ -72,7 +90,7 @@ def show(name: str, config: plan.AnyConfig, options: plan.Options, made: plan.Pl
         if made.fits[card]:
             console.print(f"[green]{card}: fits[/], {(size - made.gpu) / 1e9:.1f} GB free", highlight=False)
             continue
-        milder = plan.smallest(config, options, size)
+        milder = plan.smallest(config, options, size, shape)
         if milder is None:
             console.print(f"[red]{card}: does not fit[/], with no option here", highlight=False)
             continue
@@ -81,6 +99,6 @@ def show(name: str, config: plan.AnyConfig, options: plan.Options, made: plan.Pl
             for f in dataclasses.fields(milder)
             if getattr(milder, f.name) != getattr(options, f.name)
         )
-        need = plan.make(config, milder).gpu / 1e9
+        need = plan.make(config, milder, shape).gpu / 1e9
         note = " (8-bit weights are arithmetic only: none can be loaded)" if milder.base_bits == 8 else ""
         console.print(f"[yellow]{card}: fits with {changed}[/]: {need:.1f} GB{note}", highlight=False)

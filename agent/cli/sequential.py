@@ -20,6 +20,7 @@ from rich.table import Column
 
 from agent.adapters.identity import binding_of
 from agent.adapters.lora import Lora
+from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.cli import common, estimate
 from agent.errors import RatchetError
@@ -38,7 +39,7 @@ TRAINED = 3.0  # what an episode that is learned from costs, in episodes that ar
 
 @dataclasses.dataclass
 class Result:
-    """What a run leaves behind, for the caller and for `--json`."""
+    """What a run leaves behind, for the caller and for `--json`. unlearned: task -> why nothing was learned on it."""
 
     suite: str
     folder: Path
@@ -46,6 +47,7 @@ class Result:
     swaps: list[dict[str, Any]]
     seconds: float
     report: Path
+    unlearned: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         gains = {}
@@ -62,6 +64,7 @@ class Result:
             "swaps": self.swaps,
             "seconds": self.seconds,
             "report": str(self.report),
+            "unlearned": self.unlearned,
         }
 
 
@@ -99,6 +102,7 @@ def run(
     contract = registry.contract_for(suite)
     tasks = common.find_tasks(suite, [*config.tasks, *config.held_out])
     first = origin.resolve(start) if origin is not None else ""
+    origin, first = (None, "") if first == BASE else (origin, first)
     if origin is not None:
         lora = dataclasses.replace(common.lora_of(origin, first), seed=lora.seed)
     policy, adapter = common.open_policy(policy_folder, contract, lora, device)
@@ -162,7 +166,8 @@ def run(
     finally:
         env.close()
     if not main:
-        return Result(suite, folder, matrix, [], time.perf_counter() - started, folder / "report.html")
+        seconds = time.perf_counter() - started
+        return Result(suite, folder, matrix, [], seconds, folder / "report.html", sequence.unlearned)
     if videos and running is not None:
         _videos(running, sequence.adapter_ids[-1], [*config.tasks, *config.held_out], tasks, folder, "after", console)
     for name in ("matrix.json", "updates.jsonl"):
@@ -182,7 +187,7 @@ def run(
     report = write_report(folder)
     if matrix.cells:
         print_matrix(matrix, console)
-    return Result(suite, folder, matrix, swaps, seconds, report)
+    return Result(suite, folder, matrix, swaps, seconds, report, sequence.unlearned)
 
 
 def adapter_rows(store: FolderStore, identities: Sequence[str]) -> list[dict[str, Any]]:
@@ -304,7 +309,9 @@ class View:
         elif kind == "update":
             done = (facts["stage"] - 1) * self.config.updates + facts["update"]
             self._advance(TRAINED * self.config.groups * self.config.group_size)
-            if facts["episodes"]:
+            if "skipped" in facts:
+                note = f"{facts['task']} changed nothing: {facts['skipped']}"
+            elif facts["episodes"]:
                 rate = facts["successes"] / facts["episodes"]
                 kl, entropy = facts.get("approx_kl", 0), facts.get("entropy", 0)
                 note = f"{facts['task']} {rate:.0%}  KL {kl:.3f}  entropy {entropy:.2f}"
@@ -322,6 +329,8 @@ class View:
                 f"stage {facts['stage']}  {facts['task']:28s} {facts['successes']:3d}/{facts['trials']} = {rate:4.0%}"
                 f"   {speed}"
             )
+        elif kind == "stage" and not facts["learned"]:
+            self.console.print(f"nothing was learned on {facts['task']}: {facts['why']}", style="yellow", markup=False)
         elif kind == "stage":
             self.console.print(
                 f"[bold]learned {facts['task']}[/]: adapter {facts['adapter_id'][:12]}, "

@@ -17,6 +17,7 @@ from agent.adapters.identity import binding_of
 from agent.adapters.protocol import BASE, Provenance
 from agent.adapters.store import FolderStore
 from agent.cli import common
+from agent.episodes import survey
 from agent.errors import RatchetError
 from agent.learner.pretrain import Progress as Report
 from agent.learner.warmstart import WarmStartConfig, warm_start
@@ -91,8 +92,11 @@ def run(
         effect = adapter.effect().overall
         provenance = Provenance(parent, task, stage, effect=effect, notes="supervised warm start from demonstrations")
         card = store.put(adapter.adapter(binding_of(policy)), provenance)
-        store.tag("candidate", card.id, reason=f"warm start on {task}")
         text = f"candidate {card.id[:12]}: {task}, replay of {len(others)} tasks, changes the base by {effect:.2%}"
+        if card.id == parent or not effect:
+            text = f"nothing was learned on {task}: no candidate is left"
+        else:
+            store.tag("candidate", card.id, reason=f"warm start on {task}")
         console.print(text)
         results.append({"task": task, "adapter_id": card.id, "parent": parent, "replayed": others, "effect": effect})
         parent, earlier = card.id, [*others, task]
@@ -112,7 +116,7 @@ def _demonstrations(
     suite: str, tasks: Sequence[str], policy: AnyPolicy, path: Path, options: Options, console: Console
 ) -> Demonstrations:
     if options.files:
-        parts = [Demonstrations.load(_existing(f)) for f in options.files]
+        parts = [_loaded(file, policy) for file in options.files]
         return Demonstrations.concatenate(parts)
     if path.exists():
         found = Demonstrations.load(path)
@@ -147,7 +151,38 @@ def _demonstrations(
     return found
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
+def _loaded(path: Path, policy: AnyPolicy) -> Demonstrations:
+    """A file of demonstrations that were made for this policy's inputs and chunk.
+
+    Raises:
+        RatchetError: learn.no_demonstrations, learn.not_demonstrations, which tells what is there instead,
+            learn.other_demonstrations.
+    """
+    if not path.exists():
         raise RatchetError("learn.no_demonstrations", "no such file", where=str(path), fix="name a file, or record")
-    return path
+    own = "a demonstrations.safetensors that `ratchet pretrain` or `learn --from demonstrations` wrote"
+    other = ""
+    if path.is_dir():
+        other = "; ".join(f.what for f in survey.look(path)) or "a folder"
+        other = "a store of episodes" if (path / survey.INDEX).is_file() else other
+    elif path.suffix in (".hdf5", ".h5"):
+        other = "an HDF5 file"
+    if other:
+        raise RatchetError(
+            "learn.not_demonstrations",
+            f"it is {other}: this verb takes no recorded episodes yet",
+            where=str(path),
+            fix=f"name {own}; `ratchet episodes import` brings such data into a store",
+        )
+    found = Demonstrations.load(path)
+    spec = policy.spec
+    wanted = (len(spec.cameras), spec.state_size if spec.state else 0, spec.chunk, len(spec.action_names))
+    have = (found.images.shape[1], found.state.shape[1], *found.actions.shape[1:])
+    if have != wanted:
+        raise RatchetError(
+            "learn.other_demonstrations",
+            f"cameras, state values, chunk and action values are {have}, the policy has {wanted}",
+            where=str(path),
+            fix="record some for this policy: leave --warm.files out",
+        )
+    return found

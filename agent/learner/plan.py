@@ -115,21 +115,31 @@ class _Counted:
     vision: int
 
 
-def count(config: AnyConfig, rank: int, adapt_vision: bool) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Shape:
+    """What a robot adds to a discrete base: chunk and dims of its actions, state values it takes. A flow's are its
+    configuration's."""
+
+    chunk: int = 8
+    dims: int = 7
+    state: int = 0
+
+
+def count(config: AnyConfig, rank: int, adapt_vision: bool, shape: Shape = Shape()) -> tuple[int, int]:
     """Weights of the base, and of an adapter on all its linear and convolution layers."""
-    found = _shapes(config)
+    found = _shapes(config, shape)
     return found.base, rank * (found.adapter + (found.adapter_vision if adapt_vision else 0))
 
 
-def _shapes(config: AnyConfig) -> _Counted:
-    key = json.dumps(config.facts(), sort_keys=True, default=list)
+def _shapes(config: AnyConfig, shape: Shape) -> _Counted:
+    key = json.dumps([config.facts(), dataclasses.astuple(shape)], sort_keys=True, default=list)
     if key not in _COUNTED:
         with torch.device("meta"):
             network: nn.Module
             if isinstance(config, FlowConfig):
                 network = FlowNetwork(config)
             else:
-                network = PrismaticNetwork(config, actions=56, state=0, dims=7)
+                network = PrismaticNetwork(config, shape.chunk * shape.dims, shape.state, shape.dims)
         sums = {True: 0, False: 0}
         for name, module in network.named_modules():
             vision = name.startswith(("vision_backbone", "vision."))
@@ -183,8 +193,8 @@ class _Kept:
     work: float
 
 
-def _kept(config: AnyConfig, options: Options, chunk: int, dims: int) -> _Kept:
-    shapes = _shapes(config)
+def _kept(config: AnyConfig, options: Options, shape: Shape) -> _Kept:
+    shapes, actions = _shapes(config, shape), shape.chunk * shape.dims
     patches = shapes.patches * options.images
     if isinstance(config, FlowConfig):
         tokens = plan_flow.prefix_tokens(config, patches, options.prompt)
@@ -198,7 +208,7 @@ def _kept(config: AnyConfig, options: Options, chunk: int, dims: int) -> _Kept:
         work = 1.0 * shapes.stacks[0] * tokens + shapes.stacks[1] * suffix * config.sample_steps
         work = 2.0 * (work + (shapes.vision * seen if config.vision != "film_conv" else 0))
         return _Kept(tokens, each, plan_flow.once(config, options.rank, recompute), work)
-    tokens = patches + options.prompt + chunk * dims
+    tokens = patches + options.prompt + actions
     trunk = kept_trunk(config, tokens, options.rank)
     vision = 0.0
     if options.adapt_vision and config.vision == "fused_dinov2_siglip":
@@ -212,20 +222,20 @@ def _kept(config: AnyConfig, options: Options, chunk: int, dims: int) -> _Kept:
             vision = vision / blocks + 4.0 * patches * (
                 o["dino_width"] * o["dino_depth"] + o["siglip_width"] * o["siglip_depth"]
             )
-    head = 4.0 * 4 * 256 * chunk * dims
+    head = 4.0 * 4 * 256 * actions
     return _Kept(tokens, trunk + vision + head, kept_once(config, options.rank), 2.0 * shapes.base * tokens)
 
 
-def make(config: AnyConfig, options: Options, chunk: int = 8, dims: int = 7) -> Plan:
-    """Plan one update. chunk, dims: of a discrete policy's actions; a flow's are its configuration's.
+def make(config: AnyConfig, options: Options, shape: Shape = Shape()) -> Plan:
+    """Plan one update.
 
     Raises:
         RatchetError: plan.unknown_tower for a base whose vision was not measured.
     """
     if not isinstance(config, FlowConfig) and config.vision not in ("fused_dinov2_siglip", "film_conv"):
         raise RatchetError("plan.unknown_tower", f"no figures for the vision tower '{config.vision}'", where="plan")
-    base, adapter = count(config, options.rank, options.adapt_vision)
-    shapes, kept = _shapes(config), _kept(config, options, chunk, dims)
+    base, adapter = count(config, options.rank, options.adapt_vision, shape)
+    shapes, kept = _shapes(config, shape), _kept(config, options, shape)
     activations = kept.each * options.batch + kept.once
     # Frozen vision runs once per sample and update; its patches are kept on the host between passes.
     frame = options.images * 3.0 * config.vision_options["image_size"] ** 2
@@ -255,7 +265,7 @@ def make(config: AnyConfig, options: Options, chunk: int = 8, dims: int = 7) -> 
     )
 
 
-def smallest(config: AnyConfig, options: Options, card: float) -> Options | None:
+def smallest(config: AnyConfig, options: Options, card: float, shape: Shape = Shape()) -> Options | None:
     """The mildest change of options with which an update fits a card; None where none does."""
     for change in (
         {},
@@ -266,6 +276,6 @@ def smallest(config: AnyConfig, options: Options, card: float) -> Options | None
         {"checkpointing": True, "batch": 1, "adapt_vision": False, "base_bits": 8},
     ):
         changed = dataclasses.replace(options, **change)
-        if make(config, changed).gpu <= card:
+        if make(config, changed, shape).gpu <= card:
             return changed
     return None

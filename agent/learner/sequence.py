@@ -204,6 +204,9 @@ class SequentialRun:
         self.stage = 0  # tasks finished
         self.update = 0  # updates finished in the current stage
         self.solved = False  # whether the current stage needs no more of them
+        self.moved = False  # whether one of them has changed anything
+        self.skipped = ""  # why the last one that changed nothing did not
+        self.unlearned: dict[str, str] = {}  # task -> why nothing could be learned on it
         self.adapter_ids: list[str] = [start]  # by stage, "" for the base
         self.updater: TaskUpdater | None = None
 
@@ -242,10 +245,12 @@ class SequentialRun:
             batch, facts = self._rollout(name) if self.method.needs_rollouts else (None, self._facts(name))
             try:
                 facts |= self.updater.update(batch)
+                self.moved = True
             except RatchetError as error:
                 if error.code != "learner.no_samples":
                     raise
                 facts |= {"skipped": error.what}  # every group was unanimous: nothing to learn, nothing changed
+                self.skipped = error.what
             self.update += 1
             self.solved = 0 < self.config.until <= facts["successes"] / max(facts["episodes"], 1)
             facts["seconds"] = time.perf_counter() - started
@@ -301,12 +306,18 @@ class SequentialRun:
         if self.ranks is not None:
             # The others wait here until the adapter is in the store, from which they serve it.
             adapter_id = self.ranks.broadcast(adapter_id.encode()).decode()
+        learned = self.moved and adapter_id != parent and (effect > 0.0 or self.method.whole_model)
+        if not learned:
+            self.unlearned[task] = self.skipped or "no update changed a weight"
+        elif self._writes and not self.method.whole_model:
+            self.store.tag("candidate", adapter_id, reason=f"after {task}")
         self.adapter_ids.append(adapter_id)
         self.stage += 1
-        self.update, self.solved = 0, False
+        self.update, self.solved, self.moved, self.skipped = 0, False, False, ""
         self.updater = None
         self._save()
-        self.on_event("stage", {"task": task, "stage": self.stage, "adapter_id": adapter_id, "effect": effect})
+        facts = {"task": task, "stage": self.stage, "adapter_id": adapter_id, "effect": effect, "learned": learned}
+        self.on_event("stage", facts | ({} if learned else {"why": self.unlearned[task]}))
 
     def _evaluate_stage(self) -> None:
         if not self.config.evaluation_episodes:
@@ -410,6 +421,9 @@ class SequentialRun:
             "stage": self.stage,
             "update": self.update,
             "solved": self.solved,
+            "moved": self.moved,
+            "skipped": self.skipped,
+            "unlearned": self.unlearned,
             "adapter_ids": self.adapter_ids,
             "lora": self.lora.export(),
             "method": self.method.state_dict(),
@@ -435,6 +449,8 @@ class SequentialRun:
             )
         self.stage, self.update = state["stage"], state["update"]
         self.solved = bool(state.get("solved", False))
+        self.moved, self.skipped = bool(state.get("moved", self.update > 0)), str(state.get("skipped", ""))
+        self.unlearned = dict(state.get("unlearned", {}))
         self.adapter_ids = list(state["adapter_ids"])
         self.method.load_state_dict(state["method"])
         self.lora.load(state["lora"])

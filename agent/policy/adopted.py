@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 import torch
 
-from agent.contract import RobotContract
+from agent.contract import PolicySpec, RobotContract
 from agent.errors import RatchetError
 from agent.policy import checkpoint, lerobot, published
 from agent.policy.checkpoint import AnyPolicy
+from agent.policy.flow_network import FlowConfig
 from agent.policy.hub import locate
 from agent.policy.images import OPENVLA, Preparation
+from agent.policy.network import PrismaticConfig
 from agent.policy.weights import files_of
 
 RECORD = "adopted.json"
@@ -150,14 +152,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> AnyPolicy:
     """
     folder = Path(folder)
     if not (folder / RECORD).is_file():
-        kind = kind_of(folder)
-        if kind in ("openvla", "lerobot"):
-            raise RatchetError(
-                "policy.not_adopted",
-                f"a published checkpoint ({kind}) does not say everything that is needed to run it",
-                where=str(folder),
-                fix=f"ratchet adopt {folder} --robot CONTRACT --out FOLDER, and name that folder",
-            )
+        _require_adopted(folder)
         return checkpoint.load(folder, device)
     record = read_record(folder)
     found = locate(record.checkpoint)
@@ -176,36 +171,56 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> AnyPolicy:
     return policy
 
 
-def open_published(folder: str | Path, kind: Kind, contract: RobotContract, stated: Stated) -> AnyPolicy:
-    """A published checkpoint with everything stated; raises what `published.load` and `lerobot.load` raise."""
-    dtype = None if stated.dtype == "own" else getattr(torch, stated.dtype)
-    if kind == "lerobot":
-        return lerobot.load(
-            folder,
-            contract=contract,
-            cameras=stated.cameras,
-            state=stated.state,
-            tokenizer=stated.tokenizer,
-            vlm=stated.vlm,
-            gripper=stated.gripper,
-            dtype=dtype,
+def read(folder: str | Path) -> tuple[PrismaticConfig | FlowConfig, PolicySpec]:
+    """What any policy that `load` takes is: its network's configuration and its spec; no weights are read.
+
+    Raises:
+        RatchetError: policy.not_adopted, and what the readers of the forms refuse.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD).is_file():
+        _require_adopted(folder)
+        config, spec, _ = checkpoint.read(folder)
+        return config, spec
+    record = read_record(folder)
+    stated, place = record.stated, locate(record.checkpoint)
+    if record.kind == "lerobot":
+        flow = lerobot.read(place, contract=record.contract, **_lerobot_options(stated))
+        return flow.config, flow.spec
+    discrete = published.read(place, contract=record.contract, **_openvla_options(stated, str(place)))
+    return discrete.config, discrete.spec
+
+
+def _require_adopted(folder: Path) -> None:
+    kind = kind_of(folder)
+    if kind in ("openvla", "lerobot"):
+        raise RatchetError(
+            "policy.not_adopted",
+            f"a published checkpoint ({kind}) does not say everything that is needed to run it",
+            where=str(folder),
+            fix=f"ratchet adopt {folder} --robot CONTRACT --out FOLDER, and name that folder",
         )
+
+
+def _lerobot_options(stated: Stated) -> dict[str, Any]:
+    return {name: getattr(stated, name) for name in ("cameras", "state", "tokenizer", "vlm", "gripper")}
+
+
+def _openvla_options(stated: Stated, where: str) -> dict[str, Any]:
     if not stated.attention and stated.decoding == "parallel":
         raise RatchetError(
             "policy.attention_unstated",
             "nobody said which attention mask the checkpoint was trained with",
-            where=str(folder),
+            where=where,
             fix="state bidirectional or causal",
         )
-    return published.load(
-        folder,
-        attention=stated.attention or "causal",
-        contract=contract,
-        cameras=stated.cameras,
-        state=stated.state,
-        statistics_key=stated.statistics_key,
-        chunk=stated.chunk,
-        decoding=stated.decoding,
-        images=stated.images,
-        dtype=dtype,
-    )
+    names = ("cameras", "state", "statistics_key", "chunk", "decoding", "images")
+    return {"attention": stated.attention or "causal", **{name: getattr(stated, name) for name in names}}
+
+
+def open_published(folder: str | Path, kind: Kind, contract: RobotContract, stated: Stated) -> AnyPolicy:
+    """A published checkpoint with everything stated; raises what `published.load` and `lerobot.load` raise."""
+    dtype = None if stated.dtype == "own" else getattr(torch, stated.dtype)
+    if kind == "lerobot":
+        return lerobot.load(folder, contract=contract, dtype=dtype, **_lerobot_options(stated))
+    return published.load(folder, contract=contract, dtype=dtype, **_openvla_options(stated, str(folder)))

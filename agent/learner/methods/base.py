@@ -134,9 +134,7 @@ class SeqFT:
 
     def publish(self, store: AdapterStore, provenance: Provenance) -> str:
         """Store the result of a stage; returns its id."""
-        card = store.put(self.adapter(), provenance)
-        store.tag("candidate", card.id, reason=f"after {provenance.task}")
-        return card.id
+        return store.put(self.adapter(), provenance).id
 
     def serve(self, serve: Callable[[str], Policy], ids: Sequence[str], stage: int, task: str) -> Policy:
         """The policy that acts on `task` after `stage` tasks; ids: what was published, by stage, "" for the base."""

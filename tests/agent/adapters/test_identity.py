@@ -147,7 +147,7 @@ def test_a_policy_is_bound_by_base_statistics_and_action_space() -> None:
     [
         ("adapter.wrong_base", {"base_hash": "cd" * 32}),
         ("adapter.wrong_statistics", {"statistics": {}}),
-        ("adapter.wrong_statistics", {"base_hash": "cd" * 32, "statistics": {}}),
+        ("adapter.wrong_base", {"base_hash": "cd" * 32, "statistics": {}}),
         ("adapter.wrong_action_space", {"action_space": {}}),
         ("adapter.wrong_base", {"base_hash": "cd" * 32, "statistics": {}, "action_space": {}}),
     ],

@@ -1,65 +1,179 @@
-"""`ratchet learn` on the command line: what is learned must go on from the adapter that was named, and say so.
+"""A night that taught nothing must not look like one that did: somebody promotes what it left.
 
-Pinned: a run that starts from a stored adapter samples its first episodes with it, keeps its shape, leaves its line in
-the run's own store and the command on the card; the store that it came from stays as it was. Real simulator and policy,
-one update of two episodes of two chunks. Determinism: fixed seeds; nothing depends on success.
+Pinned: a run in which every group ended alike says so, leaves no candidate and exits 1, also where it is resumed, while
+a task that did learn leaves its candidate; files of another form are refused in words where demonstrations are meant; a
+wrong base is called so by the verbs; one's own base is planned. Deterministic: seeds; groups of one teach nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import h5py
+import numpy as np
 import pytest
-import torch
+from safetensors.numpy import save_file
 
 from agent.adapters.identity import binding_of
-from agent.adapters.protocol import Provenance
+from agent.adapters.lora import attach, lora_config
 from agent.adapters.store import FolderStore
-from agent.cli import common
 from agent.cli.main import main
-from sim import registry
+from agent.episodes.store import EpisodeStore
+from agent.learner.sequence import SequentialRun, Stop
+from agent.learner.update import UpdateConfig
+from agent.policy import adopted, checkpoint
+from sim.demonstrations import Demonstrations
+from tests.agent.learner.runs import CONFIG, start
+from tests.agent.policy import samples
+from tests.agent.policy.test_adopted import STATED
+from tests.agent.policy.test_openvla import LIBERO
+from tests.agent.policy.test_openvla import folder as folder
+from tests.conformance.swap_suite import noise
 
-TASK = "button-press"
+# Groups of one episode: nothing to compare it with, whatever it did.
+ALONE = dataclasses.replace(
+    CONFIG, group_size=1, evaluation_episodes=0, update=UpdateConfig(algorithm="grpo", learning_rate=1e-2)
+)
 
 
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
-    store = FolderStore(tmp_path_factory.mktemp("origin") / "adapters", create=True)
-    policy, lora = common.open_policy(
-        common.policy_folder("metaworld", None), registry.contract_for("metaworld"), common.LoraOptions(rank=2, alpha=2)
+def test_a_run_that_learned_nothing_leaves_no_candidate(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+
+    def watch(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "stage":
+            told.append(facts)
+        elif kind == "update" and facts["stage"] == 2 and not done:
+            done.append(True)
+            raise Stop
+
+    done: list[bool] = []
+    with pytest.raises(Stop):
+        start(tmp_path, watch, ALONE)
+    run = start(tmp_path, watch, ALONE)
+    assert [(f["task"], f["learned"], f["effect"]) for f in told] == [
+        ("door-open", False, 0),
+        ("faucet-open", False, 0),
+    ]
+    assert set(run.unlearned) == set(CONFIG.tasks)
+    assert all(run.unlearned.values())
+    assert FolderStore(tmp_path / "adapters").tags() == {}
+
+
+def test_what_did_learn_keeps_its_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second task teaches nothing: the candidate stays what the first one left."""
+    original = SequentialRun._learn
+
+    def learn(self: SequentialRun, name: str) -> None:
+        if name == CONFIG.tasks[1]:
+            self.update, self.skipped = self.config.updates, "every group was unanimous"
+        original(self, name)
+
+    monkeypatch.setattr(SequentialRun, "_learn", learn)
+    run = start(tmp_path, lambda *_: None, dataclasses.replace(CONFIG, evaluation_episodes=0))
+    store = FolderStore(tmp_path / "adapters")
+    assert run.unlearned == {CONFIG.tasks[1]: "every group was unanimous"}
+    assert store.card("candidate").provenance.task == CONFIG.tasks[0]
+    assert [m.reason for m in store.history("candidate")] == [f"after {CONFIG.tasks[0]}"]
+
+
+def test_the_command_says_so_and_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["learn", "--tasks", "faucet-open", "--out", str(tmp_path), "--updates", "1", "--groups", "2"]
+    words += ["--group-size", "1", "--horizon", "10", "--evaluation-episodes", "0", "--workers", "1", "--slots", "2"]
+    assert main([*words, "--no-videos"]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "nothing was learned on faucet-open" in told
+    assert "no candidate was left" in told
+    assert FolderStore(tmp_path / "adapters").tags() == {}
+    assert main(["adapters", "promote", "--store", str(tmp_path / "adapters"), "--override", "why not"]) == 2
+    assert "adapter.unknown" in capsys.readouterr().err
+
+
+def _hdf5(path: Path) -> Path:
+    with h5py.File(path / "demos.hdf5", "w") as file:
+        file["data/demo_0/actions"] = np.zeros((3, 4))
+    return path / "demos.hdf5"
+
+
+def _store(path: Path) -> Path:
+    EpisodeStore(path / "episodes", create=True).index.append([("rule", {"second_reader": 0.0})])
+    return path / "episodes"
+
+
+def _plain(path: Path) -> Path:
+    (path / "notes.txt").write_text("not weights")
+    return path / "notes.txt"
+
+
+def _weights(path: Path) -> Path:
+    save_file({"weight": np.zeros(3, np.float32)}, path / "model.safetensors")
+    return path / "model.safetensors"
+
+
+def _other_robot(path: Path) -> Path:
+    made = Demonstrations(
+        images=np.zeros((3, 2, 8, 8, 3), np.uint8),
+        state=np.zeros((3, 8), np.float32),
+        actions=np.zeros((3, 8, 7), np.float32),
+        task=np.zeros(3, np.int64),
+        start=np.zeros(3, np.int64),
+        tasks=["faucet-open"],
+        instructions=["open it"],
     )
-    generator = torch.Generator().manual_seed(0)
-    lora.load({n: 0.01 * torch.randn(t.shape, generator=generator) for n, t in lora.export().items()})
-    card = store.put(lora.adapter(binding_of(policy)), Provenance(task="handle-press", stage=1))
-    store.tag("mine", card.id)
-    return store
+    made.save(path / "demonstrations.safetensors")
+    return path / "demonstrations.safetensors"
 
 
-def test_it_goes_on_from_a_named_adapter(
-    origin: FolderStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("make", "code", "says"),
+    [
+        (_hdf5, "learn.not_demonstrations", "an HDF5 file"),
+        (_store, "learn.not_demonstrations", "a store of episodes"),
+        (_plain, "learn.not_demonstrations", "no demonstrations are in it"),
+        (_weights, "learn.not_demonstrations", "no demonstrations are in it"),
+        (_other_robot, "learn.other_demonstrations", "(2, 8, 8, 7)"),
+        (lambda path: path / "absent", "learn.no_demonstrations", "no such file"),
+    ],
+)
+def test_what_is_no_demonstration_is_refused_in_words(
+    make: Callable[[Path], Path], code: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    command = f"learn --tasks {TASK} --start mine --store {origin.root} --out {out} --update.algorithm ppo"
-    small = "--updates 1 --groups 1 --group-size 2 --horizon 10 --evaluation-episodes 0 --workers 1 --slots 2"
-    assert main([*command.split(), *small.split(), "--no-videos", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["matrix"]["cells"] == []
-    first = origin.resolve("mine")
-    (update,) = [json.loads(line) for line in (out / "updates.jsonl").read_text().splitlines()]
-    assert update["adapter_id"] == first
-    store = FolderStore(out / "adapters")
-    learned = store.resolve("candidate")
-    assert store.lineage(learned) == [learned, first]
-    card = store.card(learned)
-    assert (card.provenance.task, card.provenance.stage) == (TASK, 2)
-    assert card.provenance.notes.startswith("seq_ft: ")
-    assert store.get(learned).config["r"] == 2
-    assert origin.ids() == [first], "the store that it came from must not change"
-
-
-def test_a_warm_start_has_an_option_of_its_own(origin: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
-    command = f"learn --from demonstrations --tasks {TASK} --start mine --store {origin.root} --json"
-    assert main(command.split()) == 2
+    words = ["learn", "--from", "demonstrations", "--tasks", "faucet-open", "--out", str(tmp_path / "out")]
+    assert main([*words, "--warm.files", str(make(tmp_path)), "--json"]) == 2
     error = json.loads(capsys.readouterr().out)["error"]
-    assert error["code"] == "learn.cannot_start"
-    assert "--warm.start" in error["fix"]
+    assert (error["code"], says in error["what"]) == (code, True)
+    assert error["fix"]
+
+
+def test_the_wrong_base_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The store's adapters were trained on another base than the one that the verb opens without --policy."""
+    other = samples.policy()
+    lora = attach(other.module, lora_config(4, 4))
+    store = FolderStore(tmp_path, create=True)
+    store.promote(store.put(noise(lora, other, 1)).id)
+    assert binding_of(other).base_hash
+    for verb in (["run", "--task", "door-open"], ["eval", "--tasks", "door-open"]):
+        assert main([*verb, "--store", str(tmp_path), "--adapter", "active", "--json"]) == 2
+        error = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["error"]
+        assert (error["code"], "--policy" in error["fix"]) == ("adapter.wrong_base", True)
+
+
+def test_ones_own_base_is_planned(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = samples.policy()
+    checkpoint.save(mine, tmp_path / "mine")
+    adopted.adopt(folder, LIBERO, STATED, tmp_path / "adopted")
+    for place in ("mine", "adopted"):
+        assert main(["plan", "--base", str(tmp_path / place), "--json"]) == 0
+        made = json.loads(capsys.readouterr().out)
+        policy = adopted.load(tmp_path / place)
+        assert made["parameters"] == sum(p.numel() for p in policy.network.parameters())
+        assert made["options"]["images"] == len(policy.spec.cameras)
+    assert main(["plan", "--base", str(tmp_path / "mine")]) == 0
+    assert "24 GB: fits" in capsys.readouterr().out
+    assert main(["plan", "--base", str(folder), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "policy.not_adopted"
+    assert main(["plan", "--base", "none", "--json"]) == 2
+    assert "a base's folder" in json.loads(capsys.readouterr().out)["error"]["fix"]
