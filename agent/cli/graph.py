@@ -6,6 +6,7 @@ Knows processes and parameter files. Knows no ROS beyond its command line; needs
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -20,6 +21,10 @@ from agent.cli import ros
 from agent.errors import RatchetError
 
 GRACE = 10.0  # s that a node has to come to rest after an interrupt
+# Refusals of what was given: a node that has not come up yet says these again for ever. Others pass by themselves, as a
+# driver that is not there yet, or a policy process that died and is started again.
+PASSING = "crashed|hung|start_timeout|stopped|not_ready|failed|out_of_memory"
+LASTING = re.compile(rf"\[((?:compat|contract|adapter|policy)\.(?!{PASSING})\w+)\] ")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Graph:
         self._running: dict[str, tuple[NodeSpec, subprocess.Popen[bytes]]] = {}
         self._read: dict[str, int] = {}
         self._told: set[str] = set()
+        self._up: set[str] = set()  # nodes that were active
+        self._refused: RatchetError | None = None
 
     def start(self, spec: NodeSpec) -> None:
         """Start one node; it configures and activates itself."""
@@ -69,7 +76,8 @@ class Graph:
         """Wait until a vital node ends or `until` says so. tell: given every new error of a node, each once.
 
         Raises:
-            RatchetError: up.node_ended with the end of its log.
+            RatchetError: up.node_ended with the end of its log; a node's own refusal of what it was given, where it has
+                not come up yet: waiting does not mend that.
         """
         while not until():
             for name, (spec, process) in self._running.items():
@@ -82,6 +90,8 @@ class Graph:
                     )
             for line in self.errors():
                 tell(line)
+            if self._refused is not None:
+                raise self._refused
             time.sleep(0.2)  # how soon a dead node is noticed; the arm's hold does not depend on it
 
     def errors(self) -> list[str]:
@@ -95,12 +105,22 @@ class Graph:
             whole = new[: new.rfind(b"\n") + 1]
             self._read[name] = self._read.get(name, 0) + len(whole)
             for line in whole.decode(errors="replace").splitlines():
-                if line.startswith(("[ERROR]", "[FATAL]")):
-                    text = f"{name}: {line.split(']: ', 1)[-1]}"
+                if line.startswith("[INFO]") and line.endswith("]: active"):
+                    self._up.add(name)
+                elif line.startswith(("[ERROR]", "[FATAL]")):
+                    said = line.split("]: ", 1)[-1]
+                    self._note(name, said)
+                    text = f"{name}: {said}"
                     if text not in self._told:
                         self._told.add(text)
                         found.append(text)
         return found
+
+    def _note(self, name: str, said: str) -> None:
+        spec, lasting = self._running[name][0], LASTING.match(said)
+        if lasting and spec.vital and name not in self._up and self._refused is None:
+            where = f"{name}, see {self.folder / f'{name}.log'}"
+            self._refused = RatchetError(lasting[1], said[lasting.end() :], where=where)
 
     def tail(self, name: str) -> str:
         """The last line of a node's log."""

@@ -77,10 +77,9 @@ def test_without_ros_the_way_to_get_it_is_named(
     for name in ("RATCHET_ROS_PYTHON", "ROS_DISTRO"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(graphs.ros, "BUILT_IN", tmp_path / "none")
-    assert main(["doctor", "--json"]) == 2
-    error = json.loads(capsys.readouterr().out)["error"]
-    assert error["code"] == "ros.no_environment"
-    assert "make ros" in error["fix"]
+    assert main(["doctor", "--json"]) == 1
+    (missing,) = [r for r in json.loads(capsys.readouterr().out) if r["code"] == "ros.no_environment"]
+    assert (missing["level"], "make ros" in missing["fix"]) == ("error", True)
 
 
 def test_a_node_that_ends_ends_the_graph_with_its_last_word(tmp_path: Path) -> None:
@@ -89,6 +88,49 @@ def test_a_node_that_ends_ends_the_graph_with_its_last_word(tmp_path: Path) -> N
         with pytest.raises(graphs.RatchetError, match="nonsense") as refused:
             graph.watch()
     assert refused.value.code == "up.node_ended"
+
+
+def say(folder: Path, *lines: str) -> None:
+    with (folder / "policy_node.log").open("a") as log:
+        log.writelines(f"{line}\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        (["[ERROR] [1.2] [policy_node]: [compat.refused] policy does not fit (ur5e); use another"], "compat.refused"),
+        (["[ERROR] [1.2] [policy_node]: [adapter.unknown] no adapter 'x'"], "adapter.unknown"),
+        (["[ERROR] [1.2] [policy_node]: [policy.bad_checkpoint] no config.json"], "policy.bad_checkpoint"),
+        (["[ERROR] [1.2] [policy_node]: [ros.no_data] nothing received yet"], ""),
+        (["[ERROR] [1.2] [policy_node]: [policy.start_timeout] no 'ready' within 120 s"], ""),
+        (["[INFO] [1.1] [policy_node]: active", "[ERROR] [1.2] [policy_node]: [adapter.unknown] no adapter 'x'"], ""),
+    ],
+)
+def test_what_waiting_does_not_mend_ends_the_graph_with_its_code(lines: list[str], code: str, tmp_path: Path) -> None:
+    looks = iter([False, False, True])
+    with graphs.Graph(tmp_path) as graph:
+        graph.start(graphs.NodeSpec("nonsense_node", "policy_node", vital=True))
+        # The process stands for a node that goes on trying: only what it says is looked at.
+        graph._running["policy_node"][1].poll = lambda: None  # type: ignore[method-assign]
+        say(tmp_path, *lines)
+        if not code:
+            graph.watch(lambda: next(looks))
+            return
+        with pytest.raises(graphs.RatchetError) as refused:
+            graph.watch(lambda: next(looks))
+    assert refused.value.code == code
+    assert str(refused.value).count(f"[{code}]") == 1
+    assert "policy_node.log" in str(refused.value)
+
+
+def test_a_policy_that_does_not_fit_ends_up_with_that_code(ros: None, tmp_path: Path) -> None:
+    """The real node, given a base of another robot."""
+    command = [sys.executable, "-m", "agent.cli.main", "up", "sim", "--logs", str(tmp_path / "logs"), "--json"]
+    command += ["--policy", str(ROOT / "models/small-libero-object"), "--sessions", str(tmp_path / "sessions")]
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["error"]["code"] == "compat.refused"
 
 
 def test_an_error_of_a_node_is_told_once(tmp_path: Path) -> None:
