@@ -1,11 +1,12 @@
 """The whole graph over DDS: simulated arm, safety node, policy node with its policy and recorder processes.
 
 It matters because each part can be right and the graph still wrong: topics, clocks, orders of arrival, kills. Pinned:
-an episode through ROS is bit by bit the one in process; an adapter is exchanged in motion between two chunks; cancel
-comes to rest; a killed policy process latches a fault, holds, and moves again only after a person cleared it;
-every task lies in the episode store as it was heard on the topics, opens in another project's reader and takes a
-person's word; a success that nobody earned is refused; `ratchet ctl` and `ratchet doctor` speak with the graph.
-Determinism: lock-step, so that no load of the machine changes what happens; waiting is for events only.
+an episode through ROS is bit by bit the one in process, and so is what is learned from it; an adapter is exchanged in
+motion between two chunks; cancel comes to rest; a killed policy process latches a fault, holds, and moves again only
+after a person cleared it; every task lies in the episode store as it was heard on the topics, opens in another
+project's reader and takes a person's word; a success that nobody earned is refused; `ratchet ctl` and `ratchet doctor`
+speak with the graph. Determinism: lock-step, so that no load of the machine changes what happens; waiting is for events
+only.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from agent.adapters.store import FolderStore
 from agent.cli.main import main
 from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import Verification
+from agent.learner.rollouts import RolloutBatch
+from agent.learner.samples import log_prob_gap, to_batch
+from agent.learner.update import UpdateConfig, Updater
 from agent.policy import checkpoint
 from agent.policy.protocol import PolicyInput
 from sim.robot import SimRobot
@@ -258,6 +262,66 @@ def test_a_person_records_by_hand(running: Running) -> None:
     assert (card.task, card.mode, card.reason, card.success) == ("wave", "demonstration", "discarded", None)
     assert Verification(store).standing(card.id).state == "discarded"
     assert list(store.open(card.id).frames("corner2"))
+
+
+def learned(batch: RolloutBatch) -> dict[str, torch.Tensor]:
+    """The adapter after one update from a fresh one."""
+    policy = checkpoint.load(POLICY)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lora = attach(policy.module, lora_config(4, 8.0))
+    config = UpdateConfig(learning_rate=1e-3, minibatches=2)
+    Updater(policy, lora.trainable(), config, torch.Generator().manual_seed(0)).update(batch)
+    return lora.export()
+
+
+def test_what_is_learned_from_the_nodes_is_what_is_learned_from_the_process(running: Running) -> None:
+    """Sampled decisions of the same task, states and seeds: equal in both stores, and so is what an update makes of
+    them. A temperature that float32 does not hold."""
+    kept, hot = running.folder / "in_process", 1.6
+    asked = ["run", "--task", TASK, "--episodes", "2", "--horizon", "26", "--temperature", str(hot), "--seed", "3"]
+    asked += ["--record", str(kept), "--python", str(ROOT / ".venv" / "bin" / "python")]
+    code, told = running.ratchet(*asked)
+    assert code == 0
+    here, pairs = EpisodeStore(kept), []
+    for row in told["episodes"]:
+        info = here.open(row["episode"]).info
+        running.reset(info.initial_state)
+        result = running.watcher.result(running.run(horizon=26, temperature=hot, seed=info.seed)).result
+        pairs.append((here.read(row["episode"]), EpisodeStore(running.episodes).read(result.episode)))
+    for one, other in pairs:
+        assert (one.seed, one.initial_state, one.success) == (other.seed, other.initial_state, other.success)
+        assert len(one.steps) == len(other.steps) > 3
+        for a, b in zip(one.steps, other.steps, strict=True):
+            assert a.observation.images.keys() == b.observation.images.keys() == {"corner2"}
+            for mine, theirs in (
+                (a.observation.images["corner2"], b.observation.images["corner2"]),
+                *zip(a.observation.state.values(), b.observation.state.values(), strict=True),
+                (a.chunk.actions, b.chunk.actions),
+                (a.chunk.tokens, b.chunk.tokens),
+                (a.chunk.log_prob, b.chunk.log_prob),
+                (a.executed, b.executed),
+            ):
+                assert mine is not None
+                assert theirs is not None
+                assert (mine.dtype, mine.tobytes()) == (theirs.dtype, theirs.tobytes())
+            facts = [(s.chunk.adapter_id, s.chunk.temperature, s.chunk.compute_dtype) for s in (a, b)]
+            assert facts[0] == facts[1]
+            assert facts[0][:2] == (running.base, hot)
+            assert (a.reward, a.done, a.steps_run) == (b.reward, b.done, b.steps_run)
+    policy = checkpoint.load(POLICY)
+    batches = [to_batch(episodes, [0, 0], policy) for episodes in zip(*pairs, strict=True)]
+    for name, values in vars(batches[0]).items():
+        theirs = getattr(batches[1], name)
+        assert np.array_equal(values, theirs) if isinstance(values, np.ndarray) else values == theirs, name
+    assert log_prob_gap(batches[0], policy) < 1e-4  # a learner refuses beyond 0.05
+    updates = []
+    for batch in batches:
+        batch.success[:] = [True, False]  # whatever a processor's rounding made of them: equals teach nothing
+        updates.append(learned(batch))
+    for name, tensor in updates[0].items():
+        assert torch.equal(tensor, updates[1][name]), name
+    assert any(t.abs().max() > 0 for name, t in updates[0].items() if "lora_B" in name)
 
 
 def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) -> None:
