@@ -39,11 +39,11 @@ from agent.errors import RatchetError
 from agent.policy import checkpoint
 from agent.runtime.chunks import DeployExecutor
 from agent.runtime.clock import MonotonicClock
-from agent.runtime.fake_arm import FakeArm
 from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.priority import normal, real_time
 from agent.runtime.safety import SafetyFilter, SafetyState
+from agent.testing.fake_arm import FakeArm
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICY = ROOT / "models" / "small-metaworld"

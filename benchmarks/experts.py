@@ -23,7 +23,7 @@ from agent.learner.intervals import wilson
 from sim import registry
 from sim.base import Expert, TaskEnv, TaskInfo
 from sim.demonstrations import NoiseConfig
-from sim.experts.noise import NoisyExpert
+from sim.testing.noisy_expert import NoisyExpert
 
 ROOT = Path(__file__).resolve().parent.parent
 GOAL_RATE, GOAL_SHARE = 0.8, 0.8

@@ -30,14 +30,14 @@ from rich.table import Table
 from agent.contract import RobotContract
 from agent.runtime.chunks import DeployExecutor
 from agent.runtime.clock import ExternalClock, MonotonicClock
-from agent.runtime.fake_arm import FakeArm
-from agent.runtime.fake_contract import arm
 from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.priority import real_time
 from agent.runtime.safety import SafetyFilter, SafetyState
 from agent.runtime.sink import MemorySink
 from agent.runtime.source import Ahead, Reply
+from agent.testing.fake_arm import FakeArm
+from agent.testing.fake_contract import arm
 
 ROOT = Path(__file__).resolve().parent.parent
 HZ = 20.0
@@ -95,7 +95,7 @@ class Rig:
         self.robot.connect()
         options = {"image_size": 64, "period_steps": 8, "seconds": 0.03, **(case.options or {})}
         launch = PolicyLaunch(
-            module="agent.runtime.fake_policy_worker", options=options, memory_limit=case.memory_limit, nice=0
+            module="agent.testing.fake_policy_worker", options=options, memory_limit=case.memory_limit, nice=0
         )
         self.client = PolicyClient(contract, launch)
         self.client.start()

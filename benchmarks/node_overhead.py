@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.records import Observation
-from agent.runtime.fake_contract import arm
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
+from agent.testing.fake_contract import arm
 from benchmarks import peers
 from benchmarks.ros_probe import ROOT, arguments, probe, write
 
@@ -42,7 +42,7 @@ def ours(width: int, height: int, steps: int) -> list[float]:
     generator = np.random.default_rng(0)
     images = {c.name: generator.integers(0, 256, (height, width, 3), np.uint8) for c in contract.cameras}
     state = {s.name: np.zeros(s.size, np.float32) for s in contract.state}
-    launch = PolicyLaunch(module="agent.runtime.fake_policy_worker", options={"chunk": 8}, nice=0)
+    launch = PolicyLaunch(module="agent.testing.fake_policy_worker", options={"chunk": 8}, nice=0)
     seconds = []
     with PolicyClient(contract, launch) as client:
         for number in range(steps + 20):

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sim.libero import LiberoTaskEnv, libero_suites, libero_task_infos
-from sim.libero_reference import ReferenceLibero
+from sim.testing.libero_reference import ReferenceLibero
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")

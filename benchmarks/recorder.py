@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         delivered = sum(c.delivered for c in cameras) - sum(before)
         for camera in cameras:
             camera.recorder = None
-        recorder.wait_finished(episodes, 120.0)
+        recorder.wait_ended(120.0)
         status = recorder.close()
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         store = EpisodeStore(folder)

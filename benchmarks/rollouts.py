@@ -87,7 +87,7 @@ class Ratchet:
 class Naive:
     def __init__(self, suite: str, task: str) -> None:
         from sim.libero import CONTRACT, RobotContract
-        from sim.libero_reference import ReferenceLibero
+        from sim.testing.libero_reference import ReferenceLibero
 
         self.env = ReferenceLibero(suite, task)
         self.scale = np.array([d.command_scale for d in RobotContract.load(CONTRACT).action.dims], np.float32)

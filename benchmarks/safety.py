@@ -30,8 +30,8 @@ from scipy.spatial.transform import Rotation
 
 from agent.contract import RobotContract
 from agent.records import ActionChunk
-from agent.runtime.fake_contract import MODES, arm
 from agent.runtime.safety import Proposal, SafetyConfig, SafetyFilter, SafetyState
+from agent.testing.fake_contract import MODES, arm
 
 GOAL_MS = 0.2
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -147,9 +146,6 @@ class Board:
         out = io.BytesIO()
         figure.savefig(out, format="pdf")
         return out.getvalue()
-
-    def write_pdf(self, path: Path, paper: str = "a4") -> None:
-        path.write_bytes(self.pdf(paper))
 
     def _dictionary(self) -> cv2.aruco.Dictionary:
         return cv2.aruco.getPredefinedDictionary(DICTIONARIES[self.dictionary])

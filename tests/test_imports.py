@@ -19,6 +19,8 @@ LAYERS = {
     "ros2_ws": 0,
     "launch": 0,
     "benchmarks": -1,
+    "agent.testing": 0,  # may use what it stands for; nothing but tests and benchmarks uses it
+    "sim.testing": 0,
     "sim": 1,
     "agent.learner": 1,
     "agent.runtime": 1,
@@ -149,6 +151,8 @@ def test_the_house_keeps_its_rules() -> None:
         ("agent/learner/bad.py", "importlib.import_module(name)"),
         ("agent/policy/bad.py", "import calibration.camera"),
         ("agent/unknown.py", "import json"),
+        ("agent/runtime/bad.py", "from agent.testing.fake_arm import FakeArm"),
+        ("sim/bad.py", "import sim.testing.libero_reference"),
         ("sim/bad.py", "import agent.cli.main"),
         ("sim/bad.py", "from agent.learner import grpo"),
         ("calibration/bad.py", "import agent.policy.protocol"),

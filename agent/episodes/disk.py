@@ -105,21 +105,6 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a small file; readers see the old content or the new one, also after a power cut."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(scratch, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view[:PIECE]) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.rename(scratch, path)
-    sync_folder(path.parent)
-
-
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()

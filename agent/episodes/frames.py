@@ -5,7 +5,6 @@ Knows (H, W, 3) uint8 RGB images and codecs. Knows no file and no camera.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -112,10 +111,3 @@ class Decoder:
 
     def _bad(self, what: str) -> RatchetError:
         return RatchetError("episode.bad_frame", what, where=self._where, fix="the file is damaged: verify it")
-
-
-def decode_all(codec: Codec, images: Iterator[tuple[bytes, int, int]], where: str = "") -> Iterator[UInt8]:
-    """Every frame of one topic, in order."""
-    decoder = Decoder(codec, where)
-    for data, height, width in images:
-        yield decoder.decode(data, height, width)

@@ -129,13 +129,6 @@ class Recorder:
             finished=tuple(self._finished),
         )
 
-    def wait_finished(self, count: int, timeout: float) -> tuple[str, ...]:
-        """Ids of the finished episodes once there are `count`, or after `timeout` seconds; not for the loop."""
-        limit = time.monotonic() + timeout
-        while len(self.status().finished) < count and time.monotonic() < limit and self._sender.alive:
-            time.sleep(0.01)
-        return self.status().finished
-
     def wait_ended(self, timeout: float) -> str:
         """The id of the episode that `end` was called for last, once its file is whole; not for the loop.
 

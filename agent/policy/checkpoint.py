@@ -192,8 +192,3 @@ def load_tensors(
 
 def _named(missing: list[str], extra: list[str], shapes: list[str]) -> list[tuple[str, list[str]]]:
     return [("missing", missing), ("extra", extra), ("of another shape", shapes)]
-
-
-def tensor_bytes(policy: AnyPolicy) -> int:
-    """Size of the base's tensors in bytes."""
-    return sum(t.numel() * t.element_size() for t in policy.base_tensors().values())

@@ -139,7 +139,7 @@ def fake_policy(main_python: str, chunk: int) -> dict[str, Any]:
     """Parameters of a policy node whose policy thinks for no time."""
     return {
         "policy_python": main_python,
-        "policy_module": "agent.runtime.fake_policy_worker",
+        "policy_module": "agent.testing.fake_policy_worker",
         "policy_options": json.dumps({"chunk": chunk, "amplitude": 0.01}),
         "judge": "none",
         "nice": 0,

@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import Float32, Observation
-from agent.runtime.fake_contract import arm
+from agent.testing.fake_contract import arm
 from calibration import action_checks
 from calibration.action_checks import ActionFacts
 from calibration.geometry import Float

@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from agent.contract import CameraSpec, RobotContract
 from agent.errors import RatchetError
 from agent.records import Float32, Observation
-from agent.runtime.fake_contract import arm
+from agent.testing.fake_contract import arm
 from calibration import handeye, intrinsics, report
 from calibration.collect import Collector
 from calibration.geometry import Float, difference, inverse, transform

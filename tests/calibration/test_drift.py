@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
-from agent.runtime.fake_contract import arm
+from agent.testing.fake_contract import arm
 from calibration import drift, last_check
 from calibration.last_check import FILE, Check
 from calibration.record import Calibration

@@ -39,7 +39,7 @@ def test_a_graph_of_two_distributions(ros: None, tmp_path: Path) -> None:
             "policy_node",
             **timed,
             policy_python=str(ROOT / ".venv" / "bin" / "python"),
-            policy_module="agent.runtime.fake_policy_worker",
+            policy_module="agent.testing.fake_policy_worker",
             policy_options='{"image_size": 96, "chunk": 8}',
             judge="scene",
             mode="collect",

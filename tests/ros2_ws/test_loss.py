@@ -166,7 +166,7 @@ def start_policy(graph: Graph) -> None:
         use_sim_time=True,
         clock_timeout=2.0,
         policy_python=str(ROOT / ".venv" / "bin" / "python"),
-        policy_module="agent.runtime.fake_policy_worker",
+        policy_module="agent.testing.fake_policy_worker",
         policy_options='{"image_size": 96, "chunk": 20}',
         judge="none",
     )

@@ -21,7 +21,7 @@ from agent.cli import graph as graphs
 from agent.cli.main import main
 from tests.ros2_ws.graph import ROOT, Watcher, active
 
-FAKE = ["--policy-module", "agent.runtime.fake_policy_worker", "--policy-options", '{"image_size": 96}']
+FAKE = ["--policy-module", "agent.testing.fake_policy_worker", "--policy-options", '{"image_size": 96}']
 
 
 def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from sim.base import Expert, TaskEnv
 from sim.demonstrations import NoiseConfig
 from sim.experts.grasp import APERTURE, grasps, rotation
 from sim.experts.libero import LiberoExpert, make_libero_expert
-from sim.experts.noise import NoisyExpert
 from sim.libero import CONTRACT, LiberoTaskEnv
+from sim.testing.noisy_expert import NoisyExpert
 
 OBJECT, SOUP = "libero_object", "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
 SPATIAL, BOWL = "libero_spatial", "pick_up_the_black_bowl_between_the_plate_and_the_ramekin_and_place_it_on_the_plate"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sim.libero import LiberoTaskEnv
-from sim.libero_reference import ReferenceLibero
+from sim.testing.libero_reference import ReferenceLibero
 
 STEPS, FRAME_EVERY = 12, 6
 SCALE = np.array([0.05] * 3 + [0.5] * 3 + [1.0], dtype=np.float32)

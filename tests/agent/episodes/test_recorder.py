@@ -34,12 +34,12 @@ from agent.errors import RatchetError
 from agent.records import Applied, Mark, Observation
 from agent.runtime.chunks import CollectExecutor
 from agent.runtime.clock import ManualClock
-from agent.runtime.fake_arm import FakeArm
 from agent.runtime.judging import SceneJudge
 from agent.runtime.loop import ControlLoop
 from agent.runtime.safety import SafetyFilter
 from agent.runtime.sink import ChunkOutcome, MemorySink, TickSink
 from agent.runtime.source import Ahead, Reply
+from agent.testing.fake_arm import FakeArm
 from tests.agent.episodes.samples import chunk, observation, picture, same, small_contract, tick
 
 CONTRACT = small_contract(16)
@@ -156,7 +156,7 @@ def test_what_a_control_loop_does_comes_back(tmp_path: Path, started: Callable[.
     )
     recorder.describe(adapter_id="ab" * 32, mode="collect", seed=5, meta={"why": "test"})
     loop.run_episode("bowl", "move", horizon=18, judge=SceneJudge(lambda: False))
-    (digest,) = recorder.wait_finished(1, WAIT)
+    digest = recorder.wait_ended(WAIT)
     store = EpisodeStore(tmp_path)
     read = store.read(digest)
     assert same(read.ticks, memory.ticks)
@@ -175,7 +175,7 @@ def test_what_a_control_loop_does_comes_back(tmp_path: Path, started: Callable[.
 def test_success_rewards_the_last_step_only(tmp_path: Path, started: Callable[..., Recorder]) -> None:
     recorder = started()
     record(recorder)
-    (digest,) = recorder.wait_finished(1, WAIT)
+    digest = recorder.wait_ended(WAIT)
     steps = EpisodeStore(tmp_path).read(digest).steps
     assert [(s.reward, s.done, s.steps_run) for s in steps] == [(0.0, False, 4), (0.0, False, 4), (1.0, True, 4)]
     assert steps[0].executed.tolist() == [True, False, True, True]
@@ -197,7 +197,7 @@ def test_shared_frames_are_found_again(tmp_path: Path, started: Callable[..., Re
     recorder.observation(shared)
     recorder.chunk(chunk(CONTRACT, rng, shared))
     recorder.end("horizon", None, "", 1.0)
-    (digest,) = recorder.wait_finished(1, WAIT)
+    digest = recorder.wait_ended(WAIT)
     reader = EpisodeStore(tmp_path).open(digest)
     stream = [image for _, image in reader.frames("wrist")]
     assert same(stream, [f["wrist"] for f in frames])
@@ -283,7 +283,7 @@ def test_a_frozen_disk_costs_counted_frames_and_no_waiting(tmp_path: Path, stopp
     assert status.waiting > 0.8
     recorder.end("horizon", None, "", 2.0)
     stopped.go_on()
-    (digest,) = recorder.wait_finished(1, WAIT)
+    digest = recorder.wait_ended(WAIT)
     card = EpisodeStore(tmp_path).card(digest)
     assert (card.ticks, recorder.status().waiting) == (40, 0.0), "records wait where frames do not fit"
     ending = EpisodeReader(tmp_path / card.file).ending()
@@ -309,7 +309,7 @@ def test_a_killed_recorder_is_started_again_and_loses_nothing_flushed(
 ) -> None:
     recorder = started(Recorder)
     record(recorder, 1)
-    recorder.wait_finished(1, WAIT)
+    recorder.wait_ended(WAIT)
     recorder.begin("bowl", "go", 0.0)
     rng = np.random.default_rng(0)
     recorder.tick(tick(CONTRACT, rng, 0))
@@ -323,7 +323,8 @@ def test_a_killed_recorder_is_started_again_and_loses_nothing_flushed(
         recorder.require_ready()
     recorder.end("fault", None, "", 1.0)
     record(recorder, 2)
-    assert len(recorder.wait_finished(2, WAIT)) == 2
+    recorder.wait_ended(WAIT)
+    assert len(recorder.status().finished) == 2
     recorder.close()
     cards = EpisodeStore(tmp_path).cards().values()
     assert sorted(c.reason for c in cards) == ["cut_off", "success", "success"]
@@ -437,7 +438,7 @@ def test_a_full_disk_fails_one_episode_and_not_the_next(
     assert "episode.disk_full" in recorder.status().error
     recorder.end("success", True, "simulator", 1.0)
     record(recorder)
-    recorder.wait_finished(1, WAIT)
+    recorder.wait_ended(WAIT)
     recorder.close()
     assert [c.reason for c in EpisodeStore(tmp_path).cards().values()] == ["success"]
     assert len(EpisodeStore(tmp_path).take_stock().recovered) == 1

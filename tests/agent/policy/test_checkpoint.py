@@ -56,7 +56,6 @@ def test_the_round_trip_is_exact(folder: Path) -> None:
     batch = samples.batch(policy)
     assert torch.equal(again.logits(batch), policy.logits(batch))
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert checkpoint.tensor_bytes(again) == sum(4 * t.numel() for t in mine.values())
 
 
 def test_saving_over_a_policy_replaces_it(folder: Path) -> None:

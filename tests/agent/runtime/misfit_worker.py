@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from agent.contract import RobotContract
-from agent.runtime.fake_policy_worker import FakePolicy
 from agent.runtime.policy_worker import ChunkServer, serve
+from agent.testing.fake_policy_worker import FakePolicy
 
 
 def open_misfit(options: dict[str, Any], contract: RobotContract) -> ChunkServer:

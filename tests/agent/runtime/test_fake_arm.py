@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from agent.errors import RatchetError
-from agent.runtime.fake_arm import FakeArm
-from agent.runtime.fake_contract import MODES, arm
+from agent.testing.fake_arm import FakeArm
+from agent.testing.fake_contract import MODES, arm
 from tests.conformance.robot_suite import RobotConformance
 
 

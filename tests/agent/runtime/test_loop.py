@@ -18,13 +18,13 @@ from agent.errors import RatchetError
 from agent.records import ControlTick, Mark, Observation
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from agent.runtime.clock import ExternalClock, ManualClock
-from agent.runtime.fake_arm import FakeArm
-from agent.runtime.fake_contract import arm
 from agent.runtime.judging import SceneJudge
 from agent.runtime.loop import ControlLoop, Termination
 from agent.runtime.safety import SafetyConfig, SafetyFilter, SafetyState
 from agent.runtime.sink import MemorySink
 from agent.runtime.source import PolicyFault
+from agent.testing.fake_arm import FakeArm
+from agent.testing.fake_contract import arm
 from tests.agent.runtime.sources import FakeSource
 
 T = 0.05

@@ -16,13 +16,13 @@ import pytest
 
 from agent.runtime.chunks import DeployExecutor
 from agent.runtime.clock import MonotonicClock
-from agent.runtime.fake_arm import FakeArm
-from agent.runtime.fake_contract import arm
 from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.safety import SafetyConfig, SafetyFilter, SafetyState
 from agent.runtime.safety_types import LATCHING
 from agent.runtime.sink import MemorySink
+from agent.testing.fake_arm import FakeArm
+from agent.testing.fake_contract import arm
 from tests.agent.runtime.test_policy_process import eventually
 
 T = 0.05
@@ -41,7 +41,7 @@ class Rig:
         self.client = PolicyClient(
             CONTRACT,
             PolicyLaunch(
-                module="agent.runtime.fake_policy_worker",
+                module="agent.testing.fake_policy_worker",
                 options={"image_size": 8, "period_steps": 8, "seconds": 0.02, **options},
                 nice=0,
                 **(launch or {}),  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.runtime.align import Aligner
 from agent.runtime.clock import Clock, ExternalClock, ManualClock, MonotonicClock
-from agent.runtime.fake_contract import arm
 from agent.runtime.watchdog import Watchdog
+from agent.testing.fake_contract import arm
 
 
 def two_cameras() -> RobotContract:

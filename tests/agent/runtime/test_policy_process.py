@@ -25,10 +25,10 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import ActionChunk, Observation
 from agent.runtime import wire
-from agent.runtime.fake_contract import arm
 from agent.runtime.frames import FrameLayout, Frames, create_memory
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.source import Ahead, PolicyFault, Reply
+from agent.testing.fake_contract import arm
 
 CONTRACT = arm("ee_delta", rotation="none")
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def serving(
     contract: RobotContract = CONTRACT, *, launch: dict[str, object] | None = None, **options: object
 ) -> Iterator[PolicyClient]:
-    settings: dict[str, object] = {"module": "agent.runtime.fake_policy_worker", "start_timeout": 60.0, "nice": 0}
+    settings: dict[str, object] = {"module": "agent.testing.fake_policy_worker", "start_timeout": 60.0, "nice": 0}
     client = PolicyClient(
         contract,
         PolicyLaunch(options={"image_size": 8, **options}, **{**settings, **(launch or {})}),  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def test_what_is_ahead_travels_too() -> None:
 
 def test_the_control_process_holds_no_model_code() -> None:
     code = (
-        "import sys, agent.runtime.loop, agent.runtime.policy_client, agent.runtime.fake_arm, agent.runtime.session, "
+        "import sys, agent.runtime.loop, agent.runtime.policy_client, agent.testing.fake_arm, agent.runtime.session, "
         "agent.runtime.align\n"
         "bad = sorted({'torch', 'transformers', 'peft', 'zmq', 'rclpy', 'cv2'} & set(sys.modules))\n"
         "sys.exit(' '.join(bad) or 0)"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from agent.contract import RobotContract
 from agent.records import Mark
-from agent.runtime.fake_contract import MODES, arm
 from agent.runtime.safety import Proposal, SafetyConfig, SafetyFilter, SafetyState
+from agent.testing.fake_contract import MODES, arm
 from tests.agent.runtime.referee import Referee
 
 CASES = [(m, "axis_angle", j) for m in MODES for j in (False, True)]

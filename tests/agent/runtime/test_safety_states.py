@@ -16,9 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from agent.errors import RatchetError
 from agent.records import ActionChunk, Mark
-from agent.runtime.fake_contract import arm
 from agent.runtime.safety import Proposal, SafetyConfig, SafetyFilter, SafetyState, Verdict
 from agent.runtime.safety_types import LATCHING
+from agent.testing.fake_contract import arm
 from tests.agent.runtime.referee import Referee
 from tests.agent.runtime.test_safety_limits import state_at
 

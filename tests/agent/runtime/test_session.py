@@ -12,8 +12,8 @@ import pytest
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
-from agent.runtime.fake_contract import arm
 from agent.runtime.session import FILE, Session
+from agent.testing.fake_contract import arm
 
 
 def calibrated() -> RobotContract:

@@ -19,9 +19,9 @@ import pytest
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.runtime import robot_folder
-from agent.runtime.fake_contract import arm
 from agent.runtime.session import Manifest, Session
 from agent.runtime.session_desk import SessionDesk
+from agent.testing.fake_contract import arm
 
 BASE = "b" * 64
 CHECK = {"front": {"date": "2026-01-01T00:00:00+00:00", "moved": True, "override": "half a pixel", "person": "Ada"}}

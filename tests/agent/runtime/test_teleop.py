@@ -20,14 +20,14 @@ from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Float32, Mark, Observation
 from agent.runtime.chunks import CollectExecutor
 from agent.runtime.clock import ManualClock
-from agent.runtime.fake_arm import FakeArm
-from agent.runtime.fake_contract import HZ, MODES, arm
 from agent.runtime.loop import ControlLoop
 from agent.runtime.safety import SafetyFilter
 from agent.runtime.sink import MemorySink
 from agent.runtime.source import Ahead, Reply
 from agent.runtime.teleop import Intent, Jog, Takeover, Teleoperator
 from agent.runtime.teleop_devices import Gamepad, Keyboard, LinuxGamepad, SpaceMouse, TerminalKeys
+from agent.testing.fake_arm import FakeArm
+from agent.testing.fake_contract import HZ, MODES, arm
 
 
 class FakeDevice:

@@ -1,7 +1,7 @@
 """FakePolicy: a policy process without a model, for tests, benchmarks and dry runs of the graph.
 
 Knows a sine around zero and every way to fail. Moves the first dimension and holds the others; needs NumPy only.
-`PolicyLaunch(module="agent.runtime.fake_policy_worker", options={...})`; options:
+`PolicyLaunch(module="agent.testing.fake_policy_worker", options={...})`; options:
   chunk, control_hz, image_size, seconds (thinking time per chunk), amplitude (of the range, 0..1), period_steps;
   fault: "" | crash | exit | oom | nan | shape | hang | slow, fault_at: number of the request it strikes (from 0).
 """
