@@ -114,10 +114,17 @@ def _by_device(device: str, declared: str, threads: int) -> Choice:
         return _measured(device, threads, (torch.float32, torch.float16))
     if kind != "cpu":
         return Choice(DTYPES[declared], f"the checkpoint declares it, and nothing is known of {kind}")
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if _bfloat16_instructions() is False:
         return Choice(torch.float32, "torch finds no bfloat16 instructions in this processor and would emulate them")
-    # AVX-512 alone passes for bfloat16 support in torch and is slower than float32: only a clock can tell.
+    # AVX-512 alone passes for bfloat16 support in torch and is slower than float32, and a build without oneDNN, as some
+    # for aarch64, cannot tell: only a clock can.
     return _measured(device, threads, (DTYPES[declared], torch.float32))
+
+
+def _bfloat16_instructions() -> bool | None:
+    """What torch says of this processor; None where its build has nobody to ask."""
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return None if ask is None else bool(ask())
 
 
 def _measured(device: str, threads: int, dtypes: tuple[torch.dtype, torch.dtype]) -> Choice:
@@ -126,12 +133,20 @@ def _measured(device: str, threads: int, dtypes: tuple[torch.dtype, torch.dtype]
     key = f"{hardware}, torch {torch.__version__}, {threads} threads"
     rates = _remembered().get(key)
     if not isinstance(rates, dict) or {NAMES[d] for d in dtypes} - rates.keys():
-        rates = {NAMES[dtype]: round(speed(torch.device(device), dtype), 1) for dtype in dtypes}
+        rates = {NAMES[dtype]: round(_speed_or_none(torch.device(device), dtype), 1) for dtype in dtypes}
         _remember(key, rates)
     first, second = dtypes
     chosen = second if rates[NAMES[first]] < _CLEARLY_FASTER * rates[NAMES[second]] else first
     told = ", ".join(f"{name} {rate:g} GFLOP/s" for name, rate in rates.items())
     return Choice(chosen, f"measured on {hardware}, {threads} threads: {told}")
+
+
+def _speed_or_none(device: torch.device, dtype: torch.dtype) -> float:
+    """`speed`, or 0 where the device refuses: oneDNN has forward products in bfloat16 but no backward ones for some."""
+    try:
+        return speed(device, dtype)
+    except RuntimeError:
+        return 0.0
 
 
 def speed(device: torch.device, dtype: torch.dtype, seconds: float = MEASURED_FOR) -> float:

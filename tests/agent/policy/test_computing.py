@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,28 @@ def test_a_clock_decides_where_torch_cannot_tell(
     (key,) = json.loads(computing.memory_file().read_text())
     assert computing.processor() in key
     assert torch.__version__ in key
+
+
+def test_a_build_that_cannot_be_asked_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch without oneDNN, as some builds for aarch64: the operator is not there at all."""
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())
+    clocked(monkeypatch, {torch.bfloat16: 3.0, torch.float32: 50.0})
+    choice = computing.choose(CPU, "bfloat16")
+    assert choice.dtype == torch.float32
+    assert "3 GFLOP/s" in choice.reason
+
+
+def test_a_dtype_that_cannot_be_trained_in_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN on processors with AVX-VNNI-2 alone: bfloat16 forward, no backward."""
+    says(monkeypatch, True)
+
+    def speed(device: torch.device, dtype: torch.dtype) -> float:
+        if dtype == torch.bfloat16:
+            raise RuntimeError("DNNL does not support bf16/f16 backward on the platform with avx2_vnni_2")
+        return 40.0
+
+    monkeypatch.setattr(computing, "speed", speed)
+    assert computing.choose(CPU, "bfloat16").dtype == torch.float32
 
 
 def test_what_is_remembered_and_damaged_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
