@@ -25,7 +25,7 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from sim import registry
 from sim.base import TaskEnv
-from sim.worker import Command, Layout, Reset, WorkerConfig, worker_main
+from sim.worker import Command, Layout, Reset, WorkerConfig, one_thread, worker_main
 
 
 class WorkerProcess(Protocol):
@@ -54,7 +54,8 @@ def local_process(config: WorkerConfig, arrays: Mapping[str, np.ndarray]) -> tup
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     process = context.Process(target=worker_main, args=(theirs, config), daemon=True)
-    process.start()
+    with one_thread():
+        process.start()
     theirs.close()
     return process, mine
 

@@ -6,10 +6,11 @@ The protocol with the parent is in `Command` and `SlotState`; arrays travel thro
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import shared_memory
 from multiprocessing.connection import Connection
@@ -22,6 +23,8 @@ from agent.episodes.earned import already_solved
 from agent.errors import RatchetError
 from sim.base import TaskEnv
 
+# Workers use all cores; threads inside each would fight over them. OpenMP, two of BLAS, and the software rasteriser.
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")
 TASKS_PER_SLOT = 3  # environments kept per slot; a compiled scene takes tens to hundreds of megabytes
 
 
@@ -167,6 +170,21 @@ class Host:
         if self.config.state_fields:
             state = env.state()
             self.views["state"][index] = np.concatenate([state[name] for name in self.config.state_fields])
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For the start of a worker: the environment in which its libraries, when they are loaded, take one thread each."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def worker_main(connection: Connection, config: WorkerConfig) -> None:

@@ -28,6 +28,7 @@ from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
 from agent.policy import adopted, computing, device
+from agent.policy import threads as policy_threads
 from agent.policy.checkpoint import AnyPolicy
 from agent.policy.protocol import Policy
 from sim import registry
@@ -75,7 +76,8 @@ class Running:
 
 def threads(count: int) -> None:
     """Inference and training threads of this process; workers take the other cores."""
-    torch.set_num_threads(max(1, count))
+    if warning := policy_threads.use(count):
+        Console(stderr=True).print(f"[yellow]{warning}[/]", highlight=False)
 
 
 def policy_folder(suite: str, given: Path | None) -> Path:

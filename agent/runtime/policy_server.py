@@ -20,7 +20,7 @@ from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
-from agent.policy import adopted, device
+from agent.policy import adopted, device, threads
 from agent.policy.checkpoint import AnyPolicy
 from agent.policy.commands import policy_actions, robot_actions
 from agent.policy.computing import name_of
@@ -185,7 +185,7 @@ def open_prismatic(options: dict[str, Any], contract: RobotContract) -> ChunkSer
     Raises:
         RatchetError: whatever checkpoint, compatibility check, store and swapper refuse.
     """
-    torch.set_num_threads(int(options.get("threads", 1)))
+    crowded = threads.use(int(options.get("threads", 1)))
     policy = adopted.load(Path(options["policy"]), device.choose(options.get("device", "")))
     static = None
     if options.get("static", "auto") != "off" and not _one_by_one(policy):
@@ -204,6 +204,8 @@ def open_prismatic(options: dict[str, Any], contract: RobotContract) -> ChunkSer
     elif options.get("adapter") and options["adapter"] != policy.base_hash:
         raise RatchetError("adapter.no_store", "an adapter is named but no store", fix="name the store")
     server = PolicyServer(policy, contract, swapper, store, options.get("image_fit", "exact"), static)
+    if crowded:
+        server.warnings.append(f"policy.threads: {crowded}")
     cameras = [contract.camera(name) for name in policy.spec.cameras]
     blank = [np.zeros((c.height, c.width, 3), np.uint8) for c in cameras]
     for _ in range(2):  # the first forwards allocate and are slow; that must not happen while an arm moves

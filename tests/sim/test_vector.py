@@ -62,6 +62,20 @@ def test_workers_do_not_change_the_result(make: Callable[..., ChunkVectorEnv], w
     assert_equal(play(make(workers=1, slots_per_worker=4)), play(make(workers=workers, slots_per_worker=slots)))
 
 
+def test_workers_take_one_thread_whatever_the_parent_does(
+    make: Callable[..., ChunkVectorEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside the Makefile nobody sets these, and a user may give the policy more: workers share the cores anyway."""
+    monkeypatch.delenv("LP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    process = make(workers=1, slots_per_worker=1)._workers[0].process
+    environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")  # type: ignore[attr-defined]
+    for name in (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS", b"LP_NUM_THREADS"):
+        assert name + b"=1" in environment
+    assert os.environ["OMP_NUM_THREADS"] == "8"
+    assert "LP_NUM_THREADS" not in os.environ
+
+
 @pytest.mark.parametrize("when", [0, 1, 3])
 def test_a_killed_worker_costs_nothing(make: Callable[..., ChunkVectorEnv], when: int) -> None:
     undisturbed = play(make(workers=2, slots_per_worker=2))
