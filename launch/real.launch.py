@@ -22,7 +22,7 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument("mode", default_value="deploy", description="deploy or collect."),
         DeclareLaunchArgument("resume", default_value="manual", description="After a hold: automatic or manual."),
         DeclareLaunchArgument("dead_man", default_value="false", description="Motion needs the dead-man switch."),
-        DeclareLaunchArgument("sessions", default_value="runs/sessions", description="Where session manifests go."),
+        DeclareLaunchArgument("robot", default_value="runs/robot", description="Its folder, with its sessions."),
         DeclareLaunchArgument(
             "episodes", default_value="runs/episodes", description="Episode store to record into; empty for none."
         ),
@@ -69,7 +69,7 @@ def generate_launch_description() -> LaunchDescription:
                         "adapter": LaunchConfiguration("adapter"),
                         "policy_python": LaunchConfiguration("policy_python"),
                         "mode": LaunchConfiguration("mode"),
-                        "sessions": LaunchConfiguration("sessions"),
+                        "robot": LaunchConfiguration("robot"),
                         "episodes": LaunchConfiguration("episodes"),
                     },
                 ],

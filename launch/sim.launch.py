@@ -26,7 +26,7 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument(
             "episodes", default_value="", description="Episode store to record into; empty for none."
         ),
-        DeclareLaunchArgument("sessions", default_value="runs/sessions", description="Where session manifests go."),
+        DeclareLaunchArgument("robot", default_value="runs/robot", description="Its folder, with its sessions."),
         DeclareLaunchArgument("namespace", default_value="", description="Namespace of all nodes."),
     ]
     contract, lock_step = LaunchConfiguration("contract"), LaunchConfiguration("lock_step")
@@ -71,7 +71,7 @@ def generate_launch_description() -> LaunchDescription:
                         "mode": LaunchConfiguration("mode"),
                         "judge": "scene",
                         "episodes": LaunchConfiguration("episodes"),
-                        "sessions": LaunchConfiguration("sessions"),
+                        "robot": LaunchConfiguration("robot"),
                     },
                 ],
             ),

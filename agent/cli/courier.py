@@ -12,6 +12,7 @@ from rich.console import Console
 
 from agent.adapters.store import FolderStore
 from agent.cli import remote
+from agent.cli.robot_link import Link
 from agent.episodes.store import EpisodeStore
 from agent.errors import RatchetError
 from agent.runtime import robot_folder
@@ -48,6 +49,9 @@ class Courier(remote.LearnerOptions):
     drain: float = 5.0
     """Seconds to go on when it is ended, for what still waits for the learner."""
 
+    parent: int = 0
+    """Number of a process with which this one ends too; 0 for none."""
+
     def run(self) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         self.check_keys()
@@ -61,9 +65,9 @@ class Courier(remote.LearnerOptions):
         for sign in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sign, lambda number, _: stopping.append(number))
         try:
-            with remote.Link(self, self.learner, self.robot, outbox, store) as link:
+            with Link(self, self.learner, self.robot, outbox, store) as link:
                 Console().print(f"courier {self.name}: {kept} -> {self.learner}, outbox {len(outbox)} files")
-                while not stopping:
+                while not (stopping or self._orphaned()):
                     self._round(link, episodes, dispatcher, store)
                     link.client.wait(lambda: bool(stopping), self.every)
                 self._round(link, episodes, dispatcher, store)  # the end of the session came while it was told to stop
@@ -72,7 +76,11 @@ class Courier(remote.LearnerOptions):
             outbox.close()
         return 0
 
-    def _round(self, link: remote.Link, episodes: EpisodeStore, dispatcher: Dispatcher, store: FolderStore) -> None:
+    def _orphaned(self) -> bool:
+        """Whether the process that started this one is gone, killed without a word."""
+        return self.parent > 0 and os.getppid() != self.parent
+
+    def _round(self, link: Link, episodes: EpisodeStore, dispatcher: Dispatcher, store: FolderStore) -> None:
         """Look once, and say how it stands."""
         error = ""
         try:

@@ -96,17 +96,17 @@ class Run(_Common):
     """
 
     task: Annotated[str, tyro.conf.Positional] = ""
-    """Name for the record."""
+    """Name for the record; what the learner ordered if absent."""
     instruction: str = ""
-    """What the policy is told; the task's name if empty."""
+    """What the policy is told, in words; what the learner ordered if absent."""
     horizon: int = 0
-    """Control periods; 0 for the node's default."""
+    """Control periods; 0 for the learner's order or the node's default."""
     mode: Literal["", "deploy", "collect"] = ""
     """Chunk execution; empty for the node's default."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 acts greedily."""
+    temperature: float | None = None
+    """Sampling temperature; 0 acts greedily. If absent: what the learner ordered in collect mode, else 0."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling; 0 gives every episode noise of its own."""
     expected_adapter: str = ""
     """Refuse unless this adapter is active."""
 
@@ -136,6 +136,24 @@ class Adapters(_Common):
 
     def run(self) -> int:
         return self._show(self._ask("adapters"))
+
+
+@dataclass
+class Judge(_Common):
+    """Say how a recorded episode went; kept in the episode store with your name, and never overwritten."""
+
+    verdict: Annotated[Literal["success", "failure", "discard"], tyro.conf.Positional] = tyro.MISSING
+    """discard: not to be used."""
+    person: str = ""
+    """Your name."""
+    episode: str = ""
+    """Id, a unique beginning of one, or name; the one that ended last if absent."""
+    note: str = ""
+    """Kept with it."""
+
+    def run(self) -> int:
+        names = ("verdict", "person", "episode", "note")
+        return self._show(self._ask("judge", **{n: getattr(self, n) for n in names}))
 
 
 @dataclass
@@ -175,13 +193,15 @@ class Reset(_Common):
 
 @dataclass
 class Ctl:
-    """Talk to running nodes: lifecycle, parameters, tasks, adapters, stop.
+    """Talk to running nodes: lifecycle, parameters, tasks, judging, adapters, stop.
 
     Commands to copy:
 
         ratchet ctl status
 
         ratchet ctl run door-open --instruction "open the door"
+
+        ratchet ctl judge success --person Ada
 
         ratchet ctl swap active
 
@@ -193,6 +213,7 @@ class Ctl:
         | Annotated[Run, tyro.conf.subcommand("run")]
         | Annotated[Swap, tyro.conf.subcommand("swap")]
         | Annotated[Adapters, tyro.conf.subcommand("adapters")]
+        | Annotated[Judge, tyro.conf.subcommand("judge")]
         | Annotated[Stop, tyro.conf.subcommand("stop")]
         | Annotated[Clear, tyro.conf.subcommand("clear")]
         | Annotated[Reset, tyro.conf.subcommand("reset")]

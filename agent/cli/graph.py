@@ -25,6 +25,7 @@ GRACE = 10.0  # s that a node has to come to rest after an interrupt
 # driver that is not there yet, or a policy process that died and is started again.
 PASSING = "crashed|hung|start_timeout|stopped|not_ready|failed|out_of_memory"
 LASTING = re.compile(rf"\[((?:compat|contract|adapter|policy)\.(?!{PASSING})\w+)\] ")
+AGAIN = 2.0  # s until what runs beside the nodes is started again
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,24 @@ class NodeSpec:
     vital: bool = True
 
 
+@dataclass
+class _Running:
+    """A process of the graph. vital: the graph ends with it; command: set where it is started again when it ends."""
+
+    process: subprocess.Popen[bytes]
+    vital: bool
+    command: list[str] | None = None
+    again: float = 0.0  # when, on the monotonic clock; 0 while it runs
+
+
 class Graph:
-    """Node processes in one log folder. Use as a context manager; leaving it stops everything, last started first."""
+    """Processes with one log folder: nodes, and what runs beside them. Use as a context manager; leaving it stops
+    everything, last started first."""
 
     def __init__(self, folder: Path, namespace: str = "", environment: dict[str, str] | None = None) -> None:
         self.folder, self._namespace = folder, namespace
         self._environment = ros.environment(environment)
-        self._running: dict[str, tuple[NodeSpec, subprocess.Popen[bytes]]] = {}
+        self._running: dict[str, _Running] = {}
         self._read: dict[str, int] = {}
         self._told: set[str] = set()
         self._up: set[str] = set()  # nodes that were active
@@ -60,17 +72,29 @@ class Graph:
             command += ["-r", f"{old}:={new}"]
         if self._namespace:
             command += ["-r", f"__ns:={self._namespace}"]
-        with (self.folder / f"{spec.name}.log").open("ab") as log:
-            process = subprocess.Popen(
+        self._running[spec.name] = _Running(self._open(spec.name, command, self._environment, ros.ROOT), spec.vital)
+
+    def beside(self, name: str, command: list[str]) -> None:
+        """Start a process that is no node, in this process's environment and folder. The arm does not need it: it is
+        started again where it ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = os.pathsep.join(p for p in (str(ros.ROOT), os.environ.get("PYTHONPATH", "")) if p)
+        environment = {**os.environ, "PYTHONPATH": paths}
+        self._running[name] = _Running(self._open(name, command, environment, Path.cwd()), False, command)
+
+    def _open(
+        self, name: str, command: list[str], environment: dict[str, str], folder: Path
+    ) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
-                cwd=ros.ROOT,
+                env=environment,
+                cwd=folder,
                 start_new_session=True,  # an interrupt from the terminal reaches the nodes through `stop`, in order
             )
-        self._running[spec.name] = (spec, process)
 
     def watch(self, until: Callable[[], bool] = lambda: False, tell: Callable[[str], None] = lambda line: None) -> None:
         """Wait until a vital node ends or `until` says so. tell: given every new error of a node, each once.
@@ -80,19 +104,32 @@ class Graph:
                 not come up yet: waiting does not mend that.
         """
         while not until():
-            for name, (spec, process) in self._running.items():
-                if spec.vital and process.poll() is not None:
+            for name, running in self._running.items():
+                if running.process.poll() is None:
+                    continue
+                if running.vital:
                     raise RatchetError(
                         "up.node_ended",
-                        f"{name} ended with status {process.returncode}: {self.tail(name)}",
+                        f"{name} ended with status {running.process.returncode}: {self.tail(name)}",
                         where=str(self.folder / f"{name}.log"),
                         fix="correct what it says, then start again",
                     )
+                if running.command is not None:
+                    self._revive(name, running, tell)
             for line in self.errors():
                 tell(line)
             if self._refused is not None:
                 raise self._refused
             time.sleep(0.2)  # how soon a dead node is noticed; the arm's hold does not depend on it
+
+    def _revive(self, name: str, running: _Running, tell: Callable[[str], None]) -> None:
+        """Start what runs beside the nodes again, a moment after it ended."""
+        now = time.monotonic()
+        if not running.again:
+            tell(f"{name} ended with status {running.process.returncode}: {self.tail(name)}; started again")
+            running.again = now + AGAIN
+        elif now >= running.again:
+            self.beside(name, running.command or [])
 
     def errors(self) -> list[str]:
         """Errors that the nodes logged since the last call, as `node: message`; one that repeats is told once."""
@@ -117,8 +154,8 @@ class Graph:
         return found
 
     def _note(self, name: str, said: str) -> None:
-        spec, lasting = self._running[name][0], LASTING.match(said)
-        if lasting and spec.vital and name not in self._up and self._refused is None:
+        running, lasting = self._running[name], LASTING.match(said)
+        if lasting and running.vital and name not in self._up and self._refused is None:
             where = f"{name}, see {self.folder / f'{name}.log'}"
             self._refused = RatchetError(lasting[1], said[lasting.end() :], where=where)
 
@@ -130,8 +167,8 @@ class Graph:
     def stop(self) -> dict[str, int]:
         """Interrupt, wait, then kill; exit statuses by node."""
         codes = {}
-        for name, (_, process) in reversed(self._running.items()):
-            codes[name] = _end(process)
+        for name, running in reversed(self._running.items()):
+            codes[name] = _end(running.process)
         self._running = {}
         return codes
 

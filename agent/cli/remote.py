@@ -1,31 +1,25 @@
-"""The way to a learner: the options that every verb with a robot shares, and what is made of them.
+"""The way to a learner: the options that every verb with a robot shares, and a courier beside whatever runs.
 
-Knows keys, folders and the client. Knows no robot: `up`, `run`, `robot` and `courier` say what runs.
+Knows keys, folders and a command. Imports no model code: `ratchet up` starts in half a second.
 """
 
 from __future__ import annotations
 
-import json
-import logging
+import os
+import subprocess
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from agent.adapters.store import FolderStore
 from agent.link import keys as link_keys
-from agent.link.client import LinkClient
-from agent.link.fetch import Fetcher
-from agent.link.follow import Follower
 from agent.link.outbox import Outbox
-from agent.runtime import orders
 
-STATUS = "status.json"
 FOLDER = Path("runs/robot")
 ADDRESS = "tcp://127.0.0.1:5544"
-log = logging.getLogger("ratchet.remote")
+ROOT = Path(__file__).resolve().parents[2]
+END = 15.0  # seconds for a courier to end
 
 
 @dataclass(kw_only=True)
@@ -52,95 +46,47 @@ class LearnerOptions:
 
     def check_keys(self) -> None:
         """Refuse what cannot connect, before anything is started. Raises RatchetError link.no_key and others."""
-        self._pair()
-        self._public()
+        self.pair()
+        self.public()
 
-    def _pair(self) -> link_keys.KeyPair | None:
+    def pair(self) -> link_keys.KeyPair | None:
         return None if self.plain else link_keys.load(self.keys or Path("keys") / self.name / f"{self.name}.key_secret")
 
-    def _public(self) -> bytes | None:
+    def public(self) -> bytes | None:
         return None if self.plain else link_keys.load_public(self.learner_key)
 
     def outbox(self, folder: Path) -> Outbox:
         return Outbox(folder / "outbox", limit=int(self.outbox_gib * 1024**3), reserve=self.reserve)
 
 
-class Link:
-    """A robot's end of the link in one folder: its client, with adapters coming in and the learner's word kept.
-
-    Use as a context manager, or `start` and `stop`.
-    """
-
-    def __init__(self, options: LearnerOptions, address: str, folder: Path, outbox: Outbox, store: FolderStore) -> None:
-        """folder: the robot's. Raises RatchetError link.no_key and others."""
-        self._options, self._folder = options, folder
-        self._follower = Follower(store, store.resolve)
-        fetcher = Fetcher(store, folder / "incoming", on_adapter=self._follower.on_adapter, reserve=options.reserve)
-        try:
-            self.client = LinkClient(
-                address,
-                options.name,
-                outbox,
-                keys=options._pair(),
-                learner=options._public(),
-                fetcher=fetcher,
-                on_state=self._on_state,
-            )
-        except BaseException:
-            self._follower.stop()
-            raise
-
-    def start(self) -> None:
-        self.client.start()
-
-    def stop(self) -> None:
-        self.client.stop()
-        self._follower.stop()
-
-    def __enter__(self) -> Link:
-        self.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def show(self, **facts: Any) -> None:
-        """The status file, for `ratchet status --robot`; losing it loses nothing. facts: doing, error, adapter, session
-        and more."""
-        status, client = self.client.status(), self.client
-        shown = {
-            "robot": self._options.name,
-            "error": "",
-            "link": {"up": status.up, "heard": status.heard if status.heard < 1e9 else None, "error": status.error},
-            "outbox": {"waiting": status.waiting, "bytes": status.waiting_bytes, "delivered": status.delivered},
-            "refused": status.refused,
-            "fetching": status.fetching,
-            "order": client.state.get("order"),
-            "written": time.time(),
-            **facts,
-        }
-        shown["error"] = shown["error"] or status.error
-        scratch = self._folder / f"{STATUS}.tmp"
-        try:
-            scratch.write_text(json.dumps(shown) + "\n")
-            scratch.rename(self._folder / STATUS)
-        except OSError as error:
-            log.warning("no status file: %s", error)
-
-    def _on_state(self, state: Mapping[str, Any]) -> None:
-        self._follower.on_state(state)
-        try:
-            orders.write(self._folder, state)
-        except OSError as error:  # the collecting process keeps to the word before
-            log.warning("the learner's word could not be kept: %s", error)
-
-
 def courier(options: LearnerOptions, address: str, folder: Path, episodes: Path, adapters: Path) -> list[str]:
-    """The command of a courier for this robot, to run beside it."""
+    """The command of a courier for this robot, to run beside it and to end with this process."""
     command = [sys.executable, "-m", "agent.cli.main", "courier", "--robot", str(folder), "--learner", address]
     command += ["--episodes", str(episodes), "--adapters", str(adapters), "--name", options.name]
     command += ["--outbox-gib", str(options.outbox_gib), "--reserve-gib", str(options.reserve_gib)]
+    command += ["--parent", str(os.getpid())]
     if options.plain:
         return [*command, "--plain"]
     keys = [] if options.keys is None else ["--keys", str(options.keys)]
     return [*command, *keys, "--learner-key", str(options.learner_key)]
+
+
+@contextmanager
+def beside(command: list[str], log: Path) -> Iterator[None]:
+    """Run a courier as long as this lasts; afterwards it has `END` seconds for what still waits."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,  # an interrupt from the terminal ends it through this process, after the session
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

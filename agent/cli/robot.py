@@ -17,6 +17,7 @@ from agent.adapters.store import FolderStore
 from agent.cli import common, remote
 from agent.cli.computing import ComputingOptions
 from agent.cli.recipes import DEMO
+from agent.cli.robot_link import Link
 from agent.contract import RobotContract
 from agent.episodes.store import EpisodeStore
 from agent.episodes.writer import write_episode
@@ -25,7 +26,7 @@ from agent.learner.collector import Collector
 from agent.link.parcels import SESSION, session_parcel
 from agent.policy.protocol import Policy
 from agent.records import Episode
-from agent.runtime.dispatch import sent_of
+from agent.runtime.dispatch import of_session
 from agent.runtime.session import Manifest
 from agent.runtime.session_desk import SessionDesk
 from sim import registry
@@ -88,6 +89,9 @@ class Robot(remote.LearnerOptions, ComputingOptions):
         common.print_contract(console, contract)
         swapper = running.swapper
 
+        kept = EpisodeStore(self.episodes or self.out / "episodes", create=True)
+        kept.take_stock()
+
         def end_of(manifest: Manifest) -> None:
             parcel = session_parcel(manifest.session, True, dataclasses.asdict(manifest), manifest.episodes)
             outbox.put(parcel, SESSION, f"session/{manifest.session}", {"session": manifest.session})
@@ -98,10 +102,11 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             contract,
             swapper.base_id,
             lambda: swapper.current_id,
-            episodes=lambda session: sent_of(outbox.root, session),
+            episodes=lambda session: of_session(kept, session),
+            store=str(kept.root.resolve()),
             on_end=end_of,
         )
-        link = remote.Link(self, self.learner, self.out, outbox, store)
+        link = Link(self, self.learner, self.out, outbox, store)
         client = link.client
         env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
         shown = 0.0
@@ -115,9 +120,6 @@ class Robot(remote.LearnerOptions, ComputingOptions):
                     fix="start both with the same --policy",
                 )
             return running.serve(adapter)
-
-        kept = EpisodeStore(self.episodes or self.out / "episodes", create=True)
-        kept.take_stock()
 
         def write(path: Path, episode: Episode) -> None:
             keep(kept, path, episode, contract, desk.id)

@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import signal
+import sys
+import time
 import uuid
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
-from agent.cli import common
+from agent.adapters.store import FolderStore
+from agent.cli import common, remote
 from agent.cli.computing import ComputingOptions
+from agent.cli.run_report import kept, print_times, report, table_of
 from agent.contract import RobotContract
+from agent.episodes.earned import require_goal
 from agent.episodes.recorder import Recorder
 from agent.errors import RatchetError
 from agent.policy.noise import derive_seed
-from agent.records import Mark
+from agent.runtime import orders
 from agent.runtime.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from agent.runtime.clock import ManualClock, MonotonicClock
+from agent.runtime.dispatch import recorded
 from agent.runtime.judging import SceneJudge
-from agent.runtime.loop import ControlLoop, EpisodeEnd
+from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch
 from agent.runtime.priority import normal, real_time
 from agent.runtime.restamped import Restamped
 from agent.runtime.safety import SafetyConfig, SafetyFilter
-from agent.runtime.session import Session
+from agent.runtime.session_desk import SessionDesk
 from agent.runtime.sink import MemorySink, Tee
 from sim import registry
 from sim.base import TaskInfo
 from sim.robot import SimRobot
 
+LOOK = 0.2  # seconds between two looks for an order
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One episode to run: what, from which initial state, and the name that it is recorded under."""
+
+    info: TaskInfo
+    state: int
+    goal: orders.Goal
+    name: str
+
 
 @dataclass
-class Run(ComputingOptions):
+class Run(remote.LearnerOptions, ComputingOptions):
     """Run a policy on a simulated robot through policy process, chunk execution and safety stage.
 
     Commands to copy:
@@ -50,10 +68,12 @@ class Run(ComputingOptions):
         ratchet run --task faucet-open --adapter active --store runs/demo/adapters --episodes 5 --json
 
         ratchet run --task button-press --store runs/robot/adapters --follow active --realtime --episodes 20
+
+        ratchet run --learner tcp://192.0.2.7:5544 --episodes 24
     """
 
-    task: str
-    """Task name."""
+    task: str = ""
+    """Task name; with --learner what it orders."""
     suite: str = "metaworld"
     """Suite of the task."""
     policy: Path | None = None
@@ -61,23 +81,24 @@ class Run(ComputingOptions):
     adapter: str = ""
     """Id, id prefix or tag of an adapter; the base alone if absent."""
     store: Path | None = None
-    """Adapter store; needed with --adapter and --follow."""
+    """Adapter store; needed with --adapter and --follow. With --learner <robot>/adapters if absent."""
     follow: str = ""
-    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once."""
+    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once. With
+    --learner `active` if absent."""
     episodes: int = 1
-    """Episodes, from the first so many evaluation states."""
+    """Episodes: from the first so many evaluation states; with --learner from training states."""
     horizon: int = 0
     """Control periods after which an episode ends; 0 for the task's own number."""
     record: Path | None = None
-    """Episode store to record into; nothing is kept if absent."""
+    """Episode store to record into; nothing is kept if absent. With --learner <robot>/episodes."""
     execute: Literal["collect", "deploy"] = "collect"
     """collect: exactly what was sampled. deploy: inference overlaps motion, stale actions skipped, seams blended."""
     use: int = 0
     """With deploy: actions of each chunk before the next takes over; 0 for three quarters of the chunk."""
     realtime: bool = False
     """Run at the contract's rate on the machine's clock; otherwise in lock-step, where simulated time waits."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 acts greedily."""
+    temperature: float | None = None
+    """Sampling temperature; 0 acts greedily, as it does if absent. With --learner it is what the learner ordered."""
     seed: int = 0
     """Seed of sampled actions."""
     resume: Literal["automatic", "manual"] = "automatic"
@@ -88,14 +109,19 @@ class Run(ComputingOptions):
     """Interpreter of the policy process; this one if absent."""
     threads: int = 1
     """Threads for the policy."""
-    out: Path | None = None
-    """Folder for the session's manifest; none is written if absent."""
+    robot: Path | None = None
+    """The robot's folder, with this session's manifest; no session if absent. With --learner runs/robot."""
+    learner: str = ""
+    """Address of a learner: a courier is started, and what it orders is collected, under the adapter that it names."""
     json: bool = False
     """Print the result as JSON."""
 
     def run(self) -> int:
         console = Console(stderr=self.json)
-        info = common.find_tasks(self.suite, [self.task])[self.task]
+        if self.learner:
+            self._take_learner()
+        else:
+            require_goal(self.task, "told by the suite")
         contract = registry.contract_for(self.suite)
         safety = SafetyFilter(contract, SafetyConfig(resume=self.resume))
         common.print_contract(console, contract)
@@ -107,59 +133,117 @@ class Run(ComputingOptions):
             "follow": self.follow,
             "threads": self.threads,
         }
-        robot = SimRobot(self.suite, info.name, info.evaluation_states[0], contract)
-        launch = PolicyLaunch(options=options, python=self.python)
         rows: list[dict[str, Any]] = []
-        try:
-            with console.status("starting the policy process"), PolicyClient(contract, launch) as client:
-                robot.connect()
-                if client.computing:
-                    console.print(f"the policy computes in {client.computing}", markup=False, highlight=False)
-                for warning in client.warnings:
-                    console.print(f"[yellow]{warning}[/]")
-                session = self._session(contract, client)
-                recorder = self._recorder(contract, session)
-                try:
-                    for state in info.evaluation_states[: self.episodes]:
-                        rows.append(self._episode(robot, client, safety, info, state, recorder))
-                finally:
-                    if recorder is not None:
-                        recorder.close()
-                if session is not None:
-                    session.stop("done")
-                adapter_id = client.adapter_id
-        finally:
-            robot.close()
+        with ExitStack() as opened:
+            if self.learner and self.robot and self.record and self.store:
+                command = remote.courier(self, self.learner, self.robot, self.record, self.store)
+                opened.enter_context(remote.beside(command, self.robot / "courier.log"))
+            with console.status("starting the policy process"):
+                client = opened.enter_context(PolicyClient(contract, PolicyLaunch(options=options, python=self.python)))
+            if client.computing:
+                console.print(f"the policy computes in {client.computing}", markup=False, highlight=False)
+            for warning in client.warnings:
+                console.print(f"[yellow]{warning}[/]")
+            desk = self._desk(contract, client, opened)
+            recorder = None if self.record is None else opened.enter_context(Recorder(self.record, contract))
+            robots = Robots(self.suite, contract)
+            opened.callback(robots.close)
+            for attempt in self._ordered(client, desk, console) if self.learner else self._asked():
+                rows.append(self._episode(robots.at(attempt), client, safety, attempt, recorder, desk))
+                if desk is not None:
+                    desk.look()
+            adapter_id = client.adapter_id
+            tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
         if self.json:
-            print(json.dumps({"task": info.name, "adapter": adapter_id, "episodes": rows}))
+            print(json.dumps({"task": tasks, "adapter": adapter_id, "episodes": rows}))
         else:
-            console.print(table_of(rows, f"{self.suite} {info.name}, {self.execute}, adapter {adapter_id[:12]}"))
+            console.print(table_of(rows, f"{self.suite} {tasks}, {self.execute}, adapter {adapter_id[:12]}"))
         return 0 if all(row["success"] is not None and not row["not_recorded"] for row in rows) else 1
+
+    def _take_learner(self) -> None:
+        """What follows from a learner. Raises RatchetError run.not_collected, link.no_key and others."""
+        if self.execute != "collect":
+            raise RatchetError("run.not_collected", "a learner needs --execute collect", fix="leave --execute out")
+        self.check_keys()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the session is ended and the courier, too
+        self.robot = self.robot or remote.FOLDER
+        self.store = self.store or self.robot / "adapters"
+        self.record = self.record or self.robot / "episodes"
+        self.follow = self.follow or "active"
+        self.robot.mkdir(parents=True, exist_ok=True)
+        FolderStore(self.store, create=True)
+
+    def _asked(self) -> Iterator[Attempt]:
+        info = common.find_tasks(self.suite, [self.task])[self.task]
+        for state in info.evaluation_states[: self.episodes]:
+            seed = derive_seed(self.seed, "evaluation", info.name, state)
+            horizon = self.horizon or info.horizon
+            goal = orders.Goal(info.name, info.instruction, horizon, self.temperature or 0.0, seed)
+            yield Attempt(info, state, goal, uuid.uuid4().hex[:12])
+
+    def _ordered(self, client: PolicyClient, desk: SessionDesk | None, console: Console) -> Iterator[Attempt]:
+        """Episodes as the learner wants them, each asked for when the one before is over."""
+        assert self.robot is not None
+        started = uuid.uuid4().hex[:8]
+        for number in range(self.episodes):
+            name = f"{desk.id if desk else ''}-{started}-{number + 1:04d}"
+            with console.status("waiting for the learner's order"):
+                goal = self._next_goal(client, desk, name)
+            info = common.find_tasks(self.suite, [goal.task])[goal.task]
+            state = info.train_states[derive_seed("state", name) % len(info.train_states)]
+            yield Attempt(info, state, goal, name)
+
+    def _next_goal(self, client: PolicyClient, desk: SessionDesk | None, name: str) -> orders.Goal:
+        """What the learner wants now; waited for where it wants nothing, or where its adapter is still on its way."""
+        assert self.robot is not None
+        while True:
+            try:
+                return orders.ordered(
+                    orders.read(self.robot),
+                    task=self.task,
+                    horizon=self.horizon,
+                    temperature=self.temperature,
+                    seed=self.seed,
+                    active=client.adapter_id,
+                    episode=name,
+                )
+            except RatchetError as error:
+                if error.code not in ("order.no_word", "order.none", "order.other_adapter"):
+                    raise
+            if desk is not None:
+                desk.look()
+            time.sleep(LOOK)
 
     def _episode(
         self,
         robot: SimRobot,
         client: PolicyClient,
         safety: SafetyFilter,
-        info: TaskInfo,
-        state: int,
+        attempt: Attempt,
         recorder: Recorder | None,
+        desk: SessionDesk | None,
     ) -> dict[str, Any]:
-        robot.reset(state)
+        robot.reset(attempt.state)
         robot.observe()  # the first frame compiles shaders; that must not happen in the first control period
-        sink = MemorySink()
+        sink, goal = MemorySink(), attempt.goal
         clock = MonotonicClock() if self.realtime else ManualClock()
         assert client.spec is not None
         executor: ChunkExecutor = CollectExecutor(robot.contract)
         if self.execute == "deploy":
             executor = DeployExecutor(robot.contract, use=self.use or max(1, client.spec.chunk * 3 // 4))
-        seed = derive_seed(self.seed, "evaluation", info.name, state)
-        client.sample(self.temperature, seed)
+        client.sample(goal.temperature, goal.seed, goal.noise)
         if recorder is not None:
             recorder.revive()
             recorder.require_ready()
-            facts = {"mode": self.execute, "seed": seed, "initial_state": state}
-            recorder.describe(name=uuid.uuid4().hex[:12], adapter_id=client.adapter_id, **facts)
+            recorder.describe(
+                name=attempt.name,
+                session=desk.id if desk is not None else "",
+                adapter_id=client.adapter_id,
+                mode=self.execute,
+                seed=goal.seed,
+                initial_state=attempt.state,
+                meta={"order": goal.order} if goal.order else {},
+            )
         loop = ControlLoop(
             Restamped(robot, clock) if self.realtime else robot,
             client,
@@ -172,79 +256,50 @@ class Run(ComputingOptions):
         try:
             if self.realtime and self.priority:
                 Console(stderr=True).print(real_time(self.priority))
-            horizon, judge = self.horizon or info.horizon, SceneJudge(robot.success)
-            end = loop.run_episode(info.name, info.instruction, horizon=horizon, judge=judge)
+            judge = SceneJudge(robot.success)
+            end = loop.run_episode(goal.task, goal.instruction, horizon=goal.horizon, judge=judge)
         finally:
             if self.realtime and self.priority:
                 normal()
-        return report(state, end, sink, loop) | kept(recorder)
+        return {"task": goal.task, **report(attempt.state, end, sink, loop), **kept(recorder)}
 
-    def _recorder(self, contract: RobotContract, session: Session | None) -> Recorder | None:
-        if self.record is None:
+    def _desk(self, contract: RobotContract, client: PolicyClient, opened: ExitStack) -> SessionDesk | None:
+        """The robot's sessions; one is open until this verb ends."""
+        if self.robot is None:
             return None
-        return Recorder(self.record, contract, session=session.id if session is not None else "")
-
-    def _session(self, contract: RobotContract, client: PolicyClient) -> Session | None:
-        if self.out is None:
-            return None
-        notes = {"command": common.command_line(), "simulated": True}
-        return Session.start(self.out, contract, base_hash=client.base_hash, adapter_id=client.adapter_id, notes=notes)
-
-
-def report(state: int, end: EpisodeEnd, sink: MemorySink, loop: ControlLoop) -> dict[str, Any]:
-    """One episode as plain data."""
-    sent = [t for t in sink.ticks if t.chunk_sequence >= 0]
-    return {
-        "initial_state": state,
-        "success": end.success,
-        "termination": end.termination.value,
-        "reason": end.reason,
-        "ticks": end.ticks,
-        "seconds": round(end.seconds, 3),
-        "chunks": len(sink.chunks),
-        "exactly_as_sampled": sum(t.marks == Mark.NONE for t in sent) / max(len(sent), 1),
-        "events": dict(Counter(e.code for e in sink.events)),
-        "missed_ticks": loop.timing.missed,
-        **{k: round(v, 6) for k, v in loop.timing.percentiles().items()},
-    }
-
-
-def kept(recorder: Recorder | None) -> dict[str, str]:
-    """The id under which the last episode is kept, or why it is not."""
-    if recorder is None:
-        return {"episode": "", "not_recorded": ""}
-    try:
-        return {"episode": recorder.wait_ended(60.0), "not_recorded": ""}
-    except RatchetError as error:
-        return {"episode": "", "not_recorded": str(error)}
-
-
-def print_times(console: Console, contract: RobotContract) -> None:
-    """When the arm will hold, before it does anything."""
-    times = dataclasses.asdict(contract.watchdog)
-    jerk = "none" if not contract.limits.jerk else ", ".join(f"{j:g}" for j in contract.limits.jerk)
-    console.print(
-        f"holds when: state or frames older than {times['observation_max_age']:g} s, an action "
-        f"{times['action_max_age']:g} s late, no answer for {times['policy_timeout']:g} s; stops within "
-        f"{times['stop_time']:g} s; ramp {contract.limits.ramp_time:g} s; jerk limits: {jerk}\n"
-    )
-
-
-def table_of(rows: list[dict[str, Any]], title: str) -> Table:
-    table = Table(title=title)
-    for column in ("state", "success", "ended by", "ticks", "as sampled", "missed", "events", "episode"):
-        table.add_column(column, justify="left" if column in ("ended by", "events", "episode") else "right")
-    for row in rows:
-        events = ", ".join(f"{code.split('.')[-1]} {n}" for code, n in row["events"].items()) or "none"
-        solved = "?" if row["success"] is None else "yes" if row["success"] else "no"
-        table.add_row(
-            str(row["initial_state"]),
-            solved,
-            row["termination"],
-            str(row["ticks"]),
-            f"{row['exactly_as_sampled']:.0%}",
-            str(row["missed_ticks"]),
-            events,
-            row["not_recorded"] or row["episode"][:12],
+        store = "" if self.record is None else str(self.record.resolve())
+        desk = SessionDesk(
+            self.robot,
+            "run",
+            contract,
+            client.base_hash,
+            lambda: client.adapter_id,
+            episodes=lambda session: recorded(store, session),
+            store=store,
         )
-    return table
+        opened.callback(desk.close)
+        desk.start({"command": common.command_line(), "simulated": True})
+        opened.callback(lambda: desk.stop("done"))
+        return desk
+
+
+class Robots:
+    """A simulated robot per task, made when it is first wanted; one at a time is kept."""
+
+    def __init__(self, suite: str, contract: RobotContract) -> None:
+        self._suite, self._contract = suite, contract
+        self._task = ""
+        self._robot: SimRobot | None = None
+
+    def at(self, attempt: Attempt) -> SimRobot:
+        if self._robot is None or self._task != attempt.info.name:
+            self.close()
+            self._task = attempt.info.name
+            self._robot = SimRobot(self._suite, self._task, attempt.state, self._contract)
+            self._robot.connect()
+        return self._robot
+
+    def close(self) -> None:
+        if self._robot is not None:
+            self._robot.close()
+            self._robot = None

@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.contract import RobotContract
-from agent.episodes.store import EpisodeStore
 from agent.errors import RatchetError
 from agent.runtime import robot_folder
-from agent.runtime.dispatch import of_session, sent_of
+from agent.runtime.dispatch import recorded
 from agent.runtime.session import Session
 from calibration import last_check
 
@@ -122,12 +121,7 @@ class Status:
     def _so_far(self, session: str) -> list[dict[str, Any]]:
         """The episodes of a session that is open."""
         store = (robot_folder.read(self.robot / robot_folder.ROBOT) or {}).get("episodes", "")
-        if not store:
-            return sent_of(self.robot / "outbox", session)
-        try:
-            return of_session(EpisodeStore(store), session)
-        except RatchetError:
-            return []  # nothing was recorded yet
+        return recorded(store, session)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from agent.cli import ros
+from agent.cli import remote, ros
 from agent.cli.computing import ComputingOptions
 from agent.cli.graph import Graph, NodeSpec
 from agent.contract import RobotContract
@@ -21,21 +21,27 @@ from calibration import last_check
 
 
 @dataclass
-class _Shared(ComputingOptions):
+class _Shared(remote.LearnerOptions, ComputingOptions):
     policy: Path | None = None
     """Folder of the policy checkpoint."""
     store: Path | None = None
-    """Folder of the adapter store."""
+    """Folder of the adapter store; with --learner <robot>/adapters if absent."""
     adapter: str = ""
     """Adapter id or tag to start with."""
     follow: str = ""
-    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once."""
-    mode: Literal["deploy", "collect"] = "deploy"
-    """Chunk execution."""
+    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once. With
+    --learner `active` if absent."""
+    mode: Literal["", "deploy", "collect"] = ""
+    """Chunk execution; if absent collect with --learner, deploy without."""
     episodes: Path | None = None
-    """Record every task into this episode store."""
-    sessions: Path | None = Path("runs/sessions")
-    """Where sessions with their manifests go."""
+    """Record every task into this episode store; with --learner <robot>/episodes if absent."""
+    robot: Path = remote.FOLDER
+    """The robot's folder: its sessions, and with --learner outbox, adapters and episodes; one robot per folder."""
+    session: Literal["auto", "manual"] = "auto"
+    """auto: a session lasts as long as the nodes. manual: collect only between `ratchet session start|stop`."""
+    learner: str = ""
+    """Address of a learner: a courier is started beside the nodes, the policy follows `active`, and in collect mode the
+    learner's order says task, temperature and noise."""
     namespace: str = ""
     """Namespace, such as /left for one of two arms."""
     logs: Path | None = None
@@ -55,40 +61,71 @@ class _Shared(ComputingOptions):
         values = {
             "contract": ros.absolute(contract),
             "policy": ros.absolute(self.policy),
-            "store": ros.absolute(self.store),
+            "store": ros.absolute(self._store()),
             "adapter": self.adapter,
-            "mode": self.mode,
+            "mode": self.mode or ("collect" if self.learner else "deploy"),
             "policy_python": ros.policy_python(),
             "policy_module": self.policy_module,
             "policy_options": self._options(),
-            "episodes": ros.absolute(self.episodes),
-            "sessions": ros.absolute(self.sessions),
+            "episodes": ros.absolute(self._episodes()),
+            "robot": ros.absolute(self.robot),
+            "session": self.session,
+            "ordered": bool(self.learner),
             **parameters,
         }
         return NodeSpec("policy_node", "policy_node", values)
 
+    def _store(self) -> Path | None:
+        return self.store or (self.robot / "adapters" if self.learner else None)
+
+    def _episodes(self) -> Path | None:
+        return self.episodes or (self.robot / "episodes" if self.learner else None)
+
     def _options(self) -> str:
-        if not self.follow:
+        follow = self.follow or ("active" if self.learner else "")
+        if not follow:
             return self.policy_options
         try:
-            return json.dumps({**json.loads(self.policy_options), "follow": self.follow})
+            return json.dumps({**json.loads(self.policy_options), "follow": follow})
         except (ValueError, TypeError) as error:
             raise RatchetError(
                 "up.bad_options", str(error), where="--policy-options", fix="give a JSON object"
             ) from None
+
+    def _courier(self) -> list[str]:
+        """The command of the courier, none without a learner; what the nodes need of it is there when it returns.
+
+        Raises:
+            RatchetError: link.no_key and others, before anything is started.
+        """
+        store, episodes = self._store(), self._episodes()
+        if not self.learner or store is None or episodes is None:
+            return []
+        self.check_keys()
+        from agent.adapters.store import FolderStore  # loads what adapters are made of: only where they come
+
+        FolderStore(store, create=True)
+        return remote.courier(self, self.learner, self.robot, episodes, store)
 
     def _up(self, specs: list[NodeSpec]) -> int:
         folder = self.logs or Path("runs/up") / utc().replace(":", "").replace("-", "")
         console = Console(stderr=self.json, soft_wrap=True)
         profile = ros.PACKAGE / "config" / ("fastdds_loopback.xml" if self.loopback else "fastdds.xml")
         variables = {n: str(profile) for n in ("FASTDDS_DEFAULT_PROFILES_FILE",)} if self.loopback else {}
+        courier, names = self._courier(), [s.name for s in specs]
         stopped = _Stopper(self.max_seconds)
         with Graph(folder, self.namespace, variables) as graph:
+            if courier:
+                graph.beside("courier", courier)  # first, so that it ends last: the session's end goes out with it
             for spec in specs:
                 graph.start(spec)
             if self.json:
-                print(json.dumps({"logs": str(folder), "nodes": [s.name for s in specs]}), flush=True)
-            console.print(f"started {', '.join(s.name for s in specs)}; logs in {folder}; stop with Ctrl-C")
+                print(json.dumps({"logs": str(folder), "nodes": names, "courier": bool(courier)}), flush=True)
+            started = ", ".join([*names, *(["courier"] if courier else [])])
+            console.print(f"started {started}; logs in {folder}; stop with Ctrl-C")
+            if courier:
+                told = f"learner {self.learner}: `ratchet ctl run` collects what it orders into {self._episodes()}"
+                console.print(f"{told}; `ratchet status --robot {self.robot}` says how it stands", highlight=False)
             graph.watch(stopped, lambda line: console.print(line, style="yellow", markup=False, highlight=False))
             codes = graph.stop()
         bad = {name: code for name, code in codes.items() if code}
@@ -122,6 +159,8 @@ class Sim(_Shared):
         ratchet up sim --task door-open --policy models/small-metaworld
 
         ratchet up sim --task door-open --policy models/small-metaworld --lock-step
+
+        ratchet up sim --task button-press --policy models/small-metaworld --learner tcp://192.0.2.7:5544
     """
 
     suite: str = "metaworld"
@@ -136,6 +175,8 @@ class Sim(_Shared):
     """Simulated seconds per real second."""
     lock_step: bool = False
     """Time stands still while the policy thinks."""
+    judge: Literal["scene", "operator", "none"] = "scene"
+    """Who says that a task is solved: the scene's own predicate, a person's buttons, or nobody until a review."""
 
     def run(self) -> int:
         name = "metaworld" if self.suite == "metaworld" else "libero"
@@ -154,7 +195,7 @@ class Sim(_Shared):
             [
                 NodeSpec("sim_robot_node", "sim_robot_node", scene),
                 NodeSpec("safety_node", "safety_node", {"contract": ros.absolute(contract), **timed}),
-                self._policy(contract, judge="scene", **timed),
+                self._policy(contract, judge=self.judge, **timed),
             ]
         )
 
@@ -168,6 +209,8 @@ class Real(_Shared):
         ratchet up real --contract robots/ur5e.yaml --policy models/mine --store runs/adapters --adapter active
 
         ratchet up real --contract robots/so101.yaml --policy models/mine --cameras front=uvc:/dev/video0
+
+        ratchet up real --contract robots/ur5e.yaml --policy models/mine --learner tcp://192.0.2.7:5544 --session manual
     """
 
     contract: Path = Path("robots/ur5e.yaml")
@@ -177,7 +220,7 @@ class Real(_Shared):
     joy: list[str] = field(default_factory=list)
     """Take-over by gamepad: dimension=axis pairs; the joy driver runs already."""
     person: str = ""
-    """Who judges with the gamepad."""
+    """Who holds the gamepad and judges with it; needed with --joy."""
     resume: Literal["automatic", "manual"] = "manual"
     """After a hold: go on by itself, or wait for a person."""
     dead_man: bool = False
@@ -187,14 +230,16 @@ class Real(_Shared):
 
     def run(self) -> int:
         loaded = RobotContract.load(self.contract)
-        last_check.require(self.calibrations, loaded)
+        checks = last_check.require(self.calibrations, loaded)
         path = ros.absolute(self.contract)
+        if self.joy and not self.person.strip():
+            raise RatchetError("up.no_person", "whoever holds the gamepad judges with it", fix="--person NAME")
         specs = [_camera(loaded, path, line) for line in self.cameras]
         ids = [f"{c.name}={c.calibration_id}" for c in loaded.cameras if c.calibration_id]
         tied = {"calibrations": ids} if ids else {}  # an empty list has no type on the way to a node
         safe = {"resume": self.resume, "dead_man": self.dead_man}
         specs.append(NodeSpec("safety_node", "safety_node", {"contract": path, **safe}))
-        specs.append(self._policy(self.contract, **tied, **safe))
+        specs.append(self._policy(self.contract, checks=json.dumps(checks), **tied, **safe))
         if self.joy:
             joy = {"contract": path, "axes": self.joy, "person": self.person}
             specs.append(NodeSpec("teleop_node", "teleop_node", joy, vital=False))

@@ -82,12 +82,12 @@ class Recorder:
     # -- what a session says ------------------------------------------------------------------------------------
 
     def describe(self, **facts: Any) -> None:
-        """Facts of the next episode: name, adapter_id, mode, seed, initial_state, meta (plain JSON data).
+        """Facts of the next episode: name, session, adapter_id, mode, seed, initial_state, meta (plain JSON data).
 
         Raises:
             RatchetError: recorder.bad_fact, episode.bad_meta.
         """
-        unknown = set(facts) - {"name", "adapter_id", "mode", "seed", "initial_state", "meta"}
+        unknown = set(facts) - {"name", "session", "adapter_id", "mode", "seed", "initial_state", "meta"}
         if unknown:
             raise RatchetError("recorder.bad_fact", f"an episode has no {sorted(unknown)[0]}", fix="see the docstring")
         check_meta(facts.get("meta", {}), "meta")
@@ -183,13 +183,12 @@ class Recorder:
     def begin(self, task: str, instruction: str, now: float) -> None:
         if not self._sender.alive:
             self._start()
-        facts = {"mode": "deploy", **self._facts}
+        facts = {"mode": "deploy", "session": self._session, **self._facts}
         self._facts = {}
         info = make_info(
             self.contract,
             task,
             instruction,
-            session=self._session,
             calibrations=self._calibrations,
             clock_offset=time.time() - now,
             stream=self.config.stream,

@@ -89,12 +89,16 @@ class Dispatcher:
 
 
 def of_session(store: EpisodeStore, session: str) -> list[dict[str, Any]]:
-    """A session's episodes, oldest first, as its manifest lists them: key, name and SHA-256 of each."""
+    """A session's episodes, oldest first, as its manifest lists them: name and SHA-256 (its id) of each."""
     cards = [c for c in store.cards().values() if c.session == session]
-    return [{"key": c.id, "sha": c.id} for c in cards]
+    return [{"key": c.name or c.id, "sha": c.id} for c in cards]
 
 
-def sent_of(outbox: Path, session: str) -> list[dict[str, Any]]:
-    """The same of a robot that keeps no store: key and SHA-256 of each that its outbox accepted."""
-    items = (i for i in history(outbox) if i.type == EPISODE and i.meta.get("session") == session)
-    return [{"key": i.key, "sha": i.sha} for i in items]
+def recorded(store: str, session: str) -> list[dict[str, Any]]:
+    """The same of a store that may not be there yet. store: its folder, empty for none."""
+    try:
+        return of_session(EpisodeStore(store), session) if store else []
+    except RatchetError as error:
+        if error.code != "episode.no_store":
+            raise
+        return []

@@ -121,7 +121,7 @@ def ordered(
             where=order.task,
             fix=f"leave the temperature out (the learner's is {order.temperature:g}), or run with --mode deploy",
         )
-    if temperature is not None and abs(temperature - order.temperature) > 1e-9:
+    if temperature is not None and abs(temperature - order.temperature) > 1e-6 * order.temperature:  # may be float32
         raise RatchetError(
             "order.other_temperature",
             f"the learner's temperature is {order.temperature:g}, not {temperature:g}",
@@ -145,3 +145,11 @@ def ordered(
         adapter=order.adapter,
         order=order.id,
     )
+
+
+def free(task: str, instruction: str, horizon: int, temperature: float | None, seed: int, *, episode: str) -> Goal:
+    """The goal of an episode that nobody ordered. temperature: None acts greedily. seed: 0 gives a sampled episode
+    noise of its own."""
+    sampled = temperature or 0.0
+    own = seed or (derive_seed("noise", episode) if sampled > 0.0 else 0)
+    return Goal(task, instruction, horizon, sampled, own)

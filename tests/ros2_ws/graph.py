@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ import yaml
 from rclpy.action import ActionClient
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
+
+from agent.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60.0
@@ -110,6 +115,14 @@ class Graph:
         return codes
 
 
+def ratchet(*arguments: str) -> tuple[int, Any]:
+    """The command line, in this process; its ROS half is a process of its own. Exit status and last JSON line."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        code = main([*arguments, "--json"])
+    return code, json.loads(out.getvalue().strip().splitlines()[-1])
+
+
 def active(watcher: Watcher, *names: str) -> None:
     """Wait until all of these nodes are active."""
     from lifecycle_msgs.msg import State
@@ -133,4 +146,4 @@ def spin_a_moment(watcher: Watcher, seconds: float) -> None:
         watcher.executor.spin_once(timeout_sec=0.05)
 
 
-__all__ = ["ROOT", "Graph", "Watcher", "active", "rclpy", "spin_a_moment"]
+__all__ = ["ROOT", "Graph", "Watcher", "active", "ratchet", "rclpy", "spin_a_moment"]

@@ -11,11 +11,9 @@ only.
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ from rosbags.rosbag2 import Reader
 
 from agent.adapters.lora import attach, lora_config
 from agent.adapters.store import FolderStore
-from agent.cli.main import main
 from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import Verification
 from agent.learner.rollouts import RolloutBatch
@@ -41,7 +38,7 @@ from agent.policy import checkpoint
 from agent.policy.protocol import PolicyInput
 from sim.robot import SimRobot
 from tests.conformance.swap_suite import noise
-from tests.ros2_ws.graph import ROOT, Graph, Watcher, active
+from tests.ros2_ws.graph import ROOT, Graph, Watcher, active, ratchet
 
 POLICY = ROOT / "models" / "small-metaworld"
 CONTRACT = str(ROOT / "robots" / "metaworld.yaml")
@@ -72,7 +69,7 @@ class Running:
             policy_python=str(ROOT / ".venv" / "bin" / "python"),
             judge="scene",
             mode="collect",
-            sessions=str(folder / "sessions"),
+            robot=str(folder / "robot"),
             episodes=str(self.episodes),
             record_least_free_gb=0.1,
             restarts=1,
@@ -115,13 +112,6 @@ class Running:
         self.reset(5, ENDLESS)
         self.forget()
         return self.run(horizon=100_000)
-
-    def ratchet(self, *arguments: str) -> tuple[int, Any]:
-        """The command line, in this process; its ROS half is a process of its own. Exit status and last JSON line."""
-        out = io.StringIO()
-        with redirect_stdout(out):
-            code = main([*arguments, "--json"])
-        return code, json.loads(out.getvalue().strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +173,7 @@ def test_it_lies_in_the_store_as_it_was(running: Running) -> None:
     card = next(iter(store.cards().values()))
     assert (card.task, card.success, card.source, card.reason) == (TASK, True, "simulator", "success")
     assert (card.adapter_id, card.mode, card.dropped) == (running.base, "collect", 0)
-    assert card.session == next((running.folder / "sessions").iterdir()).name
+    assert card.session == next((running.folder / "robot" / "sessions").iterdir()).name
     reader = store.open(card.id)
     assert (reader.info.initial_state, reader.info.calibrations) == (STATE, {})
     episode = store.read(card.id)
@@ -367,24 +357,24 @@ def test_a_cancelled_task_has_come_to_rest(running: Running) -> None:
 
 
 def test_ctl_and_doctor_speak_with_the_graph(running: Running) -> None:
-    code, status = running.ratchet("ctl", "status")
+    code, status = ratchet("ctl", "status")
     assert code == 0
     assert status["policy"]["adapter_id"] == running.adapter
     assert status["safety"]["state"] == "idle"
-    code, told = running.ratchet("ctl", "swap", "base")
+    code, told = ratchet("ctl", "swap", "base")
     assert code == 0
     assert told["new_id"] == running.base
-    code, told = running.ratchet("ctl", "params", "policy_node", "hold_timeout", "7.5")
+    code, told = ratchet("ctl", "params", "policy_node", "hold_timeout", "7.5")
     assert (code, told[0]["value"]) == (0, 7.5)
-    code, told = running.ratchet("ctl", "params", "policy_node", "hold_timeout", "-1.0")
+    code, told = ratchet("ctl", "params", "policy_node", "hold_timeout", "-1.0")
     assert (code, told["error"]["code"]) == (2, "ctl.parameter_refused")
-    code, told = running.ratchet("ctl", "params", "policy_node", "blend", "3")
+    code, told = ratchet("ctl", "params", "policy_node", "blend", "3")
     assert (code, told["error"]["code"]) == (2, "ctl.parameter_refused")
     assert "fixed while" in told["error"]["what"]
     running.reset()
-    code, told = running.ratchet("ctl", "run", TASK, "--instruction", running.scene[-1].instruction, "--horizon", "64")
+    code, told = ratchet("ctl", "run", TASK, "--instruction", running.scene[-1].instruction, "--horizon", "64")
     assert (code, told["outcome"]) == (0, "success")
-    code, found = running.ratchet("doctor", "--contract", CONTRACT, "--running", "--sim-time", "--seconds", "1")
+    code, found = ratchet("doctor", "--contract", CONTRACT, "--running", "--sim-time", "--seconds", "1")
     levels = {f["code"]: f["level"] for f in found}
     assert levels["doctor.segment"] == levels["doctor.nodes"] == "ok"
     assert "doctor.second_publisher" not in levels
@@ -393,7 +383,7 @@ def test_ctl_and_doctor_speak_with_the_graph(running: Running) -> None:
 def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
     handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 10, "motion")
-    code, _ = running.ratchet("ctl", "stop")
+    code, _ = ratchet("ctl", "stop")
     assert code == 0
     result = running.watcher.result(handle)
     assert result.status == GoalStatus.STATUS_ABORTED
@@ -402,10 +392,10 @@ def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
     running.reset()
     refused = running.watcher.result(running.run()).result
     assert (refused.termination, refused.code) == ("refused", "safety.latched")
-    code, told = running.ratchet("ctl", "clear", "Ada")
+    code, told = ratchet("ctl", "clear", "Ada")
     assert (code, told["error"]["code"]) == (2, "safety.e_stop")
-    assert running.ratchet("ctl", "stop", "--release")[0] == 0
-    assert running.ratchet("ctl", "clear", "Ada")[0] == 0
+    assert ratchet("ctl", "stop", "--release")[0] == 0
+    assert ratchet("ctl", "clear", "Ada")[0] == 0
 
 
 def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Running) -> None:
@@ -417,7 +407,7 @@ def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Runn
     result = running.watcher.result(handle)
     assert (result.result.termination, result.result.code) == ("fault", "policy.crashed")
     running.watcher.until(running.at_rest, "the hold after the crash")
-    assert running.ratchet("ctl", "clear", "Ada")[0] == 0
+    assert ratchet("ctl", "clear", "Ada")[0] == 0
     status = running.watcher.collect(msg.PolicyStatus, "policy_status", qos.STATUS)
     running.watcher.until(lambda: status and status[-1].state == "ready" and status[-1].restarts == 1, "a new process")
     running.reset()
@@ -425,7 +415,7 @@ def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Runn
 
 
 def test_a_session_has_its_manifest(running: Running) -> None:
-    manifest = json.loads(next((running.folder / "sessions").glob("*/session.json")).read_text())
+    manifest = json.loads(next((running.folder / "robot" / "sessions").glob("*/session.json")).read_text())
     assert manifest["base_hash"] == running.base
     assert [i for _, i in manifest["adapters"]] == [running.base, running.adapter, running.base]
 

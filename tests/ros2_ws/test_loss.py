@@ -80,9 +80,11 @@ def test_a_state_that_stops_arriving_holds_the_arm(make: Callable[..., Rig]) -> 
         pass
 
 
-def test_the_e_stop_latches_and_a_named_person_clears_it(make: Callable[..., Rig]) -> None:
+@pytest.mark.parametrize("profile", [qos.STATUS, 10], ids=["latched", "as ros2 topic pub does"])
+def test_the_e_stop_latches_and_a_named_person_clears_it(make: Callable[..., Rig], profile: Any) -> None:
     rig = make()
-    button = rig.watcher.node.create_publisher(Bool, "e_stop", qos.STATUS)
+    button = rig.watcher.node.create_publisher(Bool, "e_stop", profile)
+    rig.watcher.until(lambda: button.get_subscription_count() > 0, "an ear for the button")
     move(rig)
     button.publish(Bool(data=True))
     rig.watcher.until(lambda: "safety.e_stop" in codes(rig), "the stop")

@@ -1,7 +1,8 @@
 """`ratchet up sim` is how people without the launch package start everything; it must come up, and go down clean.
 
-Pinned: all nodes become active, one log folder holds parameters and logs, an interrupt
-ends every process with status 0, and nothing is left running; what cannot work is refused before anything starts.
+Pinned: all nodes become active, one log folder holds parameters and logs, a courier runs beside them and again when it
+was killed, an interrupt ends every process with status 0, the session's end waits for the learner, and nothing is left
+running; what cannot work is refused before anything starts.
 Determinism: a fake policy; waiting is for events.
 """
 
@@ -19,15 +20,16 @@ import pytest
 
 from agent.cli import graph as graphs
 from agent.cli.main import main
+from agent.runtime.session import Session
 from tests.ros2_ws.graph import ROOT, Watcher, active
 
 FAKE = ["--policy-module", "agent.testing.fake_policy_worker", "--policy-options", '{"image_size": 96}']
 
 
 def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
-    logs = tmp_path / "logs"
+    logs, robot = tmp_path / "logs", tmp_path / "robot"
     command = [sys.executable, "-m", "agent.cli.main", "up", "sim", "--logs", str(logs), "--json", *FAKE]
-    command += ["--episodes", str(tmp_path / "episodes"), "--sessions", str(tmp_path / "sessions"), "--speed", "0.5"]
+    command += ["--robot", str(robot), "--learner", "tcp://127.0.0.1:9", "--plain", "--speed", "0.5"]
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
@@ -37,7 +39,11 @@ def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
         assert told["nodes"] == ["sim_robot_node", "safety_node", "policy_node"]
+        assert told["courier"] is True
         active(watcher, *told["nodes"])
+        first = courier_of(watcher, robot)
+        first.kill()
+        watcher.until(lambda: courier_of(watcher, robot).pid != first.pid, "another courier in its place")
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -50,8 +56,34 @@ def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
             process.kill()
         watcher.close()
     assert not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
-    assert not list((tmp_path / "episodes").glob("*/*.mcap*"))
-    assert {p.name for p in logs.iterdir()} == {f"{n}.{k}" for n in told["nodes"] for k in ("yaml", "log")}
+    assert not list((robot / "episodes").glob("*/*.mcap*"))
+    files = {f"{n}.{k}" for n in told["nodes"] for k in ("yaml", "log")}
+    assert {p.name for p in logs.iterdir()} == {*files, "courier.log"}
+    (session,) = (robot / "sessions").iterdir()
+    assert Session.read(session).reason == "powered down"
+    (parcel,) = (robot / "outbox" / "queue").iterdir()  # the session's end waits for the learner
+    assert json.loads(parcel.read_text())["key"] == f"session/{session.name}"
+
+
+def courier_of(watcher: Watcher, robot: Path) -> psutil.Process:
+    """The process that wrote the robot's status last."""
+
+    def told() -> psutil.Process | None:
+        try:
+            return psutil.Process(json.loads((robot / "status.json").read_text())["pid"])
+        except (OSError, ValueError, psutil.NoSuchProcess):
+            return None
+
+    return watcher.until(told, "the courier's status")
+
+
+def test_a_learner_is_not_reached_without_its_keys(
+    ros: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["up", "sim", "--learner", "tcp://127.0.0.1:9", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "link.no_key"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -60,6 +92,7 @@ def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
         (["up", "real", "--contract", "robots/nothing.yaml"], "contract.missing_file"),
         (["up", "real", "--contract", "robots/so101.yaml", "--cameras", "front=polaroid:1"], "up.bad_camera"),
         (["up", "real", "--contract", "robots/so101.yaml", "--cameras", "back=uvc:0"], "contract.unknown_camera"),
+        (["up", "real", "--contract", "robots/so101.yaml", "--joy", "x=0"], "up.no_person"),
         (["ctl", "status", "--limit", "0.5"], "ctl.nobody"),
     ],
 )
@@ -80,6 +113,8 @@ def test_without_ros_the_way_to_get_it_is_named(
     assert main(["doctor", "--json"]) == 1
     (missing,) = [r for r in json.loads(capsys.readouterr().out) if r["code"] == "ros.no_environment"]
     assert (missing["level"], "make ros" in missing["fix"]) == ("error", True)
+    assert main(["ctl", "status", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "ros.no_environment"
 
 
 def test_a_node_that_ends_ends_the_graph_with_its_last_word(tmp_path: Path) -> None:

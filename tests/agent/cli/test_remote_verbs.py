@@ -18,12 +18,17 @@ import pytest
 
 from agent.cli.main import main
 from agent.contract import RobotContract
+from agent.episodes.store import EpisodeStore
+from agent.episodes.writer import write_episode
 from agent.link.journal import Journal
-from agent.link.outbox import Outbox
-from agent.runtime.dispatch import sent_of
+from agent.runtime.dispatch import of_session
 from agent.runtime.session import Session
 from agent.runtime.session_desk import SessionDesk
 from calibration import last_check
+from calibration.store import CalibrationStore
+from calibration.tie import tie
+from tests.agent.episodes.samples import episode, small_contract
+from tests.calibration.test_tie import calibration_of
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE, ONE = "b" * 64, "1" * 64
@@ -58,15 +63,14 @@ class Robot:
         self.open()
 
     def open(self) -> None:
-        self.outbox = Outbox(self.folder / "outbox", reserve=0)
+        self.store = EpisodeStore(self.folder / "episodes", create=True)
         self.desk = SessionDesk(
             self.folder, "robot", self.contract, BASE, lambda: self.adapter,
             calibrations={c.name: c.calibration_id for c in self.contract.cameras if c.calibration_id},
-            episodes=lambda session: sent_of(self.outbox.root, session),
+            episodes=lambda session: of_session(self.store, session), store=str(self.store.root),
         )  # fmt: skip
 
     def close(self) -> None:
-        self.outbox.close()
         self.desk.close()
 
     def kill(self) -> None:
@@ -74,7 +78,9 @@ class Robot:
         self.open()
 
     def episode(self, name: str) -> None:
-        self.outbox.put(name.encode(), "episode", name, {"session": self.desk.id})
+        path, contract = self.store.folder(self.desk.id) / f"{name}.mcap", small_contract(8)
+        write_episode(path, episode(contract, seed=ord(name[0])), contract, session=self.desk.id, name=name)
+        self.store.add(path)
 
     def told(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
         """What a verb says while this process looks."""
@@ -137,21 +143,23 @@ def test_a_session_of_no_robot_and_of_another_contract_is_refused(
 def test_a_session_starts_on_a_fresh_look_at_the_cameras_and_keeps_who_let_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw = RobotContract.load(ROOT / "robots" / "metaworld.yaml").to_dict()
-    raw["cameras"][0]["calibration_id"] = "c" * 64
-    robot, store = Robot(tmp_path / "robot", RobotContract.from_dict(raw)), tmp_path / "calibrations"
-    (store / ("c" * 64)).mkdir(parents=True)
+    path, store = tmp_path / "robot.yaml", tmp_path / "calibrations"
+    path.write_text((ROOT / "robots" / "metaworld.yaml").read_text())
+    contract = RobotContract.load(path)
+    camera = contract.cameras[0].name
+    made = CalibrationStore(store).put(calibration_of(contract, camera), {})
+    robot = Robot(tmp_path / "robot", tie(path, made)[1])
     start = ("session", "start", "--calibrations", str(store))
     assert robot.told(capsys, *start)[1]["error"]["code"] == "session.not_checked"
-    camera, now = raw["cameras"][0]["name"], datetime.now(UTC).isoformat()
-    last_check.write(store, "c" * 64, last_check.Check(now, True, "", "", {}))
+    now = datetime.now(UTC).isoformat()
+    last_check.write(store, made.id, last_check.Check(now, True, "", "", {}))
     assert robot.told(capsys, *start)[1]["error"]["code"] == "session.camera_moved"
-    last_check.write(store, "c" * 64, last_check.Check(now, True, "half a pixel", "Ada", {"pixels": 0.5}))
+    last_check.write(store, made.id, last_check.Check(now, True, "half a pixel", "Ada", {"pixels": 0.5}))
     code, answer = robot.told(capsys, *start)
     assert code == 0
     manifest = Session.read(robot.folder / "sessions" / answer["session"])
     assert manifest.checks[camera]["person"] == "Ada"
-    assert manifest.calibrations == {camera: "c" * 64}
+    assert manifest.calibrations == {camera: made.id}
     robot.close()
 
 

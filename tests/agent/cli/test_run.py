@@ -18,8 +18,8 @@ from agent.runtime.session import Session
 
 
 def test_an_episode_through_the_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sessions, kept = tmp_path / "sessions", tmp_path / "episodes"
-    asked = ["run", "--task", "door-open", "--json", "--out", str(sessions), "--record", str(kept)]
+    robot, kept = tmp_path / "robot", tmp_path / "episodes"
+    asked = ["run", "--task", "door-open", "--json", "--robot", str(robot), "--record", str(kept)]
     assert main(asked) == 0
     shown = capsys.readouterr()
     assert "contract metaworld" in shown.err
@@ -30,12 +30,13 @@ def test_an_episode_through_the_runtime(tmp_path: Path, capsys: pytest.CaptureFi
     assert episode["termination"] == "success"
     assert episode["exactly_as_sampled"] == 1.0
     assert episode["events"] == {}
-    (folder,) = sessions.iterdir()
+    (folder,) = (robot / "sessions").iterdir()
     manifest = Session.read(folder)
     assert (manifest.robot, manifest.base_hash, manifest.reason) == ("metaworld", result["adapter"], "done")
     store = EpisodeStore(kept)
     card = store.card(episode["episode"])
     assert (card.session, card.success, card.source) == (manifest.session, True, "simulator")
+    assert manifest.episodes == [{"key": card.name, "sha": card.id}]
     assert (card.adapter_id, card.mode, card.dropped) == (result["adapter"], "collect", 0)
     read = store.read(card.id)
     assert len(read.steps) == episode["chunks"]

@@ -1,4 +1,4 @@
-"""The ROS half of `ratchet ctl`: lifecycle, parameters, RunTask, adapters, stop. One request in, JSON lines out.
+"""The ROS half of `ratchet ctl`: lifecycle, parameters, RunTask, labels, adapters, stop. JSON in, JSON lines out.
 
 Knows services and one action by name. Started by the verb, in the ROS environment's Python.
 """
@@ -154,6 +154,8 @@ def run_task(control: Control, request: dict[str, Any]) -> Any:
         control.until(client.server_is_ready, "policy_node/run_task")
         fields = ("task", "instruction", "horizon", "mode", "temperature", "seed", "expected_adapter")
         goal = RunTask.Goal(**{k: request[k] for k in fields if request.get(k)})
+        if request.get("temperature") is None:
+            goal.temperature = -1.0
         moving: list[Any] = []
 
         def feedback(message: Any) -> None:
@@ -214,6 +216,15 @@ def adapters(control: Control, request: dict[str, Any]) -> Any:
     ]
 
 
+def judge(control: Control, request: dict[str, Any]) -> Any:
+    label = {"failure": 0, "success": 1, "discard": 2}[request["verdict"]]
+    ask = srv.VerifyEpisode.Request(
+        episode=request["episode"], label=label, person=request["person"], note=request["note"]
+    )
+    control.checked(control.call(srv.VerifyEpisode, "policy_node/verify", ask, 60.0))
+    return {"episode": request["episode"] or "the last", "verdict": request["verdict"], "person": request["person"]}
+
+
 def stop(control: Control, request: dict[str, Any]) -> Any:
     answer = control.call(SetBool, "safety_node/e_stop", SetBool.Request(data=bool(request["pressed"])))
     return {"message": answer.message}
@@ -255,6 +266,7 @@ VERBS: dict[str, Callable[[Control, dict[str, Any]], Any]] = {
     "run": run_task,
     "swap": swap,
     "adapters": adapters,
+    "judge": judge,
     "stop": stop,
     "clear": clear,
     "reset": reset,

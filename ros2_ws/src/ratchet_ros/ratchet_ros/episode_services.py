@@ -1,4 +1,4 @@
-"""`~/record` and `~/verify`: recordings that a person starts and ends, and what a person says of a recorded episode.
+"""`~/record`, `~/verify` and a button at rest: recordings that a person makes, and what a person says of an episode.
 
 Knows the recording, the store that it writes to, and a node to serve on. Runs no task.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ratchet_msgs import msg, srv
 
+from agent.episodes.labels import BESIDE_THE_ARM
 from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import Label, Seen, Verdict, Verification
 from agent.errors import RatchetError
@@ -23,6 +24,11 @@ from ratchet_ros.times import TimeBase
 from ratchet_ros.waiting import in_thread, settled
 
 NOBODY = "unnamed"  # RecordEpisode names no person
+BY_SERVICE = Seen(0.0, 0.0, (), "ros")
+BUTTONS: dict[int, Verdict] = {
+    msg.OperatorInput.JUDGE_FAILURE: "failure",
+    msg.OperatorInput.JUDGE_SUCCESS: "success",
+}
 VERDICTS: dict[int, Verdict] = {
     srv.VerifyEpisode.Request.FAILURE: "failure",
     srv.VerifyEpisode.Request.SUCCESS: "success",
@@ -51,6 +57,7 @@ class EpisodeServices:
         self._timer: Any = None
         self._index = 0
         self._sent: msg.Applied | None = None
+        self._button: Verdict | None = None  # that is held down now
         self._served = [
             node.create_service(srv.RecordEpisode, "~/record", self._serve_record),
             node.create_service(srv.VerifyEpisode, "~/verify", self._serve_verify),
@@ -146,8 +153,10 @@ class EpisodeServices:
             if verdict is None:
                 raise RatchetError("episode.bad_label", f"no label {request.label}", fix="FAILURE, SUCCESS or DISCARD")
 
+            episode = request.episode or self._last()
+
             def work() -> Label:
-                return self.judge(request.episode, verdict, request.person, request.note)
+                return self.judge(episode, verdict, request.person, request.note)
 
             await settled(self._node, in_thread(work, "label"))
         except RatchetError as error:
@@ -155,10 +164,38 @@ class EpisodeServices:
         response.success = True
         return response
 
-    def judge(self, episode: str, verdict: Verdict, person: str, note: str) -> Label:
+    def on_operator(self, message: msg.OperatorInput) -> None:
+        """A button that is pressed anew while nothing runs judges the episode that ended last; the press that ended it
+        does not, however long it lasts. While something runs, the attempt's judge listens instead."""
+        before, self._button = self._button, BUTTONS.get(message.judge)
+        verdict, recording = self._button, self._recording
+        if verdict is None or verdict == before or recording is None or not recording.last:
+            return
+        if self._busy() or self.by_hand:
+            return
+        name, person = recording.last, message.person
+
+        def work() -> None:
+            try:
+                self.judge(name, verdict, person, "", BESIDE_THE_ARM)
+                self._node.get_logger().info(f"{name}: {verdict}, says {person}")
+            except RatchetError as error:
+                self._node.get_logger().warning(str(error))
+
+        in_thread(work, "label")
+
+    def judge(self, episode: str, verdict: Verdict, person: str, note: str, seen: Seen = BY_SERVICE) -> Label:
         """Append a person's word to the store's index; waits for the disk. Raises what `Verification.judge` raises."""
         said = Verification(EpisodeStore(self._required().folder))
-        return said.judge(episode, verdict, person, note=note, seen=Seen(0.0, 0.0, (), "ros"))
+        return said.judge(episode, verdict, person, note=note, seen=seen)
+
+    def _last(self) -> str:
+        name = self._required().last
+        if not name:
+            raise RatchetError(
+                "episode.unknown", "nothing was recorded since the node was started", fix="name an episode"
+            )
+        return name
 
     def _required(self) -> EpisodeRecording:
         if self._recording is None:

@@ -24,10 +24,12 @@ from agent.contract import RobotContract
 from agent.episodes.earned import require_goal, require_temperature
 from agent.errors import RatchetError
 from agent.records import ActionChunk, SafetyEvent, UInt8
+from agent.runtime import orders
+from agent.runtime.dispatch import recorded
 from agent.runtime.loop import ControlLoop
 from agent.runtime.policy_client import PolicyClient
 from agent.runtime.priority import real_time
-from agent.runtime.session import Session
+from agent.runtime.session_desk import SessionDesk
 from agent.runtime.sink import Tee, TickSink
 from ratchet_ros import convert, policy_params, qos, task_run
 from ratchet_ros.episode_services import EpisodeServices
@@ -41,6 +43,7 @@ from ratchet_ros.waiting import in_thread, settled
 
 STEADY = Clock(clock_type=ClockType.STEADY_TIME)
 STATUS_PERIOD, FEEDBACK_PERIOD = 0.5, 0.2
+UNSAID = -1.0  # a goal's temperature that is left to the learner's order, or to acting greedily
 SCENE_PATIENCE = 0.5  # s in which the scene's status after a reset must arrive
 RECENT = 1000  # ticks that the published jitter is taken over
 
@@ -54,7 +57,7 @@ class PolicyNode(RatchetNode):
         super().__init__("policy_node", **options)
         self.client: PolicyClient | None = None
         self.intake: Intake | None = None
-        self.session: Session | None = None
+        self.desk: SessionDesk | None = None
         self.recording: EpisodeRecording | None = None
         self.loop: ControlLoop | None = None
         self._things: list[Any] = []
@@ -62,7 +65,7 @@ class PolicyNode(RatchetNode):
         self._goal: task_run.Goal | None = None
         self._thread: Any = None
         self._last_stage: msg.SafetyStatus | None = None
-        self._episodes = 0
+        self._episodes, self._started = 0, uuid.uuid4().hex[:8]
 
     # -- lifecycle -------------------------------------------------------------------------------------------------
 
@@ -92,14 +95,6 @@ class PolicyNode(RatchetNode):
         self.judge = RosJudge(settings.judge, period, settings.patience if lock_step else 0.0)
         self.sink = task_run.NodeSink(self._on_chunk, self._on_event)
         calibrations = policy_params.calibrations(settings)
-        if settings.sessions:
-            self.session = Session.start(
-                Path(settings.sessions),
-                self.contract,
-                base_hash=self.client.base_hash,
-                adapter_id=self.client.adapter_id,
-                calibrations=calibrations,
-            )
         if settings.episodes:
             self.recording = EpisodeRecording(
                 Path(settings.episodes),
@@ -107,8 +102,13 @@ class PolicyNode(RatchetNode):
                 self.clock,
                 self.robot,
                 policy_params.recorder_config(settings),
-                session=self.session.id if self.session is not None else "",
                 calibrations=calibrations,
+            )
+        if settings.robot:
+            self._open_desk(calibrations)
+        elif settings.ordered:
+            raise RatchetError(
+                "ros.bad_parameter", "what the learner ordered lies in the robot's folder", where="robot"
             )
         self._make_publishers()
         self._make_servers()
@@ -131,9 +131,9 @@ class PolicyNode(RatchetNode):
         if self.recording is not None:
             self.recording.close()
             self.recording = None
-        if self.session is not None:
-            self.session.stop("cleaned up")
-            self.session = None
+        if self.desk is not None:
+            self._close_desk(self.desk)
+            self.desk = None
         if self.intake is not None:
             self.intake.close()
             self.intake = None
@@ -204,13 +204,15 @@ class PolicyNode(RatchetNode):
         self._chunks = self._keep(self.create_publisher(msg.ActionChunk, "chunks", qos.EVENTS))
         self._events = self._keep(self.create_publisher(msg.SafetyEvent, "safety_events", qos.EVENTS))
         self._marks = self._keep(self.create_publisher(msg.EpisodeMark, "episode", qos.MARKS))
-        self._ticking.append(self.create_timer(STATUS_PERIOD, self._publish_status, clock=STEADY))
+        for work in (self._publish_status, self._look):
+            self._ticking.append(self.create_timer(STATUS_PERIOD, work, clock=STEADY))
 
     def _make_servers(self) -> None:
         keep = self._keep
         keep(self.create_subscription(msg.SafetyStatus, "safety_status", self._on_last_stage, qos.STATUS))
         keep(self.create_subscription(msg.OperatorInput, "operator", self._on_operator, qos.INPUT))
-        keep(self.create_subscription(Bool, "e_stop", self._on_e_stop, qos.STATUS))
+        for profile in qos.STOP_BUTTONS:
+            keep(self.create_subscription(Bool, "e_stop", self._on_e_stop, profile))
         assert self.intake is not None
         self.episode_services = EpisodeServices(
             self,
@@ -249,6 +251,7 @@ class PolicyNode(RatchetNode):
         now = self.clock.now()
         self.safety.dead_man(message.dead_man, now)
         self.judge.operator(message)
+        self.episode_services.on_operator(message)
         if self.loop is None or self._goal is None:
             return
         wanted = message.intervene and len(message.action) == self.contract.action.size
@@ -289,8 +292,6 @@ class PolicyNode(RatchetNode):
         response.ready, response.unavailable = float(report["ready"]), float(report["unavailable"])
         response.warnings = [str(w) for w in report["warnings"]]
         response.message = f"{report['old_id'][:12]} -> {report['new_id'][:12]}"
-        if self.session is not None:
-            self.session.adapter(report["new_id"])
         self._publish_status()
         return response
 
@@ -328,8 +329,11 @@ class PolicyNode(RatchetNode):
 
     async def _run_task(self, handle: Any) -> RunTask.Result:
         try:
-            await self._scene_settled(handle.request)
-            goal = self._checked(handle.request)
+            self._require_free()
+            goal = self._wanted(handle.request)
+            await self._scene_settled(goal)
+            self._require_free()  # another goal may have come meanwhile
+            self._check(goal)
             self._prepare(goal)
         except RatchetError as error:
             self.get_logger().warning(str(error))
@@ -362,21 +366,62 @@ class PolicyNode(RatchetNode):
             handle.succeed()
         return result
 
-    async def _scene_settled(self, request: RunTask.Goal) -> None:
-        task, instruction = request.task, request.instruction
-        if self.active and self._goal is None and self.judge.refusal(task, instruction) is not None:
-            await settled(self, in_thread(lambda: self.judge.settle(task, instruction, SCENE_PATIENCE), "scene"))
+    async def _scene_settled(self, goal: task_run.Goal) -> None:
+        words = goal.task, goal.instruction
+        if self.judge.refusal(*words) is not None:
+            await settled(self, in_thread(lambda: self.judge.settle(*words, SCENE_PATIENCE), "scene"))
 
-    def _checked(self, request: RunTask.Goal) -> task_run.Goal:
-        """Everything that can be refused before anything moves."""
-        assert self.client is not None
+    def _require_free(self) -> None:
         if not self.active:
             raise RatchetError("ros.not_active", "the node is not active", fix="ratchet ctl lifecycle activate")
         if self._goal is not None:
             raise RatchetError("ros.busy", f"task {self._goal.task!r} is running", fix="cancel it or wait")
-        require_goal(request.task, request.instruction)
-        require_temperature(float(request.temperature))
-        misfit = self.judge.refusal(request.task, request.instruction)
+        if self.episode_services.by_hand:
+            what = f"{self.episode_services.by_hand} is being recorded by hand"
+            raise RatchetError("recorder.busy", what, fix="stop it")
+
+    def _wanted(self, request: RunTask.Goal) -> task_run.Goal:
+        """The goal with what the learner ordered, or this node's defaults, filled in."""
+        assert self.client is not None
+        name, mode = self._new_name(), request.mode or self.settings.mode
+        temperature = None if request.temperature == UNSAID else float(request.temperature)
+        if temperature is not None:
+            require_temperature(temperature)
+        self._require_session(mode)
+        if mode == "collect" and self.settings.ordered:
+            goal = orders.ordered(
+                orders.read(Path(self.settings.robot)),
+                task=request.task,
+                instruction=request.instruction,
+                horizon=int(request.horizon),
+                temperature=temperature,
+                seed=int(request.seed),
+                active=self.client.adapter_id,
+                episode=name,
+            )
+        else:
+            goal = orders.free(
+                request.task, request.instruction, int(request.horizon), temperature, int(request.seed), episode=name
+            )
+        return task_run.Goal(
+            task=goal.task,
+            instruction=goal.instruction,
+            horizon=goal.horizon or self.settings.horizon,
+            mode=mode,
+            temperature=goal.temperature,
+            seed=goal.seed,
+            expected_adapter=request.expected_adapter or goal.adapter,
+            episode=name,
+            noise=goal.noise,
+            order=goal.order,
+        )
+
+    def _check(self, goal: task_run.Goal) -> None:
+        """Everything else that can be refused before anything moves."""
+        assert self.client is not None
+        self._require_session(goal.mode)  # one may have ended while the scene was waited for
+        require_goal(goal.task, goal.instruction)
+        misfit = self.judge.refusal(goal.task, goal.instruction)
         if misfit is not None:
             raise misfit
         if self._last_stage is None or not self.count_subscribers("command"):
@@ -387,46 +432,77 @@ class PolicyNode(RatchetNode):
         status = self.client.status()
         if status.state != "ready":
             raise RatchetError("policy.not_ready", f"the policy is {status.state}", where=status.error)
-        if request.expected_adapter and request.expected_adapter != status.adapter_id:
+        if goal.expected_adapter and goal.expected_adapter != status.adapter_id:
             raise RatchetError(
-                "adapter.not_active", f"{request.expected_adapter[:12]} is expected, {status.adapter_id[:12]} is active"
+                "adapter.not_active", f"{goal.expected_adapter[:12]} is expected, {status.adapter_id[:12]} is active"
             )
-        if self.episode_services.by_hand:
-            what = f"{self.episode_services.by_hand} is being recorded by hand"
-            raise RatchetError("recorder.busy", what, fix="stop it")
-        return task_run.Goal(
-            task=request.task,
-            instruction=request.instruction,
-            horizon=request.horizon or self.settings.horizon,
-            mode=request.mode or self.settings.mode,
-            temperature=float(request.temperature),
-            seed=int(request.seed),
-            expected_adapter=request.expected_adapter,
-            episode=self._new_name(),
-        )
 
     def _new_name(self) -> str:
-        """Of the next episode; unique."""
+        """Of the next episode; unique, also where a session goes on after its process was killed."""
         self._episodes += 1
-        stem = self.session.id if self.session is not None else uuid.uuid4().hex[:12]
-        return f"{stem}-{self._episodes:04d}"
+        return f"{self._stem()}-{self._episodes:04d}"
+
+    def _stem(self) -> str:
+        return f"{self.desk.id}-{self._started}" if self.desk is not None and self.desk.id else self._started
+
+    # -- the session -----------------------------------------------------------------------------------------------
+
+    def _require_session(self, mode: str) -> None:
+        if mode == "collect" and self.desk is not None and not self.desk.id:
+            raise RatchetError("session.none", "nothing is collected outside a session", fix="ratchet session start")
+
+    def _open_desk(self, calibrations: dict[str, str]) -> None:
+        assert self.client is not None
+        settings, client = self.settings, self.client
+        checks = policy_params.checks(settings)
+        store = str(Path(settings.episodes).resolve()) if settings.episodes else ""
+        self.desk = SessionDesk(
+            Path(settings.robot),
+            "nodes",
+            self.contract,
+            client.base_hash,
+            lambda: client.adapter_id,
+            calibrations=calibrations,
+            episodes=lambda session: recorded(store, session),
+            store=store,
+        )
+        if settings.session == "auto":
+            self.desk.start({"by": "policy_node"}, checks)
+
+    def _close_desk(self, desk: SessionDesk) -> None:
+        try:
+            desk.stop("powered down")
+        except RatchetError as error:  # nothing may keep the node from ending; the next start ends the session
+            self.get_logger().error(str(error))
+        desk.close()
+
+    def _look(self) -> None:
+        """Whether somebody wishes for a session; between two episodes, so that each belongs to one."""
+        if self.desk is None or self._goal is not None or self.episode_services.by_hand:
+            return
+        try:
+            self.desk.look()
+        except RatchetError as error:
+            self.get_logger().error(str(error))
 
     def _prepare(self, goal: task_run.Goal) -> None:
         assert self.client is not None
         assert self.client.spec is not None
         self.robot.connect()
         steps = policy_params.executor(self.settings, goal.mode, self.contract, self.client.spec.chunk)
-        self.client.sample(goal.temperature, goal.seed)
+        self.client.sample(goal.temperature, goal.seed, goal.noise)
         if isinstance(self.robot, LockStepRosRobot):
             self.robot.begin()
         sink: TickSink = self.sink
         if self.recording is not None:
             self.recording.prepare(
                 goal.episode,
+                session=self.desk.id if self.desk is not None else "",
                 adapter_id=self.client.adapter_id,
                 mode=goal.mode,
                 seed=goal.seed,
                 initial_state=self.judge.initial_state,
+                meta={"order": goal.order} if goal.order else {},
             )
             sink = Tee(self.sink, self.recording)
         self.loop = ControlLoop(
@@ -482,8 +558,8 @@ class PolicyNode(RatchetNode):
         if client is None:
             return
         policy, goal, loop = client.status(), self._goal, self.loop
-        if self.session is not None and policy.adapter_id:
-            self.session.adapter(policy.adapter_id)  # a policy that follows a tag swaps without being asked
+        if self.desk is not None and self.desk.session is not None and policy.adapter_id:
+            self.desk.session.adapter(policy.adapter_id)  # a policy that follows a tag swaps without being asked
         status = msg.PolicyStatus(
             state=policy.state,
             error=policy.error,

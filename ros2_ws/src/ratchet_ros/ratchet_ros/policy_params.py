@@ -85,7 +85,18 @@ class Parameters:
     )
     record_memory_mb: int = parameter(256, "Frames that may wait for the disk.", low=1, high=1 << 16)
     record_least_free_gb: float = parameter(2.0, "Recording stops when less disk than this is free.", low=0.0, high=1e6)
-    sessions: str = parameter("", "Folder in which a session with its manifest is made; empty for none.")
+    robot: str = parameter("", "The robot's folder: its sessions and the learner's last word; empty for no sessions.")
+    session: str = parameter(
+        "auto",
+        "A session lasts as long as the node is configured, or from `ratchet session start` to stop.",
+        one_of=("auto", "manual"),
+    )
+    checks: str = parameter(
+        "{}", "JSON object: camera -> its newest look for having moved; kept in the manifest of the automatic session."
+    )
+    ordered: bool = parameter(
+        False, "In collect mode run what the learner ordered: its last word lies in the robot's folder."
+    )
     calibrations: list[str] = parameter([], "Calibrations in force, as camera=id.")  # noqa: RUF009
 
 
@@ -143,6 +154,15 @@ def recorder_config(settings: Parameters) -> RecorderConfig:
         memory_mb=settings.record_memory_mb,
         min_free_gb=settings.record_least_free_gb,
     )
+
+
+def checks(settings: Parameters) -> dict[str, dict[str, Any]]:
+    """Raises RatchetError ros.bad_parameter."""
+    try:
+        found = json.loads(settings.checks or "{}")
+        return {str(camera): dict(check) for camera, check in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RatchetError("ros.bad_parameter", str(error), where="checks", fix="give a JSON object") from None
 
 
 def calibrations(settings: Parameters) -> dict[str, str]:

@@ -31,6 +31,9 @@ EVENTS = _profile(100, reliable=True)
 """Events, chunks and applied commands: for recorders."""
 MARKS = _profile(10, reliable=True, latched=True)
 """Begin and end of episodes."""
+STOP_BUTTONS = (STATUS, _profile(10, reliable=True))
+"""The emergency stop, listened to twice: a button that stays pressed reaches whoever joins late, and one that is
+published plainly, as `ros2 topic pub` does, is heard too."""
 INPUT = _profile(1, reliable=False)
 """What a person's hand does."""
 CLOCK = _profile(1, reliable=False)

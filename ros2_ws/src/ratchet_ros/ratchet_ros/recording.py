@@ -40,18 +40,16 @@ class EpisodeRecording:
         robot: RosRobot,
         config: RecorderConfig,
         *,
-        session: str,
         calibrations: Mapping[str, str],
     ) -> None:
         """Starts the recorder process. Raises what `Recorder` raises."""
         self.folder = folder
-        self.recorder = Recorder(
-            folder, contract, config, session=session, calibrations=dict(calibrations), last_stage=True
-        )
+        self.recorder = Recorder(folder, contract, config, calibrations=dict(calibrations), last_stage=True)
         self._clock, self._robot = clock, robot
         self._heard = threading.Condition()
         self._sent = self._told = 0  # numbers of the newest command sent, and of the newest that was told of
         self._wanted = self._name = ""
+        self.last = ""  # name of the episode that was finished last
         self._ended: tuple[str, bool | None, str] | None = None
 
     # -- an episode ------------------------------------------------------------------------------------------------
@@ -82,6 +80,7 @@ class EpisodeRecording:
         reason, success, source = self._ended or ("cut off", None, "")
         self.recorder.end(reason, success, source, self._clock.now())
         self.recorder.wait_ended(FINISH)
+        self.last = name
         return name
 
     # -- the loop's TickSink ---------------------------------------------------------------------------------------

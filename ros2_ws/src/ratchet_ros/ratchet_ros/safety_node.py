@@ -120,7 +120,8 @@ class SafetyNode(RatchetNode):
         self._status = self._keep(self.create_publisher(msg.SafetyStatus, "safety_status", qos.STATUS))
         self._keep(self.create_subscription(msg.Command, "command", self._on_command, qos.COMMANDS))
         self._keep(self.create_subscription(msg.OperatorInput, "operator", self._on_operator, qos.INPUT))
-        self._keep(self.create_subscription(Bool, "e_stop", self._on_e_stop, qos.STATUS))
+        for profile in qos.STOP_BUTTONS:
+            self._keep(self.create_subscription(Bool, "e_stop", self._on_e_stop, profile))
         self._keep(self.create_service(SetBool, "~/e_stop", self._serve_e_stop))
         self._keep(self.create_service(Trigger, "~/resume", self._serve_resume))
         self._keep(self.create_service(srv.ClearFault, "~/clear_fault", self._serve_clear))

@@ -16,6 +16,7 @@ from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Observation, SafetyEvent
 from agent.runtime.loop import ControlLoop, EpisodeEnd, Termination
 from agent.runtime.sink import ChunkOutcome
+from agent.runtime.source import Noise
 from ratchet_ros.judge import RosJudge
 from ratchet_ros.recording import EpisodeRecording
 from ratchet_ros.robot import RosRobot
@@ -23,7 +24,10 @@ from ratchet_ros.robot import RosRobot
 
 @dataclass
 class Goal:
-    """A RunTask goal with the node's defaults filled in. temperature 0 acts greedily."""
+    """A RunTask goal with the learner's order or the node's defaults filled in. temperature 0 acts greedily.
+
+    noise: of the sampling, independent numbers if absent. order: the learner's, empty for none.
+    """
 
     task: str
     instruction: str
@@ -33,6 +37,8 @@ class Goal:
     seed: int
     expected_adapter: str
     episode: str
+    noise: Noise | None = None
+    order: str = ""
 
 
 @dataclass
