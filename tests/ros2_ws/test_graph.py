@@ -271,7 +271,7 @@ def test_what_is_learned_from_the_nodes_is_what_is_learned_from_the_process(runn
     kept, hot = running.folder / "in_process", 1.6
     asked = ["run", "--task", TASK, "--episodes", "2", "--horizon", "26", "--temperature", str(hot), "--seed", "3"]
     asked += ["--record", str(kept), "--python", str(ROOT / ".venv" / "bin" / "python")]
-    code, told = running.ratchet(*asked)
+    code, told = ratchet(*asked)
     assert code == 0
     here, pairs = EpisodeStore(kept), []
     for row in told["episodes"]:

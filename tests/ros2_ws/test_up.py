@@ -146,7 +146,7 @@ def test_what_waiting_does_not_mend_ends_the_graph_with_its_code(lines: list[str
     with graphs.Graph(tmp_path) as graph:
         graph.start(graphs.NodeSpec("nonsense_node", "policy_node", vital=True))
         # The process stands for a node that goes on trying: only what it says is looked at.
-        graph._running["policy_node"][1].poll = lambda: None  # type: ignore[method-assign]
+        graph._running["policy_node"].process.poll = lambda: None  # type: ignore[method-assign]
         say(tmp_path, *lines)
         if not code:
             graph.watch(lambda: next(looks))
@@ -161,7 +161,7 @@ def test_what_waiting_does_not_mend_ends_the_graph_with_its_code(lines: list[str
 def test_a_policy_that_does_not_fit_ends_up_with_that_code(ros: None, tmp_path: Path) -> None:
     """The real node, given a base of another robot."""
     command = [sys.executable, "-m", "agent.cli.main", "up", "sim", "--logs", str(tmp_path / "logs"), "--json"]
-    command += ["--policy", str(ROOT / "models/small-libero-object"), "--sessions", str(tmp_path / "sessions")]
+    command += ["--policy", str(ROOT / "models/small-libero-object"), "--robot", str(tmp_path / "robot")]
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
     assert done.returncode == 2, done.stderr
