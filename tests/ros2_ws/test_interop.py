@@ -46,7 +46,8 @@ def test_a_graph_of_two_distributions(ros: None, tmp_path: Path) -> None:
         )
         applied = watcher.collect(msg.Applied, "applied", qos.EVENTS)
         active(watcher, "sim_robot_node", "safety_node", "policy_node")
-        code, lines = jazzy(verb="run", task="door-open", horizon=60, progress=True)
+        goal = {"task": "door-open", "instruction": "open the door"}
+        code, lines = jazzy(verb="run", **goal, horizon=60, progress=True)
         assert code == 0
         result = lines[-1]["result"]
         assert (result["outcome"], result["termination"]) == ("failure", "horizon")
@@ -58,7 +59,7 @@ def test_a_graph_of_two_distributions(ros: None, tmp_path: Path) -> None:
         assert (code, lines[-1]["result"]["old_id"]) == (0, result["adapter_id"])
         code, lines = jazzy(verb="stop", pressed=True)
         assert code == 0
-        code, lines = jazzy(verb="run", task="door-open", horizon=10)
+        code, lines = jazzy(verb="run", **goal, horizon=10)
         assert (code, lines[-1]["error"]["code"]) == (2, "safety.latched")
     finally:
         codes = graph.stop()
