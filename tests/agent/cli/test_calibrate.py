@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from agent.cli import calibrate_arm
 from agent.cli.main import main
 from agent.contract import RobotContract, VerifiedFact, write_verified
 from agent.errors import RatchetError
+from agent.runtime.session import Session
+from agent.runtime.session_desk import SessionDesk
 from calibration.boards import Board
 from calibration.geometry import quaternion
 from calibration.store import CalibrationStore
@@ -93,26 +98,53 @@ def _a_session(tmp_path: Path, identity: str, shown: Path, store: list[str]) -> 
     (tmp_path / "contract.yaml").write_text((ROOT / "robots" / "so101.yaml").read_text())
     assert main(["calibrate", "use", identity[:12], "--contract", "contract.yaml", *store]) == 0
     assert RobotContract.load(tmp_path / "contract.yaml").camera("front").calibration_id == identity
-    (tmp_path / "robot").mkdir()
+    with _arm(tmp_path / "robot", RobotContract.load(tmp_path / "contract.yaml")) as desk:
+        _sessions(tmp_path, desk, shown, store)
+
+
+@contextmanager
+def _arm(folder: Path, contract: RobotContract) -> Iterator[SessionDesk]:
+    """The process that runs the robot, played by a thread: it answers whoever asks for a session."""
+    base = "b" * 64
+    calibrations = {camera.name: camera.calibration_id for camera in contract.cameras if camera.calibration_id}
+    desk = SessionDesk(folder, "nodes", contract, base, lambda: base, calibrations=calibrations)
+    over = threading.Event()
+
+    def answer() -> None:
+        while not over.wait(0.01):
+            desk.look()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield desk
+    over.set()
+    thread.join()
+    desk.close()
+
+
+def _sessions(tmp_path: Path, desk: SessionDesk, shown: Path, store: list[str]) -> None:
     start = ["session", "start", "--robot", "robot", "--contract", "contract.yaml", "--calibrations", store[1]]
     drift = ["calibrate", "drift", "front", *store, "--picture"]
     then, now = str(shown / "hand" / "000.png"), str(shown / "hand" / "001.png")
-    wish = tmp_path / "robot" / "session.wish"
+
+    def checks() -> Mapping[str, Any]:
+        return Session.read(tmp_path / "robot" / "sessions" / desk.id).checks["front"]
+
     assert main(start) == 2  # nobody has looked
     assert main([*drift, then]) == 2  # no reference yet
     assert main([*drift, then, "--remember"]) == 0
     assert main([*drift, now]) == 2  # moved
     assert (tmp_path / "drift.png").is_file()
     assert main(start) == 2
-    assert not wish.exists()
+    assert desk.id == ""
     assert main([*drift, now, "--override", "on purpose"]) == 2  # nobody takes responsibility
     assert main([*drift, now, "--override", "on purpose", "--person", "Ada"]) == 0
     assert main(start) == 0
-    told = json.loads(wish.read_text())["notes"]["cameras"]["front"]
-    assert (told["override"], told["person"]) == ("on purpose", "Ada")
+    assert (checks()["override"], checks()["person"]) == ("on purpose", "Ada")
+    assert main(["session", "stop", "--robot", "robot"]) == 0
     assert main([*drift, then]) == 0
     assert main(start) == 0
-    assert json.loads(wish.read_text())["notes"]["cameras"]["front"]["moved"] is False
+    assert checks()["moved"] is False
 
 
 def test_a_simulated_arm_needs_nothing_before(
