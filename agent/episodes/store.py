@@ -326,10 +326,12 @@ class EpisodeStore:
         for path in mcap_files(self.root):
             if path.suffix != fmt.SUFFIX or str(path.relative_to(self.root)) in entered:
                 continue
-            if kind_of(path)[0] == "episode":
+            kind = kind_of(path)[0]
+            if kind == "episode":
                 yield Damage("episode.not_entered", str(path), "finished, but not in the index", fatal=False)
             else:
-                yield Damage("episode.not_an_episode", str(path), "an MCAP of another recorder", fatal=False)
+                what = "can't be read as an MCAP" if kind == "broken" else "an MCAP of another recorder"
+                yield Damage("episode.not_an_episode", str(path), what, fatal=False)
 
     def remove(self, ids: Iterable[str], reason: str) -> int:
         """Delete episodes; the index keeps that they were there and why they went. Returns the bytes that were freed.
