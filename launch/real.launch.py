@@ -22,6 +22,9 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument("mode", default_value="deploy", description="deploy or collect."),
         DeclareLaunchArgument("resume", default_value="manual", description="After a hold: automatic or manual."),
         DeclareLaunchArgument("dead_man", default_value="false", description="Motion needs the dead-man switch."),
+        DeclareLaunchArgument(
+            "record_wire", default_value="none", description="Keep topics as on the wire too: none, messages or all."
+        ),
         DeclareLaunchArgument("robot", default_value="runs/robot", description="Its folder, with its sessions."),
         DeclareLaunchArgument(
             "episodes", default_value="runs/episodes", description="Episode store to record into; empty for none."
@@ -71,6 +74,7 @@ def generate_launch_description() -> LaunchDescription:
                         "mode": LaunchConfiguration("mode"),
                         "robot": LaunchConfiguration("robot"),
                         "episodes": LaunchConfiguration("episodes"),
+                        "record_wire": LaunchConfiguration("record_wire"),
                     },
                 ],
             ),

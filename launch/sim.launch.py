@@ -26,6 +26,9 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument(
             "episodes", default_value="", description="Episode store to record into; empty for none."
         ),
+        DeclareLaunchArgument(
+            "record_wire", default_value="none", description="Keep topics as on the wire too: none, messages or all."
+        ),
         DeclareLaunchArgument("robot", default_value="runs/robot", description="Its folder, with its sessions."),
         DeclareLaunchArgument("namespace", default_value="", description="Namespace of all nodes."),
     ]
@@ -71,6 +74,7 @@ def generate_launch_description() -> LaunchDescription:
                         "mode": LaunchConfiguration("mode"),
                         "judge": "scene",
                         "episodes": LaunchConfiguration("episodes"),
+                        "record_wire": LaunchConfiguration("record_wire"),
                         "robot": LaunchConfiguration("robot"),
                     },
                 ],

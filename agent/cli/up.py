@@ -35,6 +35,8 @@ class _Shared(remote.LearnerOptions, ComputingOptions):
     """Chunk execution; if absent collect with --learner, deploy without."""
     episodes: Path | None = None
     """Record every task into this episode store; with --learner <robot>/episodes if absent."""
+    record_wire: Literal["none", "messages", "all"] = "none"
+    """Keep topics in the episodes' files as they are on the wire too: none, all but images, or all."""
     robot: Path = remote.FOLDER
     """The robot's folder: its sessions, and with --learner outbox, adapters and episodes; one robot per folder."""
     session: Literal["auto", "manual"] = "auto"
@@ -68,6 +70,7 @@ class _Shared(remote.LearnerOptions, ComputingOptions):
             "policy_module": self.policy_module,
             "policy_options": self._options(),
             "episodes": ros.absolute(self._episodes()),
+            "record_wire": self.record_wire,
             "robot": ros.absolute(self.robot),
             "session": self.session,
             "ordered": bool(self.learner),

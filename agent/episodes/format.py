@@ -23,8 +23,9 @@ BEGIN_RECORD, END_RECORD = "ratchet.episode", "ratchet.end"
 Codec = Literal["raw", "png", "jpeg", "h264"]
 LOSSLESS: tuple[Codec, ...] = ("raw", "png")
 
+OURS = "/ratchet/"  # every topic of ours begins so: what was on the wire lies beside them under its own name
 OBSERVATION, CHUNK, STEP = "/ratchet/observation", "/ratchet/chunk", "/ratchet/step"
-TICK, EVENT, COMMAND = "/ratchet/tick", "/ratchet/event", "/command"
+TICK, EVENT, COMMAND = "/ratchet/tick", "/ratchet/event", "/ratchet/command"
 
 _TIME = "MSG: builtin_interfaces/Time\nint32 sec\nuint32 nanosec\n"
 _HEADER = "MSG: std_msgs/Header\nbuiltin_interfaces/Time stamp\nstring frame_id\n"
@@ -115,6 +116,7 @@ class EpisodeInfo:
 
     contract: the whole contract as data. calibrations: camera -> calibration id in force. session: empty outside one.
     mode: "collect", "deploy", "rollout", "demonstration" or "import". created: UTC, ISO 8601.
+    wire: topics that were kept as they were on the wire.
     name: what it was called while it was recorded, such as RunTask's `episode`; unique, empty for none.
     clock_offset: seconds added to stamps of the robot's clock to give UTC; message times in the file are UTC.
     stream, decisions: codecs of the camera streams and of the frames that decisions were made on; "" for decisions
@@ -138,6 +140,7 @@ class EpisodeInfo:
     stream: str = "jpeg"
     decisions: str = "raw"
     name: str = ""
+    wire: list[str] = field(default_factory=list)
     topics: dict[str, dict[str, str]] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -209,11 +212,11 @@ class EpisodeEnding:
 def image_topic(camera: str, codec: Codec, group: str) -> tuple[str, str]:
     """Topic and message type of a camera's images; group: "cameras" for the streams, "decisions"."""
     leaf, type_name = _IMAGE_TYPES[codec]
-    return f"/{group}/{ros_name(camera)}/{leaf}", type_name
+    return f"{OURS}{group}/{ros_name(camera)}/{leaf}", type_name
 
 
 def state_topic(name: str) -> str:
-    return f"/state/{ros_name(name)}"
+    return f"{OURS}state/{ros_name(name)}"
 
 
 def ros_name(name: str) -> str:

@@ -116,7 +116,8 @@ class EpisodeReader:
         """
         scan = _Scan()
         collected = Assembly(self.info, {g: self.codec(g) for g in self.info.topics}, str(self.path), images)
-        for item in self._pass(scan, None if images else SMALL):
+        topics = [topic for group in self.info.topics.values() for topic in group.values()] if images else []
+        for item in self._pass(scan, [*SMALL, *topics]):
             collected.take(item.topic, item.index, item.body)
         return collected.episode(scan.ending)
 

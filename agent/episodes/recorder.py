@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from agent.records import ActionChunk, Applied, ControlTick, Observation, Safety
 
 __all__ = ["Recorder", "RecorderConfig", "RecorderStatus"]
 
+INLINE = 1 << 15  # bytes of a message on the wire that travel in a packet; larger ones take a slot, as frames do
 REMEMBER = 16  # newest frames per camera that an observation may share
 
 
@@ -49,10 +51,12 @@ class Recorder:
         session: str = "",
         calibrations: dict[str, str] | None = None,
         last_stage: bool = False,
+        wire: Mapping[str, tuple[str, str]] | None = None,
         ready_timeout: float = 60.0,
     ) -> None:
         """Start the recorder process; files that an earlier one left unfinished are recovered first.
 
+        wire: topics that are kept as they are on the wire -> type, and its definition in words; see `wire`.
         last_stage: another safety stage stands behind the loop, and `applied` will tell what it made of each command.
 
         Raises:
@@ -61,7 +65,9 @@ class Recorder:
         self.root, self.contract, self.config = Path(root), contract, config or RecorderConfig()
         self.config.check(str(self.root))
         self._session, self._calibrations, self._last_stage = session, calibrations or {}, last_stage
+        self._wire = dict(wire or {})
         largest = max((c.height * c.width * 3 for c in contract.cameras), default=1)
+        largest += largest // 3 + 4096 if wire else 0  # drivers send four channels too, and headers
         count = max(4 * len(contract.cameras), (self.config.memory_mb << 20) // largest)
         self._sender = Sender(largest, count, queue=16 << 20, reserved=count // 8)
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,6 +76,7 @@ class Recorder:
         self._shapes = {c.name: (c.height, c.width, 3) for c in contract.cameras}
         self._numbers: Counter[str] = Counter()  # frames of each camera handed over in this episode
         self._dropped: Counter[str] = Counter()
+        self._before: Counter[str] = Counter()  # what was dropped before this episode
         self._facts: dict[str, Any] = {}
         self._recording = False
         self._told: dict[str, Any] = {"state": "idle"}
@@ -95,6 +102,7 @@ class Recorder:
 
     def revive(self) -> None:
         """Start the recorder process again where it died; takes a moment, so not from a control loop."""
+        self._listen()
         if not self._sender.alive:
             self._start()
 
@@ -180,6 +188,23 @@ class Recorder:
         if self._recording:
             self._hand_over(camera, image, stamp, decision=False)
 
+    def wire(self, topic: str, data: bytes, received: int) -> None:
+        """A message of one of the topics that were named at the start. data: serialised; received: ns, UTC."""
+        if not self._recording:
+            return
+        body = {"kind": "wire", "topic": topic, "received": received}
+        if len(data) <= INLINE:
+            self._send({**body, "data": data})
+            return
+        slot = self._sender.take_slot(False) if len(data) <= self._sender.slot else None
+        if slot is None:
+            self._dropped[f"messages: {topic}"] += 1
+            return
+        self._sender.fill(slot, np.frombuffer(data, np.uint8))
+        if not self._sender.send({**body, "slot": slot, "shape": [len(data)]}):
+            self._sender.give_back(slot)
+            self._dropped[f"messages: {topic}"] += 1
+
     def begin(self, task: str, instruction: str, now: float) -> None:
         if not self._sender.alive:
             self._start()
@@ -193,6 +218,7 @@ class Recorder:
             clock_offset=time.time() - now,
             stream=self.config.stream,
             decisions=self.config.decisions or "",
+            wire=sorted(self._wire),
             **facts,
         )
         with self._lock:
@@ -200,8 +226,9 @@ class Recorder:
                 recent.clear()
             self._numbers.clear()
             self._episode += 1
+            self._before = Counter(self._dropped)
             body = {"kind": "begin", "info": json.dumps(dataclasses.asdict(info)), "number": self._episode}
-            self._send({**body, "last_stage": self._last_stage}, must=True)
+            self._send({**body, "last_stage": self._last_stage, "wire": self._wire}, must=True)
             self._recording = True
 
     def observation(self, observation: Observation) -> None:
@@ -255,7 +282,8 @@ class Recorder:
     def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
         if self._recording:
             self._recording = False
-            self._send({"kind": "end", "reason": reason, "success": success, "source": source}, must=True)
+            body = {"kind": "end", "reason": reason, "success": success, "source": source}
+            self._send({**body, "dropped": dict(self._dropped - self._before)}, must=True)
 
     # -- inside -------------------------------------------------------------------------------------------------
 

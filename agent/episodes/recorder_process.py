@@ -16,8 +16,10 @@ import socket
 import sys
 import time
 from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,11 +46,11 @@ class Outcome:
 
 
 class Recording:
-    """One episode being recorded. number: the sender's own of it. last_stage: `applied` will tell of every command."""
+    """One episode being recorded. begin: the record that it began with. number: the sender's own of it."""
 
-    def __init__(self, writer: EpisodeWriter, config: RecorderConfig, number: int, last_stage: bool) -> None:
+    def __init__(self, writer: EpisodeWriter, config: RecorderConfig, begin: dict[str, Any]) -> None:
         self.writer, self._config = writer, config
-        self.number, self._last_stage = number, last_stage
+        self.number, self._last_stage, self._wire = begin["number"], begin["last_stage"], begin["wire"]
         self.dropped: Counter[str] = Counter()
         self._raw: dict[str, OrderedDict[int, UInt8]] = {}  # newest frames, for decisions that share them
         self._written: dict[str, OrderedDict[int, int]] = {}  # camera -> number -> index in the stream
@@ -134,6 +136,10 @@ class Recording:
         self._newest = max(self._newest, told.number)
         self._settle(LATE)
 
+    def wire(self, record: dict[str, Any], data: bytes) -> None:
+        topic = record["topic"]
+        self.writer.wire(topic, (self._wire[topic][0], self._wire[topic][1]), data, record["received"])
+
     def event(self, record: dict[str, Any]) -> None:
         fields = ("stamp", "code", "message", "dim", "value", "limit", "latched")
         self.writer.event(SafetyEvent(**{name: record[name] for name in fields}))
@@ -143,11 +149,11 @@ class Recording:
         self._settle(LATE)
 
     def finish(
-        self, success: bool | None, source: str, reason: str, dropped: dict[str, int]
+        self, success: bool | None, source: str, reason: str, dropped: Counter[str]
     ) -> tuple[str, EpisodeEnding]:
         self._settle(0)
         self._write_pending(reward=1.0 if success else 0.0, done=True)
-        every = dict(self.dropped + Counter(dropped))
+        every = dict(self.dropped + dropped)
         return self.writer.finish(success, source, reason, dropped=every)
 
     def _settle(self, late: int) -> None:
@@ -229,10 +235,14 @@ class RecorderProcess:
             if kind == "begin":
                 self._begin(record)
             elif kind == "end":
-                self._end(record["reason"], record["success"], record["source"])
+                self._end(record["reason"], record["success"], record["source"], record["dropped"])
             elif kind == "frame":
                 if self._recording is not None:
                     self._recording.frame(record, self._receiver.image(record["slot"], record["shape"]))
+            elif kind == "wire" and self._recording is not None:
+                slot = record.get("slot")
+                data = record["data"] if slot is None else self._receiver.image(slot, record["shape"]).tobytes()
+                self._recording.wire(record, data)
             elif self._recording is not None:
                 getattr(self._recording, kind)(record)
             else:
@@ -240,7 +250,7 @@ class RecorderProcess:
         except RatchetError as error:
             self._refused(error)
         finally:
-            if kind == "frame":
+            if "slot" in record:
                 self._receiver.release(record["slot"])
 
     def _begin(self, record: dict[str, Any]) -> None:
@@ -257,17 +267,20 @@ class RecorderProcess:
         writer = EpisodeWriter(
             folder / (name + ".open"), folder / name, info, quality=self._config.quality, compress=raw
         )
-        self._recording = Recording(writer, self._config, record["number"], record["last_stage"])
+        self._recording = Recording(writer, self._config, record)
         self._state, self._error = "recording", ""
         self._flush()
         self._tell()
 
-    def _end(self, reason: str, success: bool | None, source: str) -> None:
+    def _end(
+        self, reason: str, success: bool | None, source: str, dropped: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """dropped: what the control process could not hand over -> how often."""
         if self._recording is None:
             return
         recording, self._recording = self._recording, None
         try:
-            digest, ending = recording.finish(success, source, reason, dict(self._dropped))
+            digest, ending = recording.finish(success, source, reason, self._dropped + Counter(dropped))
             self._store.add(recording.writer.path, digest, ending)
         except RatchetError as error:
             self._recording = recording

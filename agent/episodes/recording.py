@@ -237,6 +237,11 @@ class EpisodeWriter:
         self._human_ticks += bool(tick.marks & Mark.HUMAN)
         self.plots(tick.state, tick.reached, tick.stamp)
 
+    def wire(self, topic: str, channel: tuple[str, str], data: bytes, received: int) -> None:
+        """A message as it came off the wire. channel: its type and that type's definition; received: ns, UTC."""
+        with disk_refusals(self._file.scratch):
+            self._mcap.write_raw(topic, channel, data, received)
+
     def event(self, event: SafetyEvent) -> None:
         body = {**dataclasses.asdict(event), "header": self._header(event.stamp)}
         self._put(fmt.EVENT, fmt.TYPES[fmt.EVENT], event.stamp, body)
@@ -330,7 +335,18 @@ class EpisodeWriter:
 
 
 class _Mcap(Ros2Writer):
-    """The library's writer, with the flush that it keeps to itself."""
+    """The library's writer, with what it keeps to itself: the flush, and messages that are serialised already."""
+
+    def __init__(self, output: IO[Any], chunk_size: int, compression: CompressionType) -> None:
+        super().__init__(output, chunk_size=chunk_size, compression=compression)
+        self._raw: dict[str, int] = {}  # topic -> channel
+
+    def write_raw(self, topic: str, channel: tuple[str, str], data: bytes, received: int) -> None:
+        if topic not in self._raw:
+            kind, definition = channel
+            schema = self._writer.register_schema(kind, "ros2msg", definition.encode())
+            self._raw[topic] = self._writer.register_channel(topic, "cdr", schema)
+        self._writer.add_message(self._raw[topic], received, data, received)
 
     def flush(self) -> None:
         self._writer.flush()  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ from action_msgs.msg import GoalStatus
 from ratchet_msgs import msg, srv
 from ratchet_msgs.action import RunTask
 from ratchet_ros import qos
+from rclpy.serialization import deserialize_message
 from rosbags.rosbag2 import Reader
 
 from agent.adapters.lora import attach, lora_config
@@ -72,6 +73,7 @@ class Running:
             robot=str(folder / "robot"),
             episodes=str(self.episodes),
             record_least_free_gb=0.1,
+            record_wire="all",
             restarts=1,
         )
         self.applied = self.watcher.collect(msg.Applied, "applied", qos.EVENTS)
@@ -142,6 +144,12 @@ def in_process() -> tuple[np.ndarray, bool]:
                 solved = robot.success()
                 robot.close()
                 return np.stack(sent), solved
+
+
+def child(running: Running, module: str) -> psutil.Process:
+    """A process that policy_node started."""
+    node = psutil.Process(running.graph.processes["policy_node"].pid)
+    return next(p for p in node.children(recursive=True) if module in " ".join(p.cmdline()))
 
 
 def test_an_episode_over_topics_is_the_one_in_process(running: Running) -> None:
@@ -401,9 +409,7 @@ def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
 def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Running) -> None:
     handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 10, "motion")
-    node = psutil.Process(running.graph.processes["policy_node"].pid)
-    worker = next(p for p in node.children(recursive=True) if "policy_worker" in " ".join(p.cmdline()))
-    worker.send_signal(signal.SIGKILL)
+    child(running, "policy_worker").send_signal(signal.SIGKILL)
     result = running.watcher.result(handle)
     assert (result.result.termination, result.result.code) == ("fault", "policy.crashed")
     running.watcher.until(running.at_rest, "the hold after the crash")
@@ -414,6 +420,29 @@ def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Runn
     assert running.watcher.result(running.run()).result.termination == "success"
 
 
+def test_a_killed_recorder_costs_one_file_and_no_motion(running: Running) -> None:
+    """The arm goes on, the result says what is missing, the next task is recorded and the cut-off file recovered."""
+    kept = set(EpisodeStore(running.episodes).cards())
+    handle = running.endless()
+    running.watcher.until(lambda: len(running.applied) > 30, "motion")
+    child(running, "recorder_process").send_signal(signal.SIGKILL)
+    before = len(running.applied)
+    running.watcher.until(lambda: len(running.applied) > before + 20, "motion without a recorder")
+    handle.cancel_goal_async()
+    result = running.watcher.result(handle).result
+    assert (result.termination, result.episode) == ("cancelled", "")
+    assert "recorder.lost" in result.message
+    assert not [e for e in running.events if e.latched]
+    running.reset()
+    result = running.watcher.result(running.run()).result
+    assert (result.termination, EpisodeStore(running.episodes).card(result.episode).reason) == ("success", "success")
+    new = [c for i, c in EpisodeStore(running.episodes).cards().items() if i not in kept]
+    cut = [c for c in new if c.recovered]
+    assert len(new) == 2
+    assert [(c.task, c.reason, c.success) for c in cut] == [(ENDLESS, "cut_off", None)]
+    assert cut[0].ticks > 0
+
+
 def test_a_session_has_its_manifest(running: Running) -> None:
     manifest = json.loads(next((running.folder / "robot" / "sessions").glob("*/session.json")).read_text())
     assert manifest["base_hash"] == running.base
@@ -421,8 +450,19 @@ def test_a_session_has_its_manifest(running: Running) -> None:
 
 
 def test_rosbags_reads_a_recording_as_a_bag(running: Running) -> None:
+    """Records and topics as on the wire, side by side."""
     store = EpisodeStore(running.episodes)
-    with Reader(store.path(next(iter(store.cards())))) as reader:
+    card = next(iter(store.cards().values()))
+    with Reader(store.path(card.id)) as reader:
         kinds = {c.topic: c.msgtype for c in reader.connections}
+        sent = [deserialize_message(d, msg.Command) for c, _, d in reader.messages() if c.topic == "/command"]
+        pictures = sum(c.topic == "/corner2/image_raw" for c, _, _ in reader.messages())
     assert kinds["/ratchet/tick"] == "ratchet_msgs/msg/RecordedTick"
-    assert kinds["/cameras/corner2/image_raw/compressed"] == "sensor_msgs/msg/CompressedImage"
+    assert kinds["/ratchet/cameras/corner2/image_raw/compressed"] == "sensor_msgs/msg/CompressedImage"
+    assert kinds["/corner2/image_raw"] == "sensor_msgs/msg/Image"
+    assert {"/hand_pose", "/gripper/joint_states", "/applied", "/chunks", "/episode"} < set(kinds)
+    assert set(store.open(card.id).info.wire) >= {t for t in kinds if not t.startswith("/ratchet/")}
+    ticks = store.read(card.id).ticks
+    commands = [t.command for t in ticks if t.command is not None]
+    assert np.array_equal([np.array(c.action, np.float32) for c in sent if c.kind == msg.Command.ACTION], commands)
+    assert pictures >= len(commands) - 1

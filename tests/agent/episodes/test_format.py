@@ -109,7 +109,7 @@ def test_other_readers_see_standard_messages(tmp_path: Path) -> None:
         for connection, _, raw in messages.messages():
             seen.setdefault(connection.topic, []).append(store.deserialize_cdr(raw, connection.msgtype))
     assert {types[t] for t in topics} == {"sensor_msgs/msg/Image"}
-    first = seen["/cameras/agentview/image_raw"][0]
+    first = seen["/ratchet/cameras/agentview/image_raw"][0]
     assert (first.height, first.width, first.encoding) == (16, 16, "rgb8")
     assert first.data.tobytes() == written.steps[0].observation.images["agentview"].tobytes()
     assert first.header.stamp.sec == 1_700_000_000
@@ -117,7 +117,7 @@ def test_other_readers_see_standard_messages(tmp_path: Path) -> None:
     assert seen[fmt.CHUNK][1].log_prob.tobytes() == written.steps[1].chunk.log_prob.tobytes()
     sent = [t.command for t in written.ticks if t.command is not None]
     assert [m.data.astype(np.float32).tobytes() for m in seen[fmt.COMMAND]] == [c.tobytes() for c in sent]
-    assert seen["/state/eef_position"][0].layout.dim[0].label == "eef_position"
+    assert seen["/ratchet/state/eef_position"][0].layout.dim[0].label == "eef_position"
 
 
 def test_the_contract_travels_with_the_episode(tmp_path: Path) -> None:

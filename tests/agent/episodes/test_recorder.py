@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from mcap.reader import make_reader
 
 from agent.episodes import handoff, recorder_process
+from agent.episodes import recorder as recorder_side
 from agent.episodes.disk import GrowingFile
 from agent.episodes.handoff import Receiver
 from agent.episodes.reader import EpisodeReader
@@ -70,10 +72,16 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Recorder]]:
     made: list[Recorder] = []
 
     def start(
-        kind: type[Recorder] = InThread, contract: Any = CONTRACT, *, last_stage: bool = False, **config: Any
+        kind: type[Recorder] = InThread,
+        contract: Any = CONTRACT,
+        *,
+        last_stage: bool = False,
+        wire: dict[str, tuple[str, str]] | None = None,
+        **config: Any,
     ) -> Recorder:
         given = {"memory_mb": 2, "min_free_gb": 0.0, **config}
-        made.append(kind(tmp_path, contract, RecorderConfig(**given), session="s", last_stage=last_stage))
+        settings = RecorderConfig(**given)
+        made.append(kind(tmp_path, contract, settings, session="s", last_stage=last_stage, wire=wire))
         return made[-1]
 
     yield start
@@ -251,6 +259,36 @@ def test_a_last_stage_has_the_last_word(tmp_path: Path, started: Callable[..., R
     assert store.card(digest).dropped == 2
 
 
+def test_topics_lie_beside_the_records_as_they_were_on_the_wire(
+    tmp_path: Path, started: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_side, "INLINE", 1000)
+    channel = ("std_msgs/msg/UInt8MultiArray", "uint8[] data\n")
+    recorder = started(wire={"/small": channel, "/large": channel}, memory_mb=1)
+    small, large = bytes(13), os.urandom(4096)
+    recorder.wire("/small", small, 1)  # nobody records yet
+    recorder.begin("bowl", "go", 0.0)
+    seen = observation(CONTRACT, np.random.default_rng(0), 0, 0.0)
+    recorder.observation(seen)
+    for n in range(3):
+        recorder.wire("/small", small, 10 + n)
+        recorder.wire("/large", large, 20 + n)
+    recorder.wire("/large", bytes(1 << 20), 30)  # larger than any image of this robot
+    recorder.end("horizon", None, "", 1.0)
+    digest = recorder.wait_ended(WAIT)
+    card = EpisodeStore(tmp_path).card(digest)
+    assert card.dropped == 1
+    reader = EpisodeReader(tmp_path / card.file)
+    assert reader.info.wire == ["/large", "/small"]
+    with (tmp_path / card.file).open("rb") as file:
+        found = [(c.topic, m.log_time, m.data) for _, c, m in make_reader(file).iter_messages(["/small", "/large"])]
+    assert sorted(found) == [
+        *(("/large", 20 + n, large) for n in range(3)),
+        *(("/small", 10 + n, small) for n in range(3)),
+    ]
+    assert reader.episode().steps == []  # whoever reads the records does not meet the others
+
+
 class Stopped(NamedTuple):
     """A recorder whose process stands still, as on a disk that does not answer."""
 
@@ -289,6 +327,7 @@ def test_a_frozen_disk_costs_counted_frames_and_no_waiting(tmp_path: Path, stopp
     ending = EpisodeReader(tmp_path / card.file).ending()
     assert ending is not None
     assert sum(ending.frames.values()) == 40 - lost
+    assert ending.dropped == {"frames: wrist": lost}
 
 
 def test_records_are_bounded_too(stopped: Stopped) -> None:

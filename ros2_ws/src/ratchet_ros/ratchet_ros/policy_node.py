@@ -31,7 +31,7 @@ from agent.runtime.policy_client import PolicyClient
 from agent.runtime.priority import real_time
 from agent.runtime.session_desk import SessionDesk
 from agent.runtime.sink import Tee, TickSink
-from ratchet_ros import convert, policy_params, qos, task_run
+from ratchet_ros import convert, policy_params, qos, task_run, wire_tap
 from ratchet_ros.episode_services import EpisodeServices
 from ratchet_ros.intake import Intake
 from ratchet_ros.judge import RosJudge
@@ -96,6 +96,7 @@ class PolicyNode(RatchetNode):
         self.sink = task_run.NodeSink(self._on_chunk, self._on_event)
         calibrations = policy_params.calibrations(settings)
         if settings.episodes:
+            on_the_wire = wire_tap.sources(self, self.contract, settings.record_wire, lock_step)
             self.recording = EpisodeRecording(
                 Path(settings.episodes),
                 self.contract,
@@ -103,7 +104,9 @@ class PolicyNode(RatchetNode):
                 self.robot,
                 policy_params.recorder_config(settings),
                 calibrations=calibrations,
+                wire=wire_tap.channels(on_the_wire),
             )
+            self._keep(wire_tap.WireTap(self, on_the_wire, self.recording.recorder.wire))
         if settings.robot:
             self._open_desk(calibrations)
         elif settings.ordered:

@@ -83,6 +83,11 @@ class Parameters:
         "How camera streams are recorded; the frames that decisions were made on are always kept bit by bit.",
         one_of=("jpeg", "h264", "png", "raw"),
     )
+    record_wire: str = parameter(
+        "none",
+        "Topics kept in the episode's file as they are on the wire too: none, all but images, or all.",
+        one_of=("none", "messages", "all"),
+    )
     record_memory_mb: int = parameter(256, "Frames that may wait for the disk.", low=1, high=1 << 16)
     record_least_free_gb: float = parameter(2.0, "Recording stops when less disk than this is free.", low=0.0, high=1e6)
     robot: str = parameter("", "The robot's folder: its sessions and the learner's last word; empty for no sessions.")

@@ -16,6 +16,7 @@ from ratchet_msgs import msg
 from agent.contract import RobotContract
 from agent.episodes.recorder import Recorder
 from agent.episodes.recorder_types import RecorderConfig
+from agent.errors import RatchetError
 from agent.records import ActionChunk, Applied, ControlTick, Mark, Observation, SafetyEvent, UInt8
 from agent.runtime.sink import ChunkOutcome
 from ratchet_ros.node import ERROR, OK, WARN, Line
@@ -41,14 +42,17 @@ class EpisodeRecording:
         config: RecorderConfig,
         *,
         calibrations: Mapping[str, str],
+        wire: Mapping[str, tuple[str, str]],
     ) -> None:
         """Starts the recorder process. Raises what `Recorder` raises."""
         self.folder = folder
-        self.recorder = Recorder(folder, contract, config, calibrations=dict(calibrations), last_stage=True)
+        self.recorder = Recorder(
+            folder, contract, config, calibrations=dict(calibrations), wire=wire, last_stage=True
+        )
         self._clock, self._robot = clock, robot
         self._heard = threading.Condition()
         self._sent = self._told = 0  # numbers of the newest command sent, and of the newest that was told of
-        self._wanted = self._name = ""
+        self._wanted = self._name = self._trouble = ""
         self.last = ""  # name of the episode that was finished last
         self._ended: tuple[str, bool | None, str] | None = None
 
@@ -63,7 +67,7 @@ class EpisodeRecording:
         self.recorder.revive()
         self.recorder.require_ready()
         self.recorder.describe(name=name, **facts)
-        self._wanted, self._name, self._ended = name, "", None
+        self._wanted, self._name, self._ended, self._trouble = name, "", None, ""
         self._sent = self._robot.number
 
     def finish(self) -> str:
@@ -73,6 +77,8 @@ class EpisodeRecording:
             RatchetError: recorder.lost.
         """
         name, self._name = self._name, ""
+        if self._trouble:
+            raise RatchetError("recorder.lost", f"the recording did not begin: {self._trouble}", where=str(self.folder))
         if not name:
             return ""
         with self._heard:
@@ -86,7 +92,11 @@ class EpisodeRecording:
     # -- the loop's TickSink ---------------------------------------------------------------------------------------
 
     def begin(self, task: str, instruction: str, now: float) -> None:
-        self.recorder.begin(task, instruction, now)
+        try:
+            self.recorder.begin(task, instruction, now)
+        except Exception as error:
+            self._trouble = str(error)
+            raise
         self._name = self._wanted
 
     def observation(self, observation: Observation) -> None:
