@@ -46,9 +46,7 @@ class EpisodeRecording:
     ) -> None:
         """Starts the recorder process. Raises what `Recorder` raises."""
         self.folder = folder
-        self.recorder = Recorder(
-            folder, contract, config, calibrations=dict(calibrations), wire=wire, last_stage=True
-        )
+        self.recorder = Recorder(folder, contract, config, calibrations=dict(calibrations), wire=wire, last_stage=True)
         self._clock, self._robot = clock, robot
         self._heard = threading.Condition()
         self._sent = self._told = 0  # numbers of the newest command sent, and of the newest that was told of
