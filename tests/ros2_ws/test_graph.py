@@ -460,7 +460,7 @@ def test_rosbags_reads_a_recording_as_a_bag(running: Running) -> None:
     assert kinds["/ratchet/tick"] == "ratchet_msgs/msg/RecordedTick"
     assert kinds["/ratchet/cameras/corner2/image_raw/compressed"] == "sensor_msgs/msg/CompressedImage"
     assert kinds["/corner2/image_raw"] == "sensor_msgs/msg/Image"
-    assert {"/hand_pose", "/gripper/joint_states", "/applied", "/chunks", "/episode"} < set(kinds)
+    assert {"/hand_pose", "/gripper/joint_states", "/applied", "/chunks"} < set(kinds)
     assert set(store.open(card.id).info.wire) >= {t for t in kinds if not t.startswith("/ratchet/")}
     ticks = store.read(card.id).ticks
     commands = [t.command for t in ticks if t.command is not None]

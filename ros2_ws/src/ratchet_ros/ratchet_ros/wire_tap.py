@@ -53,7 +53,6 @@ def sources(node: Node, contract: RobotContract, what: str, lock_step: bool) -> 
         ("applied", msg.Applied),
         ("chunks", msg.ActionChunk),
         ("safety_events", msg.SafetyEvent),
-        ("episode", msg.EpisodeMark),
     ):
         found[topic] = (kind, qos.EVENTS)
     resolved = [Source(node.resolve_topic_name(topic), kind, profile) for topic, (kind, profile) in found.items()]
