@@ -5,10 +5,12 @@ Knows processes and parameter files. Knows no ROS beyond its command line; needs
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ GRACE = 10.0  # s that a node has to come to rest after an interrupt
 # driver that is not there yet, or a policy process that died and is started again.
 PASSING = "crashed|hung|start_timeout|stopped|not_ready|failed|out_of_memory"
 LASTING = re.compile(rf"\[((?:compat|contract|adapter|policy)\.(?!{PASSING})\w+)\] ")
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_LIBC = ctypes.CDLL(None)
 AGAIN = 2.0  # s until what runs beside the nodes is started again
 
 
@@ -54,7 +58,7 @@ class Graph:
     everything, last started first."""
 
     def __init__(self, folder: Path, namespace: str = "", environment: dict[str, str] | None = None) -> None:
-        self.folder, self._namespace = folder, namespace
+        self.folder, self._namespace = folder.resolve(), namespace  # the nodes run in a folder of their own
         self._environment = ros.environment(environment)
         self._running: dict[str, _Running] = {}
         self._read: dict[str, int] = {}
@@ -94,6 +98,7 @@ class Graph:
                 env=environment,
                 cwd=folder,
                 start_new_session=True,  # an interrupt from the terminal reaches the nodes through `stop`, in order
+                preexec_fn=_ending_with(os.getpid()),
             )
 
     def watch(self, until: Callable[[], bool] = lambda: False, tell: Callable[[str], None] = lambda line: None) -> None:
@@ -177,6 +182,20 @@ class Graph:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+
+
+def _ending_with(parent: int) -> Callable[[], None] | None:
+    """What a new process does first: should its parent be killed, it is interrupted, so that the arm comes to rest and
+    no nodes that nobody watches stand in the way of the next graph. Nothing where the system has no such signal."""
+    if sys.platform != "linux":
+        return None
+
+    def ask_for_the_signal() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+        if os.getppid() != parent:  # it was killed before this call
+            os._exit(1)
+
+    return ask_for_the_signal
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
