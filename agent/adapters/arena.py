@@ -29,14 +29,16 @@ class Layout:
     """The order of an adapter's tensors in memory: sorted by name, each aligned to 64 bytes."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        # Sorted, so that two processes that attach the same layers lay their memory out alike.
         self.places: dict[str, Place] = {}
         self.sizes: dict[torch.dtype, int] = {}
-        for name in sorted(tensors):
-            tensor = tensors[name]
+        for tensor_name in sorted(tensors):
+            tensor = tensors[tensor_name]
             offset = self.sizes.get(tensor.dtype, 0)
-            self.places[name] = Place(name, tuple(tensor.shape), tensor.dtype, offset)
-            step = ALIGNMENT // tensor.element_size()
-            self.sizes[tensor.dtype] = offset + -(-tensor.numel() // step) * step
+            self.places[tensor_name] = Place(tensor_name, tuple(tensor.shape), tensor.dtype, offset)
+            elements_per_line = ALIGNMENT // tensor.element_size()
+            # -(-a // b) rounds up: the next tensor begins on a cache line.
+            self.sizes[tensor.dtype] = offset + -(-tensor.numel() // elements_per_line) * elements_per_line
 
 
 class Arena:
@@ -48,18 +50,23 @@ class Arena:
     def __init__(self, layout: Layout, device: torch.device, pinned: bool = False) -> None:
         self.layout = layout
         self.blocks = {
-            dtype: torch.zeros(n, dtype=dtype, device=device, pin_memory=pinned) for dtype, n in layout.sizes.items()
+            dtype: torch.zeros(element_count, dtype=dtype, device=device, pin_memory=pinned)
+            for dtype, element_count in layout.sizes.items()
         }
+        # Views, not copies: writing a view writes the block, and copy_ below moves whole blocks.
         self.views = {
-            place.name: self.blocks[place.dtype][place.offset :][: torch.Size(place.shape).numel()].view(place.shape)
-            for place in layout.places.values()
+            position.name: self.blocks[position.dtype][position.offset :][: torch.Size(position.shape).numel()].view(
+                position.shape
+            )
+            for position in layout.places.values()
         }
 
-    def copy_(self, other: Arena) -> None:
-        """Take over another arena's content: one copy per dtype, on the current stream."""
+    def copy_(self, source: Arena) -> None:
+        """Copy another arena's content into this one: one copy per dtype, on the current stream."""
+        # non_blocking matters from pinned memory to a GPU only; the caller synchronises before it reads.
         for dtype, block in self.blocks.items():
-            block.copy_(other.blocks[dtype], non_blocking=True)
+            block.copy_(source.blocks[dtype], non_blocking=True)
 
     @property
     def bytes(self) -> int:
-        return sum(b.numel() * b.element_size() for b in self.blocks.values())
+        return sum(block.numel() * block.element_size() for block in self.blocks.values())

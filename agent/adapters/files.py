@@ -47,6 +47,7 @@ class Files:
         os.rename(source, target)
         self.sync_folder(target.parent)
 
+    # A rename or a new name is durable only when its folder was synced too; syncing the file alone does not do that.
     def sync_folder(self, path: Path) -> None:
         self.step("fsync", path)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -65,6 +66,8 @@ class Files:
     @contextmanager
     def lock(self, path: Path, exclusive: bool = True) -> Iterator[None]:
         """Advisory lock across threads and processes, released by the kernel when the holder dies."""
+        # Closing the descriptor releases the lock; the lock file itself stays, because removing it would race with
+        # the next holder.
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
@@ -72,14 +75,16 @@ class Files:
         finally:
             os.close(descriptor)
 
+    # Every write is announced in pieces of PIECE bytes, so that a test can kill the process between two of them.
     def _write(self, path: Path, data: bytes, flags: int) -> None:
         self.step("open", path)
         descriptor = os.open(path, flags, 0o644)
         try:
-            view = memoryview(data)
-            while view:
+            # os.write may take fewer bytes than it was given; the view moves on without a copy.
+            remaining = memoryview(data)
+            while remaining:
                 self.step("write", path)
-                view = view[os.write(descriptor, view[:PIECE]) :]
+                remaining = remaining[os.write(descriptor, remaining[:PIECE]) :]
             self.step("fsync", path)
             os.fsync(descriptor)
         finally:
@@ -88,21 +93,21 @@ class Files:
 
 @contextmanager
 def disk_errors(root: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into coded ones."""
+    """Turn OSError into RatchetError: adapter.disk_full where no space is left, adapter.store_io otherwise."""
     try:
         yield
     except OSError as error:
-        where = str(error.filename or root)
+        error_path = str(error.filename or root)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RatchetError(
                 "adapter.disk_full",
                 "no space left; nothing was stored and the store is unharmed",
-                where=where,
+                where=error_path,
                 fix="free space on that disk, or remove untagged adapters, and store it again",
             ) from error
         raise RatchetError(
             "adapter.store_io",
             error.strerror or str(error),
-            where=where,
+            where=error_path,
             fix="check that the store's folder exists and is writable",
         ) from error

@@ -1,4 +1,4 @@
-"""Exchanging the running adapter between two chunks, or refusing to without a trace.
+"""Hot swap of the running LoRA adapter between two chunks; a refused swap leaves no trace.
 
 Knows the order of a swap: check everything, stage beside, try it on a canary observation, then flip. Knows no robot, no
 training and no network. The swapper owns the running adapter's tensors: nobody else may write them meanwhile.
@@ -102,22 +102,30 @@ class HotSwapper:
         keep: adapters kept in memory for immediate use, the running and the previous one included; at least 2.
         timeout: seconds to wait for a gap between forwards.
         """
-        self._policy, self._lora, self._store, self._mode = policy, lora, store, mode
-        self._keep, self._timeout = max(keep, 2), timeout
+        self._policy = policy
+        self._lora = lora
+        self._store = store
+        self._mode = mode
+        self._keep = max(keep, 2)
+        self._timeout = timeout
         self._binding = binding_of(policy)
         self._canary = Canary(policy, lora, canary)
         self._turns = Turns()
-        self._staging, self._committing = threading.Lock(), threading.Lock()
+        # One staging at a time: the canary's shadow policy is shared. Forwards and commits go on meanwhile.
+        self._staging = threading.Lock()
+        # Orders commit, rollback, merge and unmerge; guards _current, _previous, _resident and _merge.
+        self._committing = threading.Lock()
         self._merge: Merge | None = None
         effect = lora.effect()
-        arena = lora.arena
+        # In copy mode the layers keep their arena for good, so what runs needs a copy of its own to roll back to.
+        running_arena = lora.arena
         if mode == "copy":
-            arena = lora.new_arena()
-            arena.copy_(lora.arena)
-        name = self.base_id if effect.overall == 0.0 else lora.adapter(self._binding).id
-        self._current = Staged(name, arena, effect, self._canary.actions(arena))
+            running_arena = lora.new_arena()
+            running_arena.copy_(lora.arena)
+        initial_id = self.base_id if effect.overall == 0.0 else lora.adapter(self._binding).id
+        self._current = Staged(initial_id, running_arena, effect, self._canary.actions(running_arena))
         self._previous: Staged | None = None
-        self._resident: OrderedDict[str, Staged] = OrderedDict({name: self._current})
+        self._resident: OrderedDict[str, Staged] = OrderedDict({initial_id: self._current})
 
     # -- what runs -----------------------------------------------------------------------------------------------
 
@@ -169,42 +177,43 @@ class HotSwapper:
                 adapter.wrong_statistics, adapter.wrong_action_space, adapter.unsupported_config, adapter.missing_keys,
                 adapter.extra_keys, adapter.wrong_dtype, adapter.wrong_shape, adapter.not_finite, adapter.canary_failed.
         """
-        clock = [time.perf_counter()]
+        laps = [time.perf_counter()]
 
         def lap() -> float:
-            clock.append(time.perf_counter())
-            return clock[-1] - clock[-2]
+            laps.append(time.perf_counter())
+            return laps[-1] - laps[-2]
 
-        found = self._look_up(adapter) if isinstance(adapter, str) else adapter
-        if isinstance(found, Staged):
-            return dataclasses.replace(found, load=lap(), validate=0.0, stage=0.0, canary=0.0)
-        load = lap()
+        resolved = self._look_up(adapter) if isinstance(adapter, str) else adapter
+        if isinstance(resolved, Staged):
+            return dataclasses.replace(resolved, load=lap(), validate=0.0, stage=0.0, canary=0.0)
+        load_s = lap()
         scaling: dict[str, float] = {}
-        if found is not None:
-            self._require_identity(found, expected_id)
-            scaling = self._lora.check(found.tensors, found.config)
-        validate = lap()
+        if resolved is not None:
+            self._require_identity(resolved, expected_id)
+            scaling = self._lora.check(resolved.tensors, resolved.config)
+        validate_s = lap()
         with self._staging:
             on_gpu = self._lora.device.type == "cuda"
-            arena = Arena(self._lora.layout, torch.device("cpu"), pinned=on_gpu)
-            if found is not None:
-                self._lora.write(arena, found.tensors, scaling)
+            staged_arena = Arena(self._lora.layout, torch.device("cpu"), pinned=on_gpu)
+            if resolved is not None:
+                self._lora.write(staged_arena, resolved.tensors, scaling)
             if self._lora.device.type != "cpu":
-                on_device = self._lora.new_arena()
+                device_arena = self._lora.new_arena()
                 if on_gpu:  # beside the running forwards, which it neither waits for nor holds up
-                    side = torch.cuda.Stream(self._lora.device)  # type: ignore[no-untyped-call]
-                    side.wait_stream(torch.cuda.current_stream(self._lora.device))  # zeros are written there first
-                    with torch.cuda.stream(side):
-                        on_device.copy_(arena)
-                    side.synchronize()
+                    copy_stream = torch.cuda.Stream(self._lora.device)  # type: ignore[no-untyped-call]
+                    # The arena's zeros are written on the current stream; the copy must not overtake them.
+                    copy_stream.wait_stream(torch.cuda.current_stream(self._lora.device))
+                    with torch.cuda.stream(copy_stream):
+                        device_arena.copy_(staged_arena)
+                    copy_stream.synchronize()
                 else:
-                    on_device.copy_(arena)
-                arena = on_device
-            effect = self._lora.effect(arena)
-            stage = lap()
-            actions = self._canary.actions(arena, expected_actions, tolerance)
-        name = self.base_id if found is None else found.id
-        return Staged(name, arena, effect, actions, load, validate, stage, lap())
+                    device_arena.copy_(staged_arena)
+                staged_arena = device_arena
+            effect = self._lora.effect(staged_arena)
+            stage_s = lap()
+            canary_actions = self._canary.actions(staged_arena, expected_actions, tolerance)
+        staged_id = self.base_id if resolved is None else resolved.id
+        return Staged(staged_id, staged_arena, effect, canary_actions, load_s, validate_s, stage_s, lap())
 
     def commit(self, staged: Staged) -> SwapReport:
         """Flip to a staged adapter between two forwards.
@@ -245,23 +254,24 @@ class HotSwapper:
         with self._committing:
             if self._merge is not None:
                 return 0.0
-            merge = Merge(self._lora, self._lora.arena)
-            if not merge.finite:
+            # The expensive part, products and new weights, happens before forwards are held off.
+            merged_weights = Merge(self._lora, self._lora.arena)
+            if not merged_weights.finite:
                 raise RatchetError(
                     "adapter.not_finite", "merged weights overflow the base's dtype", fix="run this adapter unmerged"
                 )
-            held = self._change(merge.apply)
-            self._merge = merge
-            return held.seconds
+            interruption = self._change(merged_weights.apply)
+            self._merge = merged_weights
+            return interruption.seconds
 
     def unmerge(self) -> float:
         """Undo `merge`, bit for bit; returns seconds unavailable."""
         with self._committing:
             if self._merge is None:
                 return 0.0
-            held = self._change(self._merge.revert)
+            interruption = self._change(self._merge.revert)
             self._merge = None
-            return held.seconds
+            return interruption.seconds
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -270,40 +280,44 @@ class HotSwapper:
             raise RatchetError(
                 "adapter.merged", "the running adapter is merged into the base", fix="call unmerge() first"
             )
-        old = self._current
-        began = 0.0
+        old_staged = self._current
+        flip_began_s = 0.0
 
         def flip() -> None:
-            nonlocal began
-            began = time.perf_counter()
+            nonlocal flip_began_s
+            flip_began_s = time.perf_counter()
             if self._mode == "flip":
+                # Inside the exclusive section, so neither line allocates: pointers move, or bytes move in memory
+                # that exists.
                 self._lora.point_at(staged.arena)
             else:
                 self._lora.arena.copy_(staged.arena)
                 if self._lora.device.type != "cpu":
                     torch.cuda.synchronize(self._lora.device)
+            # Set inside the exclusive section, so that `running` never yields an id that its forward did not use.
             self._current = staged
 
-        asked = time.perf_counter()
-        held = Held(0.0, False) if staged.id == old.id else self._change(flip)
-        if staged.id != old.id:
-            self._previous = old
+        requested_s = time.perf_counter()
+        interruption = Held(0.0, False) if staged.id == old_staged.id else self._change(flip)
+        if staged.id != old_staged.id:
+            self._previous = old_staged
             self._resident[staged.id] = staged
-            self._resident.move_to_end(old.id)
+            self._resident.move_to_end(old_staged.id)
             self._resident.move_to_end(staged.id)
+            # The running and the previous adapter were just moved to the end, so they are never the ones dropped.
             while len(self._resident) > self._keep:
                 self._resident.popitem(last=False)
-        times = {name: getattr(staged, name) for name in ("load", "validate", "stage", "canary", "ready")}
+        stage_times = {part: getattr(staged, part) for part in ("load", "validate", "stage", "canary", "ready")}
         return SwapReport(
-            old_id=old.id,
+            old_id=old_staged.id,
             new_id=staged.id,
-            **times,
-            waited=max(began - asked, 0.0),
-            unavailable=held.seconds,
-            preempted=held.preempted,
+            **stage_times,
+            waited=max(flip_began_s - requested_s, 0.0),
+            unavailable=interruption.seconds,
+            preempted=interruption.preempted,
             effect=staged.effect.overall,
-            canary_change=float((staged.canary_actions - old.canary_actions).abs().max()),
-            warnings=self._warnings(staged, old),
+            canary_change=float((staged.canary_actions - old_staged.canary_actions).abs().max()),
+            warnings=self._warnings(staged, old_staged),
         )
 
     def _change(self, action: Callable[[], None]) -> Held:
@@ -320,10 +334,10 @@ class HotSwapper:
             return None
         if self._store is None:
             raise RatchetError("adapter.no_store", "no store to look adapters up in", fix="give the swapper a store")
-        name = self._store.resolve(reference)
-        if name == BASE:
+        adapter_id = self._store.resolve(reference)
+        if adapter_id == BASE:
             return None
-        return self._resident.get(name) or self._store.get(name)
+        return self._resident.get(adapter_id) or self._store.get(adapter_id)
 
     def _require_identity(self, adapter: Adapter, expected_id: str | None) -> None:
         if expected_id is not None and adapter.id != expected_id:
@@ -334,14 +348,21 @@ class HotSwapper:
             )
         self._binding.require(adapter.binding, where=adapter.id[:12])
 
-    def _warnings(self, staged: Staged, old: Staged) -> tuple[Problem, ...]:
-        found = []
-        nil, layers = staged.effect.nil, len(staged.effect.layers)
-        if staged.id == old.id:
-            found.append(Problem("adapter.already_active", staged.id[:12], "this adapter was running already", False))
-        if staged.id != self.base_id and len(nil) == layers:
-            found.append(Problem("adapter.no_effect", staged.id[:12], "it changes no weight: this is the base", False))
-        elif staged.id != self.base_id and nil:
-            text = f"{len(nil)} of {layers} layers are left as the base, first {nil[0]}"
-            found.append(Problem("adapter.partial_effect", staged.id[:12], text, False))
-        return tuple(found)
+    def _warnings(self, staged: Staged, old_staged: Staged) -> tuple[Problem, ...]:
+        warnings = []
+        unchanged_layers = staged.effect.nil
+        layer_count = len(staged.effect.layers)
+        if staged.id == old_staged.id:
+            warnings.append(
+                Problem("adapter.already_active", staged.id[:12], "this adapter was running already", False)
+            )
+        if staged.id != self.base_id and len(unchanged_layers) == layer_count:
+            warnings.append(
+                Problem("adapter.no_effect", staged.id[:12], "it changes no weight: this is the base", False)
+            )
+        elif staged.id != self.base_id and unchanged_layers:
+            partial_text = (
+                f"{len(unchanged_layers)} of {layer_count} layers are left as the base, first {unchanged_layers[0]}"
+            )
+            warnings.append(Problem("adapter.partial_effect", staged.id[:12], partial_text, False))
+        return tuple(warnings)

@@ -1,4 +1,4 @@
-"""What an adapter is and how its id is computed.
+"""Adapter identity: what an adapter consists of, and its content address (SHA-256).
 
 Knows tensors, PEFT's LoRA configuration fields and what an adapter is bound to (base, statistics, action space).
 Knows no module, no file and no running policy.
@@ -77,34 +77,39 @@ def canonical_config(config: Mapping[str, Any], where: str = "adapter_config.jso
         RatchetError: adapter.unsupported_config for any method but plain LoRA (DoRA, bias, modules_to_save, ...).
     """
 
-    def refuse(field: str, value: Any) -> RatchetError:
+    def refuse(field_name: str, setting: Any) -> RatchetError:
         return RatchetError(
             "adapter.unsupported_config",
-            f"{field}={value!r} is not supported",
+            f"{field_name}={setting!r} is not supported, only plain LoRA is",
             where=where,
             fix="use a plain LoRA adapter: weights A and B on linear or convolution layers, nothing else",
         )
 
-    method = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-    if method != "LORA":
-        raise refuse("peft_type", method)
+    peft_type = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    if peft_type != "LORA":
+        raise refuse("peft_type", peft_type)
     if config.get("init_lora_weights", True) not in _PLAIN_INIT:
         raise refuse("init_lora_weights", config["init_lora_weights"])
-    for field, value in config.items():
+    # Unknown fields are accepted only at a value that switches them off: a new PEFT option must not change what is
+    # computed unnoticed.
+    for field, setting in config.items():
         if field in _MEANING or field in _IRRELEVANT or field in ("peft_type", "init_lora_weights"):
             continue
-        if value not in (None, False, "none", {}, []):
-            raise refuse(field, value)
-    found = {field: config.get(field, default) for field, default in _MEANING.items()}
-    targets = found["target_modules"]
+        if setting not in (None, False, "none", {}, []):
+            raise refuse(field, setting)
+    canonical = {field: config.get(field, default) for field, default in _MEANING.items()}
+    targets = canonical["target_modules"]
+    # PEFT stores a set, whose order changes from run to run.
     if not isinstance(targets, str):
-        found["target_modules"] = sorted(targets) if targets else []
+        canonical["target_modules"] = sorted(targets) if targets else []
     for field in ("rank_pattern", "alpha_pattern"):
-        found[field] = {str(key): _number(value) for key, value in (found[field] or {}).items()}
-    found["lora_alpha"] = _number(found["lora_alpha"])
-    if not isinstance(found["r"], int) or found["r"] < 1:
-        raise refuse("r", found["r"])
-    return {"peft_type": "LORA", **found, "use_rslora": bool(found["use_rslora"])}
+        canonical[field] = {
+            str(layer_pattern): _number(setting) for layer_pattern, setting in (canonical[field] or {}).items()
+        }
+    canonical["lora_alpha"] = _number(canonical["lora_alpha"])
+    if not isinstance(canonical["r"], int) or canonical["r"] < 1:
+        raise refuse("r", canonical["r"])
+    return {"peft_type": "LORA", **canonical, "use_rslora": bool(canonical["use_rslora"])}
 
 
 def _number(value: float) -> float | int:
@@ -141,31 +146,38 @@ class Binding:
                 its statistics: where both differ it is another base, or the same one with other statistics, which is
                 another base as well.
         """
-        base = self.base_hash != other.base_hash
-        statistics = self.statistics_hash != other.statistics_hash
-        action = self.action_space_hash != other.action_space_hash
-        if not (base or statistics or action):
+        base_differs = self.base_hash != other.base_hash
+        statistics_differ = self.statistics_hash != other.statistics_hash
+        action_space_differs = self.action_space_hash != other.action_space_hash
+        if not (base_differs or statistics_differ or action_space_differs):
             return
-        named = {
-            "base model": (base, other.base_hash, self.base_hash),
-            "statistics": (statistics, other.statistics_hash, self.statistics_hash),
-            "action space": (action, other.action_space_hash, self.action_space_hash),
+        parts = {
+            "base model": (base_differs, other.base_hash, self.base_hash),
+            "statistics": (statistics_differ, other.statistics_hash, self.statistics_hash),
+            "action space": (action_space_differs, other.action_space_hash, self.action_space_hash),
         }
-        what = ", ".join(f"{name} {a[:12]} instead of {b[:12]}" for name, (bad, a, b) in named.items() if bad)
-        if action and not (base and statistics):
-            code, fix = "adapter.wrong_action_space", "use an adapter trained for this robot's action space"
-        elif statistics and not (action or base):
-            code, fix = "adapter.wrong_statistics", "statistics are frozen with the base: use those it was trained with"
+        mismatches = ", ".join(
+            f"{part_name} {adapter_hash[:12]} instead of {policy_hash[:12]}"
+            for part_name, (differs, adapter_hash, policy_hash) in parts.items()
+            if differs
+        )
+        if action_space_differs and not (base_differs and statistics_differ):
+            code = "adapter.wrong_action_space"
+            remedy = "use an adapter trained for this robot's action space"
+        elif statistics_differ and not (action_space_differs or base_differs):
+            code = "adapter.wrong_statistics"
+            remedy = "statistics are frozen with the base: use those it was trained with"
         else:
-            code, fix = "adapter.wrong_base", "name the base that the adapter was trained on, with --policy FOLDER"
-        raise RatchetError(code, f"adapter was made for {what}", where=where, fix=fix)
+            code = "adapter.wrong_base"
+            remedy = "name the base that the adapter was trained on, with --policy FOLDER"
+        raise RatchetError(code, f"adapter was made for {mismatches}", where=where, fix=remedy)
 
 
 def action_space_of(spec: PolicySpec) -> dict[str, Any]:
     """The fields of a PolicySpec that give its actions their meaning."""
-    fields = ("control_mode", "rotation", "frame", "action_names", "action_units", "chunk", "control_hz", "bins")
-    gripper = ("gripper_dim", "gripper_open", "gripper_closed")
-    return {name: _plain(getattr(spec, name)) for name in fields + gripper}
+    motion_fields = ("control_mode", "rotation", "frame", "action_names", "action_units", "chunk", "control_hz", "bins")
+    gripper_fields = ("gripper_dim", "gripper_open", "gripper_closed")
+    return {field_name: _plain(getattr(spec, field_name)) for field_name in motion_fields + gripper_fields}
 
 
 def binding_of(policy: Policy) -> Binding:
@@ -184,7 +196,7 @@ def binding_of(policy: Policy) -> Binding:
 def _plain(value: Any) -> Any:
     """Arrays, tensors, dataclasses and tuples as JSON data."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -200,34 +212,36 @@ def adapter_id(tensors: Mapping[str, Tensor], config: Mapping[str, Any], binding
     Raises:
         RatchetError: adapter.wrong_dtype for anything but float32, float16 and bfloat16; adapter.unsupported_config.
     """
-    sha = hashlib.sha256()
+    # The length in front of each record keeps ("ab", "c") and ("a", "bc") apart.
+    hasher = hashlib.sha256()
 
-    def record(data: Any, size: int) -> None:
-        sha.update(struct.pack("<Q", size))
-        sha.update(data)
+    def record(content: Any, byte_count: int) -> None:
+        hasher.update(struct.pack("<Q", byte_count))
+        hasher.update(content)
 
-    texts = [FORMAT, binding.base_hash, binding.statistics_hash, binding.action_space_hash]
-    for text in [*texts, canonical_json(canonical_config(config))]:
+    header_texts = [FORMAT, binding.base_hash, binding.statistics_hash, binding.action_space_hash]
+    for text in [*header_texts, canonical_json(canonical_config(config))]:
         encoded = text.encode()
         record(encoded, len(encoded))
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        shape = ",".join(map(str, tensor.shape))
-        for text in (name, dtype_name(tensor, name), shape):
+    for tensor_name in sorted(tensors):
+        tensor = tensors[tensor_name].detach().cpu().contiguous()
+        shape_text = ",".join(map(str, tensor.shape))
+        for text in (tensor_name, dtype_name(tensor, tensor_name), shape_text):
             encoded = text.encode()
             record(encoded, len(encoded))
-        data = tensor.reshape(-1).view(torch.uint8).numpy()
-        record(data, data.nbytes)
-    return sha.hexdigest()
+        # Raw bytes rather than values: bfloat16 has no numpy dtype, and -0.0 differs from 0.0.
+        raw_bytes = tensor.reshape(-1).view(torch.uint8).numpy()
+        record(raw_bytes, raw_bytes.nbytes)
+    return hasher.hexdigest()
 
 
-def dtype_name(tensor: Tensor, name: str) -> str:
+def dtype_name(tensor: Tensor, tensor_name: str) -> str:
     if tensor.dtype not in DTYPES:
         raise RatchetError(
             "adapter.wrong_dtype",
             f"{tensor.dtype} is not an adapter's dtype",
-            where=name,
-            fix=f"use one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}",
+            where=tensor_name,
+            fix=f"use one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}",
         )
     return DTYPES[tensor.dtype]
 
@@ -246,6 +260,7 @@ class Adapter:
     binding: Binding
 
     def __post_init__(self) -> None:
+        # The class is frozen; normalising here keeps every instance's config, and thus its id, canonical.
         object.__setattr__(self, "config", canonical_config(self.config))
 
     @cached_property
@@ -254,4 +269,4 @@ class Adapter:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())

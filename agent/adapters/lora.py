@@ -1,4 +1,4 @@
-"""PEFT LoRA layers on a policy's module, with all of an adapter's tensors in one arena.
+"""LoRA layers (PEFT) on a policy's module, with all of an adapter's tensors in one arena.
 
 Knows how LoRA is attached, named, checked against its layers, exported and measured. Knows no store, no lock and no
 learning algorithm: `hotswap` decides when the running tensors change, the learner how.
@@ -43,7 +43,7 @@ class Effect:
 
     @property
     def nil(self) -> tuple[str, ...]:
-        return tuple(name for name, value in self.layers.items() if value == 0.0)
+        return tuple(layer_path for layer_path, relative_norm in self.layers.items() if relative_norm == 0.0)
 
 
 def lora_config(rank: int, alpha: float, target_modules: str | Sequence[str] = "all-linear") -> LoraConfig:
@@ -58,16 +58,20 @@ def lora_config(rank: int, alpha: float, target_modules: str | Sequence[str] = "
 def room_for(config: Mapping[str, Any]) -> LoraConfig:
     """A configuration whose layers hold an adapter of another one: its largest rank, its own scale where no pattern
     says otherwise, and its layers."""
-    rank = max([int(config["r"]), *(int(r) for r in config["rank_pattern"].values())])
-    same = rank == config["r"] and not config["use_rslora"]
-    alpha = (
-        float(config["lora_alpha"])
-        if same
-        else rank * scaling_of({**config, "rank_pattern": {}, "alpha_pattern": {}}, "")
-    )
+    # Padding with zeros makes a smaller rank fit a larger one, so the room is the largest of all patterns.
+    largest_rank = max([int(config["r"]), *(int(pattern_rank) for pattern_rank in config["rank_pattern"].values())])
+    if largest_rank == config["r"] and not config["use_rslora"]:
+        alpha = float(config["lora_alpha"])
+    else:
+        # Another rank: alpha is chosen so that alpha / rank is the scale that the configuration meant.
+        alpha = largest_rank * scaling_of({**config, "rank_pattern": {}, "alpha_pattern": {}}, "")
     targets = config["target_modules"]
-    pattern = targets if isinstance(targets, str) else "|".join(rf"(.*\.)?{re.escape(t)}" for t in sorted(targets))
-    return lora_config(rank, alpha, pattern)
+    if isinstance(targets, str):
+        pattern = targets
+    else:
+        # PEFT reads a list as whole names or name endings; the same as a regular expression.
+        pattern = "|".join(rf"(.*\.)?{re.escape(target)}" for target in sorted(targets))
+    return lora_config(largest_rank, alpha, pattern)
 
 
 def attach(module: nn.Module, config: LoraConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Lora:
@@ -88,9 +92,10 @@ def attach(module: nn.Module, config: LoraConfig, *, dtype: torch.dtype = torch.
             f"lora_dropout={config.lora_dropout} would make log-probabilities random",
             fix="set lora_dropout to 0",
         )
-    if any(isinstance(m, LoraLayer) for m in module.modules()):
+    if any(isinstance(submodule, LoraLayer) for submodule in module.modules()):
         raise RatchetError("adapter.already_attached", "the module already carries LoRA layers", fix="attach once")
     try:
+        # A copy, because PEFT resolves target_modules in the configuration it is given.
         inject_adapter_in_model(copy.deepcopy(config), module, SLOT)
     except ValueError as error:
         raise RatchetError(
@@ -99,13 +104,14 @@ def attach(module: nn.Module, config: LoraConfig, *, dtype: torch.dtype = torch.
             where=f"target_modules={config.target_modules}",
             fix='name linear layers of the policy, or "all-linear"',
         ) from None
+    # Nothing but A and B may be trained, whatever the module came with.
     module.requires_grad_(False)
-    for layer in _lora_layers(module).values():
-        for half in (layer.lora_A, layer.lora_B):
-            half[SLOT].to(dtype).requires_grad_(True)
-    lora = Lora(module, config)
-    lora.reset(seed)
-    return lora
+    for lora_layer in _lora_layers(module).values():
+        for half_module in (lora_layer.lora_A, lora_layer.lora_B):
+            half_module[SLOT].to(dtype).requires_grad_(True)
+    attached_lora = Lora(module, config)
+    attached_lora.reset(seed)
+    return attached_lora
 
 
 class Lora:
@@ -117,28 +123,31 @@ class Lora:
         self.layers = _lora_layers(module)
         if not self.layers:
             raise RatchetError("adapter.no_layers", "the module carries no LoRA layers", fix="call attach() first")
-        for path, layer in self.layers.items():
-            plain = type(layer) is Linear or (type(layer) is Conv2d and layer.get_base_layer().groups == 1)
-            if not plain:
+        for layer_path, lora_layer in self.layers.items():
+            supported = type(lora_layer) is Linear or (
+                type(lora_layer) is Conv2d and lora_layer.get_base_layer().groups == 1
+            )
+            if not supported:
                 raise RatchetError(
                     "adapter.unsupported_layer",
-                    f"{type(layer.get_base_layer()).__name__} cannot carry an adapter here",
-                    where=path,
+                    f"{type(lora_layer.get_base_layer()).__name__} cannot carry an adapter here",
+                    where=layer_path,
                     fix="target linear layers and ungrouped 2-D convolutions only",
                 )
         self._loaded: dict[str, torch.dtype] = {}  # what the running adapter was stored in, where that is narrower
         self.parameters: dict[str, nn.Parameter] = {}
-        for path, layer in self.layers.items():
-            for half in ("lora_A", "lora_B"):
-                self.parameters[tensor_name(path, half)] = getattr(layer, half)[SLOT].weight
-        self.scaling = {path: float(layer.scaling[SLOT]) for path, layer in self.layers.items()}
+        for layer_path, lora_layer in self.layers.items():
+            for half_name in ("lora_A", "lora_B"):
+                self.parameters[tensor_name(layer_path, half_name)] = getattr(lora_layer, half_name)[SLOT].weight
+        self.scaling = {layer_path: float(lora_layer.scaling[SLOT]) for layer_path, lora_layer in self.layers.items()}
         self.config = canonical_config({**config.to_dict(), "target_modules": self._targets()})
         self.layout = Layout(self.parameters)
-        start = self.new_arena()
-        for name, parameter in self.parameters.items():
-            start.views[name].copy_(parameter.data)
-        self.arena = start
-        self.point_at(start)
+        # From here on the parameters are views of one block; what PEFT initialised is copied over.
+        first_arena = self.new_arena()
+        for peft_name, parameter in self.parameters.items():
+            first_arena.views[peft_name].copy_(parameter.data)
+        self.arena = first_arena
+        self.point_at(first_arena)
 
     @property
     def device(self) -> torch.device:
@@ -146,20 +155,22 @@ class Lora:
 
     def trainable(self) -> list[nn.Parameter]:
         """The adapter's parameters in sorted order of their names; everything else is frozen."""
-        return [self.parameters[name] for name in sorted(self.parameters)]
+        return [self.parameters[peft_name] for peft_name in sorted(self.parameters)]
 
     def reset(self, seed: int) -> None:
         """A to Kaiming uniform from a generator of its own, B to zero: the base's behaviour."""
         self._loaded = {}
         generator = torch.Generator().manual_seed(seed)
-        for name in sorted(self.parameters):
-            parameter = self.parameters[name]
-            if ".lora_B." in name:
+        for peft_name in sorted(self.parameters):
+            parameter = self.parameters[peft_name]
+            if ".lora_B." in peft_name:
                 parameter.data.zero_()
                 continue
-            bound = 1.0 / math.sqrt(parameter[0].numel())
-            values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
-            parameter.data.copy_(values)
+            # Kaiming uniform with a = sqrt(5), as PEFT: the bound is 1 / sqrt(fan_in). Drawn on the CPU, so that a
+            # seed gives the same A on every device.
+            uniform_bound = 1.0 / math.sqrt(parameter[0].numel())
+            initial_values = torch.rand(parameter.shape, generator=generator) * (2 * uniform_bound) - uniform_bound
+            parameter.data.copy_(initial_values)
 
     def export(self) -> dict[str, Tensor]:
         """The running adapter as PEFT names it, copied to the CPU.
@@ -167,12 +178,16 @@ class Lora:
         An adapter that was stored in a narrower dtype and has not changed since is given as it was stored, so that it
         keeps its id; once trained it is float32.
         """
-        tensors = {name: self.parameters[name].detach().cpu().clone() for name in sorted(self.parameters)}
+        tensors = {
+            peft_name: self.parameters[peft_name].detach().cpu().clone() for peft_name in sorted(self.parameters)
+        }
         if not self._loaded:
             return tensors
-        stored = {name: tensor.to(self._loaded[name]) for name, tensor in tensors.items()}
-        same = all(torch.equal(stored[name].to(tensor.dtype), tensor) for name, tensor in tensors.items())
-        return stored if same else tensors
+        narrowed = {peft_name: tensor.to(self._loaded[peft_name]) for peft_name, tensor in tensors.items()}
+        unchanged = all(
+            torch.equal(narrowed[peft_name].to(tensor.dtype), tensor) for peft_name, tensor in tensors.items()
+        )
+        return narrowed if unchanged else tensors
 
     def adapter(self, binding: Binding) -> Adapter:
         """The running adapter as an immutable value with an id."""
@@ -183,32 +198,38 @@ class Lora:
 
     def point_at(self, arena: Arena) -> None:
         """Make the layers use another arena. No copy: optimisers keep their parameters, tensors change under them."""
-        for name, parameter in self.parameters.items():
-            parameter.data = arena.views[name]
+        for peft_name, parameter in self.parameters.items():
+            parameter.data = arena.views[peft_name]
         self.arena = arena
 
     def load(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
         """Copy an adapter into the running arena; refused before the first write as in `check`."""
         self.write(self.arena, tensors, self.check(tensors, config if config is not None else self.config))
-        narrow = any(tensors[name].dtype != own.dtype for name, own in self.parameters.items())
-        self._loaded = {name: tensors[name].dtype for name in self.parameters} if narrow else {}
+        is_narrower = any(
+            tensors[peft_name].dtype != parameter.dtype for peft_name, parameter in self.parameters.items()
+        )
+        self._loaded = {peft_name: tensors[peft_name].dtype for peft_name in self.parameters} if is_narrower else {}
 
     def write(self, arena: Arena, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
         """Write an adapter that `check` passed, with the scaling it returned, into an arena.
 
         A smaller rank is padded with zeros and another alpha is folded into B, so that shapes and scaling never change.
         """
-        for name, view in arena.views.items():
-            source = tensors[name]
-            path, half = split_name(name)
-            if half == "lora_B" and scaling[path] != self.scaling[path]:
-                source = source.float() * (scaling[path] / self.scaling[path])
-            if source.shape == view.shape:
-                view.copy_(source.detach())
+        # No allocation of arena memory here: every view exists, tensors are copied into it.
+        for peft_name, target_view in arena.views.items():
+            source = tensors[peft_name]
+            layer_path, half_name = split_name(peft_name)
+            if half_name == "lora_B" and scaling[layer_path] != self.scaling[layer_path]:
+                source = source.float() * (scaling[layer_path] / self.scaling[layer_path])
+            if source.shape == target_view.shape:
+                target_view.copy_(source.detach())
                 continue
-            view.zero_()
-            rank = source.shape[0] if half == "lora_A" else source.shape[1]
-            (view[:rank] if half == "lora_A" else view[:, :rank]).copy_(source.detach())
+            # Rows of A and columns of B beyond the smaller rank are zero, so their product adds nothing.
+            target_view.zero_()
+            source_rank = source.shape[0] if half_name == "lora_A" else source.shape[1]
+            (target_view[:source_rank] if half_name == "lora_A" else target_view[:, :source_rank]).copy_(
+                source.detach()
+            )
 
     def check(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, float]:
         """Refuse an adapter that does not fit these layers; returns its scaling per layer. Writes nothing.
@@ -219,103 +240,129 @@ class Lora:
         """
         config = canonical_config(config)
         _check_keys(self.parameters.keys(), tensors.keys())
-        scaling: dict[str, float] = {}
-        for name in sorted(self.parameters):
-            theirs, mine = tensors[name], self.parameters[name]
-            path, half = split_name(name)
-            if not torch.can_cast(theirs.dtype, mine.dtype) or theirs.element_size() > mine.element_size():
+        scaling_by_layer: dict[str, float] = {}
+        for peft_name in sorted(self.parameters):
+            candidate = tensors[peft_name]
+            parameter = self.parameters[peft_name]
+            layer_path, half_name = split_name(peft_name)
+            # Narrower than the layer is fine, every value survives; wider would be rounded silently.
+            if (
+                not torch.can_cast(candidate.dtype, parameter.dtype)
+                or candidate.element_size() > parameter.element_size()
+            ):
                 raise RatchetError(
                     "adapter.wrong_dtype",
-                    f"{dtype_name(theirs, name)} does not fit into {dtype_name(mine, name)} without loss",
-                    where=name,
+                    f"{dtype_name(candidate, peft_name)} does not fit into "
+                    f"{dtype_name(parameter, peft_name)} without loss",
+                    where=peft_name,
                     fix="attach the LoRA layers in float32",
                 )
-            rank = _pattern(config["rank_pattern"], path, config["r"])
-            axis = 0 if half == "lora_A" else 1
-            expected = tuple(rank if i == axis else n for i, n in enumerate(mine.shape))
-            if tuple(theirs.shape) != expected or rank > mine.shape[axis]:
+            stated_rank = _pattern(config["rank_pattern"], layer_path, config["r"])
+            rank_axis = 0 if half_name == "lora_A" else 1
+            expected_shape = tuple(
+                stated_rank if axis == rank_axis else axis_size for axis, axis_size in enumerate(parameter.shape)
+            )
+            if tuple(candidate.shape) != expected_shape or stated_rank > parameter.shape[rank_axis]:
                 raise RatchetError(
                     "adapter.wrong_shape",
-                    f"shape {tuple(theirs.shape)}, rank {rank} in its configuration, layer takes {tuple(mine.shape)}",
-                    where=name,
+                    f"shape {tuple(candidate.shape)}, rank {stated_rank} in its configuration, "
+                    f"layer takes {tuple(parameter.shape)}",
+                    where=peft_name,
                     fix="use an adapter of this base and of at most the rank that was attached",
                 )
-            if not bool(torch.isfinite(theirs).all()):
+            if not bool(torch.isfinite(candidate).all()):
                 raise RatchetError(
-                    "adapter.not_finite", "NaN or infinity among the weights", where=name, fix="train it again"
+                    "adapter.not_finite", "NaN or infinity among the weights", where=peft_name, fix="train it again"
                 )
-            scaling[path] = scaling_of(config, path)
-        return scaling
+            scaling_by_layer[layer_path] = scaling_of(config, layer_path)
+        return scaling_by_layer
 
     def effect(self, arena: Arena | None = None) -> Effect:
         """How much the adapter in an arena (default: the running one) changes each layer; cost is a rank's, not W's."""
         views = (arena or self.arena).views
-        layers: dict[str, float] = {}
-        total = 0.0
-        for path in self.layers:
-            a = views[tensor_name(path, "lora_A")].flatten(1).double()
-            b = views[tensor_name(path, "lora_B")].flatten(1).double()
+        relative_norms: dict[str, float] = {}
+        total_squared = 0.0
+        for layer_path in self.layers:
+            lora_a = views[tensor_name(layer_path, "lora_A")].flatten(1).double()
+            lora_b = views[tensor_name(layer_path, "lora_B")].flatten(1).double()
             # ||B A||^2 = trace((B^T B) (A A^T)), which never builds the (out, in) product.
-            squared = float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0.0)) * self.scaling[path] ** 2
-            total += squared
-            layers[path] = math.sqrt(squared) / max(self._base_norms[path], 1e-30)
-        norm = math.sqrt(sum(n * n for n in self._base_norms.values()))
-        return Effect(math.sqrt(total) / max(norm, 1e-30), layers)
+            delta_squared = (
+                float(((lora_b.T @ lora_b) * (lora_a @ lora_a.T)).sum().clamp_min(0.0)) * self.scaling[layer_path] ** 2
+            )
+            total_squared += delta_squared
+            relative_norms[layer_path] = math.sqrt(delta_squared) / max(self._base_norms[layer_path], 1e-30)
+        base_norm = math.sqrt(sum(layer_norm * layer_norm for layer_norm in self._base_norms.values()))
+        return Effect(math.sqrt(total_squared) / max(base_norm, 1e-30), relative_norms)
 
     @cached_property
     def _base_norms(self) -> dict[str, float]:
         return {
-            path: float(torch.linalg.vector_norm(layer.get_base_layer().weight.detach(), dtype=torch.float32))
-            for path, layer in self.layers.items()
+            layer_path: float(
+                torch.linalg.vector_norm(lora_layer.get_base_layer().weight.detach(), dtype=torch.float32)
+            )
+            for layer_path, lora_layer in self.layers.items()
         }
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the base model alone inside this block; not for use beside another thread's forward."""
-        for layer in self.layers.values():
-            layer._disable_adapters = True
+        for lora_layer in self.layers.values():
+            lora_layer._disable_adapters = True
         try:
             yield
         finally:
-            for layer in self.layers.values():
-                layer._disable_adapters = False
+            for lora_layer in self.layers.values():
+                lora_layer._disable_adapters = False
 
     def _targets(self) -> str | list[str]:
         """`target_modules` that makes PEFT find exactly these layers again."""
-        names = [path for path, _ in self.module.named_modules() if path and ".base_layer" not in path]
-        inner = (".lora_A", ".lora_B", ".lora_dropout", ".lora_embedding", ".lora_magnitude")
-        names = [n for n in names if not any(part in n for part in inner)]
+        module_paths = [
+            module_path
+            for module_path, _ in self.module.named_modules()
+            if module_path and ".base_layer" not in module_path
+        ]
+        peft_suffixes = (".lora_A", ".lora_B", ".lora_dropout", ".lora_embedding", ".lora_magnitude")
+        module_paths = [
+            module_path for module_path in module_paths if not any(suffix in module_path for suffix in peft_suffixes)
+        ]
         # PEFT matches list entries as name endings, so an entry may catch a layer that carries no adapter.
-        caught = {n for n in names for p in self.layers if n == p or n.endswith("." + p)}
-        if caught == set(self.layers):
+        matched_paths = {
+            module_path
+            for module_path in module_paths
+            for layer_path in self.layers
+            if module_path == layer_path or module_path.endswith("." + layer_path)
+        }
+        if matched_paths == set(self.layers):
             return sorted(self.layers)
-        return "(" + "|".join(sorted(p.replace(".", r"\.") for p in self.layers)) + ")"
+        return "(" + "|".join(sorted(layer_path.replace(".", r"\.") for layer_path in self.layers)) + ")"
 
 
-def tensor_name(path: str, half: str) -> str:
+def tensor_name(layer_path: str, half_name: str) -> str:
     """PEFT's name of one half of a layer's adapter: half is `lora_A` or `lora_B`."""
-    return f"{PREFIX}{path}.{half}.weight"
+    return f"{PREFIX}{layer_path}.{half_name}.weight"
 
 
-def split_name(name: str) -> tuple[str, str]:
+def split_name(peft_name: str) -> tuple[str, str]:
     """Inverse of `tensor_name`."""
-    path, half, _ = name.removeprefix(PREFIX).rsplit(".", 2)
-    return path, half
+    layer_path, half_name, _ = peft_name.removeprefix(PREFIX).rsplit(".", 2)
+    return layer_path, half_name
 
 
 def peft_config(config: Mapping[str, Any]) -> LoraConfig:
     """PEFT's own configuration object for a canonical one."""
-    return LoraConfig(**{key: value for key, value in config.items() if key != "peft_type"})
+    return LoraConfig(**{field_name: setting for field_name, setting in config.items() if field_name != "peft_type"})
 
 
 def _lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
-    return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    return {
+        layer_path: submodule for layer_path, submodule in module.named_modules() if isinstance(submodule, LoraLayer)
+    }
 
 
-def scaling_of(config: Mapping[str, Any], path: str) -> float:
+def scaling_of(config: Mapping[str, Any], layer_path: str) -> float:
     """The factor of B A in one layer, as a canonical configuration says."""
-    rank = _pattern(config["rank_pattern"], path, config["r"])
-    alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
+    rank = _pattern(config["rank_pattern"], layer_path, config["r"])
+    alpha = _pattern(config["alpha_pattern"], layer_path, config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config["use_rslora"] else float(rank))
 
 
@@ -328,27 +375,28 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
     if not (math.isfinite(factor) and factor >= 0):
         raise RatchetError("adapter.bad_scale", f"factor {factor}", fix="a number of at least 0")
     tensors = {
-        name: t if split_name(name)[1] == "lora_A" else (factor * t.float()).to(t.dtype)
-        for name, t in adapter.tensors.items()
+        peft_name: tensor if split_name(peft_name)[1] == "lora_A" else (factor * tensor.float()).to(tensor.dtype)
+        for peft_name, tensor in adapter.tensors.items()
     }
     return Adapter(tensors, adapter.config, adapter.binding)
 
 
-def _pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    return pattern.get(get_pattern_key(pattern.keys(), path), default)
+def _pattern(value_by_pattern: Mapping[str, Any], layer_path: str, default: Any) -> Any:
+    return value_by_pattern.get(get_pattern_key(value_by_pattern.keys(), layer_path), default)
 
 
-def _check_keys(mine: Any, theirs: Any) -> None:
-    missing, extra = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
-    if missing:
+def _check_keys(expected_names: Any, given_names: Any) -> None:
+    missing_names = sorted(set(expected_names) - set(given_names))
+    extra_names = sorted(set(given_names) - set(expected_names))
+    if missing_names:
         raise RatchetError(
             "adapter.missing_keys",
-            f"{len(missing)} of {len(set(mine))} tensors are missing: {json.dumps(missing[:3])}",
+            f"{len(missing_names)} of {len(set(expected_names))} tensors are missing: {json.dumps(missing_names[:3])}",
             fix="export the whole adapter; layers without one would silently stay the base",
         )
-    if extra:
+    if extra_names:
         raise RatchetError(
             "adapter.extra_keys",
-            f"{len(extra)} tensors belong to no adapted layer: {json.dumps(extra[:3])}",
+            f"{len(extra_names)} tensors belong to no adapted layer: {json.dumps(extra_names[:3])}",
             fix="attach LoRA to the same layers, and save with save_embedding_layers=False",
         )

@@ -1,4 +1,4 @@
-"""Merging the running adapter into the base weights, for the base's own speed, and exact unmerging.
+"""Merge of the running LoRA adapter into the base weights, for the base's own speed, and exact unmerging.
 
 Knows weights and PEFT's merged flag. Knows no lock: `hotswap` calls `apply` and `revert` between forwards.
 The base's tensors are never written: merged weights are new tensors that the layers point at, so unmerging restores the
@@ -25,25 +25,31 @@ class Merge:
             RatchetError: adapter.tied_weights where an adapted weight is shared with a module that is not adapted.
         """
         self.weights: dict[str, Tensor] = {}
-        owners: dict[int, list[str]] = {}
-        for name, parameter in lora.module.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
-        for path, layer in lora.layers.items():
-            weight = layer.get_base_layer().weight
-            shared = [n for n in owners[id(weight)] if n != f"{path}.base_layer.weight"]
-            if shared:
+        # One storage under several names (tied embeddings): merging one of them would change the others.
+        paths_by_storage: dict[int, list[str]] = {}
+        for parameter_path, parameter in lora.module.named_parameters(remove_duplicate=False):
+            paths_by_storage.setdefault(id(parameter), []).append(parameter_path)
+        for layer_path, lora_layer in lora.layers.items():
+            weight = lora_layer.get_base_layer().weight
+            other_paths = [
+                parameter_path
+                for parameter_path in paths_by_storage[id(weight)]
+                if parameter_path != f"{layer_path}.base_layer.weight"
+            ]
+            if other_paths:
                 raise RatchetError(
                     "adapter.tied_weights",
-                    f"its weight is also {shared[0]}, which merging would change",
-                    where=path,
+                    f"its weight is also {other_paths[0]}, which merging would change",
+                    where=layer_path,
                     fix="run this adapter unmerged",
                 )
-            a = arena.views[tensor_name(path, "lora_A")].flatten(1).float()
-            b = arena.views[tensor_name(path, "lora_B")].flatten(1).float()
-            delta = (b @ a).reshape(weight.shape) * lora.scaling[path]
-            self.weights[path] = (weight.detach().float() + delta).to(weight.dtype)
+            # (r, in) and (out, r); a convolution's kernel is flattened to the same form.
+            lora_a_ri = arena.views[tensor_name(layer_path, "lora_A")].flatten(1).float()
+            lora_b_or = arena.views[tensor_name(layer_path, "lora_B")].flatten(1).float()
+            weight_change = (lora_b_or @ lora_a_ri).reshape(weight.shape) * lora.scaling[layer_path]
+            self.weights[layer_path] = (weight.detach().float() + weight_change).to(weight.dtype)
         # Looked up now, so that pointing takes no longer than it must.
-        self._layers = [(layer, layer.get_base_layer().weight) for layer in lora.layers.values()]
+        self._layers = [(lora_layer, lora_layer.get_base_layer().weight) for lora_layer in lora.layers.values()]
         self._base = [weight.data for _, weight in self._layers]
 
     @property
@@ -53,12 +59,12 @@ class Merge:
 
     def apply(self) -> None:
         """Point the layers at the merged weights."""
-        for (layer, weight), merged in zip(self._layers, self.weights.values(), strict=True):
-            weight.data = merged
-            layer.merged_adapters = [SLOT]
+        for (lora_layer, weight), merged_weight in zip(self._layers, self.weights.values(), strict=True):
+            weight.data = merged_weight
+            lora_layer.merged_adapters = [SLOT]
 
     def revert(self) -> None:
         """Point the layers back at the base."""
-        for (layer, weight), base in zip(self._layers, self._base, strict=True):
-            weight.data = base
-            layer.merged_adapters = []
+        for (lora_layer, weight), base_weight in zip(self._layers, self._base, strict=True):
+            weight.data = base_weight
+            lora_layer.merged_adapters = []

@@ -1,4 +1,4 @@
-"""PEFT's adapter folder: `adapter_model.safetensors` and `adapter_config.json`.
+"""PEFT adapter folders: read and write `adapter_model.safetensors` and `adapter_config.json`.
 
 Knows how to read what `peft` saved and to write what `peft` loads, refusing what is damaged. Knows no id and no store.
 """
@@ -25,75 +25,80 @@ PICKLED = "adapter_model.bin"
 def weights_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """The weights file, as PEFT writes it."""
     # safetensors refuses tensors that share memory, such as views of one received buffer.
-    alone = {name: tensor.detach().contiguous().clone() for name, tensor in sorted(tensors.items())}
-    data: bytes = safetensors.torch.save(alone, metadata={"format": "pt"})
-    return data
+    unshared = {tensor_name: tensor.detach().contiguous().clone() for tensor_name, tensor in sorted(tensors.items())}
+    file_bytes: bytes = safetensors.torch.save(unshared, metadata={"format": "pt"})
+    return file_bytes
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
     """The configuration file: PEFT's full one, so that any version of it can read it."""
     from agent.adapters.lora import peft_config  # peft takes seconds to load, and whoever only reads needs none of it
 
-    full = peft_config(config).to_dict()
-    full["peft_type"] = "LORA"
-    full["inference_mode"] = True
-    full["target_modules"] = config["target_modules"]
-    full.pop("runtime_config", None)
-    return (json.dumps(full, indent=2, sort_keys=True) + "\n").encode()
+    config_fields = peft_config(config).to_dict()
+    config_fields["peft_type"] = "LORA"
+    config_fields["inference_mode"] = True
+    config_fields["target_modules"] = config["target_modules"]
+    # Settings of the running process, which PEFT does not save either.
+    config_fields.pop("runtime_config", None)
+    return (json.dumps(config_fields, indent=2, sort_keys=True) + "\n").encode()
 
 
-def read_weights(data: bytes, where: str) -> dict[str, Tensor]:
-    """Tensors of a weights file.
+def read_weights(file_bytes: bytes, source: str) -> dict[str, Tensor]:
+    """Parse a weights file into tensors.
 
     Raises:
         RatchetError: adapter.truncated for a cut or malformed file, adapter.wrong_dtype.
     """
     try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+        tensors: dict[str, Tensor] = safetensors.torch.load(file_bytes)
     except SafetensorError as error:
         raise RatchetError(
             "adapter.truncated",
             f"not a complete safetensors file: {error}",
-            where=where,
+            where=source,
             fix="copy or export the adapter again",
         ) from None
-    for name, tensor in tensors.items():
-        dtype_name(tensor, f"{where}: {name}")
+    for tensor_name, tensor in tensors.items():
+        dtype_name(tensor, f"{source}: {tensor_name}")
     return tensors
 
 
-def read_config(data: bytes, where: str) -> dict[str, Any]:
-    """Canonical configuration of a configuration file.
+def read_config(file_bytes: bytes, source: str) -> dict[str, Any]:
+    """Parse a configuration file into its canonical form.
 
     Raises:
         RatchetError: adapter.bad_config for broken JSON, adapter.unsupported_config.
     """
     try:
-        raw = json.loads(data)
+        config_fields = json.loads(file_bytes)
     except ValueError as error:
         raise RatchetError(
-            "adapter.bad_config", f"not JSON: {error}", where=where, fix="export the adapter again"
+            "adapter.bad_config", f"not JSON: {error}", where=source, fix="export the adapter again"
         ) from None
-    if not isinstance(raw, dict):
-        raise RatchetError("adapter.bad_config", "not a JSON object", where=where, fix="export the adapter again")
-    return canonical_config(raw, where)
+    if not isinstance(config_fields, dict):
+        raise RatchetError("adapter.bad_config", "not a JSON object", where=source, fix="export the adapter again")
+    return canonical_config(config_fields, source)
 
 
-def read_file(path: Path) -> bytes:
-    """A file of an adapter.
+def read_file(file_path: Path) -> bytes:
+    """Read a file of an adapter folder.
 
     Raises:
         RatchetError: adapter.missing_file, naming what the folder does hold.
     """
     try:
-        return path.read_bytes()
+        return file_path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        there = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no such folder"
+        file_names = (
+            ", ".join(sorted(sibling.name for sibling in file_path.parent.iterdir()))
+            if file_path.parent.is_dir()
+            else "no such folder"
+        )
         raise RatchetError(
             "adapter.missing_file",
-            f"no {path.name}",
-            where=str(path.parent),
-            fix=f"give a folder saved by peft; found there: {there or 'nothing'}",
+            f"no {file_path.name}",
+            where=str(file_path.parent),
+            fix=f"give a folder saved by peft; found there: {file_names or 'nothing'}",
         ) from None
 
 
@@ -118,9 +123,9 @@ def import_folder(folder: str | Path, binding: Binding) -> Adapter:
     if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
         raise RatchetError(
             "adapter.pickled",
-            f"{PICKLED} is a pickle: whoever opens it runs what it says",
+            f"{PICKLED} is a pickle: loading it executes code from the file",
             where=str(folder),
-            fix="have its author save it with safe_serialization=True, or convert it where that risk is taken",
+            fix="ask its author to save it with safe_serialization=True, or convert it in a sandbox",
         )
     config = read_config(read_file(folder / CONFIG), str(folder / CONFIG))
     tensors = read_weights(read_file(folder / WEIGHTS), str(folder / WEIGHTS))

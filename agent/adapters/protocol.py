@@ -1,4 +1,4 @@
-"""The AdapterStore protocol: what the runtime, the learner and the gate may ask of any store of adapters.
+"""Protocol of adapter stores: what the runtime, the learner and the gate may ask of any of them.
 
 Knows ids, cards, tags and their history. Knows no file and no network. `tests/conformance/store_suite.py` is the suite
 that every store must pass.
@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from agent.adapters.identity import Adapter
 
 BASE = "base"
-"""What stands for the base without an adapter: a reference like an id, and where a tag may point. It has no card."""
+"""The base model without an adapter: usable as a reference like an id, and as a tag's target. It has no card."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Card:
-    """What the store tells about one adapter without reading its tensors.
+    """Metadata of one adapter, readable without its tensors.
 
     statistics, action_space: the content whose hashes went into the id.
     created: UTC, ISO 8601; software: version of this package that stored it.

@@ -1,6 +1,6 @@
-"""A folder of adapters under their ids, with tags: the store of one machine.
+"""Adapter store in a folder, content-addressed, with tags: the store of one machine.
 
-Knows files, locks and what to do when the disk is full or the power goes. Knows no module and no policy.
+Knows files, locks and how to survive a full disk or a power cut. Knows no module and no policy.
 
     objects/<id>/adapter_model.safetensors, adapter_config.json   loadable by peft as they are
     objects/<id>/card.json                                        what the id was made of, lineage, metrics
@@ -56,7 +56,9 @@ class FolderStore:
         """
         self.root = Path(root)
         self._files = files or Files()
-        self._objects, self._scratch = self.root / "objects", self.root / "scratch"
+        # All three folders are on one file system, so that a rename from scratch is atomic.
+        self._objects = self.root / "objects"
+        self._scratch = self.root / "scratch"
         folders = (self._objects, self.root / "tags")
         if create:
             with disk_errors(self.root):
@@ -96,9 +98,11 @@ class FolderStore:
                 problems = self._check(target)
                 if not problems:
                     return self._card(adapter.id)
+            # All files are written and synced in scratch; the rename below is the one moment at which the adapter
+            # exists.
             self._files.folder(scratch)
-            for name, data in contents.items():
-                self._files.create(scratch / name, data)
+            for file_name, file_bytes in contents.items():
+                self._files.create(scratch / file_name, file_bytes)
             self._files.sync_folder(scratch)
             if target.is_dir():
                 self._files.rename(target, self._scratch / f"damaged-{secrets.token_hex(8)}")
@@ -112,56 +116,60 @@ class FolderStore:
         return self._card(self._stored(reference))
 
     def annotate(self, reference: str, metrics: Mapping[str, float], *, gate: Mapping[str, Any] | None = None) -> Card:
-        name = self._stored(reference)
+        adapter_id = self._stored(reference)
         with self._writing() as scratch:
-            card = self._card(name)
-            merged = {**card.provenance.metrics, **metrics}
-            verdict = card.provenance.gate if gate is None else gate
-            provenance = dataclasses.replace(card.provenance, metrics=merged, gate=verdict)
+            card = self._card(adapter_id)
+            all_metrics = {**card.provenance.metrics, **metrics}
+            gate_report = card.provenance.gate if gate is None else gate
+            provenance = dataclasses.replace(card.provenance, metrics=all_metrics, gate=gate_report)
             card = dataclasses.replace(card, provenance=provenance)
             self._files.create(scratch, _card_bytes(card))
-            self._files.rename(scratch, self._objects / name / CARD)
+            self._files.rename(scratch, self._objects / adapter_id / CARD)
         return card
 
     def ids(self) -> list[str]:
-        return sorted(p.name for p in self._objects.iterdir() if _ID.fullmatch(p.name))
+        return sorted(
+            object_folder.name for object_folder in self._objects.iterdir() if _ID.fullmatch(object_folder.name)
+        )
 
     def lineage(self, reference: str) -> list[str]:
-        known, line = set(self.ids()), [self._stored(reference)]
-        while (parent := self._card(line[-1]).provenance.parent) in known and parent not in line:
-            line.append(str(parent))
-        return line
+        stored_ids = set(self.ids())
+        ancestors = [self._stored(reference)]
+        while (parent := self._card(ancestors[-1]).provenance.parent) in stored_ids and parent not in ancestors:
+            ancestors.append(str(parent))
+        return ancestors
 
     def remove(self, reference: str) -> None:
-        name = self._stored(reference)
+        adapter_id = self._stored(reference)
         with self._writing() as scratch:
-            holders = [tag for tag, target in self._tags.all().items() if target == name]
+            holders = [tag for tag, target_id in self._tags.all().items() if target_id == adapter_id]
             if holders:
                 raise RatchetError(
                     "adapter.in_use",
-                    f"{name[:12]} is tagged {', '.join(holders)}",
+                    f"{adapter_id[:12]} is tagged {', '.join(holders)}",
                     where=str(self.root),
                     fix="point the tag at another adapter first",
                 )
-            self._files.rename(self._objects / name, scratch)
+            self._files.rename(self._objects / adapter_id, scratch)
             self._files.remove(scratch)
 
     # -- references and tags -------------------------------------------------------------------------------------
 
     def resolve(self, reference: str) -> str:
-        tagged = self._tags.get(reference)
+        tag_target = self._tags.get(reference)
         if reference == BASE or (reference == "active" and not self._tags.has("active")):
-            tagged = BASE
+            tag_target = BASE
         elif reference == "previous" and not self._tags.has("previous"):
-            tagged = self._tags.line("active")[-2:][0]
+            tag_target = self._tags.line("active")[-2:][0]
         ids = self.ids()
-        if tagged is not None:
-            if tagged in (*ids, BASE):
-                return tagged
+        if tag_target is not None:
+            if tag_target in (*ids, BASE):
+                return tag_target
             raise RatchetError(
-                "adapter.unknown", f"tag '{reference}' points at {tagged[:12]}, which is not stored", fix="store it"
+                "adapter.unknown", f"tag '{reference}' points at {tag_target[:12]}, which is not stored", fix="store it"
             )
-        matches = [i for i in ids if i.startswith(reference)] if len(reference) >= 4 else []
+        # Four digits at least: a shorter prefix would match several adapters by chance in a store of a few hundred.
+        matches = [adapter_id for adapter_id in ids if adapter_id.startswith(reference)] if len(reference) >= 4 else []
         if len(matches) == 1:
             return matches[0]
         if matches:
@@ -171,33 +179,40 @@ class FolderStore:
                 fix=f"give more digits: {', '.join(_apart(matches))}",
             )
         tags = self.tags()
-        near = [i[:12] for i in ids if i[:4] == reference[:4]][:3] + difflib.get_close_matches(reference, tags, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"tags: {', '.join(tags) or 'none'}; {len(ids)} ids"
+        near_matches = [adapter_id[:12] for adapter_id in ids if adapter_id[:4] == reference[:4]][
+            :3
+        ] + difflib.get_close_matches(reference, tags, n=3)
+        hint = (
+            f"did you mean {' or '.join(near_matches)}?"
+            if near_matches
+            else f"tags: {', '.join(tags) or 'none'}; {len(ids)} ids"
+        )
         raise RatchetError("adapter.unknown", f"no adapter '{reference}'", where=str(self.root), fix=hint)
 
     def _stored(self, reference: str) -> str:
         """The id of an adapter; the base has none."""
-        name = self.resolve(reference)
-        if name == BASE:
-            text = "this is the base without an adapter" if reference == BASE else f"'{reference}' is the base"
-            raise RatchetError("adapter.is_base", text, where=str(self.root), fix="name an adapter; see `list`")
-        return name
+        adapter_id = self.resolve(reference)
+        if adapter_id == BASE:
+            explanation = "this is the base without an adapter" if reference == BASE else f"'{reference}' is the base"
+            raise RatchetError("adapter.is_base", explanation, where=str(self.root), fix="name an adapter; see `list`")
+        return adapter_id
 
     def tag(self, name: str, reference: str, reason: str = "") -> TagMove:
-        new = self.resolve(reference)
+        target_id = self.resolve(reference)
         with self._writing():
-            return self._tags.move(name, new, "set", reason)
+            return self._tags.move(name, target_id, "set", reason)
 
     def tags(self) -> dict[str, str]:
         return self._tags.all()
 
     def promote(self, reference: str, reason: str = "") -> TagMove:
-        new = self.resolve(reference)
+        new_id = self.resolve(reference)
         with self._writing():
-            old = self._tags.get("active") or BASE
-            if old != new:
-                self._tags.move("previous", old, "set", reason)
-            return self._tags.move("active", new, "set", reason)
+            old_id = self._tags.get("active") or BASE
+            # `previous` moves first: a crash between the two leaves both tags at the adapter that was active.
+            if old_id != new_id:
+                self._tags.move("previous", old_id, "set", reason)
+            return self._tags.move("active", new_id, "set", reason)
 
     def rollback(self, name: str = "active", reason: str = "") -> TagMove:
         with self._writing():
@@ -210,20 +225,25 @@ class FolderStore:
 
     def verify(self) -> list[Problem]:
         problems: list[Problem] = []
+        # A shared lock: many may verify at once, and no writer changes what is being read.
         with disk_errors(self.root), self._files.lock(self.root / ".lock", exclusive=False):
-            known = set(self.ids())
-            for path in sorted(self._objects.iterdir()):
-                if path.name not in known:
-                    problems.append(Problem("adapter.stray_file", str(path), "not an adapter", fatal=False))
+            stored_ids = set(self.ids())
+            for object_path in sorted(self._objects.iterdir()):
+                if object_path.name not in stored_ids:
+                    problems.append(Problem("adapter.stray_file", str(object_path), "not an adapter", fatal=False))
                     continue
-                found = self._check(path)
-                problems += found
-                if not found and (parent := self._card(path.name).provenance.parent) and parent not in known:
-                    text = f"its parent {parent[:12]} is not stored here"
-                    problems.append(Problem("adapter.missing_parent", str(path), text, fatal=False))
-            problems += self._tags.verify(known)
-            for path in self._unfinished():
-                problems.append(Problem("adapter.leftover", str(path), "of an interrupted write", fatal=False))
+                object_problems = self._check(object_path)
+                problems += object_problems
+                if (
+                    not object_problems
+                    and (parent := self._card(object_path.name).provenance.parent)
+                    and parent not in stored_ids
+                ):
+                    explanation = f"its parent {parent[:12]} is not stored here"
+                    problems.append(Problem("adapter.missing_parent", str(object_path), explanation, fatal=False))
+            problems += self._tags.verify(stored_ids)
+            for object_path in self._unfinished():
+                problems.append(Problem("adapter.leftover", str(object_path), "of an interrupted write", fatal=False))
         return problems
 
     def _check(self, folder: Path) -> list[Problem]:
@@ -247,20 +267,21 @@ class FolderStore:
             )
         return adapter
 
-    def _card(self, name: str) -> Card:
-        path = self._objects / name / CARD
+    def _card(self, adapter_id: str) -> Card:
+        card_path = self._objects / adapter_id / CARD
         try:
-            raw: dict[str, Any] = json.loads(read_file(path))
-            check, schema = raw.pop("check"), raw.pop("schema")
-            intact = check == digest(raw) and schema == SCHEMA and raw["id"] == name
-            card = Card(**{**raw, "provenance": Provenance(**raw["provenance"])})
+            card_fields: dict[str, Any] = json.loads(read_file(card_path))
+            checksum = card_fields.pop("check")
+            schema = card_fields.pop("schema")
+            intact = checksum == digest(card_fields) and schema == SCHEMA and card_fields["id"] == adapter_id
+            card = Card(**{**card_fields, "provenance": Provenance(**card_fields["provenance"])})
         except (ValueError, TypeError, KeyError, AttributeError):
             intact = False
         if not intact:
             raise RatchetError(
                 "adapter.bad_card",
                 "the card is damaged or of another version",
-                where=str(path),
+                where=str(card_path),
                 fix="store the adapter again",
             )
         return card
@@ -280,8 +301,8 @@ class FolderStore:
 
     def _sweep(self) -> None:
         # Under the writers' lock nothing in the scratch folder can still be in use.
-        for path in self._unfinished():
-            self._files.remove(path)
+        for leftover in self._unfinished():
+            self._files.remove(leftover)
 
     def _unfinished(self) -> list[Path]:
         """What interrupted writes left. A store that was copied by git has no scratch folder: it was empty."""
@@ -289,10 +310,10 @@ class FolderStore:
 
 
 def _card_bytes(card: Card) -> bytes:
-    raw = dataclasses.asdict(card)
+    card_fields = dataclasses.asdict(card)
     # The binding's mappings may hold tuples; the check is over what a reader will see.
     try:
-        raw = json.loads(canonical_json(raw))
+        card_fields = json.loads(canonical_json(card_fields))
     except ValueError as error:
         raise RatchetError(
             "adapter.bad_card",
@@ -300,12 +321,14 @@ def _card_bytes(card: Card) -> bytes:
             where=f"card of {card.id[:12]}",
             fix="give finite metrics and plain data",
         ) from None
-    return (json.dumps({**raw, "schema": SCHEMA, "check": digest(raw)}, indent=2, sort_keys=True) + "\n").encode()
+    return (
+        json.dumps({**card_fields, "schema": SCHEMA, "check": digest(card_fields)}, indent=2, sort_keys=True) + "\n"
+    ).encode()
 
 
-def _apart(ids: list[str]) -> list[str]:
+def _apart(adapter_ids: list[str]) -> list[str]:
     """The shortest beginnings that tell the ids apart, at most five of them."""
-    size = 4
-    while len({i[:size] for i in ids}) < len(ids):
-        size += 2
-    return [i[:size] for i in ids[:5]]
+    digits = 4
+    while len({adapter_id[:digits] for adapter_id in adapter_ids}) < len(adapter_ids):
+        digits += 2
+    return [adapter_id[:digits] for adapter_id in adapter_ids[:5]]

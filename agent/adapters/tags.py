@@ -1,4 +1,4 @@
-"""Tags: small files that point at adapter ids, and the append-only log of their moves.
+"""Tags of an adapter store: small files that point at adapter ids, and the append-only log of their moves.
 
 Knows names, moves and their order. Knows no adapter: ids are just text here. A tag's file holds its latest move and is
 the truth; the log takes that move over before the next one replaces it, so that no crash between the two loses one.
@@ -31,7 +31,7 @@ class Tags:
 
     def all(self) -> dict[str, str]:
         """Tag -> id or BASE, sorted by tag."""
-        return {name: move.new for name, move in self._current().items()}
+        return {tag_name: move.new for tag_name, move in self._current().items()}
 
     def get(self, name: str) -> str | None:
         move = self._read(self._folder / name) if _NAME.fullmatch(name) else None
@@ -50,89 +50,99 @@ class Tags:
                 fix="use letters, digits, '.', '_' or '-', at most 64; nothing that reads like an id, and not 'base'",
             )
         moves = self._complete_log()
-        sequence = max((m.sequence for m in moves), default=0) + 1
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        move = TagMove(sequence, name, action, self.get(name), new, reason, time)
-        scratch = self._scratch / f"tag-{sequence}"
-        self._files.create(scratch, _line(move))
-        self._files.rename(scratch, self._folder / name)
-        return move
+        sequence = max((logged_move.sequence for logged_move in moves), default=0) + 1
+        time_utc = datetime.now(UTC).isoformat(timespec="seconds")
+        new_move = TagMove(sequence, name, action, self.get(name), new, reason, time_utc)
+        # Below, the rename is the commit: until it the old tag is in force, after it the new one.
+        scratch_path = self._scratch / f"tag-{sequence}"
+        self._files.create(scratch_path, _line(new_move))
+        self._files.rename(scratch_path, self._folder / name)
+        return new_move
 
     def history(self, name: str | None = None) -> list[TagMove]:
         """Moves, oldest first: the log's and the latest one of each tag."""
         moves = {move.sequence: move for move in self._logged()[0]}
         moves.update({move.sequence: move for move in self._current().values()})
-        return [moves[s] for s in sorted(moves) if name in (None, moves[s].tag)]
+        return [moves[sequence] for sequence in sorted(moves) if name in (None, moves[sequence].tag)]
 
     def before(self, name: str) -> str:
-        """What a rollback of this tag leads to.
+        """The target that a rollback of this tag restores.
 
         Raises:
             RatchetError: adapter.no_previous.
         """
-        line = self.line(name)
-        if len(line) < 2:
+        targets = self.line(name)
+        if len(targets) < 2:
             raise RatchetError(
                 "adapter.no_previous",
-                "nothing to roll back to" + (": the base is active" if line == [BASE] else ""),
+                "nothing to roll back to" + (": the base is active" if targets == [BASE] else ""),
                 where=f"tag '{name}'",
                 fix=f"tags: {', '.join(self.all()) or 'none'}; set the tag to the adapter you want",
             )
-        return line[-2]
+        return targets[-2]
 
     def line(self, name: str) -> list[str]:
-        """What a tag pointed at, oldest first, without what was rolled back; `active` began at the base."""
-        line = [BASE] if name == "active" else []
+        """The tag's targets, oldest first, without those that were rolled back; `active` starts at the base."""
+        targets = [BASE] if name == "active" else []
         for move in self.history(name):
+            # A rollback undoes the latest set, so the line is a stack and a second rollback goes one further back.
             if move.action == "rollback":
-                line.pop()
-            elif not line or line[-1] != move.new:
-                line.append(move.new)
-        return line
+                targets.pop()
+            elif not targets or targets[-1] != move.new:
+                targets.append(move.new)
+        return targets
 
-    def verify(self, known: set[str]) -> list[Problem]:
+    def verify(self, stored_ids: set[str]) -> list[Problem]:
         """Damaged tags and log lines, and tags that point at nothing."""
         problems = []
-        for path in sorted(self._folder.iterdir()):
-            move = self._read(path)
+        for tag_file in sorted(self._folder.iterdir()):
+            move = self._read(tag_file)
             if move is None:
-                problems.append(Problem("adapter.bad_tag", str(path), "the tag's file is damaged"))
-            elif move.new not in {*known, BASE}:
-                problems.append(Problem("adapter.dangling_tag", str(path), f"points at {move.new[:12]}, not stored"))
-        _, good, size = self._logged()
-        if good < size:
+                problems.append(Problem("adapter.bad_tag", str(tag_file), "the tag's file is damaged"))
+            elif move.new not in {*stored_ids, BASE}:
+                problems.append(
+                    Problem("adapter.dangling_tag", str(tag_file), f"points at {move.new[:12]}, not stored")
+                )
+        _, readable_bytes, log_bytes = self._logged()
+        if readable_bytes < log_bytes:
             problems.append(
-                Problem("adapter.torn_history", str(self._log), f"{size - good} bytes of a cut line", fatal=False)
+                Problem(
+                    "adapter.torn_history",
+                    str(self._log),
+                    f"{log_bytes - readable_bytes} bytes of a cut line",
+                    fatal=False,
+                )
             )
         return problems
 
     def _current(self) -> dict[str, TagMove]:
-        moves = {path.name: self._read(path) for path in sorted(self._folder.iterdir())}
-        return {name: move for name, move in moves.items() if move is not None}
+        moves = {tag_file.name: self._read(tag_file) for tag_file in sorted(self._folder.iterdir())}
+        return {tag_name: move for tag_name, move in moves.items() if move is not None}
 
-    def _read(self, path: Path) -> TagMove | None:
-        return _parse(path.read_bytes()) if path.is_file() else None
+    def _read(self, tag_file: Path) -> TagMove | None:
+        return _parse(tag_file.read_bytes()) if tag_file.is_file() else None
 
     def _logged(self) -> tuple[list[TagMove], int, int]:
         """Readable moves, the bytes they take up to the first damaged line, and the log's size."""
-        data = self._log.read_bytes() if self._log.is_file() else b""
-        moves, good = [], 0
-        for line in data.splitlines(keepends=True):
-            move = _parse(line) if line.endswith(b"\n") else None
-            if move is None:
+        log_bytes = self._log.read_bytes() if self._log.is_file() else b""
+        moves = []
+        readable_bytes = 0
+        for line in log_bytes.splitlines(keepends=True):
+            parsed_move = _parse(line) if line.endswith(b"\n") else None
+            if parsed_move is None:
                 break
-            moves.append(move)
-            good += len(line)
-        return moves, good, len(data)
+            moves.append(parsed_move)
+            readable_bytes += len(line)
+        return moves, readable_bytes, len(log_bytes)
 
     def _complete_log(self) -> list[TagMove]:
         """Cut a torn last line and append the tags' latest moves, before one of them is replaced."""
-        moves, good, size = self._logged()
-        if good < size:
-            self._files.truncate(self._log, good)
-        logged = {move.sequence for move in moves}
-        for move in sorted(self._current().values(), key=lambda m: m.sequence):
-            if move.sequence not in logged:
+        moves, readable_bytes, log_bytes = self._logged()
+        if readable_bytes < log_bytes:
+            self._files.truncate(self._log, readable_bytes)
+        logged_sequences = {move.sequence for move in moves}
+        for move in sorted(self._current().values(), key=lambda tag_move: tag_move.sequence):
+            if move.sequence not in logged_sequences:
                 self._files.append(self._log, _line(move))
                 moves.append(move)
         return moves

@@ -1,4 +1,4 @@
-"""Who may touch the running adapter when: forwards share it, a change waits for none to be running.
+"""Readers-writer lock for the running adapter: forwards share it, a change waits until none is running.
 
 Knows threads and waiting. Knows nothing of adapters or models. A change that arrives during a forward is carried out by
 the thread that ends it, at that very moment: nobody is woken up first, and a busy loop of forwards cannot starve it.
@@ -38,29 +38,34 @@ class Turns:
     """Many forwards at once, or one change alone; a waiting change goes before new forwards."""
 
     def __init__(self) -> None:
+        # Guards _forwards and _waiting, and is held while a change runs: that is what keeps new forwards out.
         self._condition = threading.Condition()
         self._forwards = 0
         self._waiting: list[_Change] = []
+        # Depth of nested forwards per thread: only the outermost one takes part in the count.
         self._inside = threading.local()
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Hold changes off while the block runs. May be nested within one thread."""
-        depth = getattr(self._inside, "depth", 0)
-        if depth == 0:
+        outer_depth = getattr(self._inside, "depth", 0)
+        if outer_depth == 0:
             with self._condition:
+                # A waiting change goes first, otherwise a steady stream of forwards would starve it.
                 while self._waiting and self._forwards:
                     self._condition.wait()
                 self._run_waiting()
                 self._forwards += 1
-        self._inside.depth = depth + 1
+        self._inside.depth = outer_depth + 1
         try:
             yield
         finally:
-            self._inside.depth = depth
-            if depth == 0:
+            self._inside.depth = outer_depth
+            if outer_depth == 0:
                 with self._condition:
                     self._forwards -= 1
+                    # The last forward to end runs what waits, in this thread: no wake-up lies between the forward
+                    # and the flip.
                     if self._forwards == 0:
                         self._run_waiting()
                         self._condition.notify_all()
@@ -74,30 +79,31 @@ class Turns:
         """
         if getattr(self._inside, "depth", 0):
             raise NoGap("a change cannot happen inside this thread's own forward")
-        change = _Change(action)
+        pending = _Change(action)
         with self._condition:
-            self._waiting.append(change)
+            self._waiting.append(pending)
             if self._forwards == 0:
                 self._run_waiting()
-            elif not self._condition.wait_for(lambda: change.done, timeout):
-                self._waiting.remove(change)
+            elif not self._condition.wait_for(lambda: pending.done, timeout):
+                self._waiting.remove(pending)
                 self._condition.notify_all()
                 raise NoGap(f"a forward has been running for {timeout} s")
-        if change.error is not None:
-            raise change.error
-        return change.held
+        if pending.error is not None:
+            raise pending.error
+        return pending.held
 
     def _run_waiting(self) -> None:
         """With the condition held and no forward running."""
         while self._waiting:
-            change = self._waiting.pop(0)
-            switches, start = _preemptions(), time.perf_counter()
+            pending = self._waiting.pop(0)
+            preemptions_before = _preemptions()
+            started_s = time.perf_counter()
             try:
-                change.action()
+                pending.action()
             except BaseException as error:  # handed to the thread that asked for the change, not to the forward's
-                change.error = error
-            change.held = Held(time.perf_counter() - start, _preemptions() > switches)
-            change.done = True
+                pending.error = error
+            pending.held = Held(time.perf_counter() - started_s, _preemptions() > preemptions_before)
+            pending.done = True
 
 
 def _preemptions() -> int:
