@@ -151,7 +151,8 @@ class _Measure:
     """Pose of the hand and opening of the gripper, from the state fields that the contract names."""
 
     def __init__(self, arm: Arm) -> None:
-        self.arm, contract = arm, arm.contract
+        self.arm = arm
+        contract = arm.contract
         fields = {s.name: s for s in contract.state}
         limits = contract.limits
         hand = [s.name for s in contract.state if s.unit == "m" and s.size == 3]
@@ -165,7 +166,8 @@ class _Measure:
                 "check.unsupported", "no state field measures the hand's position", where=contract.name,
                 fix="name it in limits.position_state",
             )  # fmt: skip
-        self.position, self.orientation = np.zeros(3), np.eye(3)
+        self.position = np.zeros(3)
+        self.orientation = np.eye(3)
         self.opening = 0.0
         self.stamp = 0.0
 
@@ -233,7 +235,8 @@ def _delay(commanded: Trace, seen: Motion, axis: int, turning: bool) -> float:
 
 def _direction(position: Float, length: float, index: int, contract: RobotContract) -> float:
     """+1 or -1: towards where the workspace has room."""
-    low, high = contract.limits.workspace_low, contract.limits.workspace_high
+    low = contract.limits.workspace_low
+    high = contract.limits.workspace_high
     if not low or index > 2:
         return 1.0
     if position[index] + length <= high[index]:
@@ -257,7 +260,8 @@ def _frame(moves: list[tuple[Float, Float]], orientation: Float) -> str:
     """base or tool, whichever explains the measured motions; unknown where neither does."""
     if not moves:
         return "base"
-    wanted, got = np.stack([m[0] for m in moves]), np.stack([m[1] for m in moves])
+    wanted = np.stack([m[0] for m in moves])
+    got = np.stack([m[1] for m in moves])
     size = np.linalg.norm(wanted, axis=1, keepdims=True)
 
     def misfit(turned: Float) -> float:
@@ -265,7 +269,8 @@ def _frame(moves: list[tuple[Float, Float]], orientation: Float) -> str:
         cosine = np.abs((turned * got).sum(1)) / (size[:, 0] * np.linalg.norm(got, axis=1) + 1e-12)
         return float(1 - cosine.min())
 
-    base, tool = misfit(wanted), misfit(wanted @ orientation.T)
+    base = misfit(wanted)
+    tool = misfit(wanted @ orientation.T)
     if min(base, tool) > 0.2:
         return "unknown"
     return "base" if base <= tool + 0.02 else "tool"

@@ -95,7 +95,8 @@ class Board:
 
     def image(self, pixels_per_square: int, margin: int = 0) -> np.ndarray:
         """Grey picture, uint8; margin: white pixels around it."""
-        width, height = self.columns * pixels_per_square, self.rows * pixels_per_square
+        width = self.columns * pixels_per_square
+        height = self.rows * pixels_per_square
         if self.kind == "charuco":
             picture = np.asarray(self.charuco().generateImage((width, height), marginSize=0, borderBits=1))
         else:
@@ -130,7 +131,8 @@ class Board:
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         axes.set(xlim=(0, page_width), ylim=(page_height, 0))
         axes.axis("off")
-        left, top = (page_width - width) / 2, (page_height - height) / 2 - 0.006
+        left = (page_width - width) / 2
+        top = (page_height - height) / 2 - 0.006
         picture = self.image(self._modules() * 8)
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(left, left + width, top + height, top),
                     interpolation="nearest")  # fmt: skip

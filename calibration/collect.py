@@ -59,10 +59,17 @@ class Collector:
         Raises:
             RatchetError: calibration.no_pose_state where the contract does not measure the hand's pose.
         """
-        self.arm, self.camera, self.board, self.model, self.mounting = arm, camera, board, model, mounting
-        self.pace, self.tell, self.generator = pace, tell, np.random.default_rng(seed)
+        self.arm = arm
+        self.camera = camera
+        self.board = board
+        self.model = model
+        self.mounting = mounting
+        self.pace = pace
+        self.tell = tell
+        self.generator = np.random.default_rng(seed)
         self.views = Views()
-        limits, fields = arm.contract.limits, {s.name: s for s in arm.contract.state}
+        limits = arm.contract.limits
+        fields = {s.name: s for s in arm.contract.state}
         self._position = limits.position_state or next(
             (n for n, s in fields.items() if s.unit == "m" and s.size == 3), ""
         )
@@ -125,7 +132,8 @@ class Collector:
 
     def guided(self, count: int, still: int = 5) -> Views:
         """The arm is moved by a person; a view is taken when it has stood still for so many observations."""
-        before, quiet = self.pose(), 0
+        before = self.pose()
+        quiet = 0
         while len(self.views.poses) < count:
             self.pace()
             here = self.pose()
@@ -146,7 +154,8 @@ class Collector:
             )  # fmt: skip
         dims = contract.action.dims
         gripper = contract.action.gripper
-        low, high = np.array([d.low for d in dims]), np.array([d.high for d in dims])
+        low = np.array([d.low for d in dims])
+        high = np.array([d.high for d in dims])
         for _ in range(STEPS):
             here = self.pose()
             gap = target[:3, 3] - here[:3, 3]

@@ -102,7 +102,8 @@ def edge_width(grey: NDArray[np.uint8], board: Board, ids: NDArray[np.signedinte
             profile = cv2.remap(
                 grey, middle[None, :, 0].astype(np.float32), middle[None, :, 1].astype(np.float32), cv2.INTER_LINEAR
             ).ravel().astype(float)  # fmt: skip
-            low, high = profile.min(), profile.max()
+            low = profile.min()
+            high = profile.max()
             if high - low < 20:
                 continue
             slope = np.abs(np.gradient(profile, offsets)).max()

@@ -29,11 +29,14 @@ from calibration.detection import detect
 from calibration.geometry import Float, difference
 from calibration.intrinsics import board_pose
 
-LEAST, LEAST_CELLS = 30, 10  # matches, and cells with matches, below which a view says nothing
+LEAST = 30
+LEAST_CELLS = 10  # matches, and cells with matches, below which a view says nothing
 GRID = (12, 9)  # cells across and down
 SMALL = 0.6  # px: matches that moved less have not moved
-NEAR, NEARER = 0.35, 0.2  # px, and share of the motion: cells this near to a motion of the picture agree with it
-AGREE, AGREE_SHARE = 10, 0.4  # cells, and share of them: fewer agree by chance
+NEAR = 0.35
+NEARER = 0.2  # px, and share of the motion: cells this near to a motion of the picture agree with it
+AGREE = 10
+AGREE_SHARE = 0.4  # cells, and share of them: fewer agree by chance
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def compare(
 
 def matched(reference: NDArray[np.uint8], current: NDArray[np.uint8]) -> tuple[Float, Float]:
     """(n, 2) px in both pictures of features that are found again, there and back."""
-    a, b = _flat(reference), _flat(current)
+    a = _flat(reference)
+    b = _flat(current)
     corners = cv2.goodFeaturesToTrack(a, 4000, 0.002, 5, blockSize=7)
     if corners is None:
         return np.zeros((0, 2)), np.zeros((0, 2))
@@ -139,7 +143,8 @@ def averaged(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 def picture(reference: NDArray[np.uint8], current: NDArray[np.uint8], drift: Drift) -> NDArray[np.uint8]:
     """(H, 2 W, 3) uint8 RGB for a person: now with arrows from then to now, and both laid over each other (then in
     red, now in cyan: what has not moved is grey)."""
-    a, b = _grey(reference), _grey(current)
+    a = _grey(reference)
+    b = _grey(current)
     left = cv2.cvtColor(b, cv2.COLOR_GRAY2RGB)
     before, after = matched(reference, current)
     for p, q in zip(before, after, strict=True):
@@ -155,12 +160,14 @@ def _with_board(
     reference: NDArray[np.uint8], current: NDArray[np.uint8], camera: CameraModel, board: Board, threshold: Threshold
 ) -> Drift | None:
     try:
-        then, now = detect(board, reference), detect(board, current)
+        then = detect(board, reference)
+        now = detect(board, current)
     except RatchetError:
         return None
     shared = np.intersect1d(then.ids, now.ids)
     apart = difference(board_pose(board, camera, then), board_pose(board, camera, now))
-    position, rotation = float(np.linalg.norm(apart[3:])), float(np.linalg.norm(apart[:3]))
+    position = float(np.linalg.norm(apart[3:]))
+    rotation = float(np.linalg.norm(apart[:3]))
     a = then.points[np.isin(then.ids, shared)]
     b = now.points[np.isin(now.ids, shared)]
     pixels = float(np.median(np.linalg.norm(a - b, axis=1))) if len(shared) else float("nan")
@@ -192,7 +199,8 @@ def _agreed(places: Float, shifts: Float) -> float:
         motion = np.array([shift.real, factor.real, -factor.imag, shift.imag, factor.imag, factor.real])
         found = agreeing(motion)
         if found.sum() > inside.sum():
-            best, inside = motion, found
+            best = motion
+            inside = found
     for _ in range(6):
         if inside.sum() < AGREE:
             return 0.0
@@ -209,7 +217,8 @@ def _affine(places: Float) -> Float:
     """(2 c, 6): shifts by the parameters [a b c d e f] of u = a + b x + c y, v = d + e x + f y."""
     row = np.column_stack([np.ones(len(places)), places])
     out = np.zeros((len(places), 2, 6))
-    out[:, 0, :3], out[:, 1, 3:] = row, row
+    out[:, 0, :3] = row
+    out[:, 1, 3:] = row
     return out.reshape(-1, 6)
 
 

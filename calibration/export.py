@@ -89,7 +89,8 @@ def urdf(calibration: Calibration) -> str:
     transform = static_transform(calibration)
     x, y, z = transform["translation"]
     roll, pitch, yaw = Rotation.from_quat(transform["rotation"]).as_euler("xyz")
-    child, parent = quoteattr(transform["child"]), quoteattr(transform["parent"])
+    child = quoteattr(transform["child"])
+    parent = quoteattr(transform["parent"])
     return (
         f"<!-- {calibration.camera}, calibration {calibration.id[:12]}, {calibration.date} -->\n"
         f"<link name={child}/>\n"

@@ -20,7 +20,8 @@ Float = NDArray[np.float64]
 def transform(rotation: Float, translation: Float) -> Float:
     """rotation: (3, 3). translation: (3,) m. Returns (4, 4)."""
     out = np.eye(4)
-    out[:3, :3], out[:3, 3] = rotation, translation
+    out[:3, :3] = rotation
+    out[:3, 3] = translation
     return out
 
 
@@ -47,8 +48,12 @@ def difference(a: Float, b: Float) -> Float:
 def skew(v: Float) -> Float:
     """(..., 3) -> (..., 3, 3), so that skew(v) @ x = v x x."""
     out = np.zeros((*v.shape[:-1], 3, 3))
-    out[..., 0, 1], out[..., 0, 2], out[..., 1, 2] = -v[..., 2], v[..., 1], -v[..., 0]
-    out[..., 1, 0], out[..., 2, 0], out[..., 2, 1] = v[..., 2], -v[..., 1], v[..., 0]
+    out[..., 0, 1] = -v[..., 2]
+    out[..., 0, 2] = v[..., 1]
+    out[..., 1, 2] = -v[..., 0]
+    out[..., 1, 0] = v[..., 2]
+    out[..., 2, 0] = -v[..., 1]
+    out[..., 2, 1] = v[..., 0]
     return out
 
 

@@ -106,10 +106,8 @@ def calibrate(
         if worst is None or len(used) <= max(LEAST_POSES, int(0.7 * len(checked))):
             break
         view = used.pop(worst)
-        turned, moved = (
-            np.degrees(np.linalg.norm(state.errors[worst][:3])),
-            1e3 * np.linalg.norm(state.errors[worst][3:]),
-        )
+        turned = np.degrees(np.linalg.norm(state.errors[worst][:3]))
+        moved = 1e3 * np.linalg.norm(state.errors[worst][3:])
         rejected[detections[view].name or str(view)] = (
             f"its robot pose is off by {turned:.2f} degrees and {moved:.1f} mm, unlike the others'"
         )
@@ -155,7 +153,9 @@ def suggest(
         RatchetError: calibration.nothing_visible where none of them shows the board.
     """
     known = np.linalg.inv(result.full_covariance)
-    best, least, expected = -1, np.inf, np.zeros(6)
+    best = -1
+    least = np.inf
+    expected = np.zeros(6)
     for index, candidate in enumerate(candidates):
         problem = Problem(board, camera, result.mounting, [candidate], [views[0]])
         state = State(result.camera, result.board, np.zeros((1, 6)))
@@ -167,7 +167,9 @@ def suggest(
         reach = float(np.linalg.norm(problem.board_in_camera(state, 0)[:3, 3]))
         spread = float(np.trace(covariance[3:, 3:]) + reach**2 * np.trace(covariance[:3, :3]))
         if spread < least:
-            best, least, expected = index, spread, np.sqrt(np.diag(covariance))
+            best = index
+            least = spread
+            expected = np.sqrt(np.diag(covariance))
     if best < 0:
         raise RatchetError(
             "calibration.nothing_visible", f"none of {len(candidates)} poses shows the board to the camera",
@@ -259,7 +261,9 @@ def _require_sense(
 def _cross_validated(problem: Problem, state: State, noise: Noise, folds: int) -> tuple[float, float, float]:
     """(px, m, rad) on views that the estimate had not seen."""
     count = len(problem.poses)
-    pixels, moved, turned = [], [], []
+    pixels = []
+    moved = []
+    turned = []
     for fold in range(folds):
         out = list(range(fold, count, folds))
         kept = [v for v in range(count) if v not in out]

@@ -67,8 +67,11 @@ class Problem:
         detections: Sequence[Detection],
     ) -> None:
         """poses: base_T_flange of every view."""
-        self.board, self.camera, self.mounting = board, camera, mounting
-        self.poses, self.detections = np.stack(list(poses)), list(detections)
+        self.board = board
+        self.camera = camera
+        self.mounting = mounting
+        self.poses = np.stack(list(poses))
+        self.detections = list(detections)
 
     def board_in_camera(self, state: State, view: int, known: bool = True) -> Float:
         """(4, 4) camera_T_board. known: with the estimated pose error; else as the robot says."""
@@ -78,7 +81,8 @@ class Problem:
 
     def residual(self, state: State, view: int, known: bool = True) -> Float:
         """(n, 2) px, seen minus predicted."""
-        pose, seen = self.board_in_camera(state, view, known), self.detections[view]
+        pose = self.board_in_camera(state, view, known)
+        seen = self.detections[view]
         points = self.board.corners[seen.ids] @ pose[:3, :3].T + pose[:3, 3]
         return seen.points - self.camera.project(points)
 
@@ -106,7 +110,8 @@ class Problem:
         """Twice the negative log-likelihood, without what does not depend on the state."""
         total = float((state.errors**2 @ noise.prior).sum())
         for view in range(len(self.poses)):
-            pose, seen = self.board_in_camera(state, view), self.detections[view]
+            pose = self.board_in_camera(state, view)
+            seen = self.detections[view]
             points = self.board.corners[seen.ids] @ pose[:3, :3].T + pose[:3, 3]
             if (points[:, 2] <= 1e-6).any():
                 return float("inf")
@@ -119,7 +124,8 @@ class Problem:
         Raises:
             RatchetError: calibration.did_not_converge.
         """
-        cost, damping = self.cost(state, noise), 1e-6
+        cost = self.cost(state, noise)
+        damping = 1e-6
         if not np.isfinite(cost):
             raise RatchetError("calibration.did_not_converge", "the first guess sees the board behind the camera")
         for _ in range(steps):
@@ -134,7 +140,9 @@ class Problem:
                 damping *= 10
                 if damping > 1e8:
                     return state
-            gained, cost, state = cost - lower, lower, moved
+            gained = cost - lower
+            cost = lower
+            state = moved
             damping = max(damping / 10, 1e-12)
             if np.abs(step).max() < 1e-11 or gained <= 1e-10 * max(cost, 1e-12):
                 break
@@ -163,18 +171,21 @@ class Problem:
     def information(self, state: State, noise: Noise, view: int, ids: np.ndarray) -> Float:
         """(12, 12): what a view of these corners from this pose says of X and Y."""
         of_state, of_error = self.derivatives(state, view, ids)
-        a, b = of_state / noise.pixel, of_error / noise.pixel
+        a = of_state / noise.pixel
+        b = of_error / noise.pixel
         inner = b.T @ b + np.diag(noise.prior)
         return a.T @ a - a.T @ b @ np.linalg.solve(inner, b.T @ a)
 
     def _normal(self, state: State, noise: Noise) -> tuple[Float, Float, list[Eliminated]]:
         """Normal equations of X and Y after the pose errors are eliminated, and what brings those back."""
-        normal, right = np.zeros((12, 12)), np.zeros(12)
+        normal = np.zeros((12, 12))
+        right = np.zeros(12)
         views: list[Eliminated] = []
         prior = np.diag(noise.prior)
         for view in range(len(self.poses)):
             of_state, of_error = self.derivatives(state, view)
-            a, b = of_state / noise.pixel, of_error / noise.pixel
+            a = of_state / noise.pixel
+            b = of_error / noise.pixel
             r = self.residual(state, view).ravel() / noise.pixel
             inner = np.asarray(np.linalg.inv(b.T @ b + prior), float)
             pull = b.T @ r - prior @ state.errors[view]
@@ -194,7 +205,10 @@ class Problem:
         """The deviations that explain the errors as they are now known, their uncertainty included."""
         normal, _, views = self._normal(state, noise)
         covariance = np.linalg.inv(normal)
-        squares, spread, pixels, count = np.zeros(6), np.zeros(6), 0.0, 0
+        squares = np.zeros(6)
+        spread = np.zeros(6)
+        pixels = 0.0
+        count = 0
         for view, (inner, cross, _) in enumerate(views):
             whole = inner + inner @ cross @ covariance @ cross.T @ inner
             squares += state.errors[view] ** 2

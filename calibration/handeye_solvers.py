@@ -46,9 +46,12 @@ def solvers(mounting: Mounting, poses: Sequence[Float], seen: Sequence[Float]) -
             )  # fmt: skip
         except cv2.error:
             continue
-        world, hand = np.eye(4), np.eye(4)
-        world[:3, :3], world[:3, 3] = rw, np.ravel(tw)
-        hand[:3, :3], hand[:3, 3] = rg, np.ravel(tg)
+        world = np.eye(4)
+        hand = np.eye(4)
+        world[:3, :3] = rw
+        world[:3, 3] = np.ravel(tw)
+        hand[:3, :3] = rg
+        hand[:3, 3] = np.ravel(tg)
         _add(out, name, inverse(hand)[:3, :3], inverse(hand)[:3, 3], inverse(world))
     return out
 
@@ -60,7 +63,8 @@ def first_guess(problem: Problem, solved: dict[str, tuple[Float, Float | None]],
             "calibration.did_not_converge", "no solver finds an answer", fix="take poses that turn about two axes"
         )
     zero = np.zeros((len(seen), 6))
-    best, lowest = None, np.inf
+    best = None
+    lowest = np.inf
     for x, y in solved.values():
         if y is None:
             y = _board_of(problem, x, seen)
@@ -68,7 +72,8 @@ def first_guess(problem: Problem, solved: dict[str, tuple[Float, Float | None]],
         residual = [np.linalg.norm(problem.residual(state, v, known=False), axis=1) for v in range(len(seen))]
         middle = float(np.median(np.concatenate(residual)))
         if middle < lowest and np.isfinite(problem.cost(state, Noise())):
-            best, lowest = state, middle
+            best = state
+            lowest = middle
     if best is None:
         raise RatchetError(
             "calibration.inconsistent",
@@ -91,6 +96,7 @@ def _board_of(problem: Problem, x: Float, seen: Sequence[Float]) -> Float:
 
 def _add(out: dict[str, tuple[Float, Float | None]], name: str, r: Float, t: Float, y: Float | None) -> None:
     pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = r, np.ravel(t)
+    pose[:3, :3] = r
+    pose[:3, 3] = np.ravel(t)
     if np.isfinite(pose).all() and abs(np.linalg.det(pose[:3, :3]) - 1) < 1e-2:
         out[name] = (pose, y)

@@ -94,7 +94,8 @@ def calibrate(
         name = detections[worst].name or str(worst)
         rejected[name] = f"reprojection error {errors[worst][1]:.2f} px, the others' median is {np.median(others):.2f}"
     camera, noise = _with_deviations(board, camera, [detections[i] for i in used], [errors[i][0] for i in used])
-    views, outside = [], []
+    views = []
+    outside = []
     for i, detection in enumerate(detections):
         if i in errors and i in used:
             pose, rms, residual = errors[i]
@@ -228,13 +229,15 @@ def board_pose(board: Board, camera: CameraModel, detection: Detection) -> Float
     """
     rays = camera.undistorted(detection.points)
     flat = board.corners[detection.ids]
-    best, lowest = np.eye(4), np.inf
+    best = np.eye(4)
+    lowest = np.inf
     _, rotations, translations, _ = cv2.solvePnPGeneric(flat, rays, np.eye(3), None, flags=cv2.SOLVEPNP_IPPE)
     for r, t in zip(rotations, translations, strict=True):  # a plane seen from afar has two poses; the better one wins
         pose = _polish(board, camera, detection, transform(cv2.Rodrigues(r)[0], t.ravel()))
         rms = _rms([_residual(board, camera, detection, pose)])
         if rms < lowest:
-            best, lowest = pose, rms
+            best = pose
+            lowest = rms
     if not np.isfinite(lowest) or best[2, 3] <= 0:
         raise RatchetError("calibration.no_pose", "no pose of the board explains the corners", where=detection.name)
     return best
@@ -284,7 +287,8 @@ def _with_deviations(
     """
     count = 4 + len(camera.distortion)
     information = np.zeros((count, count))
-    squares, rows = 0.0, 0
+    squares = 0.0
+    rows = 0
     for d, pose in zip(detections, poses, strict=True):
         own = board.corners[d.ids]
         points = own @ pose[:3, :3].T + pose[:3, 3]
@@ -304,7 +308,8 @@ def _with_deviations(
 
 def _by_camera(camera: CameraModel, points: Float) -> Float:
     """(2 n, 4 + d) px per unit of fx, fy, cx, cy and each distortion coefficient."""
-    still, shaped = np.zeros(3), points.reshape(-1, 1, 3).astype(float)
+    still = np.zeros(3)
+    shaped = points.reshape(-1, 1, 3).astype(float)
     if camera.model == "fisheye":
         _, jacobian = cv2.fisheye.projectPoints(shaped, still, still, camera.matrix, camera.coefficients)
         columns = [*range(4), *range(4, 8)]

@@ -103,7 +103,8 @@ class Calibration:
 
         if not isinstance(raw, dict):
             refuse("not a calibration")
-        unknown, missing = set(raw) - set(cls.__dataclass_fields__), {"camera", "model", "board", "date"} - set(raw)
+        unknown = set(raw) - set(cls.__dataclass_fields__)
+        missing = {"camera", "model", "board", "date"} - set(raw)
         if unknown or missing:
             refuse(f"unknown fields {sorted(unknown)}, missing {sorted(missing)}")
         if raw.get("schema") != SCHEMA:

@@ -36,12 +36,15 @@ def lag(
     Raises:
         RatchetError: check.no_signal where either does not change; check.no_lag where they do not resemble each other.
     """  # fmt: skip
-    a_times, b_times = np.asarray(times, float), np.asarray(later_times, float)
-    a, b = np.asarray(signal, float), np.asarray(later, float)
+    a_times = np.asarray(times, float)
+    b_times = np.asarray(later_times, float)
+    a = np.asarray(signal, float)
+    b = np.asarray(later, float)
     if min(len(a), len(b)) < 8 or np.ptp(a) == 0 or np.ptp(b) == 0:
         raise RatchetError("check.no_signal", "one of the signals does not change", fix="repeat with a clear motion")
     step = min(float(np.median(np.diff(a_times))), float(np.median(np.diff(b_times)))) / 8
-    start, end = max(a_times[0], b_times[0] - longest), min(a_times[-1], b_times[-1])
+    start = max(a_times[0], b_times[0] - longest)
+    end = min(a_times[-1], b_times[-1])
     grid = np.arange(start, end, step)
     first = np.interp(grid, a_times, a)
     first = (first - first.mean()) / (first.std() + 1e-12)

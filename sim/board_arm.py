@@ -40,7 +40,8 @@ class BoardArm:
         look: Look | None = None,
         seed: int = 0,
     ) -> None:
-        self.board, self.mounting = board, mounting
+        self.board = board
+        self.mounting = mounting
         self._generator = np.random.default_rng(seed)
         self._errors = np.repeat([rotation_error, position_error], 3)
         base = registry.contract_for("libero_object")
@@ -73,7 +74,8 @@ class BoardArm:
         images = {CAMERA: self._photograph()} if cameras else {}
         turn = Rotation.from_matrix(self._told[:3, :3]).as_rotvec()
         state = {s.name: np.zeros(s.size, np.float32) for s in self._contract.state}
-        state["eef_position"], state["eef_rotation"] = self._told[:3, 3].astype(np.float32), turn.astype(np.float32)
+        state["eef_position"] = self._told[:3, 3].astype(np.float32)
+        state["eef_rotation"] = turn.astype(np.float32)
         return Observation(images, state, "look at the board", self._steps / self._contract.control_hz, self._steps)
 
     def act(self, action: Float32) -> None:

@@ -48,7 +48,8 @@ class BoardScene:
     """
 
     def __init__(self, board: Board, camera: CameraModel) -> None:
-        self.board, self.camera = board, camera
+        self.board = board
+        self.camera = camera
         self._rays = self._ray_table()
         reach = np.abs(self._rays).max(axis=(0, 1))
         scale = FINER * max(camera.fx, camera.fy)
@@ -70,12 +71,14 @@ class BoardScene:
         self._texture = texture
         half = (width / 2 + margin, height / 2 + margin)
         spec = mujoco.MjSpec()
-        spec.visual.global_.offwidth, spec.visual.global_.offheight = self._width, self._height
+        spec.visual.global_.offwidth = self._width
+        spec.visual.global_.offheight = self._height
         spec.visual.quality.offsamples = 8
         spec.visual.headlight.ambient = [1.0, 1.0, 1.0]
         spec.visual.headlight.diffuse = [0.0, 0.0, 0.0]
         spec.visual.headlight.specular = [0.0, 0.0, 0.0]
-        spec.visual.map.znear, spec.visual.map.zfar = 0.01, 50.0
+        spec.visual.map.znear = 0.01
+        spec.visual.map.zfar = 50.0
         picture = spec.add_texture(
             name="board",
             type=mujoco.mjtTexture.mjTEXTURE_2D,
@@ -153,7 +156,8 @@ def poses(
         edge = np.array([camera.width / camera.fx, camera.height / camera.fy]) / 2
         at = np.array([*(generator.uniform(-0.9, 0.9, 2) * edge * z), z])
         pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = turn, at - turn @ middle
+        pose[:3, :3] = turn
+        pose[:3, 3] = at - turn @ middle
         points = board.corners @ turn.T + pose[:3, 3]
         if (points[:, 2] < 0.05).any():
             continue

@@ -126,7 +126,8 @@ def demonstrate(
         frames: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         labels: list[np.ndarray] = []
         clean: list[bool] = []
-        burst, push = 0, np.zeros_like(low)
+        burst = 0
+        push = np.zeros_like(low)
         phase = int(rng.integers(stride))
         for t in range(env.info.horizon):
             action = expert.act(env)

@@ -115,7 +115,8 @@ class LiberoTaskEnv(TaskEnv):
         return self._open().goal
 
     def reset(self, initial_state: int) -> None:
-        compiled, data = self._open(), self._data
+        compiled = self._open()
+        data = self._data
         if not 0 <= initial_state < len(self._states):
             raise RatchetError(
                 "sim.unknown_state",
@@ -123,7 +124,8 @@ class LiberoTaskEnv(TaskEnv):
                 where=f"{self.info.suite}/{self.info.name}",
                 fix=f"ids go from 0 to {len(self._states) - 1}",
             )
-        model, state = compiled.model, self._states[initial_state]
+        model = compiled.model
+        state = self._states[initial_state]
         mujoco.mj_resetData(model, data)
         mujoco.mj_setState(model, data, compiled.start, INTEGRATION)
         data.time = state[0]
@@ -192,8 +194,12 @@ class LiberoTaskEnv(TaskEnv):
 
     def _advance(self, command: np.ndarray) -> None:
         """One control step of the benchmark. command: (7,) float64 in the controller's own units."""
-        compiled, data, osc, clock = self._open(), self._data, self._osc, self._clock
-        model, gripper = compiled.model, float(np.sign(command[-1]))
+        compiled = self._open()
+        data = self._data
+        osc = self._osc
+        clock = self._clock
+        model = compiled.model
+        gripper = float(np.sign(command[-1]))
         for substep in range(compiled.physics_steps):
             mujoco.mj_step1(model, data)
             mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_VEL, 1)
@@ -210,11 +216,13 @@ class LiberoTaskEnv(TaskEnv):
         self._site_rgba = compiled.lights(data, self._site_rgba)
 
     def _sample(self, qpos_drawn: np.ndarray, site_rgba: np.ndarray) -> None:
-        compiled, data = self._open(), self._data
+        compiled = self._open()
+        data = self._data
         self._eef_position = data.site_xpos[compiled.osc.site].copy()
         self._eef_quaternion = data.xquat[compiled.hand_body][[1, 2, 3, 0]]
         self._fingers = data.qpos[compiled.finger_qpos].copy()
-        self._frame_qpos, self._frame_rgba = qpos_drawn, site_rgba
+        self._frame_qpos = qpos_drawn
+        self._frame_rgba = site_rgba
         self._frames.clear()
 
 
@@ -237,7 +245,8 @@ def _camera_id(model: mujoco.MjModel, source: str) -> int:
 
 def _check_contract(contract: RobotContract) -> int:
     """Refuse a contract that this simulator does not realise; returns the number of settle steps."""
-    action, simulator = contract.action, contract.simulator
+    action = contract.action
+    simulator = contract.simulator
     if simulator is None or simulator.kind != "libero" or simulator.steps_per_control != 1:
         raise _mismatch(f"contract '{contract.name}' is not LIBERO's", "use robots/libero.yaml")
     if contract.control_hz != CONTROL_HZ:

@@ -121,7 +121,8 @@ class CompiledTask:
 
     def render(self, spec: CameraSpec, camera: int, qpos: np.ndarray, site_rgba: np.ndarray) -> UInt8:
         """(H, W, 3) uint8 as OpenGL delivers it, of positions qpos: (nq,). Raises RatchetError sim.no_gl."""
-        width, height = spec.width, spec.height
+        width = spec.width
+        height = spec.height
         if self._tracked:
             self.model.site_rgba[:] = site_rgba
         if self._renderer is None:
@@ -180,14 +181,16 @@ class Renderer:
             self._gl.make_current()
         except (ImportError, RuntimeError, AttributeError) as error:
             raise no_gl(backend, str(error)) from None
-        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
+        model.vis.global_.offwidth = width
+        model.vis.global_.offheight = height
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._options = mujoco.MjvOption()
-        self._options.geomgroup[0], self._options.geomgroup[1] = 0, 1
+        self._options.geomgroup[0] = 0
+        self._options.geomgroup[1] = 1
         self._perturb = mujoco.MjvPerturb()
 
     def render(self, camera: int, width: int, height: int, data: mujoco.MjData) -> UInt8:

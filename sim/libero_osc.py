@@ -47,15 +47,18 @@ class OscLayout:
         self.qvel_index = list(controller.qvel_index)
         self.actuators = list(robot._ref_joint_actuator_indexes)
         self.torque_low, self.torque_high = (np.array(v) for v in robot.torque_limits)
-        self.kp, self.kd = np.array(controller.kp), np.array(controller.kd)
+        self.kp = np.array(controller.kp)
+        self.kd = np.array(controller.kd)
         self.initial_joint = np.array(controller.initial_joint)
-        self.command_low, self.command_high = np.array(controller.input_min), np.array(controller.input_max)
+        self.command_low = np.array(controller.input_min)
+        self.command_high = np.array(controller.input_max)
         self.scale = abs(controller.output_max - controller.output_min) / abs(self.command_high - self.command_low)
         self.scale_out = (controller.output_max + controller.output_min) / 2.0
         self.scale_in = (self.command_high + self.command_low) / 2.0
         # Right after a reset the controller still holds what it measured before the initial state was written.
         self.measured = {name: getattr(controller, name) for name in _MEASURED}
-        self.goal_ori, self.goal_pos = np.array(controller.goal_ori), np.array(controller.goal_pos)
+        self.goal_ori = np.array(controller.goal_ori)
+        self.goal_pos = np.array(controller.goal_pos)
         fingers = [robot.sim.model.actuator_name2id(name) for name in robot.gripper.actuators]
         self.finger_actuators = fingers
         ranges = model.actuator_ctrlrange[fingers]
@@ -83,9 +86,11 @@ class Osc:
     mass_matrix: np.ndarray
 
     def __init__(self, layout: OscLayout, data: mujoco.MjData) -> None:
-        self.layout, self.data = layout, data
+        self.layout = layout
+        self.data = data
         nv = layout.model.nv
-        self._jacp, self._jacr = np.zeros((3, nv)), np.zeros((3, nv))
+        self._jacp = np.zeros((3, nv))
+        self._jacr = np.zeros((3, nv))
         self._mass = np.zeros((nv, nv))
         self.reset()
 
@@ -93,7 +98,8 @@ class Osc:
         """Forget the episode: goal, measurement and gripper command as after the benchmark's own reset."""
         for name, value in self.layout.measured.items():
             setattr(self, name, value)
-        self.goal_ori, self.goal_pos = self.layout.goal_ori, self.layout.goal_pos
+        self.goal_ori = self.layout.goal_ori
+        self.goal_pos = self.layout.goal_pos
         self.fingers = np.zeros(2)
         self._stale = False
 
@@ -110,7 +116,8 @@ class Osc:
     def control(self, gripper_sign: float) -> None:
         """Write the joint torques and the finger targets. gripper_sign: -1 opens, +1 closes, 0 keeps."""
         self._measure()
-        layout, data = self.layout, self.data
+        layout = self.layout
+        data = self.data
         force = (self.goal_pos - self.ee_pos) * layout.kp[0:3] + (-self.ee_pos_vel) * layout.kd[0:3]
         rotation_error = orientation_error(self.goal_ori, self.ee_ori_mat)
         torque = rotation_error * layout.kp[3:6] + (-self.ee_ori_vel) * layout.kd[3:6]
@@ -126,9 +133,12 @@ class Osc:
     def _measure(self) -> None:
         if not self._stale:
             return
-        layout, data, model = self.layout, self.data, self.layout.model
+        layout = self.layout
+        data = self.data
+        model = self.layout.model
         mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_VEL, 1)
-        site, columns = layout.site, layout.qvel_index
+        site = layout.site
+        columns = layout.qvel_index
         self.ee_pos = np.array(data.site_xpos[site])
         self.ee_ori_mat = np.array(data.site_xmat[site].reshape([3, 3]))
         mujoco.mj_jacSite(model, data, self._jacp, self._jacr, site)
@@ -154,12 +164,14 @@ class ObservationClock:
     """
 
     def __init__(self, period: float, timestep: float) -> None:
-        self.period, self.timestep = period, timestep
+        self.period = period
+        self.timestep = timestep
         self.reset()
 
     def reset(self) -> None:
         """State after the two forced samples of a reset and of writing the initial state."""
-        self._elapsed, self._sampled = 2 * self.timestep, True
+        self._elapsed = 2 * self.timestep
+        self._sampled = True
 
     def tick(self) -> bool:
         """Advance by one physics step; True where the observation is taken after it."""

@@ -148,7 +148,8 @@ class MetaWorldTaskEnv(TaskEnv):
         return np.concatenate([seen[4:7], seen[11:14], seen[36:39]]).astype(np.float32)
 
     def simulator_state(self) -> np.ndarray:
-        model, data = self.env.model, self.env.data
+        model = self.env.model
+        data = self.env.data
         state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
         return state
@@ -182,7 +183,8 @@ class _Start:
         env.data = copy.copy(self.data)
         env.__dict__.update({k: copy.deepcopy(v) for k, v in self.plain.items()})
         # These two are no values of the start but views of the data, which was exchanged.
-        env.init_left_pad, env.init_right_pad = env.get_body_com("leftpad"), env.get_body_com("rightpad")
+        env.init_left_pad = env.get_body_com("leftpad")
+        env.init_right_pad = env.get_body_com("rightpad")
 
 
 _STARTS: dict[tuple[str, str, int], _Start] = {}
@@ -280,7 +282,8 @@ def _compiled_once(task: str) -> type:
             if not compiled:
                 compiled.append(mujoco.MjModel.from_xml_path(self.fullpath))
             model = copy.copy(compiled[0])
-            model.vis.global_.offwidth, model.vis.global_.offheight = self.width, self.height
+            model.vis.global_.offwidth = self.width
+            model.vis.global_.offheight = self.height
             return model, mujoco.MjData(model)
 
         _CLASSES[task] = type(base.__name__, (base,), {"_initialize_simulation": initialize})
@@ -298,7 +301,8 @@ def thin_meshes(model: mujoco.MjModel, spacing: float) -> None:
         faces = int(model.mesh_facenum[i])
         if faces < 300:
             continue
-        first_vertex, vertices = model.mesh_vertadr[i], model.mesh_vertnum[i]
+        first_vertex = model.mesh_vertadr[i]
+        vertices = model.mesh_vertnum[i]
         start = model.mesh_faceadr[i]
         points = model.mesh_vert[first_vertex : first_vertex + vertices].astype(np.float64)
         triangles = model.mesh_face[start : start + faces].copy()

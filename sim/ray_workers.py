@@ -92,7 +92,8 @@ class _Simulators:
 
 class _Process:
     def __init__(self, ray: Any, actor: Any) -> None:
-        self._ray, self._actor = ray, actor
+        self._ray = ray
+        self._actor = actor
 
     def kill(self) -> None:
         self._ray.kill(self._actor)
@@ -106,7 +107,9 @@ class _Process:
 
 class _Link:
     def __init__(self, ray: Any, actor: Any, arrays: Mapping[str, np.ndarray]) -> None:
-        self._ray, self._actor, self._arrays = ray, actor, arrays
+        self._ray = ray
+        self._actor = actor
+        self._arrays = arrays
         self._answer: Any = None
 
     def send(self, command: Command | None) -> None:

@@ -223,7 +223,8 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
                     ) from None
                 self._restore(self._workers[group], command)
                 continue
-            command, worker.pending = worker.pending, None
+            command = worker.pending
+            worker.pending = None
             if isinstance(answer, BaseException):
                 self._forget([*(r.slot for r in command.resets), *command.steps])
                 raise answer
@@ -257,7 +258,8 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         """Run one chunk in every slot that is not done. Reward 1 where the chunk brought success."""
         live = ~self.arrays["done"].copy()
         self._round({}, {int(s): actions[s] for s in np.flatnonzero(live)})
-        success, done = self.arrays["success"].copy(), self.arrays["done"].copy()
+        success = self.arrays["success"].copy()
+        done = self.arrays["done"].copy()
         info = {"steps_run": np.where(live, self.arrays["steps_run"], 0), "live": live}
         return self._observation(), (success & live).astype(np.float64), success, done & ~success, info
 

@@ -55,7 +55,8 @@ class Layout(NamedTuple):
         return sum(_aligned(int(np.prod(shape)) * dtype.itemsize) for shape, dtype in self.fields().values())
 
     def views(self, memory: shared_memory.SharedMemory) -> dict[str, np.ndarray]:
-        views, offset = {}, 0
+        views = {}
+        offset = 0
         for name, (shape, dtype) in self.fields().items():
             views[name] = np.ndarray(shape, dtype, buffer=memory.buf, offset=offset)
             offset += _aligned(int(np.prod(shape)) * dtype.itemsize)

@@ -17,9 +17,14 @@ from sim.libero_import import mujoco
 # The open hand in the frame of robosuite's grip site, measured from the model's collision geometry: x is the axis along
 # which the fingers open, z points down.
 APERTURE = 0.070
-FINGER_INNER, FINGER_OUTER, FINGER_HALF_WIDTH = 0.036, 0.066, 0.012
-TIP_BELOW, PALM_ABOVE = 0.010, 0.031
-PALM_HALF_LENGTH, PALM_HALF_WIDTH, PALM_HEIGHT = 0.105, 0.034, 0.09
+FINGER_INNER = 0.036
+FINGER_OUTER = 0.066
+FINGER_HALF_WIDTH = 0.012
+TIP_BELOW = 0.010
+PALM_ABOVE = 0.031
+PALM_HALF_LENGTH = 0.105
+PALM_HALF_WIDTH = 0.034
+PALM_HEIGHT = 0.09
 _RIM_DEPTH = 0.020
 _FLOOR_GAP = 0.004
 _SPACING = 0.015
@@ -40,7 +45,8 @@ class Grasp:
 
 def rotation(yaw: float) -> np.ndarray:
     """(3, 3) orientation of the grip site: x along the fingers, z down."""
-    sin, cos = math.sin(yaw), math.cos(yaw)
+    sin = math.sin(yaw)
+    cos = math.cos(yaw)
     return np.array([[-sin, cos, 0.0], [cos, sin, 0.0], [0.0, 0.0, -1.0]])
 
 
@@ -74,7 +80,8 @@ class Shapes:
     def _samples(self, geom: int) -> np.ndarray:
         if geom not in self._local:
             model = self._model
-            centre, half = model.geom_aabb[geom, :3], model.geom_aabb[geom, 3:]
+            centre = model.geom_aabb[geom, :3]
+            half = model.geom_aabb[geom, 3:]
             counts = np.clip(np.ceil(2 * half / _SPACING).astype(int) + 1, 2, 24)
             lines = [np.linspace(-1, 1, count) for count in counts]
             grid = np.stack(np.meshgrid(*lines, indexing="ij"), -1).reshape(-1, 3)
@@ -109,12 +116,14 @@ def _height(low: float, high: float) -> float:
 
 
 def _centre_grasps(points: np.ndarray, current_yaw: float) -> Iterable[Grasp]:
-    low, high = points[:, 2].min(), points[:, 2].max()
+    low = points[:, 2].min()
+    high = points[:, 2].max()
     z = _height(low, high)
     for yaw in np.linspace(-math.pi / 2, math.pi / 2, 13):
         axes = rotation(yaw)[:2, :2]
         along = points[:, :2] @ axes
-        least, most = along.min(0), along.max(0)
+        least = along.min(0)
+        most = along.max(0)
         width = most[0] - least[0]
         if width <= APERTURE:
             xy = axes @ ((least + most) / 2)
@@ -125,7 +134,8 @@ def _centre_grasps(points: np.ndarray, current_yaw: float) -> Iterable[Grasp]:
 def _rim_grasps(points: np.ndarray, current_yaw: float) -> Iterable[Grasp]:
     centre = (points[:, :2].min(0) + points[:, :2].max(0)) / 2
     offset = points[:, :2] - centre
-    azimuth, radius = np.arctan2(offset[:, 1], offset[:, 0]), np.linalg.norm(offset, axis=1)
+    azimuth = np.arctan2(offset[:, 1], offset[:, 0])
+    radius = np.linalg.norm(offset, axis=1)
     for angle in np.linspace(-math.pi, math.pi, 24, endpoint=False):
         sector = np.abs((azimuth - angle + math.pi) % (2 * math.pi) - math.pi) < math.radians(20)
         if not sector.any():
@@ -144,7 +154,9 @@ def _rim_grasps(points: np.ndarray, current_yaw: float) -> Iterable[Grasp]:
 def _hits(obstacles: np.ndarray, grasp: Grasp) -> int:
     """How many obstacle points lie in the volumes that fingers and palm sweep when they come down."""
     local = (obstacles - grasp.position) @ rotation(grasp.yaw)
-    x, y, up = np.abs(local[:, 0]), np.abs(local[:, 1]), -local[:, 2]
+    x = np.abs(local[:, 0])
+    y = np.abs(local[:, 1])
+    up = -local[:, 2]
     fingers = (x > FINGER_INNER) & (x < FINGER_OUTER) & (y < FINGER_HALF_WIDTH + 0.004) & (up > -TIP_BELOW)
     palm = (x < PALM_HALF_LENGTH) & (y < PALM_HALF_WIDTH) & (up > PALM_ABOVE - 0.004)
     return int((fingers | palm).sum())

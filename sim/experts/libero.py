@@ -18,10 +18,13 @@ from sim.libero import LiberoTaskEnv
 from sim.libero_import import mujoco
 
 _GAIN = 1.5
-_STEP, _TURN = 0.05, 0.3
-_OPEN, _CLOSED = -1.0, 1.0
+_STEP = 0.05
+_TURN = 0.3
+_OPEN = -1.0
+_CLOSED = 1.0
 _ABOVE = 0.06
-_CLOSE_STEPS, _OPEN_STEPS = 12, 10
+_CLOSE_STEPS = 12
+_OPEN_STEPS = 10
 _PATIENCE = {
     "reach": 90,
     "descend": 40,
@@ -123,7 +126,8 @@ class LiberoExpert(Expert):
         if self._dropped(env):
             self._give_up()
             return self._rise(env, 0.05)
-        position, place = self._position(env), self._place(env)
+        position = self._position(env)
+        place = self._place(env)
         if np.linalg.norm(position[:2] - place[:2]) < 0.012:
             self._enter("lower")
         goal = np.array([*(place[:2] if position[2] > self._height - 0.03 else position[:2]), self._height])
@@ -131,7 +135,8 @@ class LiberoExpert(Expert):
 
     def _lower(self, env: LiberoTaskEnv) -> Float32:
         grasp = self._held_grasp()
-        position, place = self._position(env), self._place(env)
+        position = self._position(env)
+        place = self._place(env)
         if self._dropped(env):
             self._give_up()
         elif np.linalg.norm(position[:2] - place[:2]) > 0.04:
@@ -153,7 +158,8 @@ class LiberoExpert(Expert):
         return self._rise(env, 0.04 if self._age < 12 else 0.0)
 
     def _enter(self, phase: str) -> None:
-        self._phase, self._age = phase, 0
+        self._phase = phase
+        self._age = 0
 
     def _replan(self) -> None:
         self._grasp = None
@@ -166,7 +172,8 @@ class LiberoExpert(Expert):
         self._replan()
 
     def _plan(self, env: LiberoTaskEnv) -> Grasp:
-        data, bodies = env.data, env.bodies
+        data = env.data
+        bodies = env.bodies
         others = [self._shapes.points(data, body) for name, body in bodies.items() if name != self._object]
         found = grasps(self._shapes.points(data, bodies[self._object]), np.concatenate(others), self._yaw(env))
         fresh = [g for g in found if not any(_alike(g, failed) for failed in self._failed)]
@@ -182,7 +189,8 @@ class LiberoExpert(Expert):
         data = env.data
         points = self._shapes.points(data, env.bodies[self._object])
         support = self._shapes.points(data, env.bodies[self._support])
-        position, held = self._position(env), self._object_position(env)
+        position = self._position(env)
+        held = self._object_position(env)
         hanging = position[2] - points[:, 2].min()
         if self._region >= 0:
             centre = data.site_xpos[self._region]
@@ -268,7 +276,8 @@ def _alike(one: Grasp, other: Grasp) -> bool:
 
 def _rotation_vector(matrix: np.ndarray) -> np.ndarray:
     """(3,) axis times angle of a rotation matrix, angle in [0, pi]."""
-    quaternion, vector = np.zeros(4), np.zeros(3)
+    quaternion = np.zeros(4)
+    vector = np.zeros(3)
     mujoco.mju_mat2Quat(quaternion, np.ascontiguousarray(matrix).ravel())
     mujoco.mju_quat2Vel(vector, quaternion, 1.0)
     return vector

@@ -59,7 +59,8 @@ class ReferenceLibero:
         return {name: np.ascontiguousarray(self.observation[key][::-1, ::-1]) for name, key in names.items()}
 
     def simulator_state(self) -> np.ndarray:
-        model, data = self.env.sim.model._model, self.env.sim.data._data
+        model = self.env.sim.model._model
+        data = self.env.sim.data._data
         state = np.zeros(mujoco.mj_stateSize(model, INTEGRATION))
         mujoco.mj_getState(model, data, state, INTEGRATION)
         return state

@@ -44,7 +44,8 @@ class NoisyExpert(Expert):
         self.disturbed = False
 
     def act(self, env: TaskEnv) -> Float32:
-        config, rng = self.config, self._rng
+        config = self.config
+        rng = self._rng
         self.label = self.expert.act(env)
         if self._left == 0 and rng.random() < config.probability:
             self._left = int(rng.integers(1, config.length + 1))
