@@ -1,8 +1,8 @@
-"""The robot's end of the link: empties the outbox, fetches adapters it lacks, follows the learner's state.
+"""Link client, on the robot: empties the outbox, fetches missing adapters, follows the learner's state.
 
 Knows messages, timers and what to ask again. Knows no model and no robot.
-One thread owns the socket and sleeps until something arrives or is due. Whatever is lost is asked for again; whoever
-stops, starts where the disk says it was. See docs/link.md for the states.
+One thread owns the socket and sleeps until something arrives or is due. Whatever is lost is requested again; after a
+restart it continues from what is on the disk. See docs/link.md for the states.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _FAILED: dict[int, str] = {
 
 @dataclass
 class LinkStatus:
-    """What can be told of the link. error: why it is down, empty while nobody knows; heard: seconds since the last
-    word, inf before the first; waiting, waiting_bytes: files for the learner."""
+    """State of the link. error: why it is down, empty while unknown; heard: seconds since the learner's last message,
+    inf before the first; waiting, waiting_bytes: files in the outbox."""
 
     up: bool
     heard: float
@@ -60,7 +60,7 @@ class LinkClient:
         on_state: called with each new state of the learner, from the link's thread: return at once.
         beat: seconds between two reports.
         patience: seconds without progress after which something is asked again.
-        tamper: for fault injection: what really goes out in place of each message (none, twice, another one later).
+        tamper: for fault injection: maps the frames of a message to the messages that are sent in its place.
     """
 
     def __init__(
@@ -80,12 +80,20 @@ class LinkClient:
         if not wire.is_name(robot):
             raise RatchetError("link.bad_name", f"{robot!r} cannot be a robot's name", fix="letters, digits, . _ -")
         sockets.require_allowed(address, keys)
-        self._address, self._robot, self._keys, self._learner = address, robot, keys, learner
-        self._outbox, self._fetcher, self._on_state, self._beat = outbox, fetcher, on_state, beat
+        self._address = address
+        self._robot = robot
+        self._keys = keys
+        self._learner = learner
+        self._outbox = outbox
+        self._fetcher = fetcher
+        self._on_state = on_state
+        self._beat = beat
         self._tamper = tamper
         self._uploads = Uploads(outbox, robot, self._send, patience)
         if fetcher is not None:
             fetcher.connect(robot, self._send, patience)
+        # Guards _state, _version, _report, _heard, _error and the bell, which any thread may ring; only the link's
+        # thread touches the other sockets.
         self._changed = threading.Condition()
         self._state: dict[str, Any] = {}
         self._version = ""
@@ -100,10 +108,12 @@ class LinkClient:
     def start(self) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
         self._dealer = sockets.dial(self._context, self._address, self._keys, self._learner)
-        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        for event in _FAILED:
-            events |= event
-        self._monitor = self._dealer.get_monitor_socket(events)
+        monitored_events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        for failure_event in _FAILED:
+            monitored_events |= failure_event
+        self._monitor = self._dealer.get_monitor_socket(monitored_events)
+        # A pair of in-process sockets wakes the thread out of its poll: a ZeroMQ socket may only be used by one
+        # thread.
         self._wake = self._context.socket(zmq.PAIR)
         self._wake.bind("inproc://wake")
         self._bell = self._context.socket(zmq.PAIR)
@@ -114,7 +124,8 @@ class LinkClient:
 
     def stop(self) -> None:
         """Close the socket; safe to call more than once. What waits stays in the outbox."""
-        thread, self._thread = self._thread, None
+        thread = self._thread
+        self._thread = None
         if thread is None:
             return
         self._outbox.listeners.remove(self.nudge)
@@ -139,7 +150,7 @@ class LinkClient:
         return self._version
 
     def report(self, table: Mapping[str, Any]) -> None:
-        """What to tell the learner of this robot with the next beat: small plain data.
+        """Set what the next beats tell the learner of this robot: small plain data.
 
         Raises:
             RatchetError: link.bad_message.
@@ -149,7 +160,7 @@ class LinkClient:
             self._report = dict(table)
 
     def nudge(self) -> None:
-        """There is something to do: look at once."""
+        """Wake the link's thread, because there is something to do."""
         with self._changed:
             if self._thread is not None:
                 self._bell.send(b"look")
@@ -162,22 +173,22 @@ class LinkClient:
 
     def status(self) -> LinkStatus:
         with self._changed:
-            heard = time.monotonic() - self._heard
-            done = self._outbox.done
+            silence_s = time.monotonic() - self._heard
+            answer_counts = self._outbox.done
             return LinkStatus(
-                up=heard < SILENCE,
-                heard=heard,
-                error="" if heard < SILENCE else self._error,
+                up=silence_s < SILENCE,
+                heard=silence_s,
+                error="" if silence_s < SILENCE else self._error,
                 waiting=len(self._outbox),
                 waiting_bytes=self._outbox.size,
-                delivered=done.pop("stored", 0),
-                refused=done,
+                delivered=answer_counts.pop("stored", 0),
+                refused=answer_counts,
                 fetching=self._fetcher.missing() if self._fetcher else [],
                 version=self._version,
             )
 
     def wait(self, predicate: Callable[[], bool], timeout: float) -> bool:
-        """Sleep until something made the predicate true (it is asked after every change), or the time is over."""
+        """Block until `predicate()` is true, evaluated after every change; False where `timeout` seconds pass first."""
         with self._changed:
             return self._changed.wait_for(predicate, timeout)
 
@@ -185,40 +196,42 @@ class LinkClient:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        for socket in (self._dealer, self._wake, self._monitor):
-            poller.register(socket, zmq.POLLIN)
+        for polled_socket in (self._dealer, self._wake, self._monitor):
+            poller.register(polled_socket, zmq.POLLIN)
         while True:
-            now = time.monotonic()
-            due = self._work(now)
-            ready = dict(poller.poll(int(max(0.0, due - time.monotonic()) * 1000) + 1))
-            if self._wake in ready and self._wake.recv() == b"stop":
+            now_s = time.monotonic()
+            # Rounded up to the next millisecond, so that the poll never returns just before the deadline and spins.
+            due_s = self._work(now_s)
+            ready_sockets = dict(poller.poll(int(max(0.0, due_s - time.monotonic()) * 1000) + 1))
+            if self._wake in ready_sockets and self._wake.recv() == b"stop":
                 return
-            if self._monitor in ready:
+            if self._monitor in ready_sockets:
                 self._watch(recv_monitor_message(self._monitor)["event"])
-            if self._dealer in ready:
+            if self._dealer in ready_sockets:
                 self._take([frame.buffer for frame in sockets.receive(self._dealer, keep=2)])
 
-    def _work(self, now: float) -> float:
+    def _work(self, now_s: float) -> float:
         """Send what is due; returns when to look again."""
-        if now >= self._next_beat:
+        if now_s >= self._next_beat:
             with self._changed:
-                fields = {"robot": self._robot, "have": self._version, "report": self._report}
-            self._send("beat", fields)
-            self._next_beat = now + self._beat
-        due = [self._next_beat]
+                beat_fields = {"robot": self._robot, "have": self._version, "report": self._report}
+            self._send("beat", beat_fields)
+            self._next_beat = now_s + self._beat
+        due_times_s = [self._next_beat]
         try:
-            due.append(self._uploads.work(now))
+            due_times_s.append(self._uploads.work(now_s))
             if self._fetcher is not None:
-                due.append(self._fetcher.work(now))
-        except RatchetError as error:  # the disk: told, and tried again with the next beat
+                due_times_s.append(self._fetcher.work(now_s))
+        except RatchetError as error:  # the disk: reported, and tried again with the next beat
             self._fail(str(error))
-        return min(due)
+        return min(due_times_s)
 
     def _watch(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._fail("")
             self._send("hello", {"robot": self._robot, "software": agent.__version__})
             self._next_beat = 0.0
+            # A new connection may lead to a restarted learner, so nothing that was sent before counts.
             self._uploads.restart()
             if self._fetcher is not None:
                 self._fetcher.restart()
@@ -233,56 +246,57 @@ class LinkClient:
         except RatchetError as error:
             self._fail(str(error))
             return
-        now = time.monotonic()
+        now_s = time.monotonic()
         with self._changed:
-            self._heard = now
+            self._heard = now_s
         try:
-            self._handle(message, now)
-        except RatchetError as error:  # a full disk, a damaged adapter: told here, and asked for again later
+            self._handle(message, now_s)
+        except RatchetError as error:  # a full disk, a damaged adapter: reported, and requested again later
             log.warning("%s", error)
             self._fail(str(error))
-        except Exception as error:  # whoever follows the state failed; the link goes on
+        except Exception as error:  # a callback of the application failed; the link must go on
             log.exception("unexpected")
             self._fail(f"{type(error).__name__}: {error}")
         with self._changed:
             self._changed.notify_all()
 
-    def _handle(self, message: wire.Message, now: float) -> None:
+    def _handle(self, message: wire.Message, now_s: float) -> None:
         if message.kind == "state":
             self._follow(message)
         elif message.kind in ("need", "got", "stored"):
-            self._uploads.take(message, now)
+            self._uploads.take(message, now_s)
         elif message.kind in ("files", "data"):
             if self._fetcher is not None:
-                self._fetcher.take(message, now)
+                self._fetcher.take(message, now_s)
         elif message.kind == "refused":
             log.warning("the learner refuses %s: [%s] %s", message["about"][:12], message["code"], message["what"])
-            if not self._uploads.refused(message, now) and self._fetcher is not None:
-                self._fetcher.refused(message, now)
+            if not self._uploads.refused(message, now_s) and self._fetcher is not None:
+                self._fetcher.refused(message, now_s)
             if message["about"] == "message":
                 self._fail(f"[{message['code']}] {message['what']}")
 
     def _follow(self, message: wire.Message) -> None:
-        body = message["body"]
+        new_state = message["body"]
         with self._changed:
             if message["version"] == self._version:
                 return
-            self._state, self._version = body, message["version"]
+            self._state = new_state
+            self._version = message["version"]
         if self._fetcher is not None:
-            self._fetcher.want(a for a in body.get("adapters", []) if wire.is_hash(a))
-        self._on_state(body)
+            self._fetcher.want(adapter_id for adapter_id in new_state.get("adapters", []) if wire.is_hash(adapter_id))
+        self._on_state(new_state)
 
     def _fail(self, error: str) -> None:
         with self._changed:
             self._error = error
             self._changed.notify_all()
 
-    def _send(self, kind: str, fields: Mapping[str, Any], payload: bytes | None = None) -> bool:
+    def _send(self, kind: str, message_fields: Mapping[str, Any], payload: bytes | None = None) -> bool:
         """False where it cannot be sent now: nobody is connected, or the learner is slower than this side."""
-        frames = wire.encode(kind, fields, payload)
+        message_frames = wire.encode(kind, message_fields, payload)
         try:
-            for out in [frames] if self._tamper is None else self._tamper(frames):
-                self._dealer.send_multipart(out, zmq.DONTWAIT, copy=payload is None)
+            for outgoing in [message_frames] if self._tamper is None else self._tamper(message_frames):
+                self._dealer.send_multipart(outgoing, zmq.DONTWAIT, copy=payload is None)
         except zmq.Again:
             return False
         return True

@@ -1,4 +1,4 @@
-"""Adapters on their way to the robot: asked for by id, received in resumable pieces, believed only by their hash.
+"""Adapter download, on the robot: requested by id, received in resumable pieces, accepted only by their hash.
 
 Knows the files of an adapter, the robot's store and what to ask next. Knows no socket and no policy: an adapter is
 offered to whoever swaps only when it stands in the store under the id that its own content gives.
@@ -27,7 +27,7 @@ from agent.link.disk import disk_errors, hash_file, require_space
 from agent.link.wire import CHUNK, Message
 
 log = logging.getLogger("ratchet.link")
-WINDOW = 16  # pieces asked for and not yet here
+WINDOW = 16  # pieces requested and not yet received
 NEEDED = {WEIGHTS, CONFIG, CARD}
 
 Send = Callable[..., bool]
@@ -37,9 +37,9 @@ Send = Callable[..., bool]
 class _Fetch:
     adapter: str
     files: list[dict[str, Any]] = field(default_factory=list)
-    place: int = 0  # file being read
-    asked: int = 0  # bytes of it asked for
-    got: int = 0  # bytes of it on the disk
+    file_index: int = 0  # the file being read
+    requested_bytes: int = 0  # of that file
+    received_bytes: int = 0  # of that file, on the disk
     handle: int = -1
     due: float = 0.0  # when to ask again, monotonic seconds
     delay: float = 0.0
@@ -63,8 +63,12 @@ class Fetcher:
         reserve: int = 1024**3,
         files: Files | None = None,
     ) -> None:
-        self.store, self._incoming, self._on_adapter, self._reserve = store, incoming, on_adapter, reserve
+        self.store = store
+        self._incoming = incoming
+        self._on_adapter = on_adapter
+        self._reserve = reserve
         self._files = files or Files()
+        # Guards _wanted and _offered, which any thread may change; _fetch belongs to the client's thread alone.
         self._lock = threading.Lock()
         self._wanted: list[str] = []
         self._offered: set[str] = set()
@@ -77,14 +81,16 @@ class Fetcher:
 
     def connect(self, robot: str, send: Send, patience: float) -> None:
         """Called once by the client."""
-        self._robot, self._send, self._patience = robot, send, patience
+        self._robot = robot
+        self._send = send
+        self._patience = patience
 
     def want(self, adapters: Iterable[str]) -> None:
-        """From now on these are wanted; ids that were wanted before and are not named stay wanted until they came."""
+        """Request these adapters; ids requested before stay requested until they arrive."""
         with self._lock:
-            for adapter in adapters:
-                if adapter not in self._wanted and adapter not in self._offered:
-                    self._wanted.append(adapter)
+            for adapter_id in adapters:
+                if adapter_id not in self._wanted and adapter_id not in self._offered:
+                    self._wanted.append(adapter_id)
 
     def missing(self) -> list[str]:
         """Wanted and not yet in the store."""
@@ -93,74 +99,79 @@ class Fetcher:
 
     # -- the client's thread -------------------------------------------------------------------------------------
 
-    def work(self, now: float) -> float:
-        """Ask for what is due; returns when to look again."""
+    def work(self, now_s: float) -> float:
+        """Request what is due; returns the time (monotonic seconds) at which to call again."""
         self._offer_present()
         with self._lock:
-            newest = self._wanted[-1] if self._wanted else None
-        if newest is None:
+            newest_id = self._wanted[-1] if self._wanted else None
+        if newest_id is None:
             return float("inf")
         if self._fetch is None:
-            self._fetch = _Fetch(newest)
-        fetch = self._fetch
-        if now >= fetch.due:
-            fetch.due = now + self._patience
-            if fetch.files:
-                fetch.asked = fetch.got  # what was asked for did not come
+            self._fetch = _Fetch(newest_id)
+        download = self._fetch
+        if now_s >= download.due:
+            download.due = now_s + self._patience
+            if download.files:
+                download.requested_bytes = download.received_bytes  # what was asked for did not come
             else:
-                self._send("parts", {"robot": self._robot, "adapter": fetch.adapter})
-        self._pump(fetch)
-        return fetch.due
+                self._send("parts", {"robot": self._robot, "adapter": download.adapter})
+        self._pump(download)
+        return download.due
 
-    def take(self, message: Message, now: float) -> None:
+    def take(self, message: Message, now_s: float) -> None:
         """`files` or `data`.
 
         Raises:
             RatchetError: link.disk_full, link.io, adapter.disk_full …; what is on the disk is continued later.
         """
-        fetch = self._fetch
-        if fetch is None or message["adapter"] != fetch.adapter:
+        download = self._fetch
+        if download is None or message["adapter"] != download.adapter:
             return
         try:
-            self._receive(fetch, message, now)
+            self._receive(download, message, now_s)
         except RatchetError:
-            self._close(fetch)
-            delay = min(max(2 * fetch.delay, 1.0), 30.0)
-            self._fetch = _Fetch(fetch.adapter, due=now + delay, delay=delay)
+            self._close(download)
+            delay_s = min(max(2 * download.delay, 1.0), 30.0)
+            self._fetch = _Fetch(download.adapter, due=now_s + delay_s, delay=delay_s)
             raise
 
-    def _receive(self, fetch: _Fetch, message: Message, now: float) -> None:
+    def _receive(self, download: _Fetch, message: Message, now_s: float) -> None:
         if message.kind == "files":
-            if not fetch.files:
-                self._list(fetch, message["files"], now)
+            if not download.files:
+                self._list(download, message["files"], now_s)
             return
         assert message.payload is not None
-        file = fetch.files[fetch.place] if fetch.place < len(fetch.files) else None
-        if file is None or message["name"] != file["name"] or message["offset"] != fetch.got:
-            return  # a piece of before a loss: the right one is asked for
-        if len(message.payload) > file["size"] - fetch.got or not message.payload:
-            self._drop(fetch, now)
+        current_file = download.files[download.file_index] if download.file_index < len(download.files) else None
+        if (
+            current_file is None
+            or message["name"] != current_file["name"]
+            or message["offset"] != download.received_bytes
+        ):
+            return  # a piece from before a loss; the right one has been requested
+        if len(message.payload) > current_file["size"] - download.received_bytes or not message.payload:
+            self._drop(download, now_s)
             return
         with disk_errors(self._incoming):
-            path = self._folder(fetch) / file["name"]
-            self._files.step("write", path)
-            os.pwrite(fetch.handle, message.payload, fetch.got)
-        fetch.got += len(message.payload)
-        fetch.due = now + self._patience
-        self._advance(fetch, now)
+            partial_path = self._folder(download) / current_file["name"]
+            # pwrite at the received length, so a repeated piece can only rewrite the same bytes.
+            self._files.step("write", partial_path)
+            os.pwrite(download.handle, message.payload, download.received_bytes)
+        download.received_bytes += len(message.payload)
+        download.due = now_s + self._patience
+        self._advance(download, now_s)
 
-    def refused(self, message: Message, now: float) -> None:
-        fetch = self._fetch
-        if fetch is None or message["about"] != fetch.adapter:
+    def refused(self, message: Message, now_s: float) -> None:
+        download = self._fetch
+        if download is None or message["about"] != download.adapter:
             return
-        fetch.delay = min(max(2 * fetch.delay, 1.0), 30.0)
-        fetch.due = now + fetch.delay
+        download.delay = min(max(2 * download.delay, 1.0), 30.0)
+        download.due = now_s + download.delay
         if message["code"] == "adapter.unknown":
             # The learner has removed it since; what it wants robots to hold now is in its state.
-            self._close(fetch)
+            self._close(download)
             self._fetch = None
             with self._lock:
-                self._wanted.remove(fetch.adapter)
+                self._wanted.remove(download.adapter)
 
     def restart(self) -> None:
         """The connection is new: ask again at once."""
@@ -169,104 +180,116 @@ class Fetcher:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _folder(self, fetch: _Fetch) -> Path:
-        return self._incoming / fetch.adapter
+    def _folder(self, download: _Fetch) -> Path:
+        return self._incoming / download.adapter
 
-    def _list(self, fetch: _Fetch, files: list[dict[str, Any]], now: float) -> None:
-        if {f["name"] for f in files} != NEEDED or len(files) != len(NEEDED):
-            raise RatchetError("link.bad_message", "not the files of an adapter", where=fetch.adapter[:12])
+    def _list(self, download: _Fetch, listed_files: list[dict[str, Any]], now_s: float) -> None:
+        if {listed_file["name"] for listed_file in listed_files} != NEEDED or len(listed_files) != len(NEEDED):
+            raise RatchetError("link.bad_message", "not the files of an adapter", where=download.adapter[:12])
         with disk_errors(self._incoming):
-            self._files.folder(self._folder(fetch))
-            require_space(self._incoming, sum(f["size"] for f in files), self._reserve)
-        fetch.files, fetch.place = files, 0
-        fetch.due = now + self._patience
-        self._open(fetch)
-        self._advance(fetch, now)
+            self._files.folder(self._folder(download))
+            require_space(self._incoming, sum(listed_file["size"] for listed_file in listed_files), self._reserve)
+        download.files = listed_files
+        download.file_index = 0
+        download.due = now_s + self._patience
+        self._open(download)
+        self._advance(download, now_s)
 
-    def _open(self, fetch: _Fetch) -> None:
-        file = fetch.files[fetch.place]
-        path = self._folder(fetch) / file["name"]
+    def _open(self, download: _Fetch) -> None:
+        current_file = download.files[download.file_index]
+        partial_path = self._folder(download) / current_file["name"]
         with disk_errors(self._incoming):
-            self._files.step("open", path)
-            fetch.handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-            there = os.fstat(fetch.handle).st_size
-            if there > file["size"]:
-                os.ftruncate(fetch.handle, 0)
-                there = 0
-        fetch.got = fetch.asked = there
+            self._files.step("open", partial_path)
+            download.handle = os.open(partial_path, os.O_CREAT | os.O_RDWR, 0o644)
+            # What a crash left is continued; it counts only once the whole file's hash is right.
+            present_bytes = os.fstat(download.handle).st_size
+            if present_bytes > current_file["size"]:
+                os.ftruncate(download.handle, 0)
+                present_bytes = 0
+        download.received_bytes = download.requested_bytes = present_bytes
 
-    def _advance(self, fetch: _Fetch, now: float) -> None:
+    def _advance(self, download: _Fetch, now_s: float) -> None:
         """Go on to the next file where this one is complete; check and store after the last."""
-        while fetch.got == fetch.files[fetch.place]["size"]:
-            file = fetch.files[fetch.place]
-            self._close(fetch)
-            if hash_file(self._folder(fetch) / file["name"]) != file["sha"]:
-                self._drop(fetch, now)
+        while download.received_bytes == download.files[download.file_index]["size"]:
+            current_file = download.files[download.file_index]
+            self._close(download)
+            if hash_file(self._folder(download) / current_file["name"]) != current_file["sha"]:
+                self._drop(download, now_s)
                 return
-            fetch.place += 1
-            if fetch.place == len(fetch.files):
-                self._complete(fetch, now)
+            download.file_index += 1
+            if download.file_index == len(download.files):
+                self._complete(download, now_s)
                 return
-            self._open(fetch)
+            self._open(download)
 
-    def _pump(self, fetch: _Fetch) -> None:
-        if not fetch.files or fetch.place >= len(fetch.files):
+    def _pump(self, download: _Fetch) -> None:
+        if not download.files or download.file_index >= len(download.files):
             return
-        file = fetch.files[fetch.place]
-        while fetch.asked < file["size"] and fetch.asked - fetch.got < WINDOW * CHUNK:
-            size = min(CHUNK, file["size"] - fetch.asked)
-            fields = {"robot": self._robot, "adapter": fetch.adapter, "name": file["name"], "offset": fetch.asked}
-            if not self._send("read", {**fields, "size": size}):
+        current_file = download.files[download.file_index]
+        while (
+            download.requested_bytes < current_file["size"]
+            and download.requested_bytes - download.received_bytes < WINDOW * CHUNK
+        ):
+            piece_bytes = min(CHUNK, current_file["size"] - download.requested_bytes)
+            read_fields = {
+                "robot": self._robot,
+                "adapter": download.adapter,
+                "name": current_file["name"],
+                "offset": download.requested_bytes,
+            }
+            if not self._send("read", {**read_fields, "size": piece_bytes}):
                 return
-            fetch.asked += size
+            download.requested_bytes += piece_bytes
 
-    def _complete(self, fetch: _Fetch, now: float) -> None:
-        folder = self._folder(fetch)
+    def _complete(self, download: _Fetch, now_s: float) -> None:
+        partial_folder = self._folder(download)
         try:
-            adapter, provenance = read_adapter(folder)
-            if adapter.id != fetch.adapter:
+            adapter, provenance = read_adapter(partial_folder)
+            if adapter.id != download.adapter:
                 raise RatchetError(
                     "adapter.hash_mismatch",
-                    f"content is {adapter.id[:12]}, asked for {fetch.adapter[:12]}",
+                    f"content is {adapter.id[:12]}, asked for {download.adapter[:12]}",
                     fix="it is fetched again",
                 )
         except RatchetError as error:
             log.warning("%s", error)
-            self._drop(fetch, now)
+            self._drop(download, now_s)
             return
+        # The store hashes the content once more; `on_adapter` is called by _offer_present when the id is in the
+        # store.
         self.store.put(adapter, provenance)
         self._fetch = None
         with disk_errors(self._incoming):
-            self._files.remove(folder)
+            self._files.remove(partial_folder)
 
-    def _drop(self, fetch: _Fetch, now: float) -> None:
-        """Something does not fit: begin this adapter anew, after a while."""
-        self._close(fetch)
+    def _drop(self, download: _Fetch, now_s: float) -> None:
+        """Discard what was received of this adapter and start again after a delay, doubled each time up to 30 s."""
+        self._close(download)
         with disk_errors(self._incoming):
-            self._files.remove(self._folder(fetch))
-        delay = min(max(2 * fetch.delay, 1.0), 30.0)
-        self._fetch = _Fetch(fetch.adapter, due=now + delay, delay=delay)
+            self._files.remove(self._folder(download))
+        delay_s = min(max(2 * download.delay, 1.0), 30.0)
+        self._fetch = _Fetch(download.adapter, due=now_s + delay_s, delay=delay_s)
 
-    def _close(self, fetch: _Fetch) -> None:
-        if fetch.handle >= 0:
-            os.close(fetch.handle)
-            fetch.handle = -1
+    def _close(self, download: _Fetch) -> None:
+        if download.handle >= 0:
+            os.close(download.handle)
+            download.handle = -1
 
     def _offer_present(self) -> None:
         with self._lock:
-            wanted = list(self._wanted)
-        if not wanted:
+            requested_ids = list(self._wanted)
+        if not requested_ids:
             return
-        stored = set(self.store.ids())
-        for adapter in wanted:
-            if adapter in stored:
+        stored_ids = set(self.store.ids())
+        for adapter_id in requested_ids:
+            if adapter_id in stored_ids:
                 with self._lock:
-                    self._wanted.remove(adapter)
-                    self._offered.add(adapter)
-                if self._fetch is not None and self._fetch.adapter == adapter:
+                    self._wanted.remove(adapter_id)
+                    self._offered.add(adapter_id)
+                if self._fetch is not None and self._fetch.adapter == adapter_id:
                     self._close(self._fetch)
                     self._fetch = None
-                self._on_adapter(adapter)
+                self._on_adapter(adapter_id)
 
 
 def read_adapter(folder: Path) -> tuple[Adapter, Provenance]:
@@ -279,9 +302,11 @@ def read_adapter(folder: Path) -> tuple[Adapter, Provenance]:
     config = read_config(read_file(folder / CONFIG), str(folder / CONFIG))
     tensors = read_weights(read_file(folder / WEIGHTS), str(folder / WEIGHTS))
     try:
-        card = json.loads(read_file(folder / CARD))
-        binding = Binding(str(card["base_hash"]), dict(card["statistics"]), dict(card["action_space"]))
-        provenance = Provenance(**card["provenance"])
+        card_fields = json.loads(read_file(folder / CARD))
+        binding = Binding(
+            str(card_fields["base_hash"]), dict(card_fields["statistics"]), dict(card_fields["action_space"])
+        )
+        provenance = Provenance(**card_fields["provenance"])
     except (ValueError, TypeError, KeyError):
         raise RatchetError("adapter.bad_card", "the card cannot be read", where=str(folder)) from None
     return Adapter(tensors, config, binding), provenance

@@ -1,7 +1,8 @@
-"""The robot's running adapter follows the learner's `active`: promotion and rollback reach the arm by this.
+"""Tag follower, on the robot: its running adapter follows the learner's `active` tag.
 
-Knows the learner's state, the robot's store and one function that swaps. Knows no policy. It swaps only to what stands
-in the store under its own hash, and the newest wish wins. A refused swap is told and the running adapter stays.
+Promotion and rollback reach the arm this way. Knows the learner's state, the robot's store and one function that swaps.
+Knows no policy. It swaps only to adapters that are in the store under their own hash, and always to the newest target.
+A refused swap is reported and the running adapter stays.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ class Follower:
         on_swap: Callable[[str], None] = lambda adapter: None,
         on_error: Callable[[RatchetError], None] = lambda error: None,
     ) -> None:
-        self._store, self._swap, self._on_swap, self._on_error = store, swap, on_swap, on_error
+        self._store = store
+        self._swap = swap
+        self._on_swap = on_swap
+        self._on_error = on_error
+        # Guards _wish, _candidate and _stopping, which the link's thread sets; _done, _tagged and _refused belong to
+        # this one's thread.
         self._changed = threading.Condition()
         self._wish = ""
         self._candidate = self._tagged = ""
@@ -44,18 +50,18 @@ class Follower:
         self._thread.start()
 
     def on_state(self, state: Mapping[str, Any]) -> None:
-        active = state.get("tags", {}).get("active", "")
-        if active in ("", BASE) and state.get("mode") == "robot":
-            # Nothing is promoted. The adapter that is trained from is empty and acts as the base, but only under its
-            # id is what the arm does on-policy.
-            active = (state.get("order") or {}).get("adapter", "") or active
-        candidate = state.get("tags", {}).get("candidate", "")
+        active_id = state.get("tags", {}).get("active", "")
+        if active_id in ("", BASE) and state.get("mode") == "robot":
+            # Nothing is promoted yet. The adapter that training starts from is empty and acts as the base, but samples
+            # count as on-policy only under its id.
+            active_id = (state.get("order") or {}).get("adapter", "") or active_id
+        candidate_id = state.get("tags", {}).get("candidate", "")
         with self._changed:
-            if isinstance(active, str) and active and active != self._wish:
-                self._wish = active
+            if isinstance(active_id, str) and active_id and active_id != self._wish:
+                self._wish = active_id
                 self._changed.notify_all()
-            if isinstance(candidate, str) and candidate and candidate != self._candidate:
-                self._candidate = candidate
+            if isinstance(candidate_id, str) and candidate_id and candidate_id != self._candidate:
+                self._candidate = candidate_id
                 self._changed.notify_all()
 
     def on_adapter(self, adapter: str) -> None:
@@ -74,24 +80,27 @@ class Follower:
                 self._changed.wait_for(lambda: self._stopping or self._ready() or self._tries())
                 if self._stopping:
                     return
-                wish, ready, candidate = self._wish, self._ready(), self._candidate if self._tries() else ""
-            if candidate:
-                self._tag(candidate)
-            if not ready:
+                target_id = self._wish
+                is_ready = self._ready()
+                candidate_id = self._candidate if self._tries() else ""
+            if candidate_id:
+                self._tag(candidate_id)
+            if not is_ready:
                 continue
             try:
-                self._swap(wish)
-                if self._store.tags().get("active") != wish:
-                    self._store.promote(wish, "the learner's active")
+                self._swap(target_id)
+                if self._store.tags().get("active") != target_id:
+                    self._store.promote(target_id, "the learner's active")
             except RatchetError as error:
-                self._refused = wish
+                self._refused = target_id
                 self._on_error(error)
                 continue
-            self._done, self._refused = wish, ""
-            self._on_swap(wish)
+            self._done = target_id
+            self._refused = ""
+            self._on_swap(target_id)
 
     def _tag(self, candidate: str) -> None:
-        """Give the candidate its name here, so that a person can try it; nothing runs it by itself."""
+        """Tag the candidate in the robot's store, so that a person can try it; it is never run automatically."""
         try:
             if self._store.tags().get("candidate") != candidate:
                 self._store.tag("candidate", candidate, "the learner's candidate")

@@ -1,4 +1,4 @@
-"""The learner's inbox: files arrive in pieces, are checked against their hash, and count once they are on the disk.
+"""Inbox, on the learner: files arrive in pieces, are checked by hash, and count once they are on the disk.
 
 Knows pieces, hashes and the journal. Knows no socket and no meaning of a file.
 
@@ -24,12 +24,12 @@ from agent.errors import RatchetError
 from agent.link.disk import disk_errors, hash_file, require_space
 from agent.link.journal import Event, Journal
 
-OPEN = 16  # partial files kept open at once
+OPEN = 16  # partial files with an open descriptor at once
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a sender offers. robot, key and sequence: whose it is, what it is, and its place in the sender's order."""
+    """A file that a robot offers. key: unique name of what it is; sequence: its position in the outbox."""
 
     robot: str
     sha: str
@@ -63,20 +63,26 @@ class Inbox:
         *,
         reserve: int = 1024**3,
         files: Files | None = None,
-        on_received: Callable[[Event], None] = lambda event: None,
+        on_received: Callable[[Event], None] = lambda received_event: None,
     ) -> None:
-        self.root, self._journal, self.reserve = root, journal, reserve
+        self.root = root
+        self._journal = journal
+        self.reserve = reserve
         self._disk = files or Files()
         self.on_received = on_received
-        self._partial_folder, self._files = root / "partial", root / "files"
+        self._partial_folder = root / "partial"
+        self._files = root / "files"
         with disk_errors(root):
             self._disk.folder(self._partial_folder)
             self._disk.folder(self._files)
+        # Most recently used last: when too many are open, the file that has been idle longest is closed.
         self._open: OrderedDict[str, _Partial] = OrderedDict()
+        # Complete and checked, being synced by the settling thread; the server's thread only adds here, settle
+        # removes.
         self._sealed: dict[str, _Partial] = {}
         self._known: dict[str, str] = {}  # "robot key" -> sha
-        for event in journal.of("received"):
-            self._known[f"{event.data['robot']} {event.data['key']}"] = event.data["sha"]
+        for received_event in journal.of("received"):
+            self._known[f"{received_event.data['robot']} {received_event.data['key']}"] = received_event.data["sha"]
         self._recover()
 
     def path(self, sha: str) -> Path:
@@ -101,7 +107,7 @@ class Inbox:
                 return None
             return self._begin(parcel).offset
 
-    def write(self, sha: str, offset: int, data: memoryview) -> int | None:
+    def write(self, sha: str, offset: int, piece: memoryview) -> int | None:
         """Add a piece; returns how many bytes are there now, or None where no such file was offered.
 
         A piece that came before is dropped, one that comes too early too: the answer says what is needed next.
@@ -114,15 +120,16 @@ class Inbox:
             return None
         if offset != partial.offset:
             return partial.offset
-        if offset + len(data) > partial.parcel.size:
+        if offset + len(piece) > partial.parcel.size:
             raise RatchetError("link.too_large", "more bytes than were offered", where=sha[:12])
         with disk_errors(self.root):
             self._disk.step("write", self._partial_folder / sha)
-            view = data
-            while view:
-                view = view[os.pwrite(partial.handle, view, offset + len(data) - len(view)) :]
-        partial.sha.update(data)
-        partial.offset += len(data)
+            remaining = piece
+            while remaining:
+                remaining = remaining[os.pwrite(partial.handle, remaining, offset + len(piece) - len(remaining)) :]
+        # Hashed while it arrives, so that a complete file needs no second reading.
+        partial.sha.update(piece)
+        partial.offset += len(piece)
         return partial.offset
 
     def complete(self, sha: str) -> bool:
@@ -157,12 +164,12 @@ class Inbox:
             RatchetError: link.disk_full, link.io; the file can be sealed and settled again then.
         """
         partial = self._sealed[sha]
-        path = self._partial_folder / sha
+        partial_path = self._partial_folder / sha
         try:
             with disk_errors(self.root):
-                self._disk.step("fsync", path)
+                self._disk.step("fsync", partial_path)
                 os.fsync(partial.handle)
-                self._accept(partial.parcel, path)
+                self._accept(partial.parcel, partial_path)
         finally:
             # What could not be settled is on the disk: the next offer finds it there.
             del self._sealed[sha]
@@ -175,42 +182,43 @@ class Inbox:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _begin(self, parcel: Parcel) -> _Partial:
-        known = self._open.get(parcel.sha)
-        if known is not None:
-            known.parcel = parcel
+        open_partial = self._open.get(parcel.sha)
+        if open_partial is not None:
+            open_partial.parcel = parcel
             self._open.move_to_end(parcel.sha)
-            return known
-        path = self._partial_folder / parcel.sha
-        there = path.stat().st_size if path.exists() else 0
-        require_space(self.root, parcel.size - min(there, parcel.size), self.reserve)
+            return open_partial
+        partial_path = self._partial_folder / parcel.sha
+        present_bytes = partial_path.stat().st_size if partial_path.exists() else 0
+        require_space(self.root, parcel.size - min(present_bytes, parcel.size), self.reserve)
         while len(self._open) >= OPEN:
             self._forget(next(iter(self._open)))
-        self._disk.step("open", path)
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        sha = hashlib.sha256()
-        if there > parcel.size:
-            os.ftruncate(handle, 0)
-            there = 0
+        self._disk.step("open", partial_path)
+        descriptor = os.open(partial_path, os.O_CREAT | os.O_RDWR, 0o644)
+        hasher = hashlib.sha256()
+        if present_bytes > parcel.size:
+            os.ftruncate(descriptor, 0)
+            present_bytes = 0
         offset = 0
-        while offset < there:
-            piece = os.pread(handle, min(1 << 20, there - offset), offset)
-            sha.update(piece)
+        # hashlib's state is not on the disk; after a restart the bytes so far are read once more.
+        while offset < present_bytes:
+            piece = os.pread(descriptor, min(1 << 20, present_bytes - offset), offset)
+            hasher.update(piece)
             offset += len(piece)
-        partial = self._open[parcel.sha] = _Partial(parcel, handle, there, sha)
+        partial = self._open[parcel.sha] = _Partial(parcel, descriptor, present_bytes, hasher)
         return partial
 
     def _forget(self, sha: str) -> None:
         os.close(self._open.pop(sha).handle)
 
-    def _accept(self, parcel: Parcel, source: Path | None = None) -> None:
+    def _accept(self, parcel: Parcel, partial_path: Path | None = None) -> None:
         """Sidecar, then file, then journal: a crash in between is finished by the next start."""
         sidecar = self._files / f"{parcel.sha}.json"
-        if source is not None:
-            scratch = self._partial_folder / f"{parcel.sha}.json"
-            self._disk.remove(scratch)
-            self._disk.create(scratch, (json.dumps(asdict(parcel)) + "\n").encode())
-            self._disk.rename(scratch, sidecar)
-            self._disk.rename(source, self.path(parcel.sha))
+        if partial_path is not None:
+            scratch_path = self._partial_folder / f"{parcel.sha}.json"
+            self._disk.remove(scratch_path)
+            self._disk.create(scratch_path, (json.dumps(asdict(parcel)) + "\n").encode())
+            self._disk.rename(scratch_path, sidecar)
+            self._disk.rename(partial_path, self.path(parcel.sha))
             self._disk.sync_folder(self._partial_folder)
         if not self.knows(parcel.robot, parcel.key):
             event = self._journal.append("received", **asdict(parcel))
@@ -222,16 +230,16 @@ class Inbox:
 
     def _recover(self) -> None:
         """Count files that were complete when a crash came before the journal's line."""
-        received = {event.data["sha"] for event in self._journal.of("received")}
-        for path in sorted(self._files.glob("*.json")):
-            sha = path.name.removesuffix(".json")
-            if sha in received or not self.path(sha).is_file():
+        received_hashes = {event.data["sha"] for event in self._journal.of("received")}
+        for sidecar_path in sorted(self._files.glob("*.json")):
+            sha = sidecar_path.name.removesuffix(".json")
+            if sha in received_hashes or not self.path(sha).is_file():
                 continue
             try:
-                raw: Mapping[str, Any] = json.loads(path.read_bytes())
-                parcel = Parcel(**raw)
+                parcel_fields: Mapping[str, Any] = json.loads(sidecar_path.read_bytes())
+                parcel = Parcel(**parcel_fields)
             except (ValueError, TypeError):
-                self._disk.remove(path)  # never acknowledged: what it says comes again with the next offer
+                self._disk.remove(sidecar_path)  # never acknowledged: what it says comes again with the next offer
                 continue
             if self._same(parcel):
                 self._accept(parcel)

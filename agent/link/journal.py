@@ -1,4 +1,4 @@
-"""A write-ahead journal: one JSON line per event, each bound to all before it by a hash chain.
+"""Write-ahead journal: one JSON line per event, each bound to all before it by a hash chain.
 
 Knows lines, hashes and what a crash can leave behind. Knows no event's meaning; whoever folds the events does.
 A torn last line never happened; damage anywhere else is refused, because what follows it cannot be trusted.
@@ -26,7 +26,7 @@ START = "0" * 64
 
 @dataclass(frozen=True)
 class Event:
-    """One line. n counts from 1; time: seconds since 1970, told for people only and never used to decide anything."""
+    """One line. n counts from 1; time: seconds since 1970, for people to read; nothing is decided by it."""
 
     n: int
     kind: str
@@ -45,6 +45,7 @@ class Journal:
     def __init__(self, path: Path, files: Files | None = None, *, readonly: bool = False) -> None:
         self.path = path
         self._files = files or Files()
+        # Guards events and _size: one append at a time, so that lines and hashes stay in order.
         self._lock = threading.Lock()
         self._handle: int | None = None
         if not readonly:
@@ -52,14 +53,14 @@ class Journal:
                 self._files.folder(path.parent)
                 self._handle = hold(path.with_suffix(".lock"))
         try:
-            self.events, good = _parse(path)
-            if not readonly and path.exists() and path.stat().st_size > good:
+            self.events, intact_bytes = _parse(path)
+            if not readonly and path.exists() and path.stat().st_size > intact_bytes:
                 with disk_errors(path):
-                    self._files.truncate(path, good)
+                    self._files.truncate(path, intact_bytes)
         except BaseException:
             self.close()
             raise
-        self._size = good
+        self._size = intact_bytes
 
     @property
     def head(self) -> str:
@@ -76,7 +77,7 @@ class Journal:
                     self._files.append(self.path, line)
             except RatchetError:
                 if self.path.exists():
-                    os.truncate(self.path, self._size)  # half a line must not precede the next one
+                    os.truncate(self.path, self._size)  # a torn line in the middle would count as damage
                 raise
             if not self.events:
                 with disk_errors(self.path):
@@ -101,27 +102,38 @@ def read(path: Path) -> list[Event]:
     return _parse(path)[0]
 
 
-def _event(n: int, kind: str, data: dict[str, Any], now: float, previous: str) -> Event:
+def _event(number: int, kind: str, data: dict[str, Any], time_s: float, previous: str) -> Event:
     # Only what shapes the state is bound; the time of day may jump without making two histories differ.
-    text = canonical_json({"n": n, "kind": kind, "data": data, "previous": previous})
-    return Event(n, kind, json.loads(canonical_json(data)), now, hashlib.sha256(text.encode()).hexdigest())
+    canonical_text = canonical_json({"n": number, "kind": kind, "data": data, "previous": previous})
+    return Event(
+        number, kind, json.loads(canonical_json(data)), time_s, hashlib.sha256(canonical_text.encode()).hexdigest()
+    )
 
 
 def _line(event: Event) -> bytes:
-    raw = {"n": event.n, "kind": event.kind, "data": event.data, "time": round(event.time, 3), "hash": event.hash}
-    return (json.dumps(raw, separators=(",", ":")) + "\n").encode()
+    event_fields = {
+        "n": event.n,
+        "kind": event.kind,
+        "data": event.data,
+        "time": round(event.time, 3),
+        "hash": event.hash,
+    }
+    return (json.dumps(event_fields, separators=(",", ":")) + "\n").encode()
 
 
 def _parse(path: Path) -> tuple[list[Event], int]:
-    data = path.read_bytes() if path.is_file() else b""
+    journal_bytes = path.read_bytes() if path.is_file() else b""
     events: list[Event] = []
-    good, previous = 0, START
-    lines = data.splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+    intact_bytes = 0
+    previous_hash = START
+    lines = journal_bytes.splitlines(keepends=True)
+    for number, event_line in enumerate(lines, 1):
         try:
-            raw = json.loads(line)
-            event = _event(number, raw["kind"], raw["data"], float(raw["time"]), previous)
-            intact = line.endswith(b"\n") and raw["n"] == number and raw["hash"] == event.hash
+            event_fields = json.loads(event_line)
+            event = _event(
+                number, event_fields["kind"], event_fields["data"], float(event_fields["time"]), previous_hash
+            )
+            intact = event_line.endswith(b"\n") and event_fields["n"] == number and event_fields["hash"] == event.hash
         except (ValueError, KeyError, TypeError):
             intact = False
         if not intact:
@@ -134,5 +146,6 @@ def _parse(path: Path) -> tuple[list[Event], int]:
                 fix="restore the file from a copy; nothing after this line can be trusted",
             )
         events.append(event)
-        good, previous = good + len(line), event.hash
-    return events, good
+        intact_bytes = intact_bytes + len(event_line)
+        previous_hash = event.hash
+    return events, intact_bytes

@@ -1,4 +1,4 @@
-"""CURVE keys on disk: who a robot or a learner is, and whom a learner lets in.
+"""CURVE key files: the identity of a robot or a learner, and the allow list of a learner.
 
 Knows pyzmq's certificate files (`<name>.key` public, `<name>.key_secret` private) and the allow list, a folder of
 public keys whose file names are the robots' names. Knows no message and no socket.
@@ -39,26 +39,28 @@ def make(folder: Path, name: str) -> KeyPair:
         RatchetError: link.bad_name; link.key_exists rather than replacing a key that robots rely on.
     """
     _require_name(name)
-    public, secret = folder / f"{name}.key", folder / f"{name}.key_secret"
-    for path in (public, secret):
-        if path.exists():
+    public_path = folder / f"{name}.key"
+    secret_path = folder / f"{name}.key_secret"
+    for key_path in (public_path, secret_path):
+        if key_path.exists():
             raise RatchetError(
-                "link.key_exists", "there is a key of this name", where=str(path), fix="use it, or move it away first"
+                "link.key_exists", "a key of this name exists", where=str(key_path), fix="use it, or move it away first"
             )
     files = Files()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        before = os.umask(0o077)
+        # The secret is never readable by others, not even for the moment before a chmod.
+        previous_umask = os.umask(0o077)
         try:
-            made = zmq.auth.create_certificates(scratch, name)
+            created_files = zmq.auth.create_certificates(scratch, name)
         finally:
-            os.umask(before)
-        for source, target in zip(made, (public, secret), strict=True):
-            with open(source, "rb") as file:
-                os.fsync(file.fileno())
-            files.rename(Path(source), target)
-        public.chmod(0o644)
-    return load(secret)
+            os.umask(previous_umask)
+        for source_file, target_path in zip(created_files, (public_path, secret_path), strict=True):
+            with open(source_file, "rb") as key_file:
+                os.fsync(key_file.fileno())
+            files.rename(Path(source_file), target_path)
+        public_path.chmod(0o644)
+    return load(secret_path)
 
 
 def load(path: Path) -> KeyPair:
@@ -67,14 +69,14 @@ def load(path: Path) -> KeyPair:
     Raises:
         RatchetError: link.no_key, link.bad_key, link.open_key where others could read it.
     """
-    public, secret = _read(path)
-    if secret is None:
+    public_key, secret_key = _read(path)
+    if secret_key is None:
         raise RatchetError("link.bad_key", "this file holds no secret key", where=str(path), fix="name the .key_secret")
     if path.stat().st_mode & 0o077:
         raise RatchetError(
             "link.open_key", "other users can read this secret key", where=str(path), fix=f"chmod 600 {path}"
         )
-    return KeyPair(path.name.removesuffix(".key_secret"), public, secret)
+    return KeyPair(path.name.removesuffix(".key_secret"), public_key, secret_key)
 
 
 def load_public(path: Path) -> bytes:
@@ -90,20 +92,20 @@ def allow(folder: Path, public_file: Path, name: str = "") -> str:
     """
     name = name or public_file.name.removesuffix(".key")
     _require_name(name)
-    key = load_public(public_file)
-    target = folder / ALLOWED / f"{name}.key"
-    if target.exists():
-        if load_public(target) == key:
+    public_key = load_public(public_file)
+    allowed_path = folder / ALLOWED / f"{name}.key"
+    if allowed_path.exists():
+        if load_public(allowed_path) == public_key:
             return name
         raise RatchetError(
-            "link.name_taken", f"another key is allowed as '{name}'", where=str(target), fix="revoke it first"
+            "link.name_taken", f"another key is allowed as '{name}'", where=str(allowed_path), fix="revoke it first"
         )
     files = Files()
-    files.folder(target.parent)
-    scratch = target.with_suffix(f".{os.getpid()}")
+    files.folder(allowed_path.parent)
+    scratch = allowed_path.with_suffix(f".{os.getpid()}")
     scratch.unlink(missing_ok=True)
-    files.create(scratch, f'metadata\ncurve\n    public-key = "{key.decode()}"\n'.encode())
-    files.rename(scratch, target)
+    files.create(scratch, f'metadata\ncurve\n    public-key = "{public_key.decode()}"\n'.encode())
+    files.rename(scratch, allowed_path)
     return name
 
 
@@ -113,22 +115,24 @@ def revoke(folder: Path, name: str) -> None:
     Raises:
         RatchetError: link.not_allowed where it is not on the list.
     """
-    target = folder / ALLOWED / f"{name}.key"
-    if not target.is_file():
-        known = ", ".join(sorted(allowed(folder).values())) or "none"
-        raise RatchetError("link.not_allowed", f"'{name}' is not allowed", where=str(folder), fix=f"allowed: {known}")
-    target.unlink()
+    allowed_path = folder / ALLOWED / f"{name}.key"
+    if not allowed_path.is_file():
+        allowed_names = ", ".join(sorted(allowed(folder).values())) or "none"
+        raise RatchetError(
+            "link.not_allowed", f"'{name}' is not allowed", where=str(folder), fix=f"allowed: {allowed_names}"
+        )
+    allowed_path.unlink()
 
 
 def allowed(folder: Path) -> dict[bytes, str]:
     """Public key -> robot's name. A file that cannot be read lets nobody in."""
-    found = {}
-    for path in sorted((folder / ALLOWED).glob("*.key")):
+    names_by_key = {}
+    for key_path in sorted((folder / ALLOWED).glob("*.key")):
         try:
-            found[load_public(path)] = path.name.removesuffix(".key")
+            names_by_key[load_public(key_path)] = key_path.name.removesuffix(".key")
         except RatchetError:
             continue
-    return found
+    return names_by_key
 
 
 class AllowList:
@@ -139,29 +143,36 @@ class AllowList:
         self._stamp: tuple[tuple[str, int], ...] = ()
         self._known: dict[bytes, str] = {}
 
-    def name_of(self, public: bytes) -> str | None:
+    def name_of(self, public_key: bytes) -> str | None:
         """The robot behind a public key (Z85), None for a stranger."""
-        place = self._folder / ALLOWED
-        stamp = tuple(sorted((e.name, e.stat().st_mtime_ns) for e in os.scandir(place))) if place.is_dir() else ()
-        if stamp != self._stamp:
-            self._known, self._stamp = allowed(self._folder), stamp
-        return self._known.get(public)
+        allow_folder = self._folder / ALLOWED
+        folder_stamp = (
+            tuple(sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(allow_folder)))
+            if allow_folder.is_dir()
+            else ()
+        )
+        # Names and times of change: adding or revoking a robot takes effect without a restart.
+        if folder_stamp != self._stamp:
+            self._known = allowed(self._folder)
+            self._stamp = folder_stamp
+        return self._known.get(public_key)
 
-    def callback(self, domain: str, key: bytes) -> bool:
-        """What pyzmq's authenticator asks at a handshake."""
-        return self.name_of(key) is not None
+    def callback(self, domain: str, public_key: bytes) -> bool:
+        """Tell pyzmq's authenticator whether to accept a key; called at each handshake."""
+        return self.name_of(public_key) is not None
 
 
 def _read(path: Path) -> tuple[bytes, bytes | None]:
     if not path.is_file():
         raise RatchetError("link.no_key", "no such key file", where=str(path), fix="make one: ratchet keys make")
     try:
-        public, secret = zmq.auth.load_certificate(path)
+        public_key, secret_key = zmq.auth.load_certificate(path)
     except (OSError, ValueError, UnicodeDecodeError):
-        public, secret = b"", None
-    if len(public) != 40 or (secret is not None and len(secret) != 40):
+        public_key = b""
+        secret_key = None
+    if len(public_key) != 40 or (secret_key is not None and len(secret_key) != 40):
         raise RatchetError("link.bad_key", "not a CURVE key file", where=str(path), fix="make one: ratchet keys make")
-    return public, secret
+    return public_key, secret_key
 
 
 def _require_name(name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a learner asks robots for: the order in its state, checked field by field.
+"""Rollout request of the learner: the `order` in its state, checked field by field.
 
 Knows the order's form. Knows neither who collects nor what is done with it.
 """
@@ -46,14 +46,14 @@ class Order:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Order | None:
         """The order in a learner's state, None where there is none. Raises RatchetError robot.bad_order."""
-        raw = state.get("order")
-        if raw is None:
+        order_fields = state.get("order")
+        if order_fields is None:
             return None
         try:
-            order = cls(**{name: raw[name] for name in cls.__dataclass_fields__})
-            for name, kind in cls.__annotations__.items():
-                if not isinstance(getattr(order, name), KINDS[kind]):
-                    raise TypeError(name)
+            order = cls(**{field_name: order_fields[field_name] for field_name in cls.__dataclass_fields__})
+            for field_name, type_name in cls.__annotations__.items():
+                if not isinstance(getattr(order, field_name), KINDS[type_name]):
+                    raise TypeError(field_name)
         except (KeyError, TypeError) as error:
             raise RatchetError(
                 "robot.bad_order", f"the learner's order cannot be read: {error}", fix="run the same release on both"

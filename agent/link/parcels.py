@@ -1,4 +1,4 @@
-"""Small files that travel through the outbox beside episodes: the end of a session, a person's verdict.
+"""Records sent through the outbox beside episodes: the end of a session, a person's verdict.
 
 Knows their form. They are files, not messages, so that they are as durable as episodes and keep their place among them.
 """
@@ -11,20 +11,31 @@ from typing import Any
 
 from agent.errors import RatchetError
 
-SESSION, LABEL, EPISODE = "session", "label", "episode"
+SESSION = "session"
+LABEL = "label"
+EPISODE = "episode"
 
 
 def session_parcel(
     session: str, ended: bool, manifest: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]]
 ) -> bytes:
-    """Tells the learner of a session: its manifest and its episodes (key and SHA-256 each)."""
-    body = {"session": session, "ended": ended, "manifest": dict(manifest), "episodes": [dict(e) for e in episodes]}
-    return (json.dumps(body) + "\n").encode()
+    """Encode a session for the learner: its manifest and its episodes (key and SHA-256 each)."""
+    session_fields = {
+        "session": session,
+        "ended": ended,
+        "manifest": dict(manifest),
+        "episodes": [dict(episode) for episode in episodes],
+    }
+    return (json.dumps(session_fields) + "\n").encode()
 
 
 def label_parcel(episode: str, success: bool | None, person: str, note: str = "") -> bytes:
-    """Tells the learner what a person saw. episode: SHA-256 of the episode's file. success: None takes back what was
-    said before, as when readers disagree.
+    """Encode a person's verdict for the learner.
+
+    Args:
+        episode: SHA-256 of the episode's file.
+        success: what the person saw; None withdraws an earlier verdict, as when annotators disagree.
+        person: name of the person, not empty.
 
     Raises:
         RatchetError: link.no_person without a name: an unnamed verdict is none.

@@ -1,4 +1,4 @@
-"""What a learner's end remembers of its robots and counts, and how a state is given a version.
+"""Registry entries of the link server: known robots, message counts, and the version of a state.
 
 Knows names, times and numbers. Knows no socket.
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 import msgpack
 
-PRESENT = 5.0  # seconds after its last word that a robot counts as present
+PRESENT = 5.0  # seconds after its last message for which a robot counts as present: five of its beats
 
 
 @dataclass
 class Peer:
-    """What is known of a robot. seen: monotonic seconds. report: its own words, see `client.LinkClient.report`."""
+    """One known robot. seen: monotonic seconds of its last message. report: see `client.LinkClient.report`."""
 
     name: str
     seen: float
@@ -26,8 +26,8 @@ class Peer:
     routing: bytes = b""
     version: str = ""  # of the state that it has
 
-    def present(self, now: float) -> bool:
-        return now - self.seen < PRESENT
+    def present(self, now_s: float) -> bool:
+        return now_s - self.seen < PRESENT
 
 
 @dataclass

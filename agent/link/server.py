@@ -1,8 +1,8 @@
-"""The learner's end of the link: takes files into the inbox, gives adapters out, tells everybody the state.
+"""Link server, on the learner: takes files into the inbox, serves adapters, publishes the learner's state.
 
-Knows messages, robots and their names. Knows no model and no learning; what the state says is somebody else's.
-One thread owns the socket, another forces files to the disk. The server answers and never asks, so a lost answer costs
-the robot one repeated question.
+Knows messages, robots and their names. Knows no model and no learning; the content of the state is its caller's.
+One thread owns the socket, another forces files to the disk. The server only ever answers, so a lost answer costs the
+robot one repeated request.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from agent.link.keys import AllowList, KeyPair
 from agent.link.peers import Counts, Peer, version_of
 
 log = logging.getLogger("ratchet.link")
+# Refusals that may be gone a moment later: the robot sends the file again. Any other code makes it give the file up.
 AGAIN = {
     "link.failed",
     "link.disk_full",
@@ -38,7 +39,7 @@ AGAIN = {
 
 
 class Shelf(Protocol):
-    """Where adapters are given out from."""
+    """Source of adapter files."""
 
     def files(self, adapter: str) -> list[dict[str, Any]]:
         """Name, size and SHA-256 of an adapter's files. Raises RatchetError adapter.unknown."""
@@ -71,14 +72,20 @@ class LinkServer:
         if (keys is None) != (allow is None):
             raise RatchetError("link.no_key", "keys and allow list belong together", fix="name both, or neither")
         sockets.require_allowed(address, keys)
-        self._asked, self._inbox, self._shelf, self._keys = address, inbox, shelf, keys
+        self._asked = address
+        self._inbox = inbox
+        self._shelf = shelf
+        self._keys = keys
         self._allow = AllowList(allow) if allow is not None else None
-        self._on_change, self._tamper = on_change, tamper
+        self._on_change = on_change
+        self._tamper = tamper
+        # Guards _state, _version, _peers and the bell. The socket and counts belong to the server's thread alone.
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {}
         self._version = version_of({})
         self._peers: dict[str, Peer] = {}
         self._thread: threading.Thread | None = None
+        # Jobs from the server's thread to the settling one, and results back; None ends the latter.
         self._sealed: queue.SimpleQueue[tuple[bytes, str] | None] = queue.SimpleQueue()
         self._settled: deque[tuple[bytes, str, RatchetError | None]] = deque()
         self.counts = Counts()
@@ -104,19 +111,20 @@ class LinkServer:
         self._settler.start()
 
     def publish(self, body: Mapping[str, Any]) -> str:
-        """What every robot should know from now on; present ones are told at once, others when they ask.
+        """Set the state that robots follow: those present are told at once, the others with their next beat.
 
         body: plain data, small; `adapters` in it lists the ids that robots should hold. Returns its version.
 
         Raises:
             RatchetError: link.bad_message where it is no plain data or too large.
         """
-        fresh = dict(body)
-        wire.encode("state", {"version": "0", "body": fresh})
+        new_state = dict(body)
+        wire.encode("state", {"version": "0", "body": new_state})
         with self._lock:
-            if version_of(fresh) == self._version:
+            if version_of(new_state) == self._version:
                 return self._version
-            self._state, self._version = fresh, version_of(fresh)
+            self._state = new_state
+            self._version = version_of(new_state)
             self._ring(b"state")
             return self._version
 
@@ -127,11 +135,15 @@ class LinkServer:
 
     def peers(self) -> list[Peer]:
         with self._lock:
-            return [Peer(p.name, p.seen, dict(p.report), p.software, b"", p.version) for p in self._peers.values()]
+            return [
+                Peer(peer.name, peer.seen, dict(peer.report), peer.software, b"", peer.version)
+                for peer in self._peers.values()
+            ]
 
     def stop(self) -> None:
         """Close the socket; safe to call more than once."""
-        thread, self._thread = self._thread, None
+        thread = self._thread
+        self._thread = None
         if thread is None:
             return
         with self._lock:
@@ -143,14 +155,14 @@ class LinkServer:
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
-    def _ring(self, what: bytes) -> None:
+    def _ring(self, signal: bytes) -> None:
         if self.address:
-            self._bell.send(what)
+            self._bell.send(signal)
 
     def _end(self) -> None:
         self.address = ""
-        for name in ("_router", "_wake", "_bell"):
-            socket = getattr(self, name, None)
+        for attribute in ("_router", "_wake", "_bell"):
+            socket = getattr(self, attribute, None)
             if socket is not None:
                 socket.close(0)
         if self._zap is not None:
@@ -162,40 +174,40 @@ class LinkServer:
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll())
-            if self._wake in ready:
-                word = self._wake.recv()
-                if word == b"stop":
+            ready_sockets = dict(poller.poll())
+            if self._wake in ready_sockets:
+                signal = self._wake.recv()
+                if signal == b"stop":
                     return
-                if word == b"settled":
+                if signal == b"settled":
                     self._acknowledge()
                 else:
                     self._announce()
-            if self._router in ready:
+            if self._router in ready_sockets:
                 frames = sockets.receive(self._router, keep=3)
                 self._take(bytes(frames[0].buffer), frames[1:])
 
     def _announce(self) -> None:
-        now = time.monotonic()
+        now_s = time.monotonic()
         with self._lock:
-            targets = [p.routing for p in self._peers.values() if p.present(now)]
-            fields = {"version": self._version, "body": self._state}
-        for routing in targets:
-            self._send(routing, "state", fields)
+            routings = [peer.routing for peer in self._peers.values() if peer.present(now_s)]
+            state_fields = {"version": self._version, "body": self._state}
+        for routing in routings:
+            self._send(routing, "state", state_fields)
 
     def _take(self, routing: bytes, frames: list[zmq.Frame]) -> None:
-        """One message, from whomever, however made: it is answered, refused or dropped, and the thread goes on."""
-        name = None
+        """Handle one message from an untrusted sender: answer, refuse or drop it; never raises."""
+        allowed_name = None
         if self._allow is not None and frames:
-            # The connection was let in by its key; here the key is held against the list of this moment.
-            name = self._allow.name_of(str(frames[0].get("User-Id")).encode())
-            if name is None:
+            # The handshake accepted the key; it may have been revoked since, so it is checked for every message.
+            allowed_name = self._allow.name_of(str(frames[0].get("User-Id")).encode())
+            if allowed_name is None:
                 self.counts.strangers += 1
                 return
         try:
             message = wire.decode([frame.buffer for frame in frames])
             robot = message.fields.get("robot")
-            if robot is None or (name is not None and robot != name):
+            if robot is None or (allowed_name is not None and robot != allowed_name):
                 raise RatchetError("link.wrong_name", "the message is in another robot's name", where=str(robot)[:64])
         except RatchetError as error:
             self.counts.malformed += 1
@@ -209,29 +221,31 @@ class LinkServer:
             # Whatever one robot's message runs into, the others are served on.
             refusal = caught if isinstance(caught, RatchetError) else _unexpected(caught)
             self.counts.refused += 1
-            about = message.fields.get("sha") or message.fields.get("adapter") or message.kind
+            subject = message.fields.get("sha") or message.fields.get("adapter") or message.kind
             log.warning("%s: %s", robot, refusal)
-            self._refuse(routing, about, refusal)
+            self._refuse(routing, subject, refusal)
 
     def _meet(self, routing: bytes, robot: str, message: wire.Message) -> None:
-        now = time.monotonic()
+        now_s = time.monotonic()
         with self._lock:
             peer = self._peers.get(robot)
-            new = peer is None or not peer.present(now)
+            has_news = peer is None or not peer.present(now_s)
             if peer is None:
-                peer = self._peers[robot] = Peer(robot, now)
-            peer.seen, peer.routing = now, routing
+                peer = self._peers[robot] = Peer(robot, now_s)
+            peer.seen = now_s
+            peer.routing = routing
             if message.kind == "beat":
-                new = new or peer.report != message["report"] or peer.version != message["have"]
-                peer.report, peer.version = dict(message["report"]), message["have"]
+                has_news = has_news or peer.report != message["report"] or peer.version != message["have"]
+                peer.report = dict(message["report"])
+                peer.version = message["have"]
             elif message.kind == "hello":
                 peer.software = message["software"]
-        if new:
+        if has_news:
             self._on_change()
 
     def _answer(self, routing: bytes, robot: str, message: wire.Message) -> None:
-        kind = message.kind
-        if kind == "chunk":
+        message_kind = message.kind
+        if message_kind == "chunk":
             assert message.payload is not None
             offset = self._inbox.write(message["sha"], message["offset"], message.payload)
             if offset is None:
@@ -243,32 +257,35 @@ class LinkServer:
             self.counts.bytes += len(message.payload)
             self._send(routing, "got", {"sha": message["sha"], "offset": offset})
             self._finish(routing, message["sha"])
-        elif kind == "offer":
-            parcel = Parcel(robot, *(message[n] for n in ("sha", "size", "type", "key", "sequence", "meta")))
-            start = self._inbox.offer(parcel)
-            if start is None:
+        elif message_kind == "offer":
+            parcel = Parcel(
+                robot, *(message[field_name] for field_name in ("sha", "size", "type", "key", "sequence", "meta"))
+            )
+            start_offset = self._inbox.offer(parcel)
+            if start_offset is None:
                 self._send(routing, "stored", {"sha": message["sha"]})
                 return
-            self._send(routing, "need", {"sha": message["sha"], "offset": start})
+            self._send(routing, "need", {"sha": message["sha"], "offset": start_offset})
             self._finish(routing, message["sha"])
-        elif kind == "beat":
+        elif message_kind == "beat":
             with self._lock:
-                version, body = self._version, self._state
-            if message["have"] == version:
-                self._send(routing, "same", {"version": version})
+                state_version = self._version
+                state_body = self._state
+            if message["have"] == state_version:
+                self._send(routing, "same", {"version": state_version})
             else:
-                self._send(routing, "state", {"version": version, "body": body})
-        elif kind == "hello":
+                self._send(routing, "state", {"version": state_version, "body": state_body})
+        elif message_kind == "hello":
             self._send(routing, "welcome", {"software": agent.__version__})
-        elif kind == "parts":
-            files = self._shelf.files(message["adapter"])
-            self._send(routing, "files", {"adapter": message["adapter"], "files": files})
-        elif kind == "read":
-            data = self._shelf.read(message["adapter"], message["name"], message["offset"], message["size"])
-            fields = {name: message[name] for name in ("adapter", "name", "offset")}
-            self._send(routing, "data", fields, data)
+        elif message_kind == "parts":
+            adapter_files = self._shelf.files(message["adapter"])
+            self._send(routing, "files", {"adapter": message["adapter"], "files": adapter_files})
+        elif message_kind == "read":
+            piece = self._shelf.read(message["adapter"], message["name"], message["offset"], message["size"])
+            data_fields = {field_name: message[field_name] for field_name in ("adapter", "name", "offset")}
+            self._send(routing, "data", data_fields, piece)
         else:
-            raise RatchetError("link.bad_message", "this kind is the learner's to send", where=kind)
+            raise RatchetError("link.bad_message", "this kind is the learner's to send", where=message_kind)
 
     def _finish(self, routing: bytes, sha: str) -> None:
         """Have a complete file made durable, while the next one's pieces go on arriving."""
@@ -280,40 +297,47 @@ class LinkServer:
         """The second thread: forces files to the disk, one after the other, in the order of their completion."""
         while (job := self._sealed.get()) is not None:
             routing, sha = job
-            error: RatchetError | None = None
+            refusal: RatchetError | None = None
             try:
                 self._inbox.settle(sha)
-            except Exception as caught:
-                error = caught if isinstance(caught, RatchetError) else _unexpected(caught)
-            self._settled.append((routing, sha, error))
+            except Exception as failure:
+                refusal = failure if isinstance(failure, RatchetError) else _unexpected(failure)
+            self._settled.append((routing, sha, refusal))
             with self._lock:
                 self._ring(b"settled")
 
     def _acknowledge(self) -> None:
         while self._settled:
-            routing, sha, error = self._settled.popleft()
-            if error is None:
+            routing, sha, refusal = self._settled.popleft()
+            if refusal is None:
                 self.counts.received += 1
                 self._send(routing, "stored", {"sha": sha})
             else:
                 self.counts.refused += 1
-                log.warning("%s", error)
-                self._refuse(routing, sha, error)
+                log.warning("%s", refusal)
+                self._refuse(routing, sha, refusal)
 
     def _refuse(self, routing: bytes, about: str, error: RatchetError) -> None:
-        fields = {"about": about[:64], "code": error.code[:64], "what": error.what[:400], "fix": error.fix[:400]}
-        self._send(routing, "refused", {**fields, "again": error.code in AGAIN})
+        refusal_fields = {
+            "about": about[:64],
+            "code": error.code[:64],
+            "what": error.what[:400],
+            "fix": error.fix[:400],
+        }
+        self._send(routing, "refused", {**refusal_fields, "again": error.code in AGAIN})
 
-    def _send(self, routing: bytes, kind: str, fields: Mapping[str, Any], payload: bytes | None = None) -> None:
+    def _send(self, routing: bytes, kind: str, message_fields: Mapping[str, Any], payload: bytes | None = None) -> None:
         try:
-            frames = [routing, *wire.encode(kind, fields, payload)]
-            for out in [frames] if self._tamper is None else self._tamper(frames):
-                self._router.send_multipart(out, zmq.DONTWAIT)
+            frames = [routing, *wire.encode(kind, message_fields, payload)]
+            for outgoing in [frames] if self._tamper is None else self._tamper(frames):
+                self._router.send_multipart(outgoing, zmq.DONTWAIT)
         except zmq.ZMQError:
-            log.info("an answer was dropped: the robot is gone or takes nothing; it will ask again")
+            log.info("an answer was dropped: the robot is gone or its queue is full; it will ask again")
 
 
-def _unexpected(error: Exception) -> RatchetError:
-    """A fault of this program, told like a refusal; the log has its trace."""
-    log.error("unexpected: %s", error, exc_info=error)
-    return RatchetError("link.failed", f"{type(error).__name__}: {error}", fix="see the learner's log and report it")
+def _unexpected(failure: Exception) -> RatchetError:
+    """Wrap a bug of this program as a refusal, so that the robot learns of it; the log has the traceback."""
+    log.error("unexpected: %s", failure, exc_info=failure)
+    return RatchetError(
+        "link.failed", f"{type(failure).__name__}: {failure}", fix="see the learner's log and report it"
+    )

@@ -1,4 +1,4 @@
-"""An adapter store as files to give out: what the learner's end of the link serves.
+"""Artifact server of the link: the files of an adapter store, read in pieces.
 
 Knows the files of a stored adapter. Knows no message; which adapter a robot should have is somebody else's.
 """
@@ -24,25 +24,25 @@ class AdapterShelf:
         self._weights: dict[str, str] = {}  # adapter -> hash of its weights file, which never changes
 
     def files(self, adapter: str) -> list[dict[str, Any]]:
-        found = []
+        file_list = []
         with disk_errors(self._store.root):
-            for name in FILES:
-                path = self._path(adapter, name)
-                sha = self._weights.get(adapter) if name == WEIGHTS else None
-                sha = sha or hash_file(path)
-                if name == WEIGHTS:
+            for file_name in FILES:
+                file_path = self._path(adapter, file_name)
+                sha = self._weights.get(adapter) if file_name == WEIGHTS else None
+                sha = sha or hash_file(file_path)
+                if file_name == WEIGHTS:
                     self._weights[adapter] = sha
-                found.append({"name": name, "size": path.stat().st_size, "sha": sha})
-        return found
+                file_list.append({"name": file_name, "size": file_path.stat().st_size, "sha": sha})
+        return file_list
 
     def read(self, adapter: str, name: str, offset: int, size: int) -> bytes:
         """Bytes of one file, fewer at its end. Raises RatchetError adapter.unknown, link.io."""
-        with disk_errors(self._store.root), self._path(adapter, name).open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        with disk_errors(self._store.root), self._path(adapter, name).open("rb") as adapter_file:
+            adapter_file.seek(offset)
+            return adapter_file.read(size)
 
     def _path(self, adapter: str, name: str) -> Path:
-        path = self._store.root / "objects" / adapter / name
-        if name not in FILES or not path.is_file():
+        file_path = self._store.root / "objects" / adapter / name
+        if name not in FILES or not file_path.is_file():
             raise RatchetError("adapter.unknown", f"no file {name} of adapter {adapter[:12]}", fix="ask for the state")
-        return path
+        return file_path

@@ -1,4 +1,4 @@
-"""ZeroMQ sockets set up the one allowed way: CURVE on both sides, or plain on loopback; size limits first.
+"""ZeroMQ sockets of the link: CURVE on both sides, or plain on loopback; size limits before anything is read.
 
 Knows socket options and addresses. Knows no message.
 """
@@ -25,23 +25,23 @@ def is_loopback(address: str) -> bool:
         return False
     host = address.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
     try:
-        found = ipaddress.ip_address(host)
-        mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-        return (mapped or found).is_loopback
+        ip_address = ipaddress.ip_address(host)
+        mapped_ipv4 = ip_address.ipv4_mapped if isinstance(ip_address, ipaddress.IPv6Address) else None
+        return (mapped_ipv4 or ip_address).is_loopback
     except ValueError:
         return False  # a name, localhost included, may resolve to anything
 
 
 def require_allowed(address: str, keys: KeyPair | None) -> None:
-    """Refuse what this link never does: a transport other than TCP, or plain text beyond loopback.
+    """Refuse a transport other than TCP, and unencrypted traffic beyond loopback.
 
     Raises:
         RatchetError: link.bad_address, link.plain.
     """
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    if not address.startswith("tcp://") or not host or not (port == "*" or port.isdigit()):
+    host, _, port_text = address.removeprefix("tcp://").rpartition(":")
+    if not address.startswith("tcp://") or not host or not (port_text == "*" or port_text.isdigit()):
         raise RatchetError(
-            "link.bad_address", f"{address!r} is no address", fix="give one such as tcp://192.0.2.7:5544"
+            "link.bad_address", f"{address!r} is not an address", fix="give one such as tcp://192.0.2.7:5544"
         )
     if keys is None and not is_loopback(address):
         raise RatchetError(
@@ -64,7 +64,8 @@ def listen(context: zmq.Context[Any], address: str, keys: KeyPair | None) -> zmq
     router.setsockopt(zmq.BACKLOG, BACKLOG)
     if keys is not None:
         router.curve_server = True
-        router.curve_publickey, router.curve_secretkey = keys.public, keys.secret
+        router.curve_publickey = keys.public
+        router.curve_secretkey = keys.secret
         router.zap_domain = b"ratchet"
     try:
         router.bind(address)
@@ -96,21 +97,23 @@ def dial(context: zmq.Context[Any], address: str, keys: KeyPair | None, learner:
         if learner is None:
             raise RatchetError("link.no_key", "the learner's public key is missing", fix="copy its .key file here")
         dealer.curve_serverkey = learner
-        dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
+        dealer.curve_publickey = keys.public
+        dealer.curve_secretkey = keys.secret
     dealer.connect(address)
     return dealer
 
 
 def authenticator(context: zmq.Context[Any], allow: AllowList) -> ThreadAuthenticator:
-    """Answers libzmq's question who may connect, for all sockets of a context; `stop` it before the context ends."""
-    zap = ThreadAuthenticator(context)
-    zap.start()
-    zap.configure_curve_callback(domain="ratchet", credentials_provider=allow)
-    return zap
+    """Start the ZAP authenticator of a context: it decides who may connect; `stop` it before the context ends."""
+    zap_authenticator = ThreadAuthenticator(context)
+    zap_authenticator.start()
+    zap_authenticator.configure_curve_callback(domain="ratchet", credentials_provider=allow)
+    return zap_authenticator
 
 
 def receive(socket: zmq.Socket[Any], keep: int) -> list[zmq.Frame]:
     """The next message's frames, at most `keep` + 1 of them kept in memory however many there are."""
+    # Frames beyond `keep` are read and dropped: a message of a million frames must not fill the memory.
     frames: list[zmq.Frame] = []
     while True:
         frame = socket.recv(copy=False)
@@ -121,6 +124,7 @@ def receive(socket: zmq.Socket[Any], keep: int) -> list[zmq.Frame]:
 
 
 def _common(socket: zmq.Socket[Any], address: str) -> None:
+    # Closing never waits for unsent messages: what matters is on the disk and is sent again.
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, PAYLOAD_LIMIT)
     socket.setsockopt(zmq.SNDHWM, QUEUE)

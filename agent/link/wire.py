@@ -1,4 +1,4 @@
-"""Messages between robot and learner: msgpack maps with a schema version, a kind and checked fields; never code.
+"""Wire format of the link: msgpack maps with a schema version, a kind and checked fields; never code.
 
 Knows which kinds exist, which fields they carry and how large anything may be. Knows no socket and no file.
 A message is one or two frames: the header (this module's map) and, for `chunk` and `data`, raw bytes.
@@ -57,7 +57,7 @@ def _flag(value: Any) -> bool:
 
 
 def plain(value: Any, depth: int = DEPTH) -> bool:
-    """Whether any reader understands a value: None, bool, int64, finite float, text, lists, maps with text keys."""
+    """Whether a value is plain data: None, bool, int64, finite float, text, lists, maps with text keys."""
     if value is None or isinstance(value, bool | str):
         return True
     if isinstance(value, int):
@@ -81,12 +81,12 @@ def _files(value: Any) -> bool:
     if not isinstance(value, list | tuple) or len(value) > 16:
         return False
     return all(
-        isinstance(f, Mapping)
-        and set(f) == {"name", "size", "sha"}
-        and _file(f["name"])
-        and _count(FILE_LIMIT)(f["size"])
-        and is_hash(f["sha"])
-        for f in value
+        isinstance(file_fields, Mapping)
+        and set(file_fields) == {"name", "size", "sha"}
+        and _file(file_fields["name"])
+        and _count(FILE_LIMIT)(file_fields["size"])
+        and is_hash(file_fields["sha"])
+        for file_fields in value
     )
 
 
@@ -139,10 +139,10 @@ def encode(kind: str, fields: Mapping[str, Any], payload: bytes | memoryview | N
         RatchetError: link.bad_message where the sender's own fields do not fit; nothing is sent then.
     """
     _check(kind, dict(fields), payload is not None)
-    header = msgpack.packb({"v": SCHEMA, "k": kind, **fields})
-    if len(header) > HEADER_LIMIT:
-        raise RatchetError("link.too_large", f"header of {len(header)} bytes, limit {HEADER_LIMIT}", where=kind)
-    return [header] if payload is None else [header, payload]
+    header_bytes = msgpack.packb({"v": SCHEMA, "k": kind, **fields})
+    if len(header_bytes) > HEADER_LIMIT:
+        raise RatchetError("link.too_large", f"header of {len(header_bytes)} bytes, limit {HEADER_LIMIT}", where=kind)
+    return [header_bytes] if payload is None else [header_bytes, payload]
 
 
 def decode(frames: Sequence[Any]) -> Message:
@@ -153,42 +153,52 @@ def decode(frames: Sequence[Any]) -> Message:
     """
     if not 1 <= len(frames) <= 2:
         raise RatchetError("link.bad_message", f"{len(frames)} frames, expected 1 or 2")
-    head = memoryview(frames[0])
-    if len(head) > HEADER_LIMIT:
-        raise RatchetError("link.too_large", f"header of {len(head)} bytes, limit {HEADER_LIMIT}")
+    header_view = memoryview(frames[0])
+    if len(header_view) > HEADER_LIMIT:
+        raise RatchetError("link.too_large", f"header of {len(header_view)} bytes, limit {HEADER_LIMIT}")
     payload = memoryview(frames[1]) if len(frames) == 2 else None
     if payload is not None and len(payload) > PAYLOAD_LIMIT:
         raise RatchetError("link.too_large", f"payload of {len(payload)} bytes, limit {PAYLOAD_LIMIT}")
     try:
-        raw = msgpack.unpackb(
-            head, raw=False, strict_map_key=True, max_ext_len=0, max_bin_len=0, max_array_len=4096, max_map_len=4096
+        header_fields = msgpack.unpackb(
+            # Limits against hostile input: no extension types, no binary, bounded containers.
+            header_view,
+            raw=False,
+            strict_map_key=True,
+            max_ext_len=0,
+            max_bin_len=0,
+            max_array_len=4096,
+            max_map_len=4096,
         )
     except (ValueError, msgpack.UnpackException, TypeError, OverflowError, RecursionError) as error:
         raise RatchetError("link.bad_message", f"not a msgpack header: {type(error).__name__}") from None
-    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+    if not isinstance(header_fields, dict) or not all(isinstance(key, str) for key in header_fields):
         raise RatchetError("link.bad_message", "the header is not a map with text keys")
-    version, kind = raw.pop("v", None), raw.pop("k", None)
-    if version != SCHEMA or isinstance(version, bool):
+    schema_version = header_fields.pop("v", None)
+    kind = header_fields.pop("k", None)
+    if schema_version != SCHEMA or isinstance(schema_version, bool):
         raise RatchetError(
             "link.schema",
-            f"message of schema {str(version)[:20]!r}, this side speaks {SCHEMA}",
-            fix="run the same release of ratchet on robot and learner",
+            f"message of schema {str(schema_version)[:20]!r}, expected {SCHEMA}",
+            fix="install the same release of ratchet on robot and learner",
         )
     if not isinstance(kind, str):
         raise RatchetError("link.bad_message", "the message has no kind")
-    _check(kind, raw, payload is not None)
-    return Message(kind, raw, payload)
+    _check(kind, header_fields, payload is not None)
+    return Message(kind, header_fields, payload)
 
 
 def _check(kind: str, fields: dict[str, Any], payload: bool) -> None:
-    form = KINDS.get(kind)
-    if form is None:
+    field_checks = KINDS.get(kind)
+    if field_checks is None:
         raise RatchetError("link.bad_message", f"unknown kind {kind[:40]!r}")
-    if fields.keys() != form.keys():
-        odd = sorted(fields.keys() ^ form.keys())
-        raise RatchetError("link.bad_message", f"missing or unknown fields: {', '.join(odd)[:80]}", where=kind)
-    for name, check in form.items():
-        if not check(fields[name]):
-            raise RatchetError("link.bad_message", f"field {name} is out of its range or type", where=kind)
+    if fields.keys() != field_checks.keys():
+        unexpected_fields = sorted(fields.keys() ^ field_checks.keys())
+        raise RatchetError(
+            "link.bad_message", f"missing or unknown fields: {', '.join(unexpected_fields)[:80]}", where=kind
+        )
+    for field_name, field_check in field_checks.items():
+        if not field_check(fields[field_name]):
+            raise RatchetError("link.bad_message", f"field {field_name} is out of its range or type", where=kind)
     if payload != (kind in PAYLOAD):
         raise RatchetError("link.bad_message", "payload missing or unexpected", where=kind)
