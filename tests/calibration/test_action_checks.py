@@ -1,13 +1,15 @@
 """A wrong sign or frame of one action dimension turns a good policy into a dangerous one.
 
-Pinned: a correct arm passes, its latency measured; every single fault (sign, scale, frame, a dead dimension, exchanged
-or stuck gripper) is named; every motion is announced, small, inside the limits, and undone. Determinism: an arm that
-integrates its commands, with simulated time.
+Pinned: a correct arm passes, its latency measured, behind every shipped contract that takes deltas; every single
+fault (sign, scale, frame, a dead dimension, exchanged, stuck or unmeasured gripper) is named; every motion is
+announced, small, inside the limits, and undone. Determinism: an arm that integrates its commands, with simulated
+time.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +36,9 @@ class BentArm:
         grip: float = 1.0,
         late: int = 0,
         start: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        contract: RobotContract | None = None,
     ) -> None:
-        self._contract = arm("ee_delta")
+        self._contract = contract or arm("ee_delta")
         self.names = [d.name for d in self._contract.action.dims]
         self.scales = np.array([(scales or {}).get(n, 1.0) for n in self.names])
         self.turned, self.grip, self.waiting = turned, grip, deque([np.zeros(len(self.names))] * late)
@@ -148,3 +151,113 @@ def test_a_contract_without_deltas_is_refused() -> None:
     assert robot.sent == []
     with pytest.raises(RatchetError, match=r"check\.bad_size"):
         action_checks.check(BentArm(), lambda text: None, size=0.9)
+
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "robots").glob("*.yaml"))
+GRIPPER_FIELDS = {
+    "franka_fr3": "fingers",
+    "franka_fr3_joint": "fingers",
+    "libero": "gripper",
+    "metaworld": "gripper",
+    "so101": "gripper",
+    "ur5e": "knuckle",
+    "ur5e_trajectory": "knuckle",
+    "xarm": "drive",
+}
+
+
+class ShippedArm:
+    """A faultless arm behind a shipped contract: deltas move the hand, every state field measures what it should.
+
+    exchanged: open and closed are swapped in the driver. opening: share, 0 closed to 1 open.
+    """
+
+    def __init__(self, contract: RobotContract, exchanged: bool = False) -> None:
+        self.contract = contract
+        self.exchanged = exchanged
+        limits = contract.limits
+        self.position = np.add(limits.workspace_low, limits.workspace_high) / 2
+        self.orientation = START
+        self.opening = 1.0
+        self.steps = 0
+
+    def observe(self, cameras: bool = True) -> Observation:
+        measured = action_checks.gripper_field(self.contract)
+        state = {}
+        for field in self.contract.state:
+            if measured is not None and field.name == measured.name:
+                values = self.measured_gripper(field.unit, field.size)
+            elif field.size == 3 and field.unit == "m":
+                values = self.position
+            elif field.unit == "quaternion_xyzw":
+                values = self.orientation.as_quat()
+            elif field.size == 3:
+                values = self.orientation.as_rotvec()
+            else:
+                values = np.zeros(field.size)
+            state[field.name] = values.astype(np.float32)
+        return Observation({}, state, "", self.steps / self.contract.control_hz, self.steps)
+
+    def measured_gripper(self, unit: str, size: int) -> Float:
+        gripper = self.contract.action.gripper
+        assert gripper is not None
+        dim = next(d for d in self.contract.action.dims if d.name == gripper.dim)
+        width = 0.08 * self.opening
+        if unit == dim.unit:
+            width = gripper.closed + self.opening * (gripper.open - gripper.closed)
+        return np.array([width]) if size == 1 else np.array([width / 2, -width / 2])
+
+    def act(self, action: Float32) -> None:
+        gripper = self.contract.action.gripper
+        assert gripper is not None
+        values = np.asarray(action, float)
+        self.position = self.position + values[:3]
+        if len(values) > 4:
+            self.orientation = Rotation.from_rotvec(values[3:6]) * self.orientation
+        opening = float((values[-1] - gripper.closed) / (gripper.open - gripper.closed))
+        self.opening = 1 - opening if self.exchanged else opening
+        self.steps += 1
+
+    def hold(self) -> None:
+        """It stands still by itself."""
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_the_gripper_of_every_shipped_robot_is_told_from_its_contract(path: Path) -> None:
+    measured = action_checks.gripper_field(RobotContract.load(path))
+    assert measured is not None
+    assert measured.name == GRIPPER_FIELDS[path.stem]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_robot_that_takes_deltas_passes_and_its_exchanged_gripper_does_not(path: Path) -> None:
+    contract = RobotContract.load(path)
+    if contract.action.control_mode != "ee_delta":
+        with pytest.raises(RatchetError, match=r"check\.unsupported"):
+            action_checks.check(ShippedArm(contract), lambda text: None)
+        return
+    facts = action_checks.check(ShippedArm(contract), lambda text: None)
+    assert facts.problems == ()
+    assert facts.gripper_works
+    assert facts.gripper_open > facts.gripper_closed
+    facts = action_checks.check(ShippedArm(contract, exchanged=True), lambda text: None)
+    assert facts.problems == ("open and closed are exchanged",)
+
+
+def test_a_gripper_whose_angle_falls_on_opening_works() -> None:
+    raw = arm("ee_delta").to_dict()
+    raw["action"]["gripper"] = {"dim": "gripper", "open": 0.0, "closed": 1.0}
+    contract = RobotContract.from_dict(raw)
+    facts = action_checks.check(BentArm(contract=contract), lambda text: None)
+    assert facts.problems == ()
+    assert facts.gripper_open < facts.gripper_closed
+    assert "exchanged" in action_checks.check(BentArm(grip=-1.0, contract=contract), lambda text: None).problems[0]
+
+
+def test_a_gripper_that_nothing_measures_is_not_called_good() -> None:
+    raw = arm("ee_delta").to_dict()
+    raw["state"] = [field for field in raw["state"] if field["name"] != "gripper"]
+    facts = action_checks.check(BentArm(contract=RobotContract.from_dict(raw)), lambda text: None)
+    assert not facts.gripper_works
+    assert np.isnan(facts.gripper_open)
+    assert "no state field measures the gripper" in facts.problems[0]

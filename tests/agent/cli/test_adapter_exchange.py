@@ -206,7 +206,7 @@ def _dora(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "says"),
     [
-        (_pickled, "adapter.pickled", "runs what it says"),
+        (_pickled, "adapter.pickled", "executes code"),
         (_extra, "adapter.extra_keys", "layers.9"),
         (_embedding, "adapter.extra_keys", "embed_tokens"),
         (_missing, "adapter.missing_keys", "are missing"),
