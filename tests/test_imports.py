@@ -30,7 +30,6 @@ LAYERS = {
     "agent.policy": 4,
     "agent.records": 5,
     "agent.contract": 5,
-    "agent.wiring": 6,
     "agent.errors": 6,
 }
 # What calibration may know of the rest; it stands outside the layers.

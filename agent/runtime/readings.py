@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from agent.contract import CameraSpec, RobotContract, StateField
+from agent.contract.topics import StateSource
 from agent.errors import RatchetError
 from agent.records import Float32, UInt8
 from agent.runtime import rotation
-from agent.wiring import StateSource
 
 CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
 

@@ -26,9 +26,9 @@ from ratchet_ros.times import seconds, to_time
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from agent.contract import CameraSpec, RobotContract
+from agent.contract.topics import CommandSink
 from agent.errors import RatchetError
 from agent.runtime import rotation
-from agent.wiring import CommandSink
 from tests.ros2_ws.graph import ROOT
 
 METAWORLD = RobotContract.load(ROOT / "robots" / "metaworld.yaml")

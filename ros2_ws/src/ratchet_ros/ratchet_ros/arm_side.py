@@ -15,10 +15,10 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray
 
 from agent.contract import CameraSpec, RobotContract
+from agent.contract.topics import CommandSink
 from agent.errors import RatchetError
 from agent.records import Float32, UInt8
 from agent.runtime import rotation
-from agent.wiring import CommandSink
 
 
 def command_values(contract: RobotContract, sink: CommandSink, message: Any) -> Any:

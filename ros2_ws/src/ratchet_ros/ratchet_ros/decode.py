@@ -12,9 +12,9 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray
 
 from agent.contract import CameraSpec, RobotContract
+from agent.contract.topics import StateSource
 from agent.runtime import readings
 from agent.runtime.readings import image
-from agent.wiring import StateSource
 
 __all__ = ["StateReader", "image", "image_type"]
 

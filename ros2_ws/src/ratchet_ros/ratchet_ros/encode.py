@@ -16,10 +16,10 @@ from std_msgs.msg import Float64MultiArray, MultiArrayDimension
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from agent.contract import RobotContract
+from agent.contract.topics import CommandSink
 from agent.errors import RatchetError
 from agent.records import Float32
 from agent.runtime import rotation
-from agent.wiring import CommandSink
 
 COMMAND_TYPES = {
     "twist_stamped": TwistStamped,
