@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
+from agent.paths import ROBOTS
 from agent.records import Float32, UInt8
 from sim.base import TaskEnv, TaskInfo
 from sim.libero_import import mujoco
@@ -25,7 +25,7 @@ from sim.perturbations import moved_cameras
 
 __all__ = ["CONTRACT", "LiberoTaskEnv", "libero_suites", "libero_task_info", "libero_task_infos", "with_image_size"]
 
-CONTRACT = Path(__file__).resolve().parent.parent / "robots" / "libero.yaml"
+CONTRACT = ROBOTS / "libero.yaml"
 _STATE = {"eef_position": 3, "eef_rotation": 3, "gripper": 2}
 _COMMANDS = 7
 

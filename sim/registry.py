@@ -9,14 +9,12 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
+from agent.paths import ROBOTS
 from sim.base import Expert, TaskEnv, TaskInfo
 from sim.perturbations import MARK, split
-
-ROBOTS = Path(__file__).resolve().parent.parent / "robots"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], code: str) -> RatchetError:

@@ -31,6 +31,7 @@ LAYERS = {
     "agent.records": 5,
     "agent.contract": 5,
     "agent.errors": 6,
+    "agent.paths": 6,
 }
 # What calibration may know of the rest; it stands outside the layers.
 CALIBRATION = ("agent.contract", "agent.records", "agent.errors", "calibration")

@@ -27,6 +27,7 @@ from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
+from agent.paths import MODELS
 from agent.policy import adopted, computing, device
 from agent.policy import threads as policy_threads
 from agent.policy.checkpoint import AnyPolicy
@@ -35,11 +36,10 @@ from sim import registry
 from sim.base import TaskInfo
 from sim.vector import ChunkVectorEnv, Launcher, local_process
 
-ROOT = Path(__file__).resolve().parents[2]
 # By the start of the suite's name: LIBERO-PRO's perturbed suites share their original's policy.
 SMALL = {
-    "metaworld": ROOT / "models" / "small-metaworld",
-    "libero_object": ROOT / "models" / "small-libero-object",
+    "metaworld": MODELS / "small-metaworld",
+    "libero_object": MODELS / "small-libero-object",
 }
 EVERYTHING_LINEAR = r"(projector|language_model\.model|state_projector|language_model\.lm_head).*"
 

@@ -16,6 +16,7 @@ from agent.adapters.store import FolderStore
 from agent.cli import ros
 from agent.cli.graph import Graph, NodeSpec
 from agent.errors import RatchetError
+from agent.paths import ROBOTS
 from sim import registry
 
 EPISODES = 6  # per task and adapter: enough to see that it runs, too few for a rate
@@ -65,7 +66,7 @@ def _through_nodes(
     requests: list[dict[str, Any]],
     console: Console,
 ) -> list[dict[str, Any]]:
-    contract = str(ros.ROOT / "robots" / ("metaworld.yaml" if suite == "metaworld" else "libero.yaml"))
+    contract = str(ROBOTS / ("metaworld.yaml" if suite == "metaworld" else "libero.yaml"))
     timed = {"contract": contract, "use_sim_time": True, "lock_step": True}
     profile = {"FASTDDS_DEFAULT_PROFILES_FILE": str(ros.PACKAGE / "config" / "fastdds_loopback.xml")}
     with Graph(logs, environment=profile) as graph:

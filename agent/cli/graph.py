@@ -19,6 +19,7 @@ import yaml
 
 from agent.cli import ros
 from agent.errors import RatchetError
+from agent.paths import REPOSITORY, python_path
 
 GRACE = 10.0  # s that a node has to come to rest after an interrupt
 # Refusals of what was given: a node that has not come up yet says these again for ever. Others pass by themselves, as a
@@ -72,14 +73,13 @@ class Graph:
             command += ["-r", f"{old}:={new}"]
         if self._namespace:
             command += ["-r", f"__ns:={self._namespace}"]
-        self._running[spec.name] = _Running(self._open(spec.name, command, self._environment, ros.ROOT), spec.vital)
+        self._running[spec.name] = _Running(self._open(spec.name, command, self._environment, REPOSITORY), spec.vital)
 
     def beside(self, name: str, command: list[str]) -> None:
         """Start a process that is no node, in this process's environment and folder. The arm does not need it: it is
         started again where it ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        paths = os.pathsep.join(p for p in (str(ros.ROOT), os.environ.get("PYTHONPATH", "")) if p)
-        environment = {**os.environ, "PYTHONPATH": paths}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         self._running[name] = _Running(self._open(name, command, environment, Path.cwd()), False, command)
 
     def _open(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from agent.link import keys as link_keys
 from agent.link.outbox import Outbox
+from agent.paths import python_path
 
 FOLDER = Path("runs/robot")
 ADDRESS = "tcp://127.0.0.1:5544"
-ROOT = Path(__file__).resolve().parents[2]
 END = 15.0  # seconds for a courier to end
 
 
@@ -74,8 +74,7 @@ def courier(options: LearnerOptions, address: str, folder: Path, episodes: Path,
 @contextmanager
 def beside(command: list[str], log: Path) -> Iterator[None]:
     """Run a courier as long as this lasts; afterwards it has `END` seconds for what still waits."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     with log.open("ab") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import RatchetError
+from agent.paths import REPOSITORY, python_path
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "ros2_ws" / "src" / "ratchet_ros"
-BUILT_IN = ROOT / ".venv-ros" / "bin" / "python"
+PACKAGE = REPOSITORY / "ros2_ws" / "src" / "ratchet_ros"
+BUILT_IN = REPOSITORY / ".venv-ros" / "bin" / "python"
 # What this process's environment sets and another Python must not inherit.
 SCRUBBED = ("PYTHONHOME", "VIRTUAL_ENV", "_ROS_WHEELS_BOOTSTRAP_COMPLETE")
 
@@ -49,8 +49,7 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     out = {k: v for k, v in os.environ.items() if k not in SCRUBBED}
     if not os.environ.get("ROS_DISTRO"):
         out.pop("LD_LIBRARY_PATH", None)  # the wheels find their libraries themselves, and only with a clean one
-    paths = [str(PACKAGE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-    out["PYTHONPATH"] = os.pathsep.join(paths)
+    out["PYTHONPATH"] = python_path(PACKAGE)
     return out | (extra or {})
 
 

@@ -16,6 +16,7 @@ from agent.cli.computing import ComputingOptions
 from agent.cli.graph import Graph, NodeSpec
 from agent.contract import RobotContract
 from agent.errors import RatchetError
+from agent.paths import ROBOTS
 from agent.runtime.session import utc
 from calibration import last_check
 
@@ -183,7 +184,7 @@ class Sim(_Shared):
 
     def run(self) -> int:
         name = "metaworld" if self.suite == "metaworld" else "libero"
-        contract = self.contract or ros.ROOT / "robots" / f"{name}.yaml"
+        contract = self.contract or ROBOTS / f"{name}.yaml"
         RobotContract.load(contract)
         timed = {"use_sim_time": True, "lock_step": self.lock_step}
         scene = {

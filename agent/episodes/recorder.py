@@ -27,6 +27,7 @@ from agent.episodes.handoff import Sender
 from agent.episodes.recorder_types import Outcome, RecorderConfig, RecorderStatus
 from agent.episodes.recording import make_info
 from agent.errors import RatchetError
+from agent.paths import python_path
 from agent.records import ActionChunk, Applied, ControlTick, Observation, SafetyEvent, UInt8
 
 __all__ = ["Recorder", "RecorderConfig", "RecorderStatus"]
@@ -344,11 +345,8 @@ class Recorder:
             for name, count in self._told.get("dropped", {}).items():
                 self._dropped[name] += count
         self._told = {"state": "idle"}
-        package = str(Path(__file__).resolve().parents[2])  # found by the child wherever it was started from
-        paths = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
-        self._process = subprocess.Popen(
-            command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths}
-        )
+        environment = {**os.environ, "PYTHONPATH": python_path()}
+        self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
 
     def _wait_until_ready(self, timeout: float) -> None:

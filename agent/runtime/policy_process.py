@@ -14,17 +14,16 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from agent.contract import PolicySpec, RobotContract, require_compatible
 from agent.errors import RatchetError
+from agent.paths import python_path
 from agent.records import ActionChunk
 from agent.runtime import wire
 from agent.runtime.frames import FrameLayout, Frames, create_memory
 from agent.runtime.policy_worker import PROTOCOL
 
-ROOT = Path(__file__).resolve().parents[2]
 # What a ROS environment sets and another Python must not inherit.
 SCRUBBED = ("_ROS_WHEELS_BOOTSTRAP_COMPLETE", "LD_LIBRARY_PATH", "PYTHONHOME", "VIRTUAL_ENV")
 
@@ -127,7 +126,7 @@ class PolicyProcess:
         memory = create_memory()
         self._sock = mine
         environment = {k: v for k, v in os.environ.items() if k not in SCRUBBED}
-        environment["PYTHONPATH"] = str(ROOT)
+        environment["PYTHONPATH"] = python_path(inherited=False)
         environment |= self.launch.environment
         command = [self.launch.python or sys.executable, "-m", self.launch.module]
         command += ["--socket", str(theirs.fileno()), "--memory", str(memory)]
