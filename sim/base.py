@@ -6,12 +6,15 @@ Knows no vectorisation, no policy and no learning.
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from agent.contract import RobotContract
+from agent.errors import RatchetError
 from agent.records import Float32, UInt8
 
 
@@ -94,3 +97,10 @@ class Expert(ABC):
     @abstractmethod
     def act(self, env: TaskEnv) -> Float32:
         """The expert's action for the current state, also from states that noise has led it to."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], code: str) -> RatchetError:
+    """The refusal for a name that does not exist, with the closest ones that do."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:8]
+    return RatchetError(code, f"no {kind} '{name}'", fix=f"did you mean {', '.join(close)}?")

@@ -19,10 +19,9 @@ from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.records import Float32, UInt8
 from sim import gl
-from sim.base import Expert, TaskEnv, TaskInfo
+from sim.base import Expert, TaskEnv, TaskInfo, unknown_name
 from sim.metaworld_tasks import INSTRUCTIONS
 from sim.perturbations import change_model, moved_cameras
-from sim.registry import unknown_name
 
 gl.require_gl(gl.configure_gl())
 # One software-rasteriser thread per process: worker processes already occupy every core.

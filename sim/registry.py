@@ -6,22 +6,13 @@ Knows names, contracts and constructors; imports a simulator only when a task of
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
-from collections.abc import Iterable
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.paths import ROBOTS
-from sim.base import Expert, TaskEnv, TaskInfo
+from sim.base import Expert, TaskEnv, TaskInfo, unknown_name
 from sim.perturbations import MARK, split
-
-
-def unknown_name(kind: str, name: str, known: Iterable[str], code: str) -> RatchetError:
-    """The refusal for a name that does not exist, with the closest ones that do."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:8]
-    return RatchetError(code, f"no {kind} '{name}'", fix=f"did you mean {', '.join(close)}?")
 
 
 def suites() -> list[str]:

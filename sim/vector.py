@@ -24,7 +24,7 @@ from gymnasium.vector import AutoresetMode
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from sim import registry
-from sim.base import TaskEnv
+from sim.base import TaskEnv, unknown_name
 from sim.worker import Command, Layout, Reset, WorkerConfig, one_thread, worker_main
 
 
@@ -120,7 +120,7 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         fields = {s.name: s.size for s in self.contract.state}
         unknown = [name for name in state_fields if name not in fields]
         if unknown:
-            raise registry.unknown_name("state field", unknown[0], fields, "contract.unknown_state")
+            raise unknown_name("state field", unknown[0], fields, "contract.unknown_state")
         height, width = sizes.pop()
         self.num_envs = workers * slots_per_worker
         self.chunk = chunk

@@ -30,6 +30,7 @@ LAYERS = {
     "agent.policy": 4,
     "agent.records": 5,
     "agent.contract": 5,
+    "agent.storage": 5,
     "agent.errors": 6,
     "agent.paths": 6,
 }

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 from agent.contract import PolicySpec
 from agent.errors import RatchetError
 from agent.policy.protocol import Policy
+from agent.storage.canonical import canonical_json, digest
 
 FORMAT = "ratchet.adapter.v1"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -58,16 +58,6 @@ _IRRELEVANT = {
 }
 # Initialisations that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) train against a changed base.
 _PLAIN_INIT = (True, False, "gaussian", "orthogonal")
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, no spaces and no NaN: equal content gives equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
-
-
-def digest(value: Any) -> str:
-    """SHA-256 (hex) of the canonical JSON of a value."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def canonical_config(config: Mapping[str, Any], where: str = "adapter_config.json") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import agent
 from agent.adapters.files import Files, disk_errors
-from agent.adapters.identity import Adapter, Binding, canonical_json, digest
+from agent.adapters.identity import Adapter, Binding
 from agent.adapters.peft_format import (
     CONFIG,
     WEIGHTS,
@@ -37,6 +37,7 @@ from agent.adapters.peft_format import (
 from agent.adapters.protocol import BASE, Card, Problem, Provenance, TagMove
 from agent.adapters.tags import Tags
 from agent.errors import RatchetError
+from agent.storage.canonical import canonical_json, digest
 
 CARD = "card.json"
 SCHEMA = 1

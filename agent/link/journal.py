@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.adapters.files import Files
-from agent.adapters.identity import canonical_json
 from agent.errors import RatchetError
 from agent.link.disk import disk_errors, hold
+from agent.storage.canonical import canonical_json
 
 START = "0" * 64
 

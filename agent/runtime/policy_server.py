@@ -29,7 +29,7 @@ from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import Chunks, Policy, PolicyInput
 from agent.policy.static import StaticPredictor
 from agent.records import Float32, UInt8
-from agent.runtime.policy_worker import ChunkServer, Inferred
+from agent.runtime.chunk_server import ChunkServer, Inferred
 from agent.runtime.source import Ahead
 
 

@@ -16,66 +16,20 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from agent.contract import PolicySpec, RobotContract, require_compatible
+from agent.contract import RobotContract, require_compatible
 from agent.errors import RatchetError
-from agent.records import Float32, Int64, UInt8
 from agent.runtime import wire
+from agent.runtime.chunk_server import ChunkServer, OpenServer
 from agent.runtime.following import TagFollower
 from agent.runtime.frames import FrameLayout, Frames
 from agent.runtime.source import Ahead
 
 PROTOCOL = 1
-
-
-@dataclass
-class Inferred:
-    """One answer. actions: (K, D) float32, the robot's physical units; tokens, log_prob, compute_dtype: as in
-    `ActionChunk`."""
-
-    actions: Float32
-    tokens: Int64 | Float32 | None
-    log_prob: Float32 | None
-    adapter_id: str
-    compute_dtype: str = ""
-
-
-class ChunkServer(Protocol):
-    """A policy as this process sees it. `infer` and `swap` may be called from different threads at once."""
-
-    spec: PolicySpec
-    base_hash: str
-    warnings: list[str]
-
-    @property
-    def adapter_id(self) -> str: ...
-
-    def infer(
-        self,
-        images: list[UInt8],
-        state: Float32,
-        instruction: str,
-        temperature: float,
-        noise: Float32 | None,
-        ahead: Ahead | None,
-    ) -> Inferred: ...
-
-    def swap(self, reference: str, expected_id: str) -> dict[str, Any]:
-        """Validate, stage beside, flip between two chunks; what happened, as JSON data. Raises RatchetError."""
-        ...
-
-    def adapters(self) -> list[dict[str, Any]]:
-        """What could be swapped to, as JSON data."""
-        ...
-
-
-OpenServer = Callable[[dict[str, Any], RobotContract], ChunkServer]
 
 
 class _Worker:

@@ -22,7 +22,8 @@ import numpy as np
 from agent.contract import PolicySpec, RobotContract
 from agent.errors import RatchetError
 from agent.records import Float32, UInt8
-from agent.runtime.policy_worker import ChunkServer, Inferred, serve
+from agent.runtime.chunk_server import ChunkServer, Inferred
+from agent.runtime.policy_worker import serve
 from agent.runtime.source import Ahead
 
 

@@ -21,9 +21,9 @@ from agent.adapters.identity import (
     adapter_id,
     binding_of,
     canonical_config,
-    canonical_json,
 )
 from agent.errors import RatchetError
+from agent.storage.canonical import canonical_json
 from tests.agent.adapters.tiny import SPEC, TinyPolicy
 
 A, B = "base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from agent.contract import RobotContract
-from agent.runtime.policy_worker import ChunkServer, serve
+from agent.runtime.chunk_server import ChunkServer
+from agent.runtime.policy_worker import serve
 from agent.testing.fake_policy_worker import FakePolicy
 
 
