@@ -53,9 +53,9 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     return out | (extra or {})
 
 
-def command(module: str, *arguments: str) -> list[str]:
-    """How a module of ratchet_ros is run. Raises RatchetError ros.no_environment."""
-    return [python(), "-m", f"ratchet_ros.{module}", *arguments]
+def command(name: str, *arguments: str) -> list[str]:
+    """How a node or a tool of ratchet_ros is run. Raises RatchetError ros.no_environment."""
+    return [python(), "-m", "ratchet_ros", name, *arguments]
 
 
 def ask(module: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:

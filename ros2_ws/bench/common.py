@@ -93,7 +93,7 @@ class Nodes:
     def start(self, module: str, **parameters: Any) -> subprocess.Popen[bytes]:
         file = self.folder / f"{module}.yaml"
         file.write_text(yaml.safe_dump({f"/{module}": {"ros__parameters": {"autostart": True, **parameters}}}))
-        command = [sys.executable, "-m", f"ratchet_ros.{module}", "--ros-args", "--params-file", str(file)]
+        command = [sys.executable, "-m", "ratchet_ros", module, "--ros-args", "--params-file", str(file)]
         with (self.folder / f"{module}.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(os.environ))
         self.running[module] = process

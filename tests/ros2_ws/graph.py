@@ -90,7 +90,7 @@ class Graph:
             environment = {k: v for k, v in environment.items() if k not in INHERITED}
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump({f"/{name}": {"ros__parameters": {"autostart": True, **parameters}}}))
-        command = [python, "-m", f"ratchet_ros.{module}", "--ros-args", "--params-file", str(file)]
+        command = [python, "-m", "ratchet_ros", module, "--ros-args", "--params-file", str(file)]
         command += ["-r", f"__node:={name}"]
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)

@@ -13,7 +13,6 @@ import re
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,9 +70,7 @@ def load(name: str) -> Any:
 
 def scripts() -> dict[str, str]:
     text = (PACKAGE / "setup.py").read_text()
-    names = re.search(r"NODES = \((.*?)\)", text, re.DOTALL)
-    assert names is not None
-    return {n: f"ratchet_ros.{n}" for n in re.findall(r'"(\w+)"', names.group(1))}
+    return dict(re.findall(r'^    "(\w+)": "([\w.]+)",$', text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", ["real.launch.py", "sim.launch.py", "learner.launch.py"])
@@ -114,7 +111,7 @@ def test_package_xml_names_what_is_imported() -> None:
     text = (PACKAGE / "package.xml").read_text()
     named = set(re.findall(r"<(?:exec_)?depend>([\w-]+)</", text))
     imported: set[str] = set()
-    for path in [*(PACKAGE / "ratchet_ros").glob("*.py"), *(ROOT / "launch").glob("*.py")]:
+    for path in [*(PACKAGE / "ratchet_ros").rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
         imported |= set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
     ros = {
         n for n in imported if n.endswith(("_msgs", "_srvs", "_interfaces")) or n in ("rclpy", "launch", "launch_ros")
@@ -123,8 +120,11 @@ def test_package_xml_names_what_is_imported() -> None:
 
 
 def test_every_node_of_the_package_has_its_module_and_its_words() -> None:
-    assert set(scripts()) <= {p.stem for p in (PACKAGE / "ratchet_ros").glob("*.py")}
-    for path in (PACKAGE / "ratchet_ros").glob("*.py"):
+    started = (PACKAGE / "ratchet_ros" / "__main__.py").read_text()
+    for name, module in scripts().items():
+        assert (PACKAGE / f"{module.replace('.', '/')}.py").is_file()
+        assert f'case "{name}":' in started
+    for path in (PACKAGE / "ratchet_ros").rglob("*.py"):
         assert path.read_text().startswith('"""'), path
 
 
@@ -148,9 +148,9 @@ def test_the_list_of_interfaces_is_complete() -> None:
     assert listed == there
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "ratchet_ros").glob("*_node.py")), ids=lambda p: p.stem)
-def test_parameters_are_typed_described_and_bounded(path: Path) -> None:
-    module = importlib.import_module(f"ratchet_ros.{path.stem}")
+@pytest.mark.parametrize("name", [name for name in sorted(scripts()) if name.endswith("_node")])
+def test_parameters_are_typed_described_and_bounded(name: str) -> None:
+    module = importlib.import_module(scripts()[name])
     kind = next(
         v.Parameters
         for v in vars(module).values()

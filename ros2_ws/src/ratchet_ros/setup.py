@@ -4,14 +4,14 @@ from glob import glob
 
 from setuptools import setup
 
-NODES = (
-    "policy_node",
-    "safety_node",
-    "camera_node",
-    "teleop_node",
-    "sim_robot_node",
-    "robot_driver_check",
-)
+NODES = {
+    "policy_node": "ratchet_ros.policy_node",
+    "safety_node": "ratchet_ros.safety_node",
+    "camera_node": "ratchet_ros.camera_node",
+    "teleop_node": "ratchet_ros.teleop_node",
+    "sim_robot_node": "ratchet_ros.sim_robot_node",
+    "robot_driver_check": "ratchet_ros.robot_driver_check",
+}
 
 setup(
     name="ratchet_ros",
@@ -29,5 +29,5 @@ setup(
     maintainer_email="maintainers@ratchet.invalid",
     description="Lifecycle nodes that run a vision-language-action model on an arm, real or simulated",
     license="Apache-2.0",
-    entry_points={"console_scripts": [f"{name} = ratchet_ros.{name}:main" for name in NODES]},
+    entry_points={"console_scripts": [f"{name} = {module}:main" for name, module in NODES.items()]},
 )
