@@ -14,6 +14,7 @@ from typing import Any
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
+from agent.storage.documents import write_json
 from calibration.store import CalibrationStore
 from calibration.tie import require_fit
 
@@ -36,9 +37,7 @@ class Check:
 def write(store: Path, identity: str, check: Check) -> None:
     """Replace the newest check of a calibration; exchanged at once."""
     target = store / identity / FILE
-    scratch = target.with_suffix(".new")
-    scratch.write_text(json.dumps(asdict(check), indent=1) + "\n")
-    scratch.rename(target)
+    write_json(target, asdict(check), indent=1, durable=False)
 
 
 def require(

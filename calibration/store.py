@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from agent.errors import RatchetError
+from agent.storage.documents import sync_folder
 from calibration.record import NAME, Calibration
 
 FILE = "calibration.yaml"
@@ -59,10 +60,10 @@ class CalibrationStore:
             _write(scratch / FILE, f"# id {full.id}\n{text}".encode())
             if report is not None:
                 _write(scratch / "report.html", report(full).encode())
-            _sync(scratch / "images")
-            _sync(scratch)
+            sync_folder(scratch / "images")
+            sync_folder(scratch)
             scratch.rename(target)
-            _sync(self.root)
+            sync_folder(self.root)
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
             raise RatchetError(
@@ -135,11 +136,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,7 +35,7 @@ LAYERS = {
     "agent.paths": 6,
 }
 # What calibration may know of the rest; it stands outside the layers.
-CALIBRATION = ("agent.contract", "agent.records", "agent.errors", "calibration")
+CALIBRATION = ("agent.contract", "agent.records", "agent.storage", "agent.errors", "calibration")
 OURS = ("agent", "sim", "calibration", "benchmarks", "ros2_ws", "launch")
 PEERS = {("sim", "agent.runtime"), ("agent.records", "agent.contract"), ("agent.contract", "agent.records")}
 HOMES = {

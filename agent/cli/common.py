@@ -5,7 +5,6 @@ Knows how the parts are put together for one process. Holds no logic of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -32,6 +31,7 @@ from agent.policy import adopted, computing, device
 from agent.policy import threads as policy_threads
 from agent.policy.checkpoint import AnyPolicy
 from agent.policy.protocol import Policy
+from agent.storage import documents
 from sim import registry
 from sim.base import TaskInfo
 from sim.vector import ChunkVectorEnv, Launcher, local_process
@@ -216,10 +216,8 @@ def describe_run(title: str, command: str, **facts: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(data, indent=1, default=str) + "\n")
-    scratch.rename(path)
+    """A run folder's file: replaced at once, what JSON does not know in words."""
+    documents.write_json(path, data, indent=1, durable=False, default=str)
 
 
 def now() -> str:

@@ -5,7 +5,6 @@ Knows the client and the robot's folder. Knows no robot: `robot` and `courier` s
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from agent.link.fetch import Fetcher
 from agent.link.follow import Follower
 from agent.link.outbox import Outbox
 from agent.runtime import orders
+from agent.storage.documents import write_json
 
 STATUS = "status.json"
 log = logging.getLogger("ratchet.remote")
@@ -81,10 +81,8 @@ class Link:
             **facts,
         }
         shown["error"] = shown["error"] or status.error
-        scratch = self._folder / f"{STATUS}.tmp"
         try:
-            scratch.write_text(json.dumps(shown) + "\n")
-            scratch.rename(self._folder / STATUS)
+            write_json(self._folder / STATUS, shown, durable=False)
         except OSError as error:
             log.warning("no status file: %s", error)
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent.errors import RatchetError
+from agent.storage.documents import sync_folder
 
 PIECE = 1 << 20
 
@@ -71,14 +72,6 @@ class GrowingFile:
         self.close()
 
 
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def in_use(path: Path) -> bool:
     """Whether a living process holds the lock of an unfinished file."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -103,15 +96,6 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 @contextmanager

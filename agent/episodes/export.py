@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from agent.contract import RobotContract
 from agent.episodes import lerobot, statistics
-from agent.episodes.disk import disk_refusals, sync_folder
+from agent.episodes.disk import disk_refusals
 from agent.episodes.export_check import Progress, compare
 from agent.episodes.exported import FORMAT, facts_of
 from agent.episodes.rows import Rate, Row, best_rate, rows, state_vector
@@ -27,6 +27,7 @@ from agent.episodes.store import Card
 from agent.episodes.verification import Standing, Verification
 from agent.episodes.video import VideoCodec, VideoFile
 from agent.errors import RatchetError
+from agent.storage.documents import sync_folder
 
 OURS = "meta/ratchet.json"  # what LeRobot has no place for, and what brings the set back
 

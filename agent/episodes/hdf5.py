@@ -17,13 +17,14 @@ import h5py
 import numpy as np
 
 from agent.contract import RobotContract
-from agent.episodes.disk import disk_refusals, sync_folder
+from agent.episodes.disk import disk_refusals
 from agent.episodes.export import choose, empty_episode
 from agent.episodes.export_check import Progress
 from agent.episodes.exported import FORMAT, facts_of
 from agent.episodes.rows import Rate, Row, best_rate, rows
 from agent.episodes.verification import Verification
 from agent.errors import RatchetError
+from agent.storage.documents import sync_folder
 
 
 @dataclass(frozen=True)

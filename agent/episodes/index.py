@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from agent.episodes.disk import disk_refusals, locked, sync_folder
+from agent.episodes.disk import disk_refusals, locked
 from agent.errors import RatchetError
+from agent.storage.documents import sync_folder
 
 FIRST = "0" * 64  # what the first entry names as the one before
 

@@ -19,11 +19,11 @@ from zstandard import ZstdError
 
 from agent.episodes import format as fmt
 from agent.episodes.assembly import Assembly, decode_frame
-from agent.episodes.disk import file_hash
 from agent.episodes.format import Codec, EpisodeEnding, EpisodeInfo
 from agent.episodes.frames import Decoder
 from agent.errors import RatchetError
 from agent.records import Episode, UInt8
+from agent.storage.documents import hash_file
 
 SMALL = (fmt.OBSERVATION, fmt.CHUNK, fmt.STEP, fmt.TICK, fmt.EVENT)  # everything that is no image and no plot
 RECORD_LIMIT = 1 << 30
@@ -65,7 +65,7 @@ class EpisodeReader:
     @property
     def id(self) -> str:
         """SHA-256 of the file's content."""
-        return file_hash(self.path)
+        return hash_file(self.path)
 
     def ending(self) -> EpisodeEnding | None:
         """How it ended; None for a file that was cut off. Reads the whole file."""

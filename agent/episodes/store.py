@@ -19,7 +19,7 @@ from typing import Any
 
 from agent.episodes import format as fmt
 from agent.episodes import labels
-from agent.episodes.disk import disk_refusals, file_hash, sync_folder
+from agent.episodes.disk import disk_refusals
 from agent.episodes.format import EpisodeEnding, EpisodeInfo
 from agent.episodes.index import Index
 from agent.episodes.reader import EpisodeReader
@@ -27,6 +27,7 @@ from agent.episodes.recovery import Recovered, recover, unfinished
 from agent.episodes.survey import INDEX, kind_of, look, mcap_files, nothing_here
 from agent.errors import RatchetError
 from agent.records import Episode
+from agent.storage.documents import hash_file, sync_folder
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class EpisodeStore:
             _duplicate(path, scratch, link)
             with scratch.open("rb") as file:
                 os.fsync(file.fileno())
-            if file_hash(scratch) != digest:
+            if hash_file(scratch) != digest:
                 scratch.unlink()
                 raise RatchetError("episode.copy_differs", "the copy is not the file", where=str(final), fix="retry")
             scratch.rename(final)
@@ -316,7 +317,7 @@ class EpisodeStore:
             path = self.root / card.file
             if not path.is_file():
                 yield Damage("episode.missing", str(path), f"the file of {card.id[:12]} is gone")
-            elif file_hash(path) != card.id:
+            elif hash_file(path) != card.id:
                 yield Damage("episode.damaged", str(path), f"the file is not what {card.id[:12]} was")
             else:
                 yield card

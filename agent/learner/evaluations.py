@@ -16,6 +16,7 @@ from pathlib import Path
 from agent.errors import RatchetError
 from agent.learner.metrics import Cell
 from agent.learner.rollouts import EpisodeSpec
+from agent.storage.documents import replacing
 
 
 def key_of(base_hash: str, acting: str, contract: str, specs: Sequence[EpisodeSpec], temperature: float) -> str:
@@ -53,13 +54,9 @@ class KnownEvaluations:
 
     def put(self, key: str, cell: Cell) -> None:
         """Keep the outcomes; a second measurement under a key replaces the first."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self._path(key).with_suffix(f".{os.getpid()}.tmp")
-        with scratch.open("w") as file:
-            json.dump({"episodes": dict(cell.episodes)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(self._path(key))
+        path = self._path(key)
+        with replacing(path, scratch=path.with_suffix(f".{os.getpid()}.tmp")) as file:
+            file.write(json.dumps({"episodes": dict(cell.episodes)}).encode())
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.json"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from agent.learner.metrics import Cell
 from agent.learner.rollouts import ChunkEnv, run_episodes
 from agent.learner.sequence import Task, evaluated, evaluation_specs
 from agent.policy.protocol import Policy
+from agent.storage.documents import write_json
 
 Event = Callable[[str, dict[str, Any]], None]
 
@@ -113,7 +113,7 @@ class Gatekeeper:
                 key = f"{adapter_id or 'base'} {name}"
                 if key not in journal:
                     journal[key] = dict(self._evaluate(adapter_id, name).episodes)
-                    _keep(path, journal)
+                    write_json(path, journal)
         return {(i, n): Cell.of(journal[f"{i or 'base'} {n}"]) for i in (active, candidate) for n in names}
 
     def _evaluate(self, adapter_id: str, name: str) -> Cell:
@@ -155,13 +155,3 @@ def _read(path: Path) -> dict[str, dict[str, bool]]:
             "gate.bad_journal", str(error), where=str(path), fix="remove the file; the gate measures again"
         ) from None
     return read
-
-
-def _keep(path: Path, journal: Mapping[str, Mapping[str, bool]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    with scratch.open("w") as file:
-        json.dump(journal, file)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.rename(path)

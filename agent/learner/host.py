@@ -6,7 +6,6 @@ way to read an episode are arguments.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -31,6 +30,7 @@ from agent.link.keys import KeyPair
 from agent.link.server import LinkServer
 from agent.link.shelf import AdapterShelf
 from agent.records import Episode
+from agent.storage.documents import write_json
 
 log = logging.getLogger("ratchet.learner")
 LOOK = 1.0  # seconds between looks at what tells nothing by itself: tags that a person moves, the status file
@@ -164,9 +164,7 @@ class LearnerHost:
         if not force and now - self._shown < LOOK:
             return
         self._shown = now
-        scratch = self.folder / f"{STATUS}.tmp"
         try:
-            scratch.write_text(json.dumps(self.status()) + "\n")
-            scratch.rename(self.folder / STATUS)
+            write_json(self.folder / STATUS, self.status(), durable=False)
         except OSError as error:
             log.warning("no status file: %s", error)

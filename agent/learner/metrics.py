@@ -7,7 +7,6 @@ Stage 0 is the base model; stage k is after learning the k-th task. T trained ta
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from agent.errors import RatchetError
 from agent.learner.intervals import Interval, mean, paired_difference, unpaired_difference, wilson
+from agent.storage.documents import write_json
 
 SCHEMA = 1
 
@@ -153,9 +153,7 @@ class SuccessMatrix:
 
     def save(self, path: Path) -> None:
         """Write JSON; a reader sees the old file or the new one, never half of it."""
-        beside = path.with_name(path.name + ".partial")
-        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        os.replace(beside, path)
+        write_json(path, self.to_dict(), indent=1, durable=False)
 
     @classmethod
     def load(cls, path: Path) -> SuccessMatrix:

@@ -8,7 +8,6 @@ Order of samples and augmentation derive from (seed, step), so a killed run resu
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from agent.policy.flow import FlowPolicy
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import PolicyInput
 from agent.records import Float32, Int64, UInt8
+from agent.storage.documents import replacing
 
 
 class Samples(Protocol):
@@ -225,7 +225,6 @@ class Pretrainer:
 
     def _save(self) -> None:
         assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "fingerprint": self._fingerprint(),
             "step": self.step,
@@ -233,12 +232,8 @@ class Pretrainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
-        scratch = self.folder / "pretrain.tmp"
-        with scratch.open("wb") as file:
+        with replacing(self.folder / "pretrain.pt") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(self.folder / "pretrain.pt")
 
     def _resume(self) -> None:
         path = self.folder / "pretrain.pt" if self.folder else None

@@ -18,7 +18,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from agent.learner.intervals import Interval
 from agent.learner.metrics import Measures, SuccessMatrix, measures
 from agent.learner.report_charts import diagnostic_curves, number, segments, success_curve
 from agent.learner.report_template import FACTS, TEMPLATE
+from agent.storage.documents import write_text
 
 HEADER = ("command", "method", "seed", "contract", "base_hash", "started", "finished")
 MEANING = {
@@ -144,10 +144,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     """
     page = render(load_run(folder))
     output = folder / "report.html" if output is None else output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".partial")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, output)
+    write_text(output, page, durable=False)
     return output
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from agent.learner.rollouts import ChunkEnv, EpisodeSpec, RolloutBatch
 from agent.learner.update import UpdateConfig
 from agent.policy.noise import derive_seed
 from agent.policy.protocol import Policy
+from agent.storage.documents import append_line, replacing, write_text
 
 
 class Task(Protocol):
@@ -396,10 +396,7 @@ class SequentialRun:
     def _log(self, facts: Mapping[str, Any]) -> None:
         if not self._writes:
             return
-        with (self.folder / "updates.jsonl").open("a") as file:
-            file.write(json.dumps(facts) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.folder / "updates.jsonl", json.dumps(facts))
 
     def _fingerprint(self) -> str:
         """What must not change between the start of a run and its resumption."""
@@ -430,13 +427,8 @@ class SequentialRun:
             "updater": self.updater.state_dict() if self.updater else None,
             "matrix": self.matrix.to_dict(),
         }
-        scratch = self.checkpoint_path.with_suffix(".tmp")
-        with scratch.open("wb") as file:
+        with replacing(self.checkpoint_path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(self.checkpoint_path)
-        _sync_folder(self.folder)
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
@@ -475,19 +467,4 @@ class SequentialRun:
                 continue  # torn by the kill
             if facts["stage"] <= self.stage or (facts["stage"], facts["update"]) <= done:
                 kept.append(line)
-        scratch = path.with_suffix(".tmp")
-        with scratch.open("w") as file:
-            file.write("".join(line + "\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(path)
-        _sync_folder(self.folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the folder's renames survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        write_text(path, "".join(line + "\n" for line in kept))

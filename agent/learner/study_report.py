@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from agent.learner.study import MEANING, MEASURES, Trial, forgetting, summarise
 from agent.learner.study_claims import claims
+from agent.storage.documents import write_text
 
 TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>
@@ -82,9 +82,7 @@ def write_study(trials: Sequence[Trial], facts: Mapping[str, Any], output: Path)
             facts=[(k, _plain(v)) for k, v in facts.items() if k != "methods"],
         )
     )
-    beside = output.with_name(output.name + ".partial")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, output)
+    write_text(output, page, durable=False)
     return output
 
 

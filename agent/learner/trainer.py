@@ -24,10 +24,11 @@ from agent.learner.distributed import Ranks, pack, unpack
 from agent.learner.samples import log_prob_gap, to_batch
 from agent.learner.service_config import ServiceConfig
 from agent.learner.update import Updater
-from agent.link.disk import disk_errors, hash_file
+from agent.link.disk import disk_errors
 from agent.policy.noise import derive_seed
 from agent.policy.protocol import Policy
 from agent.records import Episode
+from agent.storage.documents import hash_file
 
 log = logging.getLogger("ratchet.learner")
 _LOOK = b"look"

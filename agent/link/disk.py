@@ -1,4 +1,4 @@
-"""Disk helpers of inbox and outbox: coded disk errors, free space, hashing and the one-process lock.
+"""Disk helpers of inbox and outbox: coded disk errors, free space and the one-process lock.
 
 Knows POSIX. Knows neither messages nor what the files hold.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent.errors import RatchetError
-
-PIECE = 1 << 20  # bytes per read
 
 
 @contextmanager
@@ -52,15 +49,6 @@ def require_space(folder: Path, new_bytes: int, reserve_bytes: int) -> None:
             where=str(folder),
             fix="free space on that disk",
         )
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content, hex."""
-    hasher = hashlib.sha256()
-    with path.open("rb") as open_file:
-        while piece := open_file.read(PIECE):
-            hasher.update(piece)
-    return hasher.hexdigest()
 
 
 def hold(lock_path: Path) -> int:

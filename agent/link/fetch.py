@@ -23,8 +23,9 @@ from agent.adapters.peft_format import CONFIG, WEIGHTS, read_config, read_file, 
 from agent.adapters.protocol import Provenance
 from agent.adapters.store import CARD, FolderStore
 from agent.errors import RatchetError
-from agent.link.disk import disk_errors, hash_file, require_space
+from agent.link.disk import disk_errors, require_space
 from agent.link.wire import CHUNK, Message
+from agent.storage.documents import hash_file
 
 log = logging.getLogger("ratchet.link")
 WINDOW = 16  # pieces requested and not yet received

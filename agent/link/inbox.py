@@ -21,8 +21,9 @@ from typing import Any
 
 from agent.adapters.files import Files
 from agent.errors import RatchetError
-from agent.link.disk import disk_errors, hash_file, require_space
+from agent.link.disk import disk_errors, require_space
 from agent.link.journal import Event, Journal
+from agent.storage.documents import hash_file
 
 OPEN = 16  # partial files with an open descriptor at once
 

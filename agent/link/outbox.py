@@ -23,8 +23,9 @@ from typing import Any
 
 from agent.adapters.files import Files
 from agent.errors import RatchetError
-from agent.link.disk import disk_errors, hash_file, hold, require_space
+from agent.link.disk import disk_errors, hold, require_space
 from agent.link.wire import FILE_LIMIT, is_hash, is_name, plain
+from agent.storage.documents import hash_file
 
 
 @dataclass(frozen=True)

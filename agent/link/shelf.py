@@ -11,7 +11,8 @@ from typing import Any
 from agent.adapters.peft_format import CONFIG, WEIGHTS
 from agent.adapters.store import CARD, FolderStore
 from agent.errors import RatchetError
-from agent.link.disk import disk_errors, hash_file
+from agent.link.disk import disk_errors
+from agent.storage.documents import hash_file
 
 FILES = (WEIGHTS, CONFIG, CARD)
 

@@ -13,9 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent.link.disk import disk_errors, hash_file
+from agent.link.disk import disk_errors
 from agent.link.outbox import Item, Outbox
 from agent.link.wire import CHUNK, Message
+from agent.storage.documents import hash_file
 
 ACTIVE = 3  # files under way at once: while the learner makes one durable, the next ones' pieces arrive
 WINDOW = 32 * 1024 * 1024  # bytes that may be on their way unanswered

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from agent.policy.hub import locate
 from agent.policy.images import OPENVLA, Preparation
 from agent.policy.network import PrismaticConfig
 from agent.policy.weights import files_of
+from agent.storage.documents import write_json
 
 RECORD = "adopted.json"
 FORMAT = 1
@@ -104,12 +104,7 @@ def adopt(reference: str | Path, contract: RobotContract, stated: Stated, folder
         "stated": dataclasses.asdict(record.stated),
         "contract": contract.to_dict(),
     }
-    scratch = folder / "adopted.tmp"
-    with scratch.open("w") as file:
-        file.write(json.dumps(data, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.rename(folder / RECORD)
+    write_json(folder / RECORD, data, indent=1)
     return record
 
 

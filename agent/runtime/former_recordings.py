@@ -20,7 +20,6 @@ from mcap.stream_reader import StreamReader
 from mcap_ros2.decoder import DecoderFactory
 
 from agent.contract import CameraSpec, RobotContract
-from agent.episodes.disk import file_hash
 from agent.episodes.earned import machine_word
 from agent.episodes.format import SUFFIX, Codec
 from agent.episodes.labels import HUMAN, Seen
@@ -31,6 +30,7 @@ from agent.episodes.verification import Verification
 from agent.errors import RatchetError
 from agent.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent
 from agent.runtime import readings
+from agent.storage.documents import hash_file
 
 ABOUT = ("episode", "contract")  # metadata records that such a file begins with
 VERDICTS = "verdicts.jsonl"
@@ -332,7 +332,7 @@ def _verdicts(path: Path, files: dict[str, Path], store: EpisodeStore, done: Imp
             episode, label, person = raw["episode"], raw["label"], raw["person"]
             note = " ".join(filter(None, [raw["note"], f"(said {raw['time']})"]))
             card = store.named(episode)
-            if card is None or (episode in files and file_hash(files[episode]) != raw["sha256"]):
+            if card is None or (episode in files and hash_file(files[episode]) != raw["sha256"]):
                 raise RatchetError(
                     "import.other_recording",
                     f"{person} judged {episode}, and that file is not here, or another one",

@@ -17,6 +17,7 @@ from agent.errors import RatchetError
 from agent.link.orders import Order
 from agent.policy.noise import chunk_noise, derive_seed
 from agent.runtime.source import Noise
+from agent.storage.documents import write_json
 
 FILE = "learner.json"
 
@@ -47,9 +48,7 @@ class Goal:
 def write(folder: Path, state: Mapping[str, Any]) -> None:
     """Replace the learner's last word; exchanged at once. folder: the robot's."""
     word = {name: state.get(name) for name in ("run", "phase", "mode", "tags", "order")}
-    scratch = folder / f"{FILE}.tmp"
-    scratch.write_text(json.dumps(word) + "\n")
-    scratch.rename(folder / FILE)
+    write_json(folder / FILE, word, durable=False)
 
 
 def read(folder: Path) -> Word:

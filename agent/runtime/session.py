@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import time
 import uuid
@@ -19,6 +18,7 @@ from typing import Any
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
+from agent.storage.documents import write_json
 
 FILE = "session.json"
 
@@ -154,17 +154,7 @@ class Session:
         self.stop("done" if error is None else f"{type(error).__name__}: {error}")
 
     def _write(self) -> None:
-        scratch = self.folder / f"{FILE}.tmp"
-        with scratch.open("w") as file:
-            json.dump(dataclasses.asdict(self.manifest), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(self.folder / FILE)
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_json(self.folder / FILE, dataclasses.asdict(self.manifest), indent=1)
 
 
 def utc() -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from agent.cli.robot import keep
-from agent.episodes.disk import file_hash
 from agent.episodes.store import Card, EpisodeStore
+from agent.storage.documents import hash_file
 from tests.agent.episodes.samples import episode, same, small_contract
 
 CONTRACT = small_contract(8)
@@ -24,15 +24,15 @@ def test_kept_and_sent_are_one(tmp_path: Path) -> None:
     sent, again = tmp_path / "sent.mcap", tmp_path / "again.mcap"
     keep(store, sent, ran, CONTRACT, "morning")
     card = store.card("morning/run/3/2")
-    assert file_hash(sent) == card.id == file_hash(store.path(card.id))
+    assert hash_file(sent) == card.id == hash_file(store.path(card.id))
     assert same(store.read(card.id), ran)
     ran.seed += 1  # whatever a second run makes of it, the first one counts
     keep(EpisodeStore(tmp_path / "episodes"), again, ran, CONTRACT, "morning")
-    assert file_hash(again) == card.id
+    assert hash_file(again) == card.id
     assert len(store.cards()) == 1
     sent.unlink()
     again.unlink()
     assert [type(found) for found in store.verify()] == [Card]
     keep(store, sent, ran, CONTRACT, "evening")
     assert len(store.cards()) == 2
-    assert file_hash(sent) != card.id
+    assert hash_file(sent) != card.id
