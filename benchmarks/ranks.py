@@ -27,7 +27,7 @@ import torch
 
 from agent.adapters.lora import attach, lora_config
 from agent.learner.distributed import Ranks, join
-from agent.learner.rollouts import RolloutBatch
+from agent.learner.rollout_batch import RolloutBatch
 from agent.learner.update import UpdateConfig, Updater
 from agent.policy.prismatic import PrismaticPolicy
 from benchmarks.inference import ROOT

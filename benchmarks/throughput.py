@@ -36,8 +36,9 @@ from agent.adapters.lora import Lora
 from agent.cli.common import LoraOptions, find_tasks, open_policy, policy_folder
 from agent.cli.recipes import DEMO
 from agent.contract import RobotContract
-from agent.learner.rollouts import EpisodeSpec, RolloutBatch, run_episodes
-from agent.learner.sequence import training_specs
+from agent.learner.episode_specs import EpisodeSpec, training_specs
+from agent.learner.rollout_batch import RolloutBatch
+from agent.learner.rollouts import run_episodes
 from agent.learner.update import Updater
 from agent.policy.protocol import Chunks, Policy, PolicyInput
 from benchmarks.dtypes import REPEATS, Verdict, in_turn, machine, pair

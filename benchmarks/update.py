@@ -38,9 +38,10 @@ from agent.cli.common import make_vector, open_policy, policy_folder
 from agent.cli.recipes import DEMO
 from agent.contract import PolicySpec, RobotContract
 from agent.learner import grpo
+from agent.learner.episode_specs import training_specs
 from agent.learner.minibatch import Minibatch
-from agent.learner.rollouts import RolloutBatch, run_episodes
-from agent.learner.sequence import training_specs
+from agent.learner.rollout_batch import RolloutBatch
+from agent.learner.rollouts import run_episodes
 from agent.learner.update import Updater
 from agent.policy import computing
 from agent.policy.action_tokens import Statistics

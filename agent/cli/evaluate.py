@@ -14,9 +14,9 @@ from rich.table import Table
 from agent.adapters.store import FolderStore
 from agent.cli import common
 from agent.cli.computing import ComputingOptions
+from agent.learner.episode_specs import evaluated, evaluation_specs
 from agent.learner.metrics import Cell
 from agent.learner.rollouts import run_episodes
-from agent.learner.sequence import evaluated, evaluation_specs
 from agent.learner.sight import OtherPictures, OwnPictures, judge
 from sim import registry
 

@@ -31,10 +31,10 @@ from agent.learner.analysis import (
     policy_gradient,
     weight_update,
 )
+from agent.learner.episode_specs import training_specs
 from agent.learner.methods import variants
 from agent.learner.methods.base import require_discrete
 from agent.learner.rollouts import run_episodes
-from agent.learner.sequence import training_specs
 from agent.learner.update import UpdateConfig
 from agent.policy import checkpoint
 from sim import registry

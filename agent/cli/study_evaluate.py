@@ -24,11 +24,11 @@ from agent.cli import common
 from agent.cli.computing import ComputingOptions
 from agent.cli.study_folder import finished, write
 from agent.errors import RatchetError
+from agent.learner.episode_specs import evaluated, evaluation_specs
 from agent.learner.methods import variants
 from agent.learner.methods.variants import Variant
 from agent.learner.metrics import Cell, SuccessMatrix
 from agent.learner.rollouts import run_episodes
-from agent.learner.sequence import evaluated, evaluation_specs
 from agent.learner.study import load_trial, require_same
 from agent.policy.noise import derive_seed
 from agent.policy.protocol import Policy

@@ -20,7 +20,7 @@ from agent.adapters.identity import Adapter
 from agent.adapters.lora import scaling_of, split_name
 from agent.errors import RatchetError
 from agent.learner.pretrain import Samples
-from agent.learner.rollouts import RolloutBatch
+from agent.learner.rollout_batch import RolloutBatch
 from agent.learner.update import UpdateConfig, Updater
 from agent.policy.prismatic import PrismaticPolicy
 from agent.policy.protocol import Policy, PolicyInput

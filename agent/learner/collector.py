@@ -16,9 +16,9 @@ import numpy as np
 
 from agent.adapters.files import Files
 from agent.errors import RatchetError
+from agent.learner.episode_specs import Task, training_specs
 from agent.learner.rollouts import ChunkEnv, run_episodes
 from agent.learner.samples import to_episodes
-from agent.learner.sequence import Task, training_specs
 from agent.link.client import LinkClient
 from agent.link.disk import disk_errors
 from agent.link.orders import Order

@@ -23,8 +23,10 @@ from torch import distributed, nn
 
 from agent.adapters.lora import Lora
 from agent.errors import RatchetError
+from agent.learner.episode_specs import EpisodeSpec
 from agent.learner.minibatch import Diagnostics, Minibatch
-from agent.learner.rollouts import ChunkEnv, EpisodeSpec, Outcomes, RolloutBatch, one_dtype, run_episodes
+from agent.learner.rollout_batch import Outcomes, RolloutBatch, one_dtype
+from agent.learner.rollouts import ChunkEnv, run_episodes
 from agent.policy.protocol import Policy
 
 # The longest silence between ranks. The learner's service may wait days for a robot's episodes; a rank that dies is

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent.errors import RatchetError
+from agent.learner.episode_specs import EpisodeSpec
 from agent.learner.metrics import Cell
-from agent.learner.rollouts import EpisodeSpec
 from agent.storage.documents import replacing
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from agent.adapters.protocol import AdapterStore
 from agent.errors import RatchetError
+from agent.learner.episode_specs import Task, evaluated, evaluation_specs
 from agent.learner.gate import Comparison, GateConfig, Role, Verdict, cannot_evaluate, judge
 from agent.learner.metrics import Cell
 from agent.learner.rollouts import ChunkEnv, run_episodes
-from agent.learner.sequence import Task, evaluated, evaluation_specs
 from agent.policy.protocol import Policy
 from agent.storage.documents import write_json
 

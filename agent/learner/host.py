@@ -19,7 +19,7 @@ from typing import Any
 from agent.adapters.files import Files
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
-from agent.learner.sequence import Task
+from agent.learner.episode_specs import Task
 from agent.learner.service import Gate, LearnerService
 from agent.learner.service_config import ServiceConfig
 from agent.learner.telemetry import Limits, Rates, Recorder, status

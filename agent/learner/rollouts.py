@@ -8,6 +8,7 @@ episodes, and inference runs once per group and round; the same list gives the s
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +21,12 @@ import torch
 from agent.contract import RobotContract
 from agent.episodes.earned import require_goal, require_temperature
 from agent.errors import RatchetError
+from agent.learner.episode_specs import EpisodeSpec
+from agent.learner.rollout_batch import Outcomes, RolloutBatch
 from agent.policy.commands import robot_actions
 from agent.policy.computing import name_of
 from agent.policy.noise import chunk_noise
-from agent.policy.protocol import Policy, PolicyInput
+from agent.policy.protocol import Chunks, Policy, PolicyInput
 from agent.records import Bool, Float32, Int64, UInt8
 
 
@@ -43,104 +46,45 @@ class ChunkEnv(Protocol):
 
 
 @dataclass(frozen=True)
-class EpisodeSpec:
-    """One episode to run: a task from an initial state, with the seed of its action noise.
+class _Sampling:
+    """How actions are chosen and whether decisions are kept; see `run_episodes`."""
 
-    group: episodes of one group share task and initial state (GRPO's comparison group).
-    """
-
-    task: str
-    instruction: str
-    initial_state: int
-    horizon: int
-    seed: int
-    group: int = 0
+    temperature: float
+    noise_correlation: float
+    keep: bool
+    shown: Callable[[int, UInt8], UInt8] | None
 
 
-@dataclass
-class RolloutBatch:
-    """Episodes flattened to decisions. E episodes, N decisions (chunks), K actions of D dimensions each.
-
-    images: (N, V, H, W, 3) uint8. state: (N, S) float32. instruction: (N,) index into `instructions`.
-    tokens: (N, K, D) int64; of flow policies the chains, (N, steps + 1, H, A) float32.
-    log_prob: (N, K, D) float32 under the sampling distribution.
-    feature: (N, H) float32, what a value head reads; H = 0 for policies without one.
-    valid: (N, K) bool, control steps that ran. episode: (N,) index into the episode arrays, in order of time.
-    success: (E,) bool. steps: (E,) control steps run. group: (E,). adapter_id: the id that produced every action.
-    compute_dtype: what every decision was computed in; "" where nobody recorded it.
-    """
+@dataclass(frozen=True)
+class _Decision:
+    """One decision: a row of each array of `RolloutBatch`. valid: (K,) bool, control steps of its chunk that ran."""
 
     images: UInt8
     state: Float32
-    instruction: Int64
-    instructions: list[str]
     tokens: Int64 | Float32
     log_prob: Float32
     feature: Float32
     valid: Bool
-    episode: Int64
-    success: Bool
-    steps: Int64
-    group: Int64
-    temperature: float
-    adapter_id: str
-    compute_dtype: str = ""
-    specs: list[EpisodeSpec] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def policy_input(self, rows: Int64) -> PolicyInput:
-        """The observations of some decisions, as the policy takes them."""
-        return PolicyInput(
-            images=self.images[rows],
-            state=torch.from_numpy(self.state[rows]) if self.state.shape[1] else None,
-            instructions=[self.instructions[i] for i in self.instruction[rows]],
-        )
-
-
-def one_dtype(names: set[str], whose: str) -> str:
-    """The one dtype that everything was computed in.
-
-    Raises:
-        RatchetError: learner.mixed_dtypes, naming them.
-    """
-    if len(names) > 1:
-        told = " and ".join(sorted(name or "an unrecorded dtype" for name in names))
-        raise RatchetError(
-            "learner.mixed_dtypes",
-            f"one batch was computed in {told}",
-            where=whose,
-            fix="let all robots compute in one dtype: --dtype, or RATCHET_DTYPE",
-        )
-    return next(iter(names), "")
 
 
 @dataclass
-class Outcomes:
-    """Result of an evaluation: successes in the order of the specs."""
+class _Episode:
+    """An episode under way. index: into the specs; steps: control steps run so far."""
 
-    success: Bool
-    steps: Int64
-    seconds: float
-
-
-@dataclass
-class _Running:
     index: int
-    rows: list[int] = field(default_factory=list)
-    noise: np.random.Generator | None = None
+    spec: EpisodeSpec
+    noise: np.random.Generator
+    decisions: list[_Decision] = field(default_factory=list)
     steps: int = 0
 
 
-class _Store:
-    """Grows decision by decision; one allocation per decision, stacked once at the end."""
+@dataclass(frozen=True)
+class _Ended:
+    """An episode that is over."""
 
-    def __init__(self) -> None:
-        self.images: list[UInt8] = []
-        self.state: list[Float32] = []
-        self.tokens: list[Int64 | Float32] = []
-        self.log_prob: list[Float32] = []
-        self.feature: list[Float32] = []
-        self.valid: list[Bool] = []
+    success: bool
+    steps: int
+    decisions: tuple[_Decision, ...]
 
 
 def run_episodes(
@@ -187,154 +131,164 @@ def run_episodes(
             where=policy.spec.statistics_key,
             fix="evaluate it only, or learn with a checkpoint that has a head of tokens or of flow matching",
         )
+    collection = _Collection(policy, env, specs, _Sampling(temperature, noise_correlation, keep, shown), progress)
     started = time.perf_counter()
-    queues = [deque(range(g, len(specs), len(env.groups))) for g in range(len(env.groups))]
-    running: dict[int, _Running] = {}
-    success = np.zeros(len(specs), bool)
-    steps = np.zeros(len(specs), np.int64)
-    rows_of: list[list[int]] = [[] for _ in specs]
-    store = _Store()
-    finished = 0
-    waiting = []
+    ended = collection.run()
+    seconds = time.perf_counter() - started
+    outcomes = Outcomes(
+        np.array([episode.success for episode in ended], bool),
+        np.array([episode.steps for episode in ended], np.int64),
+        seconds,
+    )
+    if not keep:
+        return outcomes, None
+    return outcomes, _flatten(ended, specs, outcomes, temperature, adapter_id, name_of(policy))
 
-    def resets(group: int, slots: Sequence[int]) -> dict[int, tuple[str, int, int]]:
+
+class _Collection:
+    """The work of one call of `run_episodes`: which episode is in which slot, and whose turn it is."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        env: ChunkEnv,
+        specs: Sequence[EpisodeSpec],
+        sampling: _Sampling,
+        progress: Callable[[int, bool], None] | None,
+    ) -> None:
+        self._policy = policy
+        self._env = env
+        self._specs = specs
+        self._sampling = sampling
+        self._progress = progress
+        groups = len(env.groups)
+        self._queues = [deque(range(group, len(specs), groups)) for group in range(groups)]
+        self._running: dict[int, _Episode] = {}  # by slot
+        self._ended: dict[int, _Ended] = {}  # by index into the specs
+
+    def run(self) -> list[_Ended]:
+        """Run every episode to its end; their results in the order of the specs."""
+        waiting: list[int] = []  # groups whose environments are at work, oldest first
+        for group, slots in enumerate(self._env.groups):
+            first = self._resets(group, slots)
+            if first:
+                self._env.submit(group, first, {})
+                waiting.append(group)
+        deciding: dict[int, list[int]] = {group: [] for group in waiting}  # slots whose chunk is under way
+        while waiting:
+            group = waiting.pop(0)
+            self._env.collect(group)
+            free = [slot for slot in deciding[group] if self._take(slot)]
+            live = [slot for slot in self._env.groups[group] if slot in self._running]
+            chunks = self._decide(live) if live else {}
+            again = self._resets(group, free)
+            deciding[group] = live
+            if chunks or again:
+                self._env.submit(group, again, chunks)
+                waiting.append(group)
+        return [self._ended[index] for index in range(len(self._specs))]
+
+    def _resets(self, group: int, slots: Sequence[int]) -> dict[int, tuple[str, int, int]]:
+        """The group's next episodes into free slots."""
         chosen = {}
         for slot in slots:
-            if queues[group]:
-                index = queues[group].popleft()
-                spec = specs[index]
-                running[slot] = _Running(index, noise=np.random.Generator(np.random.Philox(key=spec.seed)))
+            if self._queues[group]:
+                index = self._queues[group].popleft()
+                spec = self._specs[index]
+                noise = np.random.Generator(np.random.Philox(key=spec.seed))
+                self._running[slot] = _Episode(index, spec, noise)
                 chosen[slot] = (spec.task, spec.initial_state, spec.horizon)
         return chosen
 
-    for g, slots in enumerate(env.groups):
-        first = resets(g, slots)
-        if first:
-            env.submit(g, first, {})
-            waiting.append(g)
-    pending: dict[int, list[int]] = {g: [] for g in waiting}  # slots whose chunk is under way
-    while waiting:
-        g = waiting.pop(0)
-        env.collect(g)
-        arrays = env.arrays
-        free: list[int] = []
-        for slot in pending[g]:
-            run = running[slot]
-            ran = int(arrays["steps_run"][slot])
-            run.steps += ran
-            if keep:
-                store.valid[run.rows[-1]] = np.arange(env.chunk) < ran
-            if arrays["done"][slot]:
-                success[run.index] = bool(arrays["success"][slot])
-                steps[run.index] = run.steps
-                rows_of[run.index] = run.rows
-                finished += 1
-                del running[slot]
-                free.append(slot)
-                if progress is not None:
-                    progress(finished, bool(success[run.index]))
-        live = [s for s in env.groups[g] if s in running]
-        chunks = _decide(
-            policy,
-            env,
-            [(s, running[s], specs[running[s].index]) for s in live],
-            temperature,
-            noise_correlation,
-            keep,
-            store,
-            shown,
+    def _take(self, slot: int) -> bool:
+        """What became of a slot's chunk; True where its episode is over."""
+        arrays = self._env.arrays
+        episode = self._running[slot]
+        ran = int(arrays["steps_run"][slot])
+        episode.steps += ran
+        if self._sampling.keep:
+            valid = np.arange(self._env.chunk) < ran
+            episode.decisions[-1] = dataclasses.replace(episode.decisions[-1], valid=valid)
+        if not arrays["done"][slot]:
+            return False
+        del self._running[slot]
+        success = bool(arrays["success"][slot])
+        self._ended[episode.index] = _Ended(success, episode.steps, tuple(episode.decisions))
+        if self._progress is not None:
+            self._progress(len(self._ended), success)
+        return True
+
+    def _decide(self, slots: list[int]) -> dict[int, Float32]:
+        """One chunk for each of these slots, decided together: slot -> (K, D) in the robot's physical units."""
+        env, policy, sampling = self._env, self._policy, self._sampling
+        episodes = [self._running[slot] for slot in slots]
+        images = env.arrays["images"][slots]  # fancy indexing copies out of shared memory
+        if sampling.shown is not None:
+            seen = [sampling.shown(episode.index, own) for episode, own in zip(episodes, images, strict=True)]
+            images = np.stack(seen)
+        state = env.arrays["state"][slots]
+        batch = PolicyInput(
+            images=images,
+            state=torch.from_numpy(state) if state.shape[1] else None,
+            instructions=[episode.spec.instruction for episode in episodes],
         )
-        again = resets(g, free)
-        pending[g] = live
-        if chunks or again:
-            env.submit(g, again, chunks)
-            waiting.append(g)
-    seconds = time.perf_counter() - started
-    outcomes = Outcomes(success, steps, seconds)
-    if not keep:
-        return outcomes, None
-    batch = _flatten(store, rows_of, specs, success, steps, temperature, adapter_id, seconds)
-    batch.compute_dtype = name_of(policy)
-    return outcomes, batch
+        if sampling.temperature > 0:
+            shape = (env.chunk, len(policy.spec.action_names))
+            noise = np.stack([chunk_noise(e.noise, shape, sampling.noise_correlation) for e in episodes])
+            chunks = policy.sample(batch, sampling.temperature, torch.from_numpy(noise))
+        else:
+            chunks = policy.predict(batch)
+        actions = chunks.actions.float().cpu().numpy()
+        if not np.isfinite(actions).all():
+            where = episodes[0].spec.task
+            raise RatchetError("rollout.not_finite", "the policy gave an action that is not finite", where=where)
+        if sampling.keep:
+            self._keep(episodes, images, state, chunks)
+        commands = robot_actions(actions, policy.spec, env.contract)
+        return {slot: commands[i] for i, slot in enumerate(slots)}
 
-
-def _decide(
-    policy: Policy,
-    env: ChunkEnv,
-    live: list[tuple[int, _Running, EpisodeSpec]],
-    temperature: float,
-    noise_correlation: float,
-    keep: bool,
-    store: _Store,
-    shown: Callable[[int, UInt8], UInt8] | None,
-) -> dict[int, Float32]:
-    if not live:
-        return {}
-    slots = [slot for slot, _, _ in live]
-    images = env.arrays["images"][slots]  # fancy indexing copies out of shared memory
-    if shown is not None:
-        images = np.stack([shown(run.index, own) for (_, run, _), own in zip(live, images, strict=True)])
-    state = env.arrays["state"][slots]
-    batch = PolicyInput(
-        images=images,
-        state=torch.from_numpy(state) if state.shape[1] else None,
-        instructions=[spec.instruction for _, _, spec in live],
-    )
-    if temperature > 0:
-        shape = (env.chunk, len(policy.spec.action_names))
-        noise = np.stack([chunk_noise(r.noise, shape, noise_correlation) for _, r, _ in live if r.noise is not None])
-        chunks = policy.sample(batch, temperature, torch.from_numpy(noise))
-    else:
-        chunks = policy.predict(batch)
-    actions = chunks.actions.float().cpu().numpy()
-    if not np.isfinite(actions).all():
-        raise RatchetError("rollout.not_finite", "the policy gave an action that is not finite", where=live[0][2].task)
-    if keep:
+    def _keep(self, episodes: list[_Episode], images: UInt8, state: Float32, chunks: Chunks) -> None:
         assert chunks.tokens is not None
         assert chunks.log_prob is not None
-        tokens, log_prob = chunks.tokens.cpu().numpy(), chunks.log_prob.float().cpu().numpy()
-        feature = np.zeros((len(live), 0), np.float32) if chunks.feature is None else chunks.feature.cpu().numpy()
-        for i, (_, run, _) in enumerate(live):
-            run.rows.append(len(store.tokens))
-            store.images.append(images[i])
-            store.state.append(state[i])
-            store.tokens.append(tokens[i])
-            store.log_prob.append(log_prob[i])
-            store.feature.append(feature[i])
-            store.valid.append(np.zeros(env.chunk, bool))  # known when the chunk has run
-    commands = robot_actions(actions, policy.spec, env.contract)
-    return {slot: commands[i] for i, slot in enumerate(slots)}
+        tokens = chunks.tokens.cpu().numpy()
+        log_prob = chunks.log_prob.float().cpu().numpy()
+        feature = np.zeros((len(episodes), 0), np.float32) if chunks.feature is None else chunks.feature.cpu().numpy()
+        unknown = np.zeros(self._env.chunk, bool)  # which steps ran is known when the chunk has run
+        for i, episode in enumerate(episodes):
+            decision = _Decision(images[i], state[i], tokens[i], log_prob[i], feature[i], unknown)
+            episode.decisions.append(decision)
 
 
 def _flatten(
-    store: _Store,
-    rows_of: list[list[int]],
+    ended: Sequence[_Ended],
     specs: Sequence[EpisodeSpec],
-    success: Bool,
-    steps: Int64,
+    outcomes: Outcomes,
     temperature: float,
     adapter_id: str,
-    seconds: float,
+    compute_dtype: str,
 ) -> RolloutBatch:
-    order = np.array([row for rows in rows_of for row in rows], np.int64)
-    episode = np.array([e for e, rows in enumerate(rows_of) for _ in rows], np.int64)
+    """Decisions of all episodes, episode after episode, in order of time."""
+    decisions = [decision for episode in ended for decision in episode.decisions]
+    tokens: list[Int64 | Float32] = [decision.tokens for decision in decisions]
+    owner = np.array([index for index, episode in enumerate(ended) for _ in episode.decisions], np.int64)
     instructions = sorted({spec.instruction for spec in specs})
-    index = {text: i for i, text in enumerate(instructions)}
+    number = {text: i for i, text in enumerate(instructions)}
     return RolloutBatch(
-        images=np.stack([store.images[i] for i in order]),
-        state=np.stack([store.state[i] for i in order]),
-        instruction=np.array([index[specs[e].instruction] for e in episode], np.int64),
+        images=np.stack([decision.images for decision in decisions]),
+        state=np.stack([decision.state for decision in decisions]),
+        instruction=np.array([number[specs[index].instruction] for index in owner], np.int64),
         instructions=instructions,
-        tokens=np.stack([store.tokens[i] for i in order]),
-        log_prob=np.stack([store.log_prob[i] for i in order]),
-        feature=np.stack([store.feature[i] for i in order]),
-        valid=np.stack([store.valid[i] for i in order]),
-        episode=episode,
-        success=success,
-        steps=steps,
+        tokens=np.stack(tokens),
+        log_prob=np.stack([decision.log_prob for decision in decisions]),
+        feature=np.stack([decision.feature for decision in decisions]),
+        valid=np.stack([decision.valid for decision in decisions]),
+        episode=owner,
+        success=outcomes.success,
+        steps=outcomes.steps,
         group=np.array([spec.group for spec in specs], np.int64),
         temperature=temperature,
         adapter_id=adapter_id,
+        compute_dtype=compute_dtype,
         specs=list(specs),
-        seconds=seconds,
+        seconds=outcomes.seconds,
     )

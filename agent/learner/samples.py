@@ -12,8 +12,9 @@ import torch
 
 from agent.contract import RobotContract
 from agent.errors import RatchetError
+from agent.learner.episode_specs import EpisodeSpec
 from agent.learner.intake import sampled
-from agent.learner.rollouts import EpisodeSpec, RolloutBatch, one_dtype
+from agent.learner.rollout_batch import RolloutBatch, one_dtype
 from agent.policy.commands import robot_actions
 from agent.policy.computing import computing_as
 from agent.policy.protocol import Policy

@@ -11,10 +11,10 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,29 +22,16 @@ from agent.adapters.lora import Lora
 from agent.adapters.protocol import AdapterStore, Provenance
 from agent.errors import RatchetError
 from agent.learner.distributed import Ranks, share_episodes
+from agent.learner.episode_specs import EpisodeSpec, Task, evaluated, evaluation_specs, training_specs
 from agent.learner.evaluations import KnownEvaluations, key_of
 from agent.learner.methods.base import SeqFT, TaskUpdater
 from agent.learner.metrics import Cell, SuccessMatrix
-from agent.learner.rollouts import ChunkEnv, EpisodeSpec, RolloutBatch
+from agent.learner.rollout_batch import RolloutBatch
+from agent.learner.rollouts import ChunkEnv
 from agent.learner.update import UpdateConfig
 from agent.policy.noise import derive_seed
 from agent.policy.protocol import Policy
 from agent.storage.documents import append_line, replacing, write_text
-
-
-class Task(Protocol):
-    """What the learner needs to know of a task; `sim.base.TaskInfo` has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def instruction(self) -> str: ...
-    @property
-    def train_states(self) -> Sequence[int]: ...
-    @property
-    def evaluation_states(self) -> Sequence[int]: ...
-    @property
-    def horizon(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -91,53 +78,6 @@ class Stop(Exception):
 
 
 Event = Callable[[str, dict[str, Any]], None]
-
-
-def training_specs(
-    task: Task, *, seed: int, stage: int, update: int, groups: int, group_size: int, horizon: int = 0, pool: int = 0
-) -> list[EpisodeSpec]:
-    """The episodes of one update: `groups` initial states, drawn without repetition as far as they reach, each
-    `group_size` times. A function of its arguments alone, so that two machines agree on them.
-
-    stage, update: counted from 0. horizon: control steps, 0 takes the task's. pool: the first so many training states,
-    0 takes all.
-    """
-    states = list(task.train_states[:pool] if pool else task.train_states)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "states", stage, update))
-    rounds = -(-groups // len(states))
-    order = [int(i) for _ in range(rounds) for i in torch.randperm(len(states), generator=generator)]
-    return [
-        EpisodeSpec(
-            task.name,
-            task.instruction,
-            states[order[g]],
-            horizon or task.horizon,
-            derive_seed(seed, "train", stage, update, g, i),
-            group=g,
-        )
-        for g in range(groups)
-        for i in range(group_size)
-    ]
-
-
-def evaluation_specs(
-    task: Task, count: int, seed: int, horizon: int = 0, purpose: str = "evaluation"
-) -> list[EpisodeSpec]:
-    """One episode from each of the first `count` evaluation states, none of which is ever trained on.
-
-    seed: of the run; episodes of equal seed, task and state get equal noise, so that evaluations can be compared in
-    pairs. horizon: control steps, 0 takes the task's own. purpose: other noise for other purposes.
-    """
-    steps = horizon or task.horizon
-    return [
-        EpisodeSpec(task.name, task.instruction, s, steps, derive_seed(seed, purpose, task.name, s))
-        for s in task.evaluation_states[:count]
-    ]
-
-
-def evaluated(specs: Sequence[EpisodeSpec], success: Iterable[bool]) -> Cell:
-    """The outcomes of `evaluation_specs`, keyed by initial state."""
-    return Cell.of({f"state-{s.initial_state}": bool(ok) for s, ok in zip(specs, success, strict=True)})
 
 
 class SequentialRun:

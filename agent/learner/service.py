@@ -18,10 +18,10 @@ from agent.adapters.files import Files
 from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
+from agent.learner.episode_specs import Task
 from agent.learner.gate import Verdict
 from agent.learner.ledger import Ledger
 from agent.learner.reception import note_of, ruling_on
-from agent.learner.sequence import Task
 from agent.learner.service_config import ServiceConfig
 from agent.learner.trainer import Trainer
 from agent.learner.workshop import Workshop

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from agent.errors import RatchetError
+from agent.learner.episode_specs import EpisodeSpec
 from agent.learner.intervals import Interval, mean
 from agent.learner.metrics import Cell, difference
-from agent.learner.rollouts import EpisodeSpec
 from agent.records import UInt8
 
 

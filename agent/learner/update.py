@@ -19,7 +19,7 @@ from agent.errors import RatchetError
 from agent.learner import grpo, ppo
 from agent.learner.distributed import Ranks
 from agent.learner.minibatch import Diagnostics, Minibatch, flatten
-from agent.learner.rollouts import RolloutBatch
+from agent.learner.rollout_batch import RolloutBatch
 from agent.policy.computing import computing_as, name_of
 from agent.policy.protocol import Policy
 

@@ -32,7 +32,7 @@ from agent.adapters.lora import attach, lora_config
 from agent.adapters.store import FolderStore
 from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import Verification
-from agent.learner.rollouts import RolloutBatch
+from agent.learner.rollout_batch import RolloutBatch
 from agent.learner.samples import log_prob_gap, to_batch
 from agent.learner.update import UpdateConfig, Updater
 from agent.policy import checkpoint

@@ -29,7 +29,7 @@ class TaskUpdater(Protocol):
     """Takes optimiser steps for the length of one task; `update.Updater` is the on-policy one."""
 
     def update(self, batch: Any) -> dict[str, float]:
-        """batch: the stage's `rollouts.RolloutBatch`, None for a method that needs no rollouts."""
+        """batch: the stage's `RolloutBatch`, None for a method that needs no rollouts."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

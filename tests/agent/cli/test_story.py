@@ -26,7 +26,8 @@ from agent.cli import common
 from agent.cli.main import main
 from agent.episodes.store import EpisodeStore
 from agent.episodes.writer import write_episode
-from agent.learner.rollouts import EpisodeSpec, run_episodes
+from agent.learner.episode_specs import EpisodeSpec
+from agent.learner.rollouts import run_episodes
 from agent.learner.samples import to_episodes
 from agent.link.journal import read
 from agent.runtime.policy_client import PolicyClient, PolicyLaunch

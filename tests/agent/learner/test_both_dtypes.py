@@ -16,7 +16,9 @@ import torch
 
 from agent.adapters.identity import binding_of
 from agent.adapters.lora import Lora, attach, lora_config
-from agent.learner.rollouts import EpisodeSpec, RolloutBatch, run_episodes
+from agent.learner.episode_specs import EpisodeSpec
+from agent.learner.rollout_batch import RolloutBatch
+from agent.learner.rollouts import run_episodes
 from agent.learner.samples import log_prob_gap, to_batch, to_episodes
 from agent.learner.update import UpdateConfig, Updater
 from agent.policy.computing import VARIABLE, name_of

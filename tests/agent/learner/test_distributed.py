@@ -24,7 +24,8 @@ from agent.adapters.store import FolderStore
 from agent.contract import RobotContract
 from agent.errors import RatchetError
 from agent.learner.distributed import Ranks, concatenate, join, pack, unpack
-from agent.learner.rollouts import RolloutBatch, run_episodes
+from agent.learner.rollout_batch import RolloutBatch
+from agent.learner.rollouts import run_episodes
 from agent.learner.samples import to_episodes
 from agent.learner.sequence import SequentialRun
 from agent.learner.trainer import Trainer

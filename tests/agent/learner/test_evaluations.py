@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from agent.errors import RatchetError
+from agent.learner.episode_specs import EpisodeSpec
 from agent.learner.evaluations import KnownEvaluations, key_of
 from agent.learner.methods.registry import METHODS
 from agent.learner.metrics import Cell
-from agent.learner.rollouts import EpisodeSpec
 from tests.agent.learner.runs import CONFIG, start
 
 SPECS = [EpisodeSpec("push", "push the puck", s, 40, seed=100 + s) for s in range(3)]

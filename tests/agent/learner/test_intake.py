@@ -16,10 +16,10 @@ import torch
 
 from agent.episodes.checking import check_chunk
 from agent.errors import RatchetError
+from agent.learner.episode_specs import training_specs
 from agent.learner.intake import Wanted, rule, sampled
 from agent.learner.rollouts import run_episodes
 from agent.learner.samples import log_prob_gap, to_batch, to_episodes
-from agent.learner.sequence import training_specs
 from agent.policy import presets
 from agent.policy.flow import FlowPolicy, FlowStatistics
 from agent.policy.noise import chunk_noise

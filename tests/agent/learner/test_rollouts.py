@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from agent.errors import RatchetError
-from agent.learner.rollouts import EpisodeSpec, RolloutBatch, run_episodes
+from agent.learner.episode_specs import EpisodeSpec
+from agent.learner.rollout_batch import RolloutBatch
+from agent.learner.rollouts import run_episodes
 from agent.policy.noise import chunk_noise
 from sim.vector import ChunkVectorEnv
 from tests import fakes

@@ -21,11 +21,12 @@ import torch
 from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
+from agent.learner.episode_specs import training_specs
 from agent.learner.gate import GateConfig, Reason, Verdict
 from agent.learner.ledger import Ledger
 from agent.learner.rollouts import run_episodes
 from agent.learner.samples import to_episodes
-from agent.learner.sequence import SequenceConfig, SequentialRun, training_specs
+from agent.learner.sequence import SequenceConfig, SequentialRun
 from agent.learner.service import LearnerService
 from agent.learner.service_config import ServiceConfig, real_robot
 from agent.learner.telemetry import Limits, Rates, Recorder, alerts, status, story

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from agent.errors import RatchetError
+from agent.learner.episode_specs import EpisodeSpec, evaluated
 from agent.learner.metrics import Cell
-from agent.learner.rollouts import EpisodeSpec, run_episodes
-from agent.learner.sequence import evaluated
+from agent.learner.rollouts import run_episodes
 from agent.learner.sight import OtherPictures, OwnPictures, Sight, judge
 from agent.policy.protocol import Chunks, PolicyInput
 from sim.vector import ChunkVectorEnv

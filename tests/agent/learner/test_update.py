@@ -15,7 +15,8 @@ import torch
 
 from agent.adapters.identity import binding_of
 from agent.errors import RatchetError
-from agent.learner.rollouts import RolloutBatch, run_episodes
+from agent.learner.rollout_batch import RolloutBatch
+from agent.learner.rollouts import run_episodes
 from agent.learner.update import UpdateConfig, Updater, pad
 from tests.agent.learner.runs import fake_env, tiny_with_adapter
 from tests.agent.learner.test_rollouts import specs

@@ -25,8 +25,9 @@ from torch import Tensor
 from agent.adapters.lora import attach, lora_config
 from agent.contract import GripperSpec, RobotContract
 from agent.errors import RatchetError
+from agent.learner.episode_specs import EpisodeSpec
 from agent.learner.pretrain import PretrainConfig, Pretrainer, Progress
-from agent.learner.rollouts import EpisodeSpec, RolloutBatch
+from agent.learner.rollout_batch import RolloutBatch
 from agent.learner.update import UpdateConfig, Updater
 from agent.policy import checkpoint, flow_sde, flow_trunk, rtc
 from agent.policy.flow import FlowPolicy, small_statistics

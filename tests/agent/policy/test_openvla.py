@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from agent.contract import RobotContract, compatibility
 from agent.errors import RatchetError
-from agent.learner.rollouts import EpisodeSpec, run_episodes
+from agent.learner.episode_specs import EpisodeSpec
+from agent.learner.rollouts import run_episodes
 from agent.policy import published
 from agent.policy.images import Preparation
 from agent.policy.prismatic import PrismaticPolicy
