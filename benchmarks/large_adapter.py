@@ -40,6 +40,13 @@ class WidePolicy:
             torch.manual_seed(0)
             self.module: nn.Module = Wide()
 
+    takes_any_size = False
+    gives_probabilities = False
+    sampled_shape = (1, 1)
+
+    def actions_of(self, sampled: Tensor) -> Tensor:
+        raise NotImplementedError("nothing is sampled from this policy")
+
     @torch.no_grad()
     def predict(self, batch: PolicyInput) -> Chunks:
         out: Tensor = self.module(torch.ones(len(batch), WIDTH))

@@ -9,7 +9,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from agent.learner.events import (
+    BatchFixed,
+    Declined,
+    Done,
+    Finished,
+    Gated,
+    Moved,
+    Noted,
+    Ordered,
+    Promoted,
+    Received,
+    Ruled,
+    RunBegan,
+    Updated,
+    Waits,
+    happening_of,
+)
 from agent.link.journal import Event
+from agent.link.parcels import EPISODE, SESSION
 
 Phase = Literal["new", "collecting", "updating", "gating", "deciding", "waiting", "done"]
 
@@ -32,6 +50,14 @@ class Arrival:
     source: str = ""
     compute_dtype: str = ""
     used: bool = False
+
+
+@dataclass(frozen=True)
+class Unruled:
+    """A file that nobody has looked at yet. type: see `link.parcels`."""
+
+    type: str
+    sha: str
 
 
 @dataclass
@@ -58,7 +84,7 @@ class Ledger:
     batch: list[str] = field(default_factory=list)
     checkpoint: dict[str, str] = field(default_factory=dict)  # the one that the training adapter came from
     arrivals: dict[str, Arrival] = field(default_factory=dict)
-    unruled: list[str] = field(default_factory=list)
+    unruled: list[Unruled] = field(default_factory=list)
     filled: dict[int, str] = field(default_factory=dict)
     labels: dict[str, tuple[bool | None, str]] = field(default_factory=dict)
     session_ended: bool = False
@@ -77,9 +103,46 @@ class Ledger:
 
     def apply(self, event: Event) -> None:
         """Take one event in. Unknown kinds change nothing: a newer release may have written them."""
-        handler = getattr(self, f"_{event.kind}", None)
-        if handler is not None:
-            handler(event.data, event.n)
+        match happening_of(event):
+            case RunBegan() as run:
+                self.fingerprint = run.fingerprint
+                self.config = run.config or {}
+            case Received() as received:
+                self._received(received, event.n)
+            case Ruled() as ruled:
+                self._ruled(ruled)
+            case Noted() as noted:
+                self._noted(noted)
+            case Ordered() as ordered:
+                self._ordered(ordered)
+            case BatchFixed() as batch:
+                self.phase = "updating"
+                self.batch = list(batch.episodes)
+            case Updated() as updated:
+                self._updated(updated, {**event.data, "n": event.n})
+            case Gated() as gated:
+                self.candidate = gated.candidate
+                self.verdict = gated.decision
+                self.phase = "deciding"
+                self.gates.append({**event.data, "n": event.n})
+            case Promoted(adapter=adapter):
+                self.active = self.start = adapter
+                self.verdict = "promote"
+                self.promoted = True
+                self.phase = "deciding"
+            case Waits():
+                self.waited = True
+                self.phase = "waiting"
+            case Declined():
+                self.verdict = "reject"
+                self.phase = "deciding"
+            case Moved(adapter=adapter):
+                self._moved(adapter)
+            case Finished():
+                self._finished({**event.data, "n": event.n})
+            case Done():
+                self.phase = "done"
+                self.order = ""
 
     # -- what follows from it ------------------------------------------------------------------------------------
 
@@ -107,93 +170,92 @@ class Ledger:
 
     # -- events --------------------------------------------------------------------------------------------------
 
-    def _run(self, data: dict[str, Any], n: int) -> None:
-        self.fingerprint, self.config = data["fingerprint"], data.get("config") or {}
-
-    def _received(self, data: dict[str, Any], n: int) -> None:
-        if data["type"] == "episode":
-            if data["sha"] in self.arrivals:
+    def _received(self, received: Received, number: int) -> None:
+        if received.type == EPISODE:
+            if received.sha in self.arrivals:
                 return  # the same bytes under another key are the same episode
-            self.arrivals[data["sha"]] = Arrival(data["sha"], data["robot"], data["key"], data["meta"], n)
-        self.unruled.append(f"{data['type']} {data['sha']}")
+            self.arrivals[received.sha] = Arrival(received.sha, received.robot, received.key, received.meta, number)
+        self.unruled.append(Unruled(received.type, received.sha))
 
-    def _ruled(self, data: dict[str, Any], n: int) -> None:
-        arrival = self.arrivals[data["sha"]]
-        for name in ("decision", "code", "reason", "slot", "adapter", "success", "source"):
-            setattr(arrival, name, data[name])
-        arrival.compute_dtype = data.get("compute_dtype", "")  # journals before it was recorded lack it
-        if f"episode {arrival.sha}" in self.unruled:
-            self.unruled.remove(f"episode {arrival.sha}")
+    def _ruled(self, ruled: Ruled) -> None:
+        arrival = self.arrivals[ruled.sha]
+        arrival.decision = ruled.decision
+        arrival.code = ruled.code
+        arrival.reason = ruled.reason
+        arrival.slot = ruled.slot
+        arrival.adapter = ruled.adapter
+        arrival.success = ruled.success
+        arrival.source = ruled.source
+        arrival.compute_dtype = ruled.compute_dtype
+        if Unruled(EPISODE, arrival.sha) in self.unruled:
+            self.unruled.remove(Unruled(EPISODE, arrival.sha))
         if arrival.decision == "accepted" and arrival.slot >= 0:
             self.filled[arrival.slot] = arrival.sha
 
-    def _noted(self, data: dict[str, Any], n: int) -> None:
-        """A file that is no episode was looked at: a label, the end of a session, or something unreadable."""
-        self.unruled.remove(f"{data['type']} {data['sha']}")
-        if data["type"] == "session" and data.get("ended"):
+    def _noted(self, noted: Noted) -> None:
+        self.unruled.remove(Unruled(noted.type, noted.sha))
+        if noted.type == SESSION and noted.ended:
             self.session_ended = True
-        label = data.get("label")
+        label = noted.label
         if label:
             self.labels[label["episode"]] = (label["success"], label["source"])
             if label["episode"] in self.arrivals and not self.arrivals[label["episode"]].used:
-                self.unruled.append(f"episode {label['episode']}")
+                self.unruled.append(Unruled(EPISODE, label["episode"]))
 
-    def _ordered(self, data: dict[str, Any], n: int) -> None:
-        self.phase, self.order, self.task = "collecting", data["order"], data["task"]
-        self.stage, self.update, self.attempt = data["stage"], data["update"], data["attempt"]
-        self.training, self.start, self.serial = data["adapter"], data["start"], data["serial"]
-        if data.get("checkpoint") is not None:
-            self.checkpoint = data["checkpoint"]
-        self.filled, self.session_ended = {}, False
-        self.verdict, self.promoted, self.waited = "", False, False
-        if self.training not in self.adapters:
-            self.adapters.append(self.training)
+    def _ordered(self, ordered: Ordered) -> None:
+        self.phase = "collecting"
+        self.order = ordered.order
+        self.task = ordered.task
+        self.stage = ordered.stage
+        self.update = ordered.update
+        self.attempt = ordered.attempt
+        self.training = ordered.adapter
+        self.start = ordered.start
+        self.serial = ordered.serial
+        if ordered.checkpoint is not None:
+            self.checkpoint = ordered.checkpoint
+        self.filled = {}
+        self.session_ended = False
+        self.verdict = ""
+        self.promoted = False
+        self.waited = False
+        self._keep(self.training)
         for arrival in self.arrivals.values():
             stale = arrival.decision in ("accepted", "waiting") and not arrival.used
             if stale and (arrival.adapter != self.training or arrival.slot >= 0):
-                arrival.decision, arrival.code = "replay", "inbox.other_adapter"
+                arrival.decision = "replay"
+                arrival.code = "inbox.other_adapter"
                 arrival.reason = "the adapter moved on before it was used"
 
-    def _batch(self, data: dict[str, Any], n: int) -> None:
-        self.phase, self.batch = "updating", list(data["episodes"])
-
-    def _updated(self, data: dict[str, Any], n: int) -> None:
-        for sha in data["episodes"]:
+    def _updated(self, updated: Updated, line: dict[str, Any]) -> None:
+        for sha in updated.episodes:
             self.arrivals[sha].used = True
-        self.retired.append(list(data["episodes"]))
-        self.batch, self.update = [], self.update + 1
-        self.training, self.checkpoint = data["adapter"], data["checkpoint"]
-        if self.training not in self.adapters:
-            self.adapters.append(self.training)
-        self.updates.append({**data, "n": n})
-        self.phase = "gating" if data["gate"] else "deciding"
+        self.retired.append(list(updated.episodes))
+        self.batch = []
+        self.update += 1
+        self.training = updated.adapter
+        self.checkpoint = updated.checkpoint
+        self._keep(self.training)
+        self.updates.append(line)
+        self.phase = "gating" if updated.gate else "deciding"
 
-    def _gated(self, data: dict[str, Any], n: int) -> None:
-        self.candidate, self.verdict, self.phase = data["candidate"], data["decision"], "deciding"
-        self.gates.append({**data, "n": n})
+    def _keep(self, adapter: str) -> None:
+        if adapter not in self.adapters:
+            self.adapters.append(adapter)
 
-    def _promoted(self, data: dict[str, Any], n: int) -> None:
-        self.active = self.start = data["adapter"]
-        self.verdict, self.promoted, self.phase = "promote", True, "deciding"
-
-    def _waits(self, data: dict[str, Any], n: int) -> None:
-        self.waited, self.phase = True, "waiting"
-
-    def _declined(self, data: dict[str, Any], n: int) -> None:
-        """A person decided against a candidate that the gate held."""
-        self.verdict, self.phase = "reject", "deciding"
-
-    def _moved(self, data: dict[str, Any], n: int) -> None:
-        """A person pointed `active` elsewhere: the current task begins again from there."""
-        self.active = self.start = data["adapter"]
-        self.update, self.batch, self.verdict = 0, [], "moved"
+    def _moved(self, adapter: str) -> None:
+        """The current task begins again from the adapter that a person made the active one."""
+        self.active = self.start = adapter
+        self.update = 0
+        self.batch = []
+        self.verdict = "moved"
         self.phase = "done" if self.phase == "done" else "deciding"
 
-    def _finished(self, data: dict[str, Any], n: int) -> None:
-        """A task is over, learned or given up."""
-        self.stages.append({**data, "n": n})
-        self.stage, self.update, self.attempt, self.phase = self.stage + 1, 0, 0, "deciding"
-        self.start, self.verdict = self.active, "finished"
-
-    def _done(self, data: dict[str, Any], n: int) -> None:
-        self.phase, self.order = "done", ""
+    def _finished(self, line: dict[str, Any]) -> None:
+        self.stages.append(line)
+        self.stage += 1
+        self.update = 0
+        self.attempt = 0
+        self.phase = "deciding"
+        self.start = self.active
+        self.verdict = "finished"

@@ -1,6 +1,6 @@
 """What arrived, looked at: an episode is ruled on, a label or the end of a session is taken in.
 
-Knows files, the ledger and the rules of intake. Writes nothing: it gives the facts that the journal's line will hold.
+Knows files, the ledger and the rules of intake. Writes nothing: it gives what the journal's line will hold.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from agent.errors import RatchetError
+from agent.learner.events import Noted, Ruled
 from agent.learner.intake import Ruling, Wanted, rule
-from agent.learner.ledger import Arrival, Ledger
+from agent.learner.ledger import Arrival, Ledger, Unruled
 from agent.learner.service_config import ServiceConfig
 from agent.link.parcels import LABEL, SESSION
 from agent.records import Episode
@@ -30,10 +30,10 @@ def ruling_on(
     config: ServiceConfig,
     instruction: str,
     read: Callable[[Path], Episode],
-) -> dict[str, Any]:
-    """Facts of the event `ruled`: the decision about one episode, and whose it is. instruction: of the task that is
-    being learned."""
-    facts: dict[str, Any] = {"adapter": "", "success": None, "source": ""}
+) -> Ruled:
+    """The decision about one episode, and whose it is. instruction: of the task that is being learned."""
+    adapter = source = compute_dtype = ""
+    success: bool | None = None
     try:
         episode = read(path)
     except (RatchetError, ValueError, KeyError, TypeError, EOFError, OSError) as error:
@@ -49,30 +49,40 @@ def ruling_on(
         wanted = Wanted(ledger.task, ledger.training, config.temperature, instruction, order, slots, dtype)
         taken = {s for s, sha in ledger.filled.items() if sha != arrival.sha}
         ruling = rule(episode, wanted, taken)
-        facts = {
-            "adapter": episode.adapter_id,
-            "success": episode.success,
-            "source": episode.success_source,
-            "compute_dtype": next((step.chunk.compute_dtype for step in episode.steps), ""),
-        }
+        adapter = episode.adapter_id
+        success = episode.success
+        source = episode.success_source
+        compute_dtype = next((step.chunk.compute_dtype for step in episode.steps), "")
     if ruling.decision == "replay":
         log.info("episode %s kept for replay: %s: %s", arrival.sha[:12], ruling.code, ruling.reason)
-    return {**dataclasses.asdict(ruling), **facts}
+    return Ruled(
+        sha=arrival.sha,
+        decision=ruling.decision,
+        code=ruling.code,
+        reason=ruling.reason,
+        slot=ruling.slot,
+        adapter=adapter,
+        success=success,
+        source=source,
+        compute_dtype=compute_dtype,
+    )
 
 
-def note_of(type: str, path: Path) -> dict[str, Any]:
-    """Facts of the event `noted`: what a file that is no episode says; nothing for kinds that this release ignores."""
-    if type not in (LABEL, SESSION):
-        return {}
+def note_of(file: Unruled, path: Path) -> Noted:
+    """What a file that is no episode says; nothing for kinds that this release ignores."""
+    seen = Noted(file.type, file.sha)
+    if file.type not in (LABEL, SESSION):
+        return seen
     try:
         raw = json.loads(path.read_bytes()[:SMALL])
-        if type == SESSION:
-            return {"session": str(raw["session"]), "ended": bool(raw.get("ended"))}
+        if file.type == SESSION:
+            return dataclasses.replace(seen, session=str(raw["session"]), ended=bool(raw.get("ended")))
         source = str(raw["source"])
         if not source.startswith("human:"):
             raise ValueError("a label must be a person's")
         if raw["success"] not in (True, False, None):
             raise ValueError("success is true, false or null")
-        return {"label": {"episode": str(raw["episode"]), "success": raw["success"], "source": source}}
+        label = {"episode": str(raw["episode"]), "success": raw["success"], "source": source}
+        return dataclasses.replace(seen, label=label)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        return {"unreadable": str(error)[:200]}
+        return dataclasses.replace(seen, unreadable=str(error)[:200])

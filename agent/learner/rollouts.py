@@ -124,7 +124,7 @@ def run_episodes(
             )
     if keep and temperature <= 0:
         raise RatchetError("rollout.greedy_batch", "greedy episodes have no log-probabilities to learn from")
-    if keep and not getattr(policy, "gives_probabilities", True):
+    if keep and not policy.gives_probabilities:
         raise RatchetError(
             "policy.no_probabilities",
             "this policy's head gives actions without probabilities, so nothing can be learned from its episodes",

@@ -44,7 +44,7 @@ def to_batch(
         raise RatchetError("learner.off_policy", f"episodes of {len(ids)} adapters, {len(temperatures)} temperatures")
     dtype = one_dtype({step.chunk.compute_dtype for _, step in steps}, "episodes")
     texts = sorted({episode.instruction for episode in episodes})
-    shape = getattr(policy, "sampled_shape", (spec.chunk, len(spec.action_names)))
+    shape = policy.sampled_shape
     whole = len(shape) == 2
     rows_images, rows_state = [], []
     for e, step in steps:
@@ -144,12 +144,9 @@ def to_episodes(
 
 
 def _actions(batch: RolloutBatch, policy: Policy, contract: RobotContract) -> Float32:
-    """What the tokens or chains mean, (N, K, D) in the contract's units; zeros for policies that cannot tell."""
-    decode = getattr(policy, "actions_of", None)
-    if decode is None:
-        return np.zeros((len(batch.tokens), policy.spec.chunk, len(policy.spec.action_names)), np.float32)
+    """What the tokens or chains mean, (N, K, D) in the contract's units."""
     sampled = torch.from_numpy(batch.tokens)
-    actions = decode(sampled if sampled.ndim == 3 else sampled[:, -1]).float().cpu().numpy()
+    actions = policy.actions_of(sampled if sampled.ndim == 3 else sampled[:, -1]).float().cpu().numpy()
     return robot_actions(actions, policy.spec, contract)
 
 

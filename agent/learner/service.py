@@ -19,13 +19,26 @@ from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
 from agent.learner.episode_specs import Task
+from agent.learner.events import (
+    BatchFixed,
+    Declined,
+    Done,
+    Finished,
+    Gated,
+    Happening,
+    Moved,
+    Ordered,
+    Promoted,
+    RunBegan,
+    Waits,
+)
 from agent.learner.gate import Verdict
-from agent.learner.ledger import Ledger
+from agent.learner.ledger import Ledger, Unruled
 from agent.learner.reception import note_of, ruling_on
 from agent.learner.service_config import ServiceConfig
 from agent.learner.trainer import Trainer
 from agent.learner.workshop import Workshop
-from agent.link.journal import Event, Journal
+from agent.link.journal import Journal
 from agent.link.parcels import EPISODE
 from agent.records import Episode
 
@@ -67,7 +80,7 @@ class LearnerService:
         self._workshop = Workshop(folder, config, trainer, store, path_of, read, self._files)
         self._fold()
         if not self.ledger.fingerprint:
-            self._write("run", fingerprint=self._fingerprint(), base=trainer.policy.base_hash, config=self._plain())
+            self._write(RunBegan(self._fingerprint(), trainer.policy.base_hash, self._plain()))
         elif self.ledger.fingerprint != self._fingerprint():
             raise RatchetError(
                 "learn.changed_run",
@@ -77,7 +90,7 @@ class LearnerService:
             )
         active = self._active()
         if not self.ledger.adapters and active:
-            self._write("moved", adapter=active, by="the store at the start")
+            self._write(Moved(active, by="the store at the start"))
 
     # -- what robots are told ------------------------------------------------------------------------------------
 
@@ -129,8 +142,7 @@ class LearnerService:
         self._fold()
         ledger = self.ledger
         if ledger.unruled:
-            type, sha = ledger.unruled[0].split(" ", 1)
-            self._look(type, sha)
+            self._look(ledger.unruled[0])
         elif self._moved():
             pass
         elif ledger.phase == "new":
@@ -138,7 +150,7 @@ class LearnerService:
         elif ledger.phase == "collecting":
             return self._complete()
         elif ledger.phase == "updating":
-            self._write("updated", **self._workshop.update(ledger))
+            self._write(self._workshop.update(ledger))
             self._workshop.prune(ledger)
         elif ledger.phase == "gating":
             self._ask()
@@ -150,22 +162,22 @@ class LearnerService:
             return False
         return True
 
-    def _look(self, type: str, sha: str) -> None:
+    def _look(self, file: Unruled) -> None:
         """Rule on an episode, or take in another file."""
-        arrival = self.ledger.arrivals.get(sha) if type == EPISODE else None
+        arrival = self.ledger.arrivals.get(file.sha) if file.type == EPISODE else None
         if arrival is not None and not arrival.used:
             task = self._tasks.get(self.ledger.task)
             instruction = task.instruction if task is not None else ""
-            facts = ruling_on(arrival, self._path_of(sha), self.ledger, self.config, instruction, self._read)
-            self._write("ruled", sha=sha, **facts)
+            path = self._path_of(file.sha)
+            self._write(ruling_on(arrival, path, self.ledger, self.config, instruction, self._read))
         else:
-            self._write("noted", sha=sha, type=type, **note_of(type, self._path_of(sha)))
+            self._write(note_of(file, self._path_of(file.sha)))
 
     def _order(self, *, stage: int, update: int, attempt: int, fresh: bool) -> None:
         """Say what is collected next. fresh: from the task's start adapter with a new optimiser."""
         ledger = self.ledger
         if stage >= len(self.config.tasks):
-            self._write("done", active=ledger.active)
+            self._write(Done(ledger.active))
             return
         start, adapter = ledger.start, ledger.training
         checkpoint: dict[str, str] | None = None
@@ -173,16 +185,17 @@ class LearnerService:
             start = start or self._workshop.empty_adapter()
             adapter, checkpoint = start, {}
         self._write(
-            "ordered",
-            order=f"{ledger.fingerprint[:12]}/{stage + 1}/{attempt + 1}/{update + 1}/{ledger.serial + 1}",
-            serial=ledger.serial + 1,
-            stage=stage,
-            update=update,
-            attempt=attempt,
-            task=self.config.tasks[stage],
-            adapter=adapter,
-            start=start,
-            checkpoint=checkpoint,
+            Ordered(
+                order=f"{ledger.fingerprint[:12]}/{stage + 1}/{attempt + 1}/{update + 1}/{ledger.serial + 1}",
+                serial=ledger.serial + 1,
+                stage=stage,
+                update=update,
+                attempt=attempt,
+                task=self.config.tasks[stage],
+                adapter=adapter,
+                start=start,
+                checkpoint=checkpoint,
+            )
         )
 
     def _complete(self) -> bool:
@@ -197,7 +210,7 @@ class LearnerService:
         else:
             ready = ledger.session_ended and len(accepted) >= config.batch
         if ready:
-            self._write("batch", order=ledger.order, episodes=[a.sha for a in accepted])
+            self._write(BatchFixed(ledger.order, [a.sha for a in accepted]))
         return ready
 
     def _ask(self) -> None:
@@ -209,13 +222,14 @@ class LearnerService:
         verdict = self._gate(candidate, ledger.active, self.config.held_out)
         self._files.step("phase", self.folder / "gated")
         self._write(
-            "gated",
-            candidate=candidate,
-            active=ledger.active,
-            task=ledger.task,
-            decision=verdict.decision,
-            reasons=[{"code": r.code, "task": r.task, "text": r.text} for r in verdict.reasons],
-            rows=json.loads(json.dumps(verdict.rows())),
+            Gated(
+                candidate=candidate,
+                active=ledger.active,
+                task=ledger.task,
+                decision=verdict.decision,
+                reasons=[{"code": r.code, "task": r.task, "text": r.text} for r in verdict.reasons],
+                rows=json.loads(json.dumps(verdict.rows())),
+            )
         )
 
     def _decide(self) -> None:
@@ -227,26 +241,26 @@ class LearnerService:
             if self.store.tags().get("active") != ledger.candidate:
                 self.store.promote(ledger.candidate, f"passed the gate after {ledger.task}")
             self._files.step("phase", self.folder / "promoted")
-            self._write("promoted", adapter=ledger.candidate, by="the gate")
+            self._write(Promoted(ledger.candidate, by="the gate"))
         elif verdict == "promote":
             if over or config.gate_each == "task":
-                self._write("finished", task=ledger.task, stage=ledger.stage, learned=True, adapter=ledger.active)
+                self._write(Finished(ledger.task, ledger.stage, True, ledger.active))
             else:
                 self._order(**again, update=ledger.update, fresh=False)
         elif verdict == "hold" and config.on_hold == "wait" and not ledger.waited:
-            self._write("waits", candidate=ledger.candidate)
+            self._write(Waits(ledger.candidate))
         elif verdict in ("hold", "reject"):
             if config.gate_each == "update" and not over:
                 self._order(**again, update=ledger.update, fresh=True)
             elif config.gate_each == "task" and ledger.attempt + 1 < config.attempts:
                 self._order(stage=ledger.stage, attempt=ledger.attempt + 1, update=0, fresh=verdict == "reject")
             else:
-                self._write("finished", task=ledger.task, stage=ledger.stage, learned=False, adapter=ledger.active)
+                self._write(Finished(ledger.task, ledger.stage, False, ledger.active))
         elif verdict in ("finished", "moved"):
             self._order(**again, update=0, fresh=True)
         elif over:
             # Every update was skipped: nothing was learned that could be measured.
-            self._write("finished", task=ledger.task, stage=ledger.stage, learned=False, adapter=ledger.active)
+            self._write(Finished(ledger.task, ledger.stage, False, ledger.active))
         else:
             self._order(**again, update=ledger.update, fresh=False)
 
@@ -258,16 +272,16 @@ class LearnerService:
             return False
         if ledger.phase == "waiting" and active == ledger.candidate:
             return False  # `_person` takes it as the promotion that was waited for
-        self._write("moved", adapter=active, by="a person")
+        self._write(Moved(active, by="a person"))
         return True
 
     def _person(self) -> bool:
         """A held candidate waits for a person: promoted with a reason, or tagged `declined`."""
         tags, candidate = self.store.tags(), self.ledger.candidate
         if tags.get("active") == candidate:
-            self._write("promoted", adapter=candidate, by="a person")
+            self._write(Promoted(candidate, by="a person"))
         elif tags.get("declined") == candidate:
-            self._write("declined", adapter=candidate)
+            self._write(Declined(candidate))
         else:
             return False
         return True
@@ -286,10 +300,9 @@ class LearnerService:
             self.ledger.apply(events[self._folded])
             self._folded += 1
 
-    def _write(self, kind: str, **data: Any) -> Event:
-        event = self._journal.append(kind, **data)
+    def _write(self, happening: Happening) -> None:
+        self._journal.append(happening.kind, **happening.data())
         self._fold()
-        return event
 
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self.config)))

@@ -17,6 +17,7 @@ from agent.adapters.files import Files
 from agent.adapters.protocol import Provenance
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
+from agent.learner.events import Updated
 from agent.learner.ledger import Arrival, Ledger
 from agent.learner.service_config import ServiceConfig
 from agent.learner.trainer import Trainer
@@ -50,8 +51,8 @@ class Workshop:
         self.store.put(first, Provenance(effect=0.0, notes="empty: acts as the base"))
         return first.id
 
-    def update(self, ledger: Ledger) -> dict[str, Any]:
-        """Train on the ledger's batch, write checkpoint and adapter; the facts of the event `updated`."""
+    def update(self, ledger: Ledger) -> Updated:
+        """Train on the ledger's batch, write checkpoint and adapter; what there is to write down."""
         started = time.perf_counter()
         self._load(ledger)
         arrivals = [ledger.arrivals[sha] for sha in ledger.batch]
@@ -80,21 +81,21 @@ class Workshop:
         changed = adapter.id != ledger.start
         gate = changed and (last or (self.config.gate_each == "update" and not skipped))
         self._loaded = (adapter.id, checkpoint["sha"], ledger.stage, ledger.attempt)
-        return {
-            "order": ledger.order,
-            "stage": ledger.stage,
-            "task": ledger.task,
-            "update": ledger.update,
-            "attempt": ledger.attempt,
-            "episodes": list(ledger.batch),
-            "successes": sum(bool(a.success) for a in arrivals),
-            "before": ledger.training,
-            "began": ledger.checkpoint,
-            "adapter": adapter.id,
-            "checkpoint": checkpoint,
-            "gate": gate,
-            "facts": {**_finite(facts), "seconds": time.perf_counter() - started},
-        }
+        return Updated(
+            order=ledger.order,
+            stage=ledger.stage,
+            task=ledger.task,
+            update=ledger.update,
+            attempt=ledger.attempt,
+            episodes=list(ledger.batch),
+            successes=sum(bool(a.success) for a in arrivals),
+            before=ledger.training,
+            began=ledger.checkpoint,
+            adapter=adapter.id,
+            checkpoint=checkpoint,
+            gate=gate,
+            facts={**_finite(facts), "seconds": time.perf_counter() - started},
+        )
 
     def _episodes(self, arrivals: list[Arrival]) -> list[Episode]:
         """The files of a batch, with the success that was ruled on."""

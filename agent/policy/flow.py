@@ -266,12 +266,12 @@ class FlowPolicy(Computing):
             x = torch.cat([x, x[:, -1:].expand(-1, short, -1)], 1)
         return nn.functional.pad(x[:, : config.horizon], (0, config.action_width - x.shape[2]))
 
-    def actions_of(self, x: Tensor) -> Tensor:
+    def actions_of(self, sampled: Tensor) -> Tensor:
         """(B, H, A) -> physical actions (B, K, D) float32."""
         s, dims = self.statistics, len(self._spec.action_names)
-        kept = x[:, : self._spec.chunk, :dims].float()
-        scale = torch.tensor(s.action_scale, device=x.device)
-        return kept * scale + torch.tensor(s.action_offset, device=x.device)
+        kept = sampled[:, : self._spec.chunk, :dims].float()
+        scale = torch.tensor(s.action_scale, device=sampled.device)
+        return kept * scale + torch.tensor(s.action_offset, device=sampled.device)
 
     def prefix(self, batch: PolicyInput) -> Prefix:
         """The language model's pass over some observations; every step of a flow reads it."""

@@ -107,6 +107,11 @@ class PrismaticPolicy(Computing):
         return self.network
 
     @property
+    def sampled_shape(self) -> tuple[int, int]:
+        """(K, D): bins, as `sample` returns them in `Chunks.tokens`."""
+        return self._spec.chunk, len(self._spec.action_names)
+
+    @property
     def gives_probabilities(self) -> bool:
         """Whether samples can be learned from; False for a regression head."""
         return self.config.head == "tokens"
@@ -222,9 +227,9 @@ class PrismaticPolicy(Computing):
             raise RatchetError("policy.bad_input", "each token depends on those before it", fix="give the tokens")
         return self._logits(self._hidden(batch, tokens.to(self.device).flatten(1)))
 
-    def actions_of(self, tokens: Tensor) -> Tensor:
+    def actions_of(self, sampled: Tensor) -> Tensor:
         """Bins (…, D) -> physical actions (…, D) float32."""
-        return unnormalise(decode(tokens), self.statistics).float()
+        return unnormalise(decode(sampled), self.statistics).float()
 
     def tokens_of(self, actions: Tensor) -> Tensor:
         """Physical actions (…, D) -> bins (…, D); values beyond the statistics take the outermost bin."""

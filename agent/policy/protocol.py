@@ -67,6 +67,26 @@ class Policy(Protocol):
         """The network whose linear layers carry adapters."""
         ...
 
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether images of any size go in, to be resized as in training."""
+        ...
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether samples can be learned from; False for a head that gives actions alone."""
+        ...
+
+    @property
+    def sampled_shape(self) -> tuple[int, ...]:
+        """Shape of one decision in `Chunks.tokens`: (K, D) bins, or a flow's chain (steps + 1, H, A)."""
+        ...
+
+    def actions_of(self, sampled: Tensor) -> Tensor:
+        """What was sampled as actions (B, K, D) float32, physical units. sampled: (B, K, D) bins, or the last points
+        (B, H, A) of chains."""
+        ...
+
     def predict(self, batch: PolicyInput) -> Chunks:
         """Most likely chunk."""
         ...

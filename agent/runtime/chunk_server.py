@@ -36,6 +36,11 @@ class ChunkServer(Protocol):
     @property
     def adapter_id(self) -> str: ...
 
+    @property
+    def computing(self) -> str:
+        """What products are computed in and why, in words; empty for a policy that does not tell."""
+        ...
+
     def infer(
         self,
         images: list[UInt8],

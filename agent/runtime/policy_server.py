@@ -68,7 +68,7 @@ class PolicyServer:
                 "policy.image_fit", f"no way to fit images called {image_fit!r}", fix="exact, crop_resize"
             )
         square = (self.spec.image_size, self.spec.image_size)
-        resizes = len(sizes) == 1 and getattr(policy, "takes_any_size", False)
+        resizes = len(sizes) == 1 and policy.takes_any_size
         if image_fit == "exact" and sizes - {square} and not resizes:
             raise RatchetError(
                 "policy.image_size",

@@ -107,7 +107,7 @@ class _Worker:
                 "base_hash": server.base_hash,
                 "adapter_id": server.adapter_id,
                 "warnings": server.warnings,
-                "computing": getattr(server, "computing", ""),
+                "computing": server.computing,
             }
         )
 

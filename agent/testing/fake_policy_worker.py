@@ -58,6 +58,7 @@ class FakePolicy:
         self.spec = spec_for(contract, int(options.get("chunk", 8)), int(options.get("image_size", 96)))
         self.base_hash = hashlib.sha256(b"fake policy").hexdigest()
         self.warnings: list[str] = []
+        self.computing = ""  # nothing is computed
         self._adapter = str(options.get("adapter", "")) or self.base_hash
         self._lock = threading.Lock()
         self._asked = self._steps = 0

@@ -62,6 +62,13 @@ class TinyPolicy:
             sha.update(name.encode() + tensor.numpy().tobytes())
         self.base_hash = sha.hexdigest()
 
+    takes_any_size = False
+    gives_probabilities = False
+    sampled_shape = (CHUNK, DIMS)
+
+    def actions_of(self, sampled: Tensor) -> Tensor:
+        raise NotImplementedError("nothing is sampled from this policy")
+
     def logits(self, batch: PolicyInput) -> Tensor:
         images = torch.as_tensor(batch.images)[:, 0].permute(0, 3, 1, 2).float() / 255.0
         out: Tensor = self.module(images)
