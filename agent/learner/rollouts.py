@@ -269,7 +269,7 @@ def _flatten(
 ) -> RolloutBatch:
     """Decisions of all episodes, episode after episode, in order of time."""
     decisions = [decision for episode in ended for decision in episode.decisions]
-    tokens: list[Int64 | Float32] = [decision.tokens for decision in decisions]
+    tokens: Any = np.stack([decision.tokens for decision in decisions])  # bins or chains
     owner = np.array([index for index, episode in enumerate(ended) for _ in episode.decisions], np.int64)
     instructions = sorted({spec.instruction for spec in specs})
     number = {text: i for i, text in enumerate(instructions)}
@@ -278,7 +278,7 @@ def _flatten(
         state=np.stack([decision.state for decision in decisions]),
         instruction=np.array([number[specs[index].instruction] for index in owner], np.int64),
         instructions=instructions,
-        tokens=np.stack(tokens),
+        tokens=tokens,
         log_prob=np.stack([decision.log_prob for decision in decisions]),
         feature=np.stack([decision.feature for decision in decisions]),
         valid=np.stack([decision.valid for decision in decisions]),
