@@ -37,8 +37,10 @@ GRIPPER_MOVES = 1e-3  # in the state field's unit; a smaller difference counts a
 class DimensionFact:
     """One action dimension, measured.
 
-    scale: measured over commanded motion, negative where the sign is wrong. across: the share of the motion that went
-    elsewhere, in [0, 1]. latency: s from command to motion, NaN where it cannot be told.
+    Attributes:
+        scale: measured over commanded motion, negative where the sign is wrong.
+        across: the share of the motion that went elsewhere, in [0, 1].
+        latency: s from command to motion, NaN where it cannot be told.
     """
 
     name: str
@@ -51,9 +53,13 @@ class DimensionFact:
 class ActionFacts:
     """Result of an action check.
 
-    dims: of every dimension that moves the hand. frame: base, tool, or unknown, of positional deltas.
-    gripper_open, gripper_closed: measured after each command, in the state field's unit; NaN where nothing measures
-    the gripper. gripper_works: whether they differ as they should. problems: what contradicts the contract, in words.
+    Attributes:
+        dims: of every dimension that moves the hand.
+        frame: base, tool, or unknown, of positional deltas.
+        gripper_open, gripper_closed: measured after each command, in the state field's unit; NaN where nothing measures
+            the gripper.
+        gripper_works: whether they differ as they should.
+        problems: what contradicts the contract, in words.
     """
 
     dims: tuple[DimensionFact, ...]

@@ -1,4 +1,4 @@
-"""What calibration needs of an arm: the part of the runtime's Robot that it uses, so that it knows no robot.
+"""Arm protocol: the part of the runtime's Robot that calibration uses, so that it depends on no robot.
 
 Knows a contract, observations and actions.
 """

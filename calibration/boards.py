@@ -1,4 +1,4 @@
-"""The calibration board: its geometry, how it is described in a file, and a page to print it from.
+"""Calibration boards (ChArUco, chessboard): geometry, file description, and a page to print.
 
 Knows ChArUco boards and plain chessboards. Knows no image and no camera.
 Frame of a board: origin at the first square's outer corner, x along the columns, y along the rows, z into the board.
@@ -29,7 +29,12 @@ PAPER = {"a4": (0.297, 0.210), "a3": (0.420, 0.297), "a2": (0.594, 0.420), "lett
 
 @dataclass(frozen=True)
 class Board:
-    """columns, rows: squares. square, marker: edge lengths in m (marker 0 for a chessboard)."""
+    """Geometry of a calibration board.
+
+    Attributes:
+        columns, rows: squares.
+        square, marker: edge lengths in m (marker 0 for a chessboard).
+    """
 
     kind: Literal["charuco", "chessboard"] = "charuco"
     columns: int = 9
@@ -57,8 +62,10 @@ class Board:
                 refuse("more markers than the dictionary has", "take a larger dictionary or fewer squares")
         elif self.kind == "chessboard":
             if self.columns % 2 == self.rows % 2:
-                refuse("a chessboard with both counts even, or both odd, looks the same turned around",
-                       "make one count even and the other odd")  # fmt: skip
+                refuse(
+                    "a chessboard with both counts even, or both odd, looks the same turned around",
+                    "make one count even and the other odd",
+                )
         else:
             refuse(f"unknown kind '{self.kind}'", "charuco or chessboard")
 
@@ -78,9 +85,10 @@ class Board:
     @property
     def corners(self) -> Float:
         """(N, 3) m: the inner corners, row by row; the index is a corner's id."""
-        x, y = np.meshgrid(np.arange(1, self.columns), np.arange(1, self.rows))
-        flat = np.stack([x.ravel(), y.ravel(), np.zeros(x.size)], 1)
-        return self.square * flat.astype(float)
+        columns, rows = np.meshgrid(np.arange(1, self.columns), np.arange(1, self.rows))
+        # (N, 3) in squares; meshgrid lists a row's corners one after the other.
+        corners_in_squares = np.stack([columns.ravel(), rows.ravel(), np.zeros(columns.size)], 1)
+        return self.square * corners_in_squares.astype(float)
 
     @property
     def size(self) -> tuple[float, float]:
@@ -94,15 +102,17 @@ class Board:
         return cv2.aruco.CharucoBoard((self.columns, self.rows), self.square, self.marker, self._dictionary())
 
     def image(self, pixels_per_square: int, margin: int = 0) -> np.ndarray:
-        """Grey picture, uint8; margin: white pixels around it."""
-        width = self.columns * pixels_per_square
-        height = self.rows * pixels_per_square
+        """(H, W) uint8 grey image of the board; margin: white pixels around it."""
+        width_px = self.columns * pixels_per_square
+        height_px = self.rows * pixels_per_square
         if self.kind == "charuco":
-            picture = np.asarray(self.charuco().generateImage((width, height), marginSize=0, borderBits=1))
+            image = np.asarray(self.charuco().generateImage((width_px, height_px), marginSize=0, borderBits=1))
         else:
-            x, y = np.meshgrid(np.arange(width) // pixels_per_square, np.arange(height) // pixels_per_square)
-            picture = np.where((x + y) % 2 == 0, 0, 255).astype(np.uint8)
-        return np.pad(picture, margin, constant_values=255)
+            column_index, row_index = np.meshgrid(
+                np.arange(width_px) // pixels_per_square, np.arange(height_px) // pixels_per_square
+            )
+            image = np.where((column_index + row_index) % 2 == 0, 0, 255).astype(np.uint8)
+        return np.pad(image, margin, constant_values=255)
 
     def pdf(self, paper: str = "a4") -> bytes:
         """One landscape page at true size: board, its description, and a ruler to check the printer with.
@@ -112,42 +122,55 @@ class Board:
         """
         if paper not in PAPER:
             raise RatchetError("calibration.bad_board", f"unknown paper '{paper}'", fix=f"papers: {', '.join(PAPER)}")
-        page_width, page_height = PAPER[paper]
-        width, height = self.size
-        if width > page_width - 0.012 or height > page_height - 0.026:
-            room = min((page_width - 0.012) / self.columns, (page_height - 0.026) / self.rows)
+        page_width_m, page_height_m = PAPER[paper]
+        width_m, height_m = self.size
+        # 6 mm that printers leave blank on every side, and room for the ruler and its text below.
+        if width_m > page_width_m - 0.012 or height_m > page_height_m - 0.026:
+            largest_square_m = min((page_width_m - 0.012) / self.columns, (page_height_m - 0.026) / self.rows)
             raise RatchetError(
                 "calibration.too_large",
-                f"the board is {1e3 * width:.0f} x {1e3 * height:.0f} mm, more than {paper} holds",
+                f"the board is {1e3 * width_m:.0f} x {1e3 * height_m:.0f} mm, more than {paper} holds",
                 where="board",
-                fix=f"use squares of at most {int(1e3 * room)} mm, or larger paper",
+                fix=f"use squares of at most {int(1e3 * largest_square_m)} mm, or larger paper",
             )
         from matplotlib.backends.backend_pdf import FigureCanvasPdf
         from matplotlib.figure import Figure
 
         inch = 0.0254
-        figure = Figure(figsize=(page_width / inch, page_height / inch))
+        figure = Figure(figsize=(page_width_m / inch, page_height_m / inch))
         FigureCanvasPdf(figure)
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-        axes.set(xlim=(0, page_width), ylim=(page_height, 0))
+        # Drawn in metres on the page, so that the printed size is exact.
+        axes.set(xlim=(0, page_width_m), ylim=(page_height_m, 0))
         axes.axis("off")
-        left = (page_width - width) / 2
-        top = (page_height - height) / 2 - 0.006
-        picture = self.image(self._modules() * 8)
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(left, left + width, top + height, top),
-                    interpolation="nearest")  # fmt: skip
-        line = page_height - 0.009
-        axes.plot([left, left + 0.1], [line, line], color="black", linewidth=0.8)
-        for k in range(11):
-            axes.plot([left + 0.01 * k] * 2, [line, line - (0.003 if k % 5 == 0 else 0.0018)], color="black", lw=0.6)
-        text = f"100 mm: measure it. {self.kind} {self.columns} x {self.rows}, squares {1e3 * self.square:g} mm"
+        left_m = (page_width_m - width_m) / 2
+        top_m = (page_height_m - height_m) / 2 - 0.006
+        board_image = self.image(self._modules() * 8)
+        axes.imshow(
+            board_image,
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            extent=(left_m, left_m + width_m, top_m + height_m, top_m),
+            interpolation="nearest",
+        )
+        ruler_y = page_height_m - 0.009
+        axes.plot([left_m, left_m + 0.1], [ruler_y, ruler_y], color="black", linewidth=0.8)
+        for tick in range(11):
+            axes.plot(
+                [left_m + 0.01 * tick] * 2,
+                [ruler_y, ruler_y - (0.003 if tick % 5 == 0 else 0.0018)],
+                color="black",
+                lw=0.6,
+            )
+        caption = f"100 mm: measure it. {self.kind} {self.columns} x {self.rows}, squares {1e3 * self.square:g} mm"
         if self.kind == "charuco":
-            text += f", markers {1e3 * self.marker:g} mm, {self.dictionary}"
-        text += ". Print at 100 %, glue flat on a stiff plate."
-        axes.text(left + 0.104, line, text, fontsize=6.5, va="bottom")
-        out = io.BytesIO()
-        figure.savefig(out, format="pdf")
-        return out.getvalue()
+            caption += f", markers {1e3 * self.marker:g} mm, {self.dictionary}"
+        caption += ". Print at 100 %, glue flat on a stiff plate."
+        axes.text(left_m + 0.104, ruler_y, caption, fontsize=6.5, va="bottom")
+        pdf_buffer = io.BytesIO()
+        figure.savefig(pdf_buffer, format="pdf")
+        return pdf_buffer.getvalue()
 
     def _dictionary(self) -> cv2.aruco.Dictionary:
         return cv2.aruco.getPredefinedDictionary(DICTIONARIES[self.dictionary])
@@ -156,5 +179,5 @@ class Board:
         """Cells across one square, so that every marker cell is a whole number of pixels where that is possible."""
         if self.kind == "chessboard":
             return 1
-        cells = self._dictionary().markerSize + 2
-        return max(1, round(cells * self.square / self.marker))
+        marker_cells = self._dictionary().markerSize + 2
+        return max(1, round(marker_cells * self.square / self.marker))

@@ -1,6 +1,6 @@
-"""Is this the camera that the contract means, the right way up, exposed, in time, and with true depth?
+"""Camera checks: identity, orientation, exposure, frame rate, latency and depth scale against the contract.
 
-Knows pictures, their times and a board. Knows no device: whoever runs a check hands over frames.
+Knows images, their times and a board. Knows no device: the caller hands over frames.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ Frames = Sequence[NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Orientation:
-    """rotate: degrees counter-clockwise that turn the raw picture upright. mirror: whether it must then be flipped."""
+    """How a raw image must be turned to be upright.
+
+    Attributes:
+        rotate: degrees counter-clockwise that turn the raw image upright.
+        mirror: whether it must then be flipped.
+    """
 
     rotate: int
     mirror: bool
@@ -33,7 +38,12 @@ class Orientation:
 
 @dataclass(frozen=True)
 class Exposure:
-    """mean: grey level. dark, bright: share of pixels at either end."""
+    """Brightness of a few frames.
+
+    Attributes:
+        mean: grey level.
+        dark, bright: share of pixels at either end.
+    """
 
     mean: float
     dark: float
@@ -43,15 +53,21 @@ class Exposure:
     def problem(self) -> str:
         """In words; empty where the picture is well exposed."""
         if self.bright > 0.2:
-            return f"{self.bright:.0%} of the picture is white"
+            return f"{self.bright:.0%} of the image is white"
         if self.dark > 0.5:
-            return f"{self.dark:.0%} of the picture is black"
+            return f"{self.dark:.0%} of the image is black"
         return "" if 40 <= self.mean <= 220 else f"the mean grey level is {self.mean:.0f} of 255"
 
 
 @dataclass(frozen=True)
 class Rate:
-    """fps: median. longest: s, between two frames. repeated: frames that are the same as the one before."""
+    """Timing of a series of frames.
+
+    Attributes:
+        fps: median.
+        longest: s, between two frames.
+        repeated: frames that are the same as the one before.
+    """
 
     fps: float
     longest: float
@@ -59,35 +75,38 @@ class Rate:
 
 
 def waved_at(frames: Mapping[str, Frames]) -> str:
-    """Which camera a person waved in front of: the one whose picture changes most.
+    """Which camera a person waved in front of: the one whose image changes most.
 
     Raises:
         RatchetError: check.no_motion; check.ambiguous where two see it.
     """
-    motion = {}
-    for name, series in frames.items():
-        small = [np.asarray(f[::4, ::4], float).mean(-1) for f in series]
-        steps = [np.abs(b - a) for a, b in pairwise(small)]
+    moving_share = {}
+    for camera, camera_frames in frames.items():
+        small_frames = [np.asarray(frame[::4, ::4], float).mean(-1) for frame in camera_frames]
+        differences = [np.abs(later - earlier) for earlier, later in pairwise(small_frames)]
         # The share of the picture that changes by more than noise does, so that a flickering lamp does not win.
-        motion[name] = float(np.mean([(s > 15).mean() for s in steps])) if steps else 0.0
-    ranked = sorted(motion, key=lambda n: motion[n], reverse=True)
-    if not ranked or motion[ranked[0]] < 0.02:
+        moving_share[camera] = (
+            float(np.mean([(difference > 15).mean() for difference in differences])) if differences else 0.0
+        )
+    ranked = sorted(moving_share, key=lambda camera: moving_share[camera], reverse=True)
+    if not ranked or moving_share[ranked[0]] < 0.02:
         raise RatchetError("check.no_motion", "no camera sees anything move", fix="wave closer to the lens")
-    if len(ranked) > 1 and motion[ranked[0]] < 2.5 * motion[ranked[1]]:
+    # Two cameras may see the same hand; only a clear winner identifies one.
+    if len(ranked) > 1 and moving_share[ranked[0]] < 2.5 * moving_share[ranked[1]]:
         raise RatchetError(
             "check.ambiguous", f"{ranked[0]} and {ranked[1]} both see it", fix="cover the lens with the waving hand"
         )
     return ranked[0]
 
 
-def require_identity(wanted: CameraSpec, seen: str) -> None:
+def require_identity(expected: CameraSpec, observed_camera: str) -> None:
     """Raises RatchetError check.swapped_camera where another camera saw the waving hand."""
-    if seen != wanted.name:
+    if observed_camera != expected.name:
         raise RatchetError(
             "check.swapped_camera",
-            f"the hand was waved in front of {wanted.name}, {seen} saw it",
-            where=wanted.name,
-            fix=f"exchange the sources of {wanted.name} and {seen} in the contract, by serial",
+            f"the hand was waved in front of {expected.name}, {observed_camera} saw it",
+            where=expected.name,
+            fix=f"exchange the sources of {expected.name} and {observed_camera} in the contract, by serial",
         )
 
 
@@ -99,60 +118,63 @@ def orientation(board: Board, raw: NDArray[np.uint8]) -> Orientation:
     """
     if board.kind != "charuco":
         raise RatchetError("check.needs_charuco", "a chessboard looks the same upside down", fix="use a ChArUco board")
-    mirror = False
+    mirrored = False
     try:
-        found = detect(board, raw)
-        points = found.points
+        detection = detect(board, raw)
+        points = detection.points
     except RatchetError as error:
         if error.code != "calibration.mirrored":
             raise
-        mirror = True
-        found = detect(board, np.ascontiguousarray(raw[:, ::-1]))
-        points = np.stack([raw.shape[1] - 1 - found.points[:, 0], found.points[:, 1]], 1)
-    flat = board.corners[found.ids, :2] - board.corners[found.ids, :2].mean(0)
-    seen = points - points.mean(0)
-    along = np.linalg.lstsq(flat, seen, rcond=None)[0]  # rows: where the board's x and y point in the picture
+        mirrored = True
+        detection = detect(board, np.ascontiguousarray(raw[:, ::-1]))
+        points = np.stack([raw.shape[1] - 1 - detection.points[:, 0], detection.points[:, 1]], 1)
+    # Both point sets about their mean: the affine map between them is then a 2 x 2 matrix.
+    board_xy = board.corners[detection.ids, :2] - board.corners[detection.ids, :2].mean(0)
+    image_xy = points - points.mean(0)
+    board_axes = np.linalg.lstsq(board_xy, image_xy, rcond=None)[
+        0
+    ]  # rows: where the board's x and y point in the picture
     # Upright after the turn, before the flip, a mirrored board's x points left.
-    x = -along[0] if mirror else along[0]
-    angle = np.degrees(np.arctan2(x[1], x[0]))  # clockwise in the picture, y is down
-    return Orientation(round(angle / 90.0) % 4 * 90, mirror)
+    board_x = -board_axes[0] if mirrored else board_axes[0]
+    angle_deg = np.degrees(np.arctan2(board_x[1], board_x[0]))  # clockwise in the picture, y is down
+    return Orientation(round(angle_deg / 90.0) % 4 * 90, mirrored)
 
 
-def require_orientation(spec: CameraSpec, found: Orientation) -> None:
+def require_orientation(spec: CameraSpec, measured: Orientation) -> None:
     """Raises RatchetError check.orientation where the contract says otherwise."""
-    if (spec.rotate, spec.mirror) != (found.rotate, found.mirror):
-        words = f"rotate {found.rotate}" + (", mirror true" if found.mirror else ", mirror false")
+    if (spec.rotate, spec.mirror) != (measured.rotate, measured.mirror):
+        correction = f"rotate {measured.rotate}" + (", mirror true" if measured.mirror else ", mirror false")
         raise RatchetError(
             "check.orientation",
-            f"the picture needs {words}; the contract says rotate {spec.rotate}, mirror {str(spec.mirror).lower()}",
+            f"the image needs {correction}; the contract says rotate {spec.rotate}, mirror {str(spec.mirror).lower()}",
             where=spec.name,
             fix="correct the contract, or turn the camera",
         )
 
 
 def exposure(frames: Frames) -> Exposure:
-    """Over a few frames."""
-    grey = np.stack([np.asarray(f, float).mean(-1) for f in frames])
+    """Exposure over a few frames, (H, W, 3) uint8 each."""
+    grey = np.stack([np.asarray(frame, float).mean(-1) for frame in frames])
     return Exposure(float(grey.mean()), float((grey < 8).mean()), float((grey > 247).mean()))
 
 
 def rate(stamps: Sequence[float], frames: Frames) -> Rate:
-    """stamps: s, when each frame was taken.
+    """Frame rate, longest gap and repeated frames. stamps: s, when each frame was taken.
 
     Raises:
         RatchetError: check.few_frames; check.time_backwards.
     """
     if len(stamps) < 10:
         raise RatchetError("check.few_frames", f"{len(stamps)} frames only", fix="check the cable and the driver")
-    gaps = np.diff(np.asarray(stamps, float))
-    if (gaps <= 0).any():
+    gaps_s = np.diff(np.asarray(stamps, float))
+    if (gaps_s <= 0).any():
         raise RatchetError("check.time_backwards", "a frame is older than the one before it", fix="check the driver")
-    repeated = sum(bool(np.array_equal(a, b)) for a, b in pairwise(frames))
-    return Rate(float(1 / np.median(gaps)), float(gaps.max()), repeated)
+    repeated = sum(bool(np.array_equal(earlier, later)) for earlier, later in pairwise(frames))
+    return Rate(float(1 / np.median(gaps_s)), float(gaps_s.max()), repeated)
 
 
 def latency(times: Sequence[float], shown: Sequence[float], stamps: Sequence[float], frames: Frames) -> Lag:
-    """How late a camera sees a light: a screen that shows a random pattern of black and white.
+    """Latency of a camera, from a screen that shows a random pattern of black and white.
 
     Args:
         times, shown: s and brightness of the screen. stamps: s, when each frame was handed over.
@@ -160,9 +182,12 @@ def latency(times: Sequence[float], shown: Sequence[float], stamps: Sequence[flo
     Raises:
         RatchetError: what `signals.lag` refuses.
     """
-    grey = np.stack([np.asarray(f[::4, ::4], float).mean(-1) for f in frames])
-    lit = np.argsort(grey.std(0).ravel())[-max(20, grey[0].size // 50) :]  # the part of the picture that blinks
-    return lag(times, shown, stamps, grey.reshape(len(grey), -1)[:, lit].mean(1))
+    # Every fourth pixel each way: a sixteenth of the memory, and the blinking part is far larger.
+    grey_frames = np.stack([np.asarray(frame[::4, ::4], float).mean(-1) for frame in frames])
+    blinking_pixels = np.argsort(grey_frames.std(0).ravel())[
+        -max(20, grey_frames[0].size // 50) :
+    ]  # the part of the picture that blinks
+    return lag(times, shown, stamps, grey_frames.reshape(len(grey_frames), -1)[:, blinking_pixels].mean(1))
 
 
 def depth_scale(board: Board, camera: CameraModel, image: NDArray[np.uint8], depth: NDArray[np.float64]) -> float:
@@ -174,15 +199,19 @@ def depth_scale(board: Board, camera: CameraModel, image: NDArray[np.uint8], dep
     Raises:
         RatchetError: what `detect` refuses; check.no_depth.
     """
-    found = detect(board, image)
-    pose = board_pose(board, camera, found)
-    wanted = (board.corners[found.ids] @ pose[:3, :3].T + pose[:3, 3])[:, 2]
-    at = found.points.round().astype(int)
-    inside = (at >= 0).all(1) & (at[:, 0] < depth.shape[1]) & (at[:, 1] < depth.shape[0])
-    got = depth[at[inside, 1], at[inside, 0]]
-    there = got > 0
-    if there.sum() < 6:
+    detection = detect(board, image)
+    board_in_camera = board_pose(board, camera, detection)
+    # (n,) m: depth of each corner by the pose that the image alone gives.
+    expected_depth = (board.corners[detection.ids] @ board_in_camera[:3, :3].T + board_in_camera[:3, 3])[:, 2]
+    pixels = detection.points.round().astype(int)
+    in_image = (pixels >= 0).all(1) & (pixels[:, 0] < depth.shape[1]) & (pixels[:, 1] < depth.shape[0])
+    measured_depth = depth[pixels[in_image, 1], pixels[in_image, 0]]
+    has_depth = measured_depth > 0
+    if has_depth.sum() < 6:
         raise RatchetError(
-            "check.no_depth", f"depth at {there.sum()} of {len(at)} corners", fix="hold the board 0.3 to 1 m away"
+            "check.no_depth",
+            f"depth at {has_depth.sum()} of {len(pixels)} corners",
+            fix="hold the board 0.3 to 1 m away",
         )
-    return float(np.median(got[there] / wanted[inside][there]))
+    # The median: a corner at the board's edge may read the depth of the background.
+    return float(np.median(measured_depth[has_depth] / expected_depth[in_image][has_depth]))

@@ -1,4 +1,4 @@
-"""A camera's model: focal lengths, principal point, distortion; points to pixels and back.
+"""Camera model: focal lengths, principal point, distortion; projects points to pixels and back.
 
 Knows the models none, radial (k1 k2), brown5 (k1 k2 p1 p2 k3), rational8 (k1 k2 p1 p2 k3 k4 k5 k6) and fisheye
 (k1 k2 k3 k4), with OpenCV's meanings and order. Knows no board and no file.
@@ -21,10 +21,13 @@ COEFFICIENTS = {"none": 0, "radial": 2, "brown5": 5, "rational8": 8, "fisheye": 
 
 @dataclass(frozen=True)
 class CameraModel:
-    """width, height: px. fx, fy, cx, cy: px, principal point from the centre of the first pixel.
+    """A pinhole camera with lens distortion, at one resolution.
 
-    distortion: as many numbers as the model has. deviations: of fx, fy, cx, cy and the distortion, one standard
-        deviation each, empty where not known.
+    Attributes:
+        width, height: px.
+        fx, fy, cx, cy: px, principal point from the centre of the first pixel.
+        distortion: as many numbers as the model has.
+        deviations: of fx, fy, cx, cy and the distortion, one standard deviation each, empty where not known.
     """
 
     width: int
@@ -59,47 +62,49 @@ class CameraModel:
     @property
     def coefficients(self) -> Float:
         """(n,) as OpenCV takes them."""
+        # OpenCV takes at least four coefficients: k1 k2 p1 p2.
         padded = (*self.distortion, 0.0, 0.0) if self.model == "radial" else self.distortion
         return np.array(padded or (0.0,) * 4, float)
 
     def project(self, points: Float) -> Float:
         """(n, 3) m in the camera's frame (x right, y down, z ahead) -> (n, 2) px."""
-        still = np.zeros(3)
+        no_motion = np.zeros(3)
         if self.model == "fisheye":
             pixels, _ = cv2.fisheye.projectPoints(
-                points.reshape(-1, 1, 3).astype(float), still, still, self.matrix, self.coefficients
+                points.reshape(-1, 1, 3).astype(float), no_motion, no_motion, self.matrix, self.coefficients
             )
         else:
-            pixels, _ = cv2.projectPoints(points.astype(float), still, still, self.matrix, self.coefficients)
+            pixels, _ = cv2.projectPoints(points.astype(float), no_motion, no_motion, self.matrix, self.coefficients)
         return np.asarray(pixels, float).reshape(-1, 2)
 
     def derivative(self, points: Float) -> Float:
         """(n, 2, 3) px per m: how `project` changes with each point."""
-        still = np.zeros(3)
+        no_motion = np.zeros(3)
         if self.model == "fisheye":
             _, jacobian = cv2.fisheye.projectPoints(
-                points.reshape(-1, 1, 3).astype(float), still, still, self.matrix, self.coefficients
+                points.reshape(-1, 1, 3).astype(float), no_motion, no_motion, self.matrix, self.coefficients
             )
+            # Columns of the fisheye Jacobian: f (2), c (2), k (4), rotation (3), translation (3), skew (1).
             return np.asarray(jacobian[:, 11:14], float).reshape(-1, 2, 3)
-        _, jacobian = cv2.projectPoints(points.astype(float), still, still, self.matrix, self.coefficients)
+        _, jacobian = cv2.projectPoints(points.astype(float), no_motion, no_motion, self.matrix, self.coefficients)
         return np.asarray(jacobian[:, 3:6], float).reshape(-1, 2, 3)  # a move of the whole is a move of the point
 
     def undistorted(self, pixels: Float) -> Float:
         """(n, 2) px -> (n, 2) x / z and y / z of the rays."""
-        shaped = np.ascontiguousarray(pixels, float).reshape(-1, 1, 2)
+        pixels_n12 = np.ascontiguousarray(pixels, float).reshape(-1, 1, 2)
         if self.model == "fisheye":
-            rays = cv2.fisheye.undistortPoints(shaped, self.matrix, self.coefficients)
+            rays = cv2.fisheye.undistortPoints(pixels_n12, self.matrix, self.coefficients)
         else:
             criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_MAX_ITER, 50, 1e-10)
-            rays = cv2.undistortPointsIter(shaped, self.matrix, self.coefficients, np.eye(3), np.eye(3), criteria)
+            rays = cv2.undistortPointsIter(pixels_n12, self.matrix, self.coefficients, np.eye(3), np.eye(3), criteria)
         return np.asarray(rays, float).reshape(-1, 2)
 
     def to_dict(self) -> dict[str, Any]:
         names = ("fx", "fy", "cx", "cy")
-        out: dict[str, Any] = {"width": self.width, "height": self.height}
-        out |= {n: float(getattr(self, n)) for n in names}
-        out |= {"model": self.model, "distortion": [float(x) for x in self.distortion]}
-        return out | {"deviations": [float(x) for x in self.deviations]}
+        fields: dict[str, Any] = {"width": self.width, "height": self.height}
+        fields |= {name: float(getattr(self, name)) for name in names}
+        fields |= {"model": self.model, "distortion": [float(value) for value in self.distortion]}
+        return fields | {"deviations": [float(value) for value in self.deviations]}
 
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> CameraModel:
@@ -107,7 +112,9 @@ class CameraModel:
         if not isinstance(raw, dict) or set(raw) != set(cls.__dataclass_fields__):
             raise RatchetError("calibration.bad_model", f"not a camera model: {raw!r}", where=where)
         try:
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+            values: dict[str, Any] = {
+                field_name: tuple(value) if isinstance(value, list) else value for field_name, value in raw.items()
+            }
             return cls(**values)
         except TypeError as error:
             raise RatchetError("calibration.bad_model", str(error), where=where) from None

@@ -1,6 +1,6 @@
-"""Which views of a board say something new: where corners fell in the picture, and how the board was held.
+"""Coverage of board views: where corners fell in the image, and how the board was held.
 
-Knows detections. Chooses a set, and tells a person what is missing. Estimates nothing.
+Knows detections. Chooses a subset, and tells a person what is missing. Estimates nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ TILTS = ("left", "right", "up", "down")
 @dataclass(frozen=True)
 class View:
     """What one view adds. cells: flat indices of GRID. tilt: (2,) foreshortening across and down, 0 when seen straight.
-    scale: the board's extent over the picture's."""
+    Attributes:
+        scale: the board's extent over the picture's.
+    """
 
     cells: frozenset[int]
     tilt: tuple[float, float]
@@ -32,7 +34,12 @@ class View:
 
 @dataclass(frozen=True)
 class Coverage:
-    """counts: (rows, columns) corners per cell. missing: what a person should show next, in words, empty when done."""
+    """What a set of views covers.
+
+    Attributes:
+        counts: (rows, columns) corners per cell.
+        missing: what a person should show next, in words, empty when done.
+    """
 
     counts: Float
     missing: tuple[str, ...]
@@ -43,70 +50,78 @@ class Coverage:
 
 
 def describe(board: Board, detection: Detection) -> View:
-    width, height = detection.size
-    column = np.clip((detection.points[:, 0] * GRID[0] / width).astype(int), 0, GRID[0] - 1)
-    row = np.clip((detection.points[:, 1] * GRID[1] / height).astype(int), 0, GRID[1] - 1)
-    flat = board.corners[detection.ids, :2]
-    homography, _ = cv2.findHomography(flat, detection.points)
-    middle = np.append(flat.mean(0), 1.0)
+    """What one view shows: the cells of the image with corners, the tilt and the size of the board."""
+    width_px, height_px = detection.size
+    cell_columns = np.clip((detection.points[:, 0] * GRID[0] / width_px).astype(int), 0, GRID[0] - 1)
+    cell_rows = np.clip((detection.points[:, 1] * GRID[1] / height_px).astype(int), 0, GRID[1] - 1)
+    board_xy = board.corners[detection.ids, :2]
+    homography, _ = cv2.findHomography(board_xy, detection.points)
+    board_centre = np.append(board_xy.mean(0), 1.0)
     # The homography's last row over its value at the board's middle: how fast depth grows along the board's axes.
-    slope = homography[2, :2] / (homography[2] @ middle) * min(board.size)
-    extent = np.ptp(detection.points, axis=0).max() / max(width, height)
-    return View(frozenset((row * GRID[0] + column).tolist()), (float(slope[0]), float(slope[1])), float(extent))
+    slope = homography[2, :2] / (homography[2] @ board_centre) * min(board.size)
+    extent = np.ptp(detection.points, axis=0).max() / max(width_px, height_px)
+    return View(
+        frozenset((cell_rows * GRID[0] + cell_columns).tolist()), (float(slope[0]), float(slope[1])), float(extent)
+    )
 
 
 def measure(board: Board, detections: Sequence[Detection]) -> Coverage:
     """What these views cover, and what is missing."""
-    counts = np.zeros(GRID[0] * GRID[1])
-    views = [describe(board, d) for d in detections]
+    cell_counts = np.zeros(GRID[0] * GRID[1])
+    views = [describe(board, detection) for detection in detections]
     for view in views:
-        counts[list(view.cells)] += 1
-    table = counts.reshape(GRID[1], GRID[0])
+        cell_counts[list(view.cells)] += 1
+    counts_by_row = cell_counts.reshape(GRID[1], GRID[0])
     missing = []
     if len(detections) < 10:
         missing.append(f"{10 - len(detections)} more views")
-    if (table > 0).mean() < FULL:
-        missing.append("the board " + _emptiest(table))
-    tilts = np.array([v.tilt for v in views]) if views else np.zeros((0, 2))
-    for axis, (negative, positive) in enumerate((("left", "right"), ("up", "down"))):
-        for sign, name in ((-1, negative), (1, positive)):
-            if not (sign * tilts[:, axis] > 0.1).any():
-                missing.append(f"the board tilted {name} by about 30 degrees")
-    scales = [v.scale for v in views]
+    if (counts_by_row > 0).mean() < FULL:
+        missing.append("the board " + _emptiest(counts_by_row))
+    tilts = np.array([view.tilt for view in views]) if views else np.zeros((0, 2))
+    for axis, sign, side in ((0, -1, "left"), (0, 1, "right"), (1, -1, "up"), (1, 1, "down")):
+        if not (sign * tilts[:, axis] > 0.1).any():
+            missing.append(f"the board tilted {side} by about 30 degrees")
+    scales = [view.scale for view in views]
+    # Views at one distance leave focal length and distance entangled.
     if scales and max(scales) / min(scales) < 1.3:
         missing.append("the board closer, and further away")
-    return Coverage(table, tuple(missing))
+    return Coverage(counts_by_row, tuple(missing))
 
 
 def choose(board: Board, detections: Sequence[Detection], most: int) -> list[int]:
     """Indices of at most `most` views, in the order in which each adds most: new cells, then other tilts and scales."""
-    views = [describe(board, d) for d in detections]
-    left = list(range(len(views)))
+    views = [describe(board, detection) for detection in detections]
+    remaining = list(range(len(views)))
     chosen: list[int] = []
-    counts = np.zeros(GRID[0] * GRID[1])
-    while left and len(chosen) < most:
+    cell_counts = np.zeros(GRID[0] * GRID[1])
+    while remaining and len(chosen) < most:
 
         def gain(index: int) -> float:
             view = views[index]
-            fresh = sum(1.0 / (1.0 + counts[c]) ** 2 for c in view.cells) / counts.size
-            pose = np.array([*view.tilt, np.log(view.scale)])
-            others = [np.array([*views[k].tilt, np.log(views[k].scale)]) for k in chosen]
-            apart = min((float(np.linalg.norm(pose - o)) for o in others), default=1.0)
-            return float(fresh + min(apart, 1.0))
+            # Cells that few chosen views cover count most; a pose far from all chosen ones adds up to 1.
+            new_cells = sum(1.0 / (1.0 + cell_counts[cell]) ** 2 for cell in view.cells) / cell_counts.size
+            view_pose = np.array([*view.tilt, np.log(view.scale)])
+            chosen_poses = [
+                np.array([*views[chosen_index].tilt, np.log(views[chosen_index].scale)]) for chosen_index in chosen
+            ]
+            nearest_distance = min(
+                (float(np.linalg.norm(view_pose - other_pose)) for other_pose in chosen_poses), default=1.0
+            )
+            return float(new_cells + min(nearest_distance, 1.0))
 
-        best = max(left, key=gain)
-        left.remove(best)
-        chosen.append(best)
-        counts[list(views[best].cells)] += 1
+        best_index = max(remaining, key=gain)
+        remaining.remove(best_index)
+        chosen.append(best_index)
+        cell_counts[list(views[best_index].cells)] += 1
     return chosen
 
 
 def _emptiest(table: Float) -> str:
-    half = {
+    regions = {
         "at the left": table[:, : GRID[0] // 3],
         "at the right": table[:, -(GRID[0] // 3) :],
         "at the top": table[: GRID[1] // 3],
         "at the bottom": table[-(GRID[1] // 3) :],
         "in the middle": table[GRID[1] // 3 : -(GRID[1] // 3), GRID[0] // 3 : -(GRID[0] // 3)],
     }
-    return min(half, key=lambda k: float((half[k] > 0).mean()))
+    return min(regions, key=lambda region_name: float((regions[region_name] > 0).mean()))

@@ -1,7 +1,7 @@
-"""Has the camera moved since it was calibrated? The current view against the reference picture, before any motion.
+"""Drift check: has the camera moved since it was calibrated? The current view against the reference image.
 
-Knows two ways: the board's pose where the board is in both views, else features of the static scene. Knows no session;
-whoever starts one asks here and refuses, or lets a person override with a reason.
+Run before any motion. Knows two ways: the board's pose where the board is in both views, else features of the static
+scene. Knows no session; whoever starts one refuses on a drift, or lets a person override it with a reason.
 
 Features: corners of the reference picture followed into the present one to a fraction of a pixel (Lucas-Kanade), there
 and back. The picture is divided into cells; each has the median displacement of its features. A camera that moved by
@@ -29,24 +29,30 @@ from calibration.detection import detect
 from calibration.geometry import Float, difference
 from calibration.intrinsics import board_pose
 
-LEAST = 30
-LEAST_CELLS = 10  # matches, and cells with matches, below which a view says nothing
+LEAST = 30  # matches, below which a view says nothing
+LEAST_CELLS = 10  # cells with matches, likewise
 GRID = (12, 9)  # cells across and down
 SMALL = 0.6  # px: matches that moved less have not moved
+# A cell agrees with a motion of the whole picture where it is this near to it: px, plus a share of the motion.
 NEAR = 0.35
-NEARER = 0.2  # px, and share of the motion: cells this near to a motion of the picture agree with it
+NEARER = 0.2
+# So many cells, and this share of all, must agree; fewer do so by chance.
 AGREE = 10
-AGREE_SHARE = 0.4  # cells, and share of them: fewer agree by chance
+AGREE_SHARE = 0.4
 
 
 @dataclass(frozen=True)
 class Drift:
-    """moved: whether the camera has moved beyond the threshold. way: how it was measured.
+    """Result of a drift check.
 
-    pixels: displacement of the scene, median over its cells, px. stayed: share of the cells that did not move.
-    agreed: px, rms over the picture of the one motion that many cells agree on; 0 where they do not.
-    position, rotation: m and rad where the board was seen, else NaN. matches: features compared, or corners of the
-    board.
+    Attributes:
+        moved: whether the camera has moved beyond the threshold.
+        way: how it was measured.
+        pixels: displacement of the scene, median over its cells, px.
+        stayed: share of the cells that did not move.
+        agreed: px, rms over the picture of the one motion that many cells agree on; 0 where they do not.
+        position, rotation: m and rad where the board was seen, else NaN.
+        matches: features compared, or corners of the board.
     """
 
     moved: bool
@@ -61,9 +67,16 @@ class Drift:
 
 @dataclass(frozen=True)
 class Threshold:
-    """position: m, rotation: rad: more than either of the board is a move. stayed: without the board, a smaller share
-    of cells that stayed is one; moved objects and a moved arm leave a quarter, a moved camera a seventh. agreed: px, so
-    is a larger motion that many cells agree on; a camera that stayed shows up to 0.7, one that moved 0.9 and more."""
+    """Limits beyond which a camera counts as moved.
+
+    Attributes:
+        position: m by which the board may have moved, where it is in both views.
+        rotation: rad, likewise.
+        stayed: share of cells, without the board: a camera counts as moved where fewer stayed. Moved objects and a
+            moved arm leave a quarter, a moved camera a seventh.
+        agreed: px: it also counts as moved where many cells agree on a larger motion. A camera that stayed shows up to
+            0.7, one that moved 0.9 and more.
+    """
 
     position: float = 0.003
     rotation: float = float(np.radians(0.3))
@@ -78,7 +91,7 @@ def compare(
     board: Board | None = None,
     threshold: Threshold = Threshold(),
 ) -> Drift:
-    """Both pictures (H, W, 3) or (H, W) uint8, as raw as each other.
+    """Compare two raw images of the same camera, (H, W, 3) or (H, W) uint8.
 
     Args:
         camera, board: where both are given and the board is in both pictures, its pose decides.
@@ -93,143 +106,183 @@ def compare(
             fix="set the camera to the resolution that it was calibrated at",
         )
     if camera is not None and board is not None:
-        seen = _with_board(reference, current, camera, board, threshold)
-        if seen is not None:
-            return seen
-    before, after = matched(reference, current)
-    if len(before) < LEAST:
+        board_drift = _with_board(reference, current, camera, board, threshold)
+        if board_drift is not None:
+            return board_drift
+    reference_points, current_points = matched(reference, current)
+    if len(reference_points) < LEAST:
         raise RatchetError(
             "drift.blind",
-            f"{len(before)} features match, {LEAST} are needed",
+            f"{len(reference_points)} features match, {LEAST} are needed",
             fix="check lens, light and which camera this is; or show the board",
         )
-    size = (reference.shape[1], reference.shape[0])
-    places, shifts = _cells(before, after - before, size)
-    cells = np.linalg.norm(shifts, axis=1)
-    if len(cells) < LEAST_CELLS:
+    image_size = (reference.shape[1], reference.shape[0])
+    cell_positions, cell_shifts = _cells(reference_points, current_points - reference_points, image_size)
+    shift_lengths = np.linalg.norm(cell_shifts, axis=1)
+    if len(shift_lengths) < LEAST_CELLS:
         raise RatchetError(
             "drift.blind",
-            f"features match in {len(cells)} of {GRID[0] * GRID[1]} parts of the picture only",
+            f"features match in {len(shift_lengths)} of {GRID[0] * GRID[1]} parts of the picture only",
             fix="check lens, light and which camera this is; or show the board",
         )
-    stayed = float((cells < SMALL).mean())
-    pixels = float(np.median(cells))
-    agreed = _agreed(places / max(size), shifts)
-    moved = stayed < threshold.stayed or agreed > threshold.agreed
-    return Drift(moved, "features", pixels, stayed, float("nan"), float("nan"), len(before), agreed)
+    stayed_share = float((shift_lengths < SMALL).mean())
+    median_shift = float(np.median(shift_lengths))
+    agreed_rms = _agreed(cell_positions / max(image_size), cell_shifts)
+    has_moved = stayed_share < threshold.stayed or agreed_rms > threshold.agreed
+    return Drift(
+        has_moved, "features", median_shift, stayed_share, float("nan"), float("nan"), len(reference_points), agreed_rms
+    )
 
 
 def matched(reference: NDArray[np.uint8], current: NDArray[np.uint8]) -> tuple[Float, Float]:
     """(n, 2) px in both pictures of features that are found again, there and back."""
-    a = _flat(reference)
-    b = _flat(current)
-    corners = cv2.goodFeaturesToTrack(a, 4000, 0.002, 5, blockSize=7)
+    reference_grey = _flat(reference)
+    current_grey = _flat(current)
+    corners = cv2.goodFeaturesToTrack(reference_grey, 4000, 0.002, 5, blockSize=7)
     if corners is None:
         return np.zeros((0, 2)), np.zeros((0, 2))
-    settings: dict[str, Any] = {"winSize": (25, 25), "maxLevel": 3,
-                "criteria": (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-3)}  # fmt: skip
-    after, good, _ = cv2.calcOpticalFlowPyrLK(a, b, corners, None, **settings)
-    again, returned, _ = cv2.calcOpticalFlowPyrLK(b, a, after, None, **settings)
-    keep = good.ravel().astype(bool) & returned.ravel().astype(bool)
-    keep &= np.linalg.norm((again - corners).reshape(-1, 2), axis=1) < 0.3
-    return corners.reshape(-1, 2)[keep].astype(float), after.reshape(-1, 2)[keep].astype(float)
+    settings: dict[str, Any] = {
+        "winSize": (25, 25),
+        "maxLevel": 3,
+        "criteria": (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-3),
+    }
+    current_corners, found_forward, _ = cv2.calcOpticalFlowPyrLK(
+        reference_grey, current_grey, corners, None, **settings
+    )
+    returned_corners, found_backward, _ = cv2.calcOpticalFlowPyrLK(
+        current_grey, reference_grey, current_corners, None, **settings
+    )
+    is_consistent = found_forward.ravel().astype(bool) & found_backward.ravel().astype(bool)
+    # Tracked forth and back, a good feature returns to within 0.3 px of where it started.
+    is_consistent &= np.linalg.norm((returned_corners - corners).reshape(-1, 2), axis=1) < 0.3
+    return corners.reshape(-1, 2)[is_consistent].astype(float), current_corners.reshape(-1, 2)[is_consistent].astype(
+        float
+    )
 
 
 def averaged(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """The mean of a few frames of a scene that stands still: less noise, same place."""
+    """The mean of a few frames of a static scene, (H, W) or (H, W, 3) uint8: less noise, same place."""
     return np.asarray(np.mean(np.stack(frames).astype(np.float32), axis=0).round(), np.uint8)
 
 
 def picture(reference: NDArray[np.uint8], current: NDArray[np.uint8], drift: Drift) -> NDArray[np.uint8]:
     """(H, 2 W, 3) uint8 RGB for a person: now with arrows from then to now, and both laid over each other (then in
     red, now in cyan: what has not moved is grey)."""
-    a = _grey(reference)
-    b = _grey(current)
-    left = cv2.cvtColor(b, cv2.COLOR_GRAY2RGB)
-    before, after = matched(reference, current)
-    for p, q in zip(before, after, strict=True):
-        far = np.linalg.norm(q - p) > SMALL
-        tip = p + 8 * (q - p)  # eight times as long as it is, or nobody would see half a pixel
-        colour = (230, 60, 40) if far else (60, 170, 90)
-        cv2.line(left, tuple(int(x) for x in p), tuple(int(x) for x in tip), colour, 1, cv2.LINE_AA)
-    right = np.dstack([a, b, b])
-    return np.ascontiguousarray(np.concatenate([left, right], 1))
+    reference_grey = _grey(reference)
+    current_grey = _grey(current)
+    arrow_image = cv2.cvtColor(current_grey, cv2.COLOR_GRAY2RGB)
+    reference_points, current_points = matched(reference, current)
+    for start_point, end_point in zip(reference_points, current_points, strict=True):
+        has_moved = np.linalg.norm(end_point - start_point) > SMALL
+        arrow_tip = start_point + 8 * (
+            end_point - start_point
+        )  # eight times as long as it is, or nobody would see half a pixel
+        colour = (230, 60, 40) if has_moved else (60, 170, 90)
+        cv2.line(
+            arrow_image,
+            tuple(int(coordinate) for coordinate in start_point),
+            tuple(int(coordinate) for coordinate in arrow_tip),
+            colour,
+            1,
+            cv2.LINE_AA,
+        )
+    overlay = np.dstack([reference_grey, current_grey, current_grey])
+    return np.ascontiguousarray(np.concatenate([arrow_image, overlay], 1))
 
 
 def _with_board(
     reference: NDArray[np.uint8], current: NDArray[np.uint8], camera: CameraModel, board: Board, threshold: Threshold
 ) -> Drift | None:
     try:
-        then = detect(board, reference)
-        now = detect(board, current)
+        reference_board = detect(board, reference)
+        current_board = detect(board, current)
     except RatchetError:
         return None
-    shared = np.intersect1d(then.ids, now.ids)
-    apart = difference(board_pose(board, camera, then), board_pose(board, camera, now))
-    position = float(np.linalg.norm(apart[3:]))
-    rotation = float(np.linalg.norm(apart[:3]))
-    a = then.points[np.isin(then.ids, shared)]
-    b = now.points[np.isin(now.ids, shared)]
-    pixels = float(np.median(np.linalg.norm(a - b, axis=1))) if len(shared) else float("nan")
-    moved = position > threshold.position or rotation > threshold.rotation
-    return Drift(moved, "board", pixels, float(not moved), position, rotation, len(shared))
+    shared_ids = np.intersect1d(reference_board.ids, current_board.ids)
+    board_motion = difference(board_pose(board, camera, reference_board), board_pose(board, camera, current_board))
+    position_m = float(np.linalg.norm(board_motion[3:]))
+    rotation_rad = float(np.linalg.norm(board_motion[:3]))
+    reference_points = reference_board.points[np.isin(reference_board.ids, shared_ids)]
+    current_points = current_board.points[np.isin(current_board.ids, shared_ids)]
+    median_shift = (
+        float(np.median(np.linalg.norm(reference_points - current_points, axis=1))) if len(shared_ids) else float("nan")
+    )
+    has_moved = position_m > threshold.position or rotation_rad > threshold.rotation
+    return Drift(has_moved, "board", median_shift, float(not has_moved), position_m, rotation_rad, len(shared_ids))
 
 
-def _agreed(places: Float, shifts: Float) -> float:
+def _agreed(cell_positions: Float, cell_shifts: Float) -> float:
     """px, rms over the picture of the affine motion that most cells agree on: sampled over pairs of cells, then fitted
     to all that agree. places: (c, 2) in widths of the picture. shifts: (c, 2) px."""
+    # A fixed seed: the same two images always give the same answer.
     generator = np.random.default_rng(0)
-    design = _affine(places)
+    design = _affine(cell_positions)
 
     def agreeing(motion: Float) -> NDArray[np.bool_]:
-        wanted = (design @ motion).reshape(-1, 2)
-        room = NEAR + NEARER * np.linalg.norm(wanted, axis=1)
-        return np.asarray(np.linalg.norm(shifts - wanted, axis=1) < room, bool)
+        predicted = (design @ motion).reshape(-1, 2)
+        tolerance = NEAR + NEARER * np.linalg.norm(predicted, axis=1)
+        return np.asarray(np.linalg.norm(cell_shifts - predicted, axis=1) < tolerance, bool)
 
-    best: Float = np.zeros(6)
-    inside = agreeing(best)
+    best_motion: Float = np.zeros(6)
+    agreeing_cells = agreeing(best_motion)
+    # RANSAC over pairs of cells: two points determine a similarity.
     for _ in range(500):
-        i, j = generator.choice(len(places), 2, replace=False)
-        if np.linalg.norm(places[i] - places[j]) < 0.15:
+        first_cell, second_cell = generator.choice(len(cell_positions), 2, replace=False)
+        if np.linalg.norm(cell_positions[first_cell] - cell_positions[second_cell]) < 0.15:
             continue
         # The similarity that takes both cells where they went, in complex numbers: shift + factor * place.
-        a, b, u, v = (complex(*p) for p in (places[i], places[j], shifts[i], shifts[j]))
-        factor = (v - u) / (b - a)
-        shift = u - factor * a
-        motion = np.array([shift.real, factor.real, -factor.imag, shift.imag, factor.imag, factor.real])
-        found = agreeing(motion)
-        if found.sum() > inside.sum():
-            best = motion
-            inside = found
+        first_place, second_place, first_shift, second_shift = (
+            complex(*point)
+            for point in (
+                cell_positions[first_cell],
+                cell_positions[second_cell],
+                cell_shifts[first_cell],
+                cell_shifts[second_cell],
+            )
+        )
+        factor = (second_shift - first_shift) / (second_place - first_place)
+        translation = first_shift - factor * first_place
+        motion = np.array([translation.real, factor.real, -factor.imag, translation.imag, factor.imag, factor.real])
+        agreeing_now = agreeing(motion)
+        if agreeing_now.sum() > agreeing_cells.sum():
+            best_motion = motion
+            agreeing_cells = agreeing_now
+    # Then least squares on the cells that agree, until the set settles: an affine motion has six parameters.
     for _ in range(6):
-        if inside.sum() < AGREE:
+        if agreeing_cells.sum() < AGREE:
             return 0.0
-        best = np.asarray(np.linalg.lstsq(design[np.repeat(inside, 2)], shifts[inside].ravel(), rcond=None)[0], float)
-        inside = agreeing(best)
-    if inside.sum() < max(AGREE, AGREE_SHARE * len(places)):
+        best_motion = np.asarray(
+            np.linalg.lstsq(design[np.repeat(agreeing_cells, 2)], cell_shifts[agreeing_cells].ravel(), rcond=None)[0],
+            float,
+        )
+        agreeing_cells = agreeing(best_motion)
+    if agreeing_cells.sum() < max(AGREE, AGREE_SHARE * len(cell_positions)):
         return 0.0
-    x, y = np.meshgrid(np.linspace(0, 1, 16), np.linspace(0, places[:, 1].max(), 12))
-    flow = (_affine(np.stack([x.ravel(), y.ravel()], 1)) @ best).reshape(-1, 2)
+    grid_x, grid_y = np.meshgrid(np.linspace(0, 1, 16), np.linspace(0, cell_positions[:, 1].max(), 12))
+    flow = (_affine(np.stack([grid_x.ravel(), grid_y.ravel()], 1)) @ best_motion).reshape(-1, 2)
     return float(np.sqrt((flow**2).sum(1).mean()))
 
 
-def _affine(places: Float) -> Float:
+def _affine(cell_positions: Float) -> Float:
     """(2 c, 6): shifts by the parameters [a b c d e f] of u = a + b x + c y, v = d + e x + f y."""
-    row = np.column_stack([np.ones(len(places)), places])
-    out = np.zeros((len(places), 2, 6))
-    out[:, 0, :3] = row
-    out[:, 1, 3:] = row
-    return out.reshape(-1, 6)
+    terms = np.column_stack([np.ones(len(cell_positions)), cell_positions])
+    design = np.zeros((len(cell_positions), 2, 6))
+    design[:, 0, :3] = terms
+    design[:, 1, 3:] = terms
+    return design.reshape(-1, 6)
 
 
 def _cells(points: Float, shifts: Float, size: tuple[int, int]) -> tuple[Float, Float]:
     """(c, 2) px each: where the features of each cell are, and how far they moved, for cells with at least three.
-    points, shifts: (n, 2) px."""
-    at = np.clip((points * GRID / np.array(size)).astype(int), 0, np.array(GRID) - 1)
-    index = at[:, 1] * GRID[0] + at[:, 0]
-    full = [cell for cell in np.unique(index) if (index == cell).sum() >= 3]
-    places = np.array([points[index == cell].mean(0) for cell in full]).reshape(-1, 2)
-    return places, np.array([np.median(shifts[index == cell], axis=0) for cell in full]).reshape(-1, 2)
+    Args:
+        points, shifts: (n, 2) px.
+    """
+    cell_of_point = np.clip((points * GRID / np.array(size)).astype(int), 0, np.array(GRID) - 1)
+    cell_index = cell_of_point[:, 1] * GRID[0] + cell_of_point[:, 0]
+    # The median of fewer than three features is one feature's opinion.
+    cell_ids = [cell for cell in np.unique(cell_index) if (cell_index == cell).sum() >= 3]
+    cell_positions = np.array([points[cell_index == cell].mean(0) for cell in cell_ids]).reshape(-1, 2)
+    return cell_positions, np.array([np.median(shifts[cell_index == cell], axis=0) for cell in cell_ids]).reshape(-1, 2)
 
 
 def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

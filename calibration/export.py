@@ -1,6 +1,6 @@
-"""A calibration in the forms that other programs read: ROS CameraInfo, static transform, URDF.
+"""Export of a calibration: ROS CameraInfo, static transform, URDF.
 
-Knows those forms' fields. Knows no ROS package: everything is plain data or text.
+Knows the fields of these formats. Knows no ROS package: everything is plain data or text.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ ROS_MODEL = {
 
 def camera_info(calibration: Calibration) -> dict[str, Any]:
     """Fields of sensor_msgs/CameraInfo without header: width, height, distortion_model, d, k, r, p."""
-    m = calibration.model
-    d = list(m.distortion)
-    if ROS_MODEL[m.model] == "plumb_bob":
-        d += [0.0] * (5 - len(d))
+    camera_model = calibration.model
+    distortion = list(camera_model.distortion)
+    # ROS expects five coefficients, k1 k2 p1 p2 k3.
+    if ROS_MODEL[camera_model.model] == "plumb_bob":
+        distortion += [0.0] * (5 - len(distortion))
     return {
-        "width": m.width,
-        "height": m.height,
-        "distortion_model": ROS_MODEL[m.model],
-        "d": [float(x) for x in d],
-        "k": [float(x) for x in m.matrix.ravel()],
-        "r": [float(x) for x in np.eye(3).ravel()],
-        "p": [float(x) for x in np.hstack([m.matrix, np.zeros((3, 1))]).ravel()],
+        "width": camera_model.width,
+        "height": camera_model.height,
+        "distortion_model": ROS_MODEL[camera_model.model],
+        "d": [float(value) for value in distortion],
+        "k": [float(value) for value in camera_model.matrix.ravel()],
+        "r": [float(value) for value in np.eye(3).ravel()],
+        "p": [float(value) for value in np.hstack([camera_model.matrix, np.zeros((3, 1))]).ravel()],
     }
 
 
@@ -73,9 +74,11 @@ def static_transform(calibration: Calibration) -> dict[str, Any]:
     mount = calibration.mount
     if mount is None:
         raise RatchetError(
-            "calibration.no_mount", "only the intrinsics are known", where=calibration.camera,
+            "calibration.no_mount",
+            "only the intrinsics are known",
+            where=calibration.camera,
             fix="run ratchet calibrate handeye",
-        )  # fmt: skip
+        )
     return {
         "parent": mount.parent,
         "child": mount.child,
@@ -86,15 +89,15 @@ def static_transform(calibration: Calibration) -> dict[str, Any]:
 
 def urdf(calibration: Calibration) -> str:
     """A link for the camera's optical frame (x right, y down, z ahead) and the fixed joint that holds it."""
-    transform = static_transform(calibration)
-    x, y, z = transform["translation"]
-    roll, pitch, yaw = Rotation.from_quat(transform["rotation"]).as_euler("xyz")
-    child = quoteattr(transform["child"])
-    parent = quoteattr(transform["parent"])
+    mount_transform = static_transform(calibration)
+    x, y, z = mount_transform["translation"]
+    roll, pitch, yaw = Rotation.from_quat(mount_transform["rotation"]).as_euler("xyz")
+    child = quoteattr(mount_transform["child"])
+    parent = quoteattr(mount_transform["parent"])
     return (
         f"<!-- {calibration.camera}, calibration {calibration.id[:12]}, {calibration.date} -->\n"
         f"<link name={child}/>\n"
-        f'<joint name={quoteattr(transform["child"] + "_joint")} type="fixed">\n'
+        f'<joint name={quoteattr(mount_transform["child"] + "_joint")} type="fixed">\n'
         f"  <parent link={parent}/>\n  <child link={child}/>\n"
         f'  <origin xyz="{x:.9f} {y:.9f} {z:.9f}" rpy="{roll:.9f} {pitch:.9f} {yaw:.9f}"/>\n</joint>\n'
     )

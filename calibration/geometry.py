@@ -19,10 +19,10 @@ Float = NDArray[np.float64]
 
 def transform(rotation: Float, translation: Float) -> Float:
     """rotation: (3, 3). translation: (3,) m. Returns (4, 4)."""
-    out = np.eye(4)
-    out[:3, :3] = rotation
-    out[:3, 3] = translation
-    return out
+    pose = np.eye(4)
+    pose[:3, :3] = rotation
+    pose[:3, 3] = translation
+    return pose
 
 
 def small(motion: Float) -> Float:
@@ -32,11 +32,12 @@ def small(motion: Float) -> Float:
 
 def inverse(pose: Float) -> Float:
     """(4, 4) or (..., 4, 4) rigid transforms, inverted."""
+    # The inverse of a rotation is its transpose; no linear solve, so the result stays rigid.
     rotation = np.swapaxes(pose[..., :3, :3], -1, -2)
-    out = np.broadcast_to(np.eye(4), pose.shape).copy()
-    out[..., :3, :3] = rotation
-    out[..., :3, 3] = -(rotation @ pose[..., :3, 3:])[..., 0]
-    return out
+    inverse_pose = np.broadcast_to(np.eye(4), pose.shape).copy()
+    inverse_pose[..., :3, :3] = rotation
+    inverse_pose[..., :3, 3] = -(rotation @ pose[..., :3, 3:])[..., 0]
+    return inverse_pose
 
 
 def difference(a: Float, b: Float) -> Float:
@@ -45,16 +46,16 @@ def difference(a: Float, b: Float) -> Float:
     return np.concatenate([Rotation.from_matrix(relative[:3, :3]).as_rotvec(), relative[:3, 3]])
 
 
-def skew(v: Float) -> Float:
+def skew(vectors: Float) -> Float:
     """(..., 3) -> (..., 3, 3), so that skew(v) @ x = v x x."""
-    out = np.zeros((*v.shape[:-1], 3, 3))
-    out[..., 0, 1] = -v[..., 2]
-    out[..., 0, 2] = v[..., 1]
-    out[..., 1, 2] = -v[..., 0]
-    out[..., 1, 0] = v[..., 2]
-    out[..., 2, 0] = -v[..., 1]
-    out[..., 2, 1] = v[..., 0]
-    return out
+    matrices = np.zeros((*vectors.shape[:-1], 3, 3))
+    matrices[..., 0, 1] = -vectors[..., 2]
+    matrices[..., 0, 2] = vectors[..., 1]
+    matrices[..., 1, 2] = -vectors[..., 0]
+    matrices[..., 1, 0] = vectors[..., 2]
+    matrices[..., 2, 0] = -vectors[..., 1]
+    matrices[..., 2, 1] = vectors[..., 0]
+    return matrices
 
 
 def from_quaternion(position: Sequence[float], xyzw: Sequence[float]) -> Float:
@@ -64,8 +65,8 @@ def from_quaternion(position: Sequence[float], xyzw: Sequence[float]) -> Float:
 
 def quaternion(pose: Float) -> Float:
     """(4,) xyzw, scalar last and not negative."""
-    q: Float = Rotation.from_matrix(pose[:3, :3]).as_quat(canonical=True)
-    return q
+    xyzw: Float = Rotation.from_matrix(pose[:3, :3]).as_quat(canonical=True)
+    return xyzw
 
 
 def require_rigid(pose: Float, where: str) -> Float:
@@ -75,15 +76,15 @@ def require_rigid(pose: Float, where: str) -> Float:
         RatchetError: calibration.not_a_pose (shape, NaN, not a rotation), calibration.mirrored_pose (a reflection),
             calibration.units (more than 20 m away: millimetres given as metres).
     """
-    out = np.asarray(pose, float)
-    if out.shape != (4, 4) or not np.isfinite(out).all() or not np.allclose(out[3], [0, 0, 0, 1]):
+    checked = np.asarray(pose, float)
+    if checked.shape != (4, 4) or not np.isfinite(checked).all() or not np.allclose(checked[3], [0, 0, 0, 1]):
         raise RatchetError(
             "calibration.not_a_pose",
-            f"not a finite (4, 4) rigid transform: shape {out.shape}",
+            f"not a finite (4, 4) rigid transform: shape {checked.shape}",
             where=where,
             fix="give rotation and translation as one matrix whose last row is 0 0 0 1",
         )
-    rotation = out[:3, :3]
+    rotation = checked[:3, :3]
     if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-4):
         raise RatchetError(
             "calibration.not_a_pose",
@@ -95,11 +96,11 @@ def require_rigid(pose: Float, where: str) -> Float:
         raise RatchetError(
             "calibration.mirrored_pose", "the rotation part is a reflection", where=where, fix="check the axes' signs"
         )
-    if np.linalg.norm(out[:3, 3]) > 20.0:
+    if np.linalg.norm(checked[:3, 3]) > 20.0:
         raise RatchetError(
             "calibration.units",
-            f"{np.linalg.norm(out[:3, 3]):.0f} m from the robot's base",
+            f"{np.linalg.norm(checked[:3, 3]):.0f} m from the robot's base",
             where=where,
             fix="give metres, not millimetres",
         )
-    return out
+    return checked

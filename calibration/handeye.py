@@ -1,4 +1,4 @@
-"""Hand-eye calibration: where the camera is on the arm, or beside it, with its uncertainty, or why that cannot be told.
+"""Hand-eye calibration: pose of the camera on the arm, or beside it, with its uncertainty.
 
 Knows outliers, cross-validation and which pose to take next. The estimate itself is handeye_problem.py's, the first
 guess handeye_solvers.py's, refused pose sets handeye_views.py's. Knows no robot: poses and corners are arguments.
@@ -23,21 +23,26 @@ from calibration.handeye_solvers import first_guess, solvers
 from calibration.handeye_views import LEAST_POSES, require_views
 from calibration.intrinsics import board_pose
 
-GROSS = 20.0  # px of reprojection error with the poses as told, beyond which something is not what it is said to be
+GROSS = 20.0  # px of reprojection error with the reported poses, beyond which the inputs contradict each other
 
 
 @dataclass(frozen=True)
 class HandEyeResult:
-    """camera: (4, 4) flange_T_camera (eye in hand) or base_T_camera (eye to hand). board: (4, 4) base_T_board or
-    flange_T_board.
+    """The camera's pose, its uncertainty, and how well it explains the views.
 
-    covariance: (6, 6) of the camera's small motion (rotation in rad, translation in m, in the camera's frame).
-    freedom: degrees of freedom behind the estimated noise, for confidence regions; 0 where the noise was given.
-    rms: px per point with the estimated pose errors. noise: deviations of corners and of the robot's poses.
-    held_out_pixels: px per point on views that the estimate had not seen, with the poses as the robot tells them.
-    held_out_position: m, rms distance between where such views put the board and where the estimate does.
-    held_out_rotation: rad, likewise. errors: (N, 6) estimated errors of the robot's poses. rejected: why, by view.
-    solvers: the camera's pose by each of OpenCV's solvers from the same views, for comparison.
+    Attributes:
+        camera: (4, 4) flange_T_camera (eye in hand) or base_T_camera (eye to hand).
+        board: (4, 4) base_T_board or flange_T_board.
+        covariance: (6, 6) of the camera's small motion (rotation in rad, translation in m, in the camera's frame).
+        freedom: degrees of freedom behind the estimated noise, for confidence regions; 0 where the noise was given.
+        rms: px per point with the estimated pose errors.
+        noise: deviations of corners and of the robot's poses.
+        held_out_pixels: px per point on views that the estimate had not seen, with the poses as the robot reports them.
+        held_out_position: m, rms distance between where such views put the board and where the estimate does.
+        held_out_rotation: rad, likewise.
+        errors: (N, 6) estimated errors of the robot's poses.
+        rejected: why, by view.
+        solvers: the camera's pose by each of OpenCV's solvers from the same views, for comparison.
     """
 
     mounting: Mounting
@@ -63,11 +68,12 @@ class HandEyeResult:
 
     def contains(self, truth: Float, share: float = 0.95) -> bool:
         """Whether a pose lies in the ellipsoid that should hold the true one with this probability."""
-        d = difference(self.camera, truth)
-        distance = float(d @ np.linalg.solve(self.covariance, d))
+        # Hotelling: with an estimated noise the squared distance follows 6 F(6, freedom), with a given one chi2(6).
+        motion = difference(self.camera, truth)
+        mahalanobis_squared = float(motion @ np.linalg.solve(self.covariance, motion))
         if not self.freedom:
-            return distance <= float(chi2.ppf(share, 6))
-        return distance <= 6 * float(f_distribution.ppf(share, 6, self.freedom))
+            return mahalanobis_squared <= float(chi2.ppf(share, 6))
+        return mahalanobis_squared <= 6 * float(f_distribution.ppf(share, 6, self.freedom))
 
 
 def calibrate(
@@ -80,7 +86,7 @@ def calibrate(
     noise: Noise | None = None,
     folds: int = 5,
 ) -> HandEyeResult:
-    """Estimate where the camera is.
+    """Estimate the camera's pose on the flange (eye in hand) or in the base frame (eye to hand).
 
     Args:
         poses: (4, 4) base_T_flange for every view, in m. detections: of the same views, in the same order.
@@ -93,43 +99,50 @@ def calibrate(
             calibration.pure_translation, calibration.one_axis, calibration.swapped, calibration.inconsistent,
             calibration.no_pose, calibration.did_not_converge.
     """
-    checked = require_views(camera, mounting, poses, detections)
-    seen = [board_pose(board, camera, d) for d in detections]
-    used = list(range(len(checked)))
+    checked_poses = require_views(camera, mounting, poses, detections)
+    board_in_camera = [board_pose(board, camera, detection) for detection in detections]
+    used = list(range(len(checked_poses)))
     rejected: dict[str, str] = {}
+    # Fit, drop the worst outlier, fit again: one outlier spoils the noise estimate that would reveal the next.
     while True:
-        solved = solvers(mounting, [checked[i] for i in used], [seen[i] for i in used])
-        problem = Problem(board, camera, mounting, [checked[i] for i in used], [detections[i] for i in used])
-        start = first_guess(problem, solved, [seen[i] for i in used])
-        state, found, full = problem.fit(start, noise)
-        worst = _outlier(problem, state, found)
-        if worst is None or len(used) <= max(LEAST_POSES, int(0.7 * len(checked))):
-            break
-        view = used.pop(worst)
-        turned = np.degrees(np.linalg.norm(state.errors[worst][:3]))
-        moved = 1e3 * np.linalg.norm(state.errors[worst][3:])
-        rejected[detections[view].name or str(view)] = (
-            f"its robot pose is off by {turned:.2f} degrees and {moved:.1f} mm, unlike the others'"
+        solver_answers = solvers(
+            mounting, [checked_poses[view] for view in used], [board_in_camera[view] for view in used]
         )
-    _require_sense(problem, state, mounting, checked, seen)
-    held = _cross_validated(problem, state, found, min(folds, len(used))) if folds else (np.nan, np.nan, np.nan)
-    residuals = np.concatenate([problem.residual(state, v) for v in range(len(used))])
+        problem = Problem(
+            board, camera, mounting, [checked_poses[view] for view in used], [detections[view] for view in used]
+        )
+        initial_state = first_guess(problem, solver_answers, [board_in_camera[view] for view in used])
+        state, noise_estimate, full_covariance = problem.fit(initial_state, noise)
+        worst_view = _outlier(problem, state, noise_estimate)
+        if worst_view is None or len(used) <= max(LEAST_POSES, int(0.7 * len(checked_poses))):
+            break
+        rejected_view = used.pop(worst_view)
+        turned_deg = np.degrees(np.linalg.norm(state.errors[worst_view][:3]))
+        moved_mm = 1e3 * np.linalg.norm(state.errors[worst_view][3:])
+        rejected[detections[rejected_view].name or str(rejected_view)] = (
+            f"its robot pose is off by {turned_deg:.2f} degrees and {moved_mm:.1f} mm, unlike the others'"
+        )
+    _require_sense(problem, state, mounting, checked_poses, board_in_camera)
+    held_out = (
+        _cross_validated(problem, state, noise_estimate, min(folds, len(used))) if folds else (np.nan, np.nan, np.nan)
+    )
+    residuals = np.concatenate([problem.residual(state, view) for view in range(len(used))])
     return HandEyeResult(
         mounting=mounting,
         camera=state.x,
         board=state.y,
-        covariance=full[:6, :6],
+        covariance=full_covariance[:6, :6],
         freedom=6 * len(used) - 12 if noise is None else 0,
-        noise=found,
+        noise=noise_estimate,
         rms=float(np.sqrt((residuals**2).sum(1).mean())),
-        held_out_pixels=held[0],
-        held_out_position=held[1],
-        held_out_rotation=held[2],
+        held_out_pixels=held_out[0],
+        held_out_position=held_out[1],
+        held_out_rotation=held_out[2],
         errors=state.errors,
         used=tuple(used),
         rejected=rejected,
-        solvers={name: x for name, (x, _) in solved.items()},
-        full_covariance=full,
+        solvers={name: camera_pose for name, (camera_pose, _) in solver_answers.items()},
+        full_covariance=full_covariance,
     )
 
 
@@ -141,7 +154,7 @@ def suggest(
     views: Sequence[Detection],
     poses: Sequence[Float],
 ) -> tuple[int, Float]:
-    """Which pose to take next.
+    """Choose the pose to take next.
 
     Args:
         candidates: (4, 4) base_T_flange that the arm may go to. views, poses: those of the result.
@@ -152,30 +165,32 @@ def suggest(
     Raises:
         RatchetError: calibration.nothing_visible where none of them shows the board.
     """
-    known = np.linalg.inv(result.full_covariance)
-    best = -1
-    least = np.inf
-    expected = np.zeros(6)
+    # Information adds up: what the views so far give, plus what the candidate would give.
+    known_information = np.linalg.inv(result.full_covariance)
+    best_index = -1
+    least_spread = np.inf
+    expected_deviations = np.zeros(6)
     for index, candidate in enumerate(candidates):
         problem = Problem(board, camera, result.mounting, [candidate], [views[0]])
         state = State(result.camera, result.board, np.zeros((1, 6)))
-        ids = visible(problem, state, 0)
-        if len(ids) < 8:
+        visible_ids = visible(problem, state, 0)
+        if len(visible_ids) < 8:
             continue
-        covariance = np.linalg.inv(known + problem.information(state, result.noise, 0, ids))[:6, :6]
+        covariance = np.linalg.inv(known_information + problem.information(state, result.noise, 0, visible_ids))[:6, :6]
         # Rotation counts by what it moves at the board's distance, so that both are metres.
-        reach = float(np.linalg.norm(problem.board_in_camera(state, 0)[:3, 3]))
-        spread = float(np.trace(covariance[3:, 3:]) + reach**2 * np.trace(covariance[:3, :3]))
-        if spread < least:
-            best = index
-            least = spread
-            expected = np.sqrt(np.diag(covariance))
-    if best < 0:
+        board_distance_m = float(np.linalg.norm(problem.board_in_camera(state, 0)[:3, 3]))
+        position_spread = float(np.trace(covariance[3:, 3:]) + board_distance_m**2 * np.trace(covariance[:3, :3]))
+        if position_spread < least_spread:
+            best_index = index
+            least_spread = position_spread
+            expected_deviations = np.sqrt(np.diag(covariance))
+    if best_index < 0:
         raise RatchetError(
-            "calibration.nothing_visible", f"none of {len(candidates)} poses shows the board to the camera",
+            "calibration.nothing_visible",
+            f"none of {len(candidates)} poses shows the board to the camera",
             fix="propose poses nearer to those that were taken",
-        )  # fmt: skip
-    return best, expected
+        )
+    return best_index, expected_deviations
 
 
 def candidates(
@@ -186,18 +201,18 @@ def candidates(
 ) -> list[Float]:
     """Poses between and a little beyond those that were taken: blends of two, turned by up to 35 degrees, moved by up
     to 6 cm. allowed: the arm's own opinion."""
-    out: list[Float] = []
+    poses_found: list[Float] = []
     for _ in range(20 * count):
-        a, b = (poses[i] for i in generator.choice(len(poses), 2, replace=False))
-        middle = a @ small(generator.uniform(0, 1) * difference(a, b))
-        turn = generator.normal(size=3)
-        turn *= generator.uniform(0, np.radians(35)) / np.linalg.norm(turn)
-        pose = middle @ small(np.concatenate([turn, generator.uniform(-0.06, 0.06, 3)]))
+        first_pose, second_pose = (poses[pose_index] for pose_index in generator.choice(len(poses), 2, replace=False))
+        blended_pose = first_pose @ small(generator.uniform(0, 1) * difference(first_pose, second_pose))
+        rotation_vector = generator.normal(size=3)
+        rotation_vector *= generator.uniform(0, np.radians(35)) / np.linalg.norm(rotation_vector)
+        pose = blended_pose @ small(np.concatenate([rotation_vector, generator.uniform(-0.06, 0.06, 3)]))
         if allowed(pose):
-            out.append(pose)
-        if len(out) == count:
+            poses_found.append(pose)
+        if len(poses_found) == count:
             break
-    return out
+    return poses_found
 
 
 def visible(problem: Problem, state: State, view: int) -> np.ndarray:
@@ -207,19 +222,20 @@ def visible(problem: Problem, state: State, view: int) -> np.ndarray:
     if (points[:, 2] <= 0.02).any() or pose[:3, 2] @ points.mean(0) <= 0.2 * np.linalg.norm(points.mean(0)):
         return np.zeros(0, np.int64)
     pixels = problem.camera.project(points)
-    limit = (problem.camera.width - 1, problem.camera.height - 1)
-    return np.flatnonzero((pixels > 0).all(1) & (pixels < limit).all(1))
+    last_pixel = (problem.camera.width - 1, problem.camera.height - 1)
+    return np.flatnonzero((pixels > 0).all(1) & (pixels < last_pixel).all(1))
 
 
 def _outlier(problem: Problem, state: State, noise: Noise) -> int | None:
     """The view whose pose error stands out from the others' by far, if any."""
-    sizes = np.sqrt((state.errors**2 * noise.prior).sum(1))
-    worst = int(sizes.argmax())
-    others = np.delete(sizes, worst)
-    spread = 1.4826 * float(np.median(np.abs(others - np.median(others))))
+    error_sizes = np.sqrt((state.errors**2 * noise.prior).sum(1))
+    worst_view = int(error_sizes.argmax())
+    other_sizes = np.delete(error_sizes, worst_view)
+    # 1.4826 turns a median absolute deviation into a standard deviation for normal errors.
+    spread = 1.4826 * float(np.median(np.abs(other_sizes - np.median(other_sizes))))
     # A robot that tells its pose to the last digit has errors of rounding only, and no outliers among them.
-    matters = np.linalg.norm(state.errors[worst][3:]) > 5e-4 or np.linalg.norm(state.errors[worst][:3]) > 1e-3
-    return worst if matters and sizes[worst] > np.median(others) + 8 * max(spread, 0.1) else None
+    matters = np.linalg.norm(state.errors[worst_view][3:]) > 5e-4 or np.linalg.norm(state.errors[worst_view][:3]) > 1e-3
+    return worst_view if matters and error_sizes[worst_view] > np.median(other_sizes) + 8 * max(spread, 0.1) else None
 
 
 def _require_sense(
@@ -227,32 +243,37 @@ def _require_sense(
 ) -> None:
     """Refuse an estimate that does not explain the views; say whether the other reading of the poses would."""
 
-    def misfit(p: Problem, s: State) -> float:
+    def misfit(hypothesis: Problem, hypothesis_state: State) -> float:
         return float(
-            np.median([np.linalg.norm(p.residual(s, v, known=False), axis=1).mean() for v in range(len(p.poses))])
+            np.median(
+                [
+                    np.linalg.norm(hypothesis.residual(hypothesis_state, view, with_error=False), axis=1).mean()
+                    for view in range(len(hypothesis.poses))
+                ]
+            )
         )
 
-    own = misfit(problem, state)
-    if own < GROSS:
+    own_misfit = misfit(problem, state)
+    if own_misfit < GROSS:
         return
-    turned: Mounting = "eye_to_hand" if mounting == "eye_in_hand" else "eye_in_hand"
-    other = Problem(problem.board, problem.camera, turned, list(problem.poses), problem.detections)
-    used = [board_pose(problem.board, problem.camera, d) for d in problem.detections]
+    other_mounting: Mounting = "eye_to_hand" if mounting == "eye_in_hand" else "eye_in_hand"
+    other_problem = Problem(problem.board, problem.camera, other_mounting, list(problem.poses), problem.detections)
+    board_poses = [board_pose(problem.board, problem.camera, detection) for detection in problem.detections]
     try:
-        start = first_guess(other, solvers(turned, list(problem.poses), used), used)
-        reading = misfit(other, start)
+        other_state = first_guess(other_problem, solvers(other_mounting, list(problem.poses), board_poses), board_poses)
+        other_misfit = misfit(other_problem, other_state)
     except RatchetError:
-        reading = np.inf
-    if reading < 0.25 * own:
+        other_misfit = np.inf
+    if other_misfit < 0.25 * own_misfit:
         raise RatchetError(
             "calibration.swapped",
-            f"these poses fit {turned} ({reading:.1f} px against {own:.0f} px)",
+            f"these poses fit {other_mounting} ({other_misfit:.1f} px against {own_misfit:.0f} px)",
             where=mounting,
             fix="give base_T_flange, not its inverse; or name the other mounting",
         )
     raise RatchetError(
         "calibration.inconsistent",
-        f"robot poses and pictures disagree by {own:.0f} px",
+        f"robot poses and pictures disagree by {own_misfit:.0f} px",
         where=mounting,
         fix="check that each pose belongs to its picture, that the board and camera did not move, and the board's size",
     )
@@ -261,30 +282,38 @@ def _require_sense(
 def _cross_validated(problem: Problem, state: State, noise: Noise, folds: int) -> tuple[float, float, float]:
     """(px, m, rad) on views that the estimate had not seen."""
     count = len(problem.poses)
-    pixels = []
-    moved = []
-    turned = []
+    residuals = []
+    squared_distances = []
+    squared_angles = []
     for fold in range(folds):
-        out = list(range(fold, count, folds))
-        kept = [v for v in range(count) if v not in out]
-        part = Problem(
+        held_out_views = list(range(fold, count, folds))
+        kept_views = [view for view in range(count) if view not in held_out_views]
+        kept_problem = Problem(
             problem.board,
             problem.camera,
             problem.mounting,
-            list(problem.poses[kept]),
-            [problem.detections[v] for v in kept],
+            list(problem.poses[kept_views]),
+            [problem.detections[view] for view in kept_views],
         )
-        fitted = part.solve(State(state.x, state.y, state.errors[kept]), noise)
-        for view in out:
-            whole = State(fitted.x, fitted.y, np.zeros((count, 6)))
-            pixels.append(problem.residual(whole, view, known=False))
-            seen = board_pose(problem.board, problem.camera, problem.detections[view])
-            apart = difference(problem.board_in_camera(whole, view, known=False), seen)
+        kept_state = kept_problem.solve(State(state.x, state.y, state.errors[kept_views]), noise)
+        for view in held_out_views:
+            predicted_state = State(kept_state.x, kept_state.y, np.zeros((count, 6)))
+            residuals.append(problem.residual(predicted_state, view, with_error=False))
+            measured_pose = board_pose(problem.board, problem.camera, problem.detections[view])
+            board_motion = difference(problem.board_in_camera(predicted_state, view, with_error=False), measured_pose)
             # at the board's middle, where a turn about its corner is not mistaken for a move
-            middle = problem.board.corners.mean(0)
-            expected = problem.board_in_camera(whole, view, known=False)
-            gap = (seen[:3, :3] - expected[:3, :3]) @ middle + seen[:3, 3] - expected[:3, 3]
-            moved.append(float(gap @ gap))
-            turned.append(float(apart[:3] @ apart[:3]))
-    squares = np.concatenate([(p**2).sum(1) for p in pixels])
-    return float(np.sqrt(squares.mean())), float(np.sqrt(np.mean(moved))), float(np.sqrt(np.mean(turned)))
+            board_centre = problem.board.corners.mean(0)
+            predicted_pose = problem.board_in_camera(predicted_state, view, with_error=False)
+            gap = (
+                (measured_pose[:3, :3] - predicted_pose[:3, :3]) @ board_centre
+                + measured_pose[:3, 3]
+                - predicted_pose[:3, 3]
+            )
+            squared_distances.append(float(gap @ gap))
+            squared_angles.append(float(board_motion[:3] @ board_motion[:3]))
+    squared_errors = np.concatenate([(view_residual**2).sum(1) for view_residual in residuals])
+    return (
+        float(np.sqrt(squared_errors.mean())),
+        float(np.sqrt(np.mean(squared_distances))),
+        float(np.sqrt(np.mean(squared_angles))),
+    )

@@ -1,7 +1,7 @@
-"""The joint estimate behind hand-eye calibration: camera, board and the robot's own pose errors, over pixels.
+"""Bundle adjustment of hand-eye calibration: camera, board and the robot's own pose errors, over pixels.
 
 Knows the chain camera <- flange <- base <- board (or its mirror image), its derivatives, and a damped Gauss-Newton
-method that eliminates each view's pose error. Knows no limits of good sense; handeye.py refuses before it asks this.
+method that eliminates each view's pose error. Judges no input; handeye.py refuses bad ones before it calls this.
 
     eye in hand:  camera_T_board = X^-1 (G d)^-1 Y    X: flange_T_camera, Y: base_T_board
     eye to hand:  camera_T_board = X^-1 (G d)    Y    X: base_T_camera,   Y: flange_T_board
@@ -34,7 +34,13 @@ FLOOR = np.array([1e-3, 1e-7, 1e-7])  # px, rad, m: below this a deviation is ca
 
 @dataclass(frozen=True)
 class Noise:
-    """One standard deviation each. pixel: per coordinate, px. rotation: per axis, rad. translation: per axis, m."""
+    """Standard deviations of the measurements.
+
+    Attributes:
+        pixel: of a corner, per coordinate, px.
+        rotation: of a robot pose, per axis, rad.
+        translation: of a robot pose, per axis, m.
+    """
 
     pixel: float = 0.3
     rotation: float = 2e-3
@@ -48,7 +54,13 @@ class Noise:
 
 @dataclass(frozen=True)
 class State:
-    """x: (4, 4) X. y: (4, 4) Y. errors: (N, 6) the robot's pose errors d."""
+    """Unknowns of the estimate.
+
+    Attributes:
+        x: (4, 4) X.
+        y: (4, 4) Y.
+        errors: (N, 6) the robot's pose errors d.
+    """
 
     x: Float
     y: Float
@@ -73,50 +85,51 @@ class Problem:
         self.poses = np.stack(list(poses))
         self.detections = list(detections)
 
-    def board_in_camera(self, state: State, view: int, known: bool = True) -> Float:
+    def board_in_camera(self, state: State, view: int, with_error: bool = True) -> Float:
         """(4, 4) camera_T_board. known: with the estimated pose error; else as the robot says."""
-        flange = self.poses[view] @ small(state.errors[view]) if known else self.poses[view]
-        chain = inverse(flange) if self.mounting == "eye_in_hand" else flange
-        return inverse(state.x) @ chain @ state.y
+        flange = self.poses[view] @ small(state.errors[view]) if with_error else self.poses[view]
+        base_to_camera_side = inverse(flange) if self.mounting == "eye_in_hand" else flange
+        return inverse(state.x) @ base_to_camera_side @ state.y
 
-    def residual(self, state: State, view: int, known: bool = True) -> Float:
+    def residual(self, state: State, view: int, with_error: bool = True) -> Float:
         """(n, 2) px, seen minus predicted."""
-        pose = self.board_in_camera(state, view, known)
-        seen = self.detections[view]
-        points = self.board.corners[seen.ids] @ pose[:3, :3].T + pose[:3, 3]
-        return seen.points - self.camera.project(points)
+        pose = self.board_in_camera(state, view, with_error)
+        detection = self.detections[view]
+        points = self.board.corners[detection.ids] @ pose[:3, :3].T + pose[:3, 3]
+        return detection.points - self.camera.project(points)
 
     def derivatives(self, state: State, view: int, ids: np.ndarray | None = None) -> tuple[Float, Float]:
         """(2 n, 12) px by small motions of X and Y, and (2 n, 6) by the pose error, at the state."""
         ids = self.detections[view].ids if ids is None else ids
-        own = self.board.corners[ids]
+        board_points = self.board.corners[ids]
         flange = self.poses[view] @ small(state.errors[view])
         pose = inverse(state.x) @ (inverse(flange) if self.mounting == "eye_in_hand" else flange) @ state.y
-        seen = own @ pose[:3, :3].T + pose[:3, 3]
-        by_point = self.camera.derivative(seen)
-        eye = np.broadcast_to(np.eye(3), (len(ids), 3, 3))
-        by_x = by_point @ np.concatenate([skew(seen), -eye], -1)
-        by_y = by_point @ pose[:3, :3] @ np.concatenate([-skew(own), eye], -1)
+        camera_points = board_points @ pose[:3, :3].T + pose[:3, 3]
+        by_point = self.camera.derivative(camera_points)
+        identity = np.broadcast_to(np.eye(3), (len(ids), 3, 3))
+        # (n, 2, 6) each: px per rad and per m of small motions on the right of X, of Y and of the flange's pose.
+        by_x = by_point @ np.concatenate([skew(camera_points), -identity], -1)
+        by_y = by_point @ pose[:3, :3] @ np.concatenate([-skew(board_points), identity], -1)
         if self.mounting == "eye_in_hand":
-            in_flange = seen @ state.x[:3, :3].T + state.x[:3, 3]
-            by_error = by_point @ state.x[:3, :3].T @ np.concatenate([skew(in_flange), -eye], -1)
+            flange_points = camera_points @ state.x[:3, :3].T + state.x[:3, 3]
+            by_error = by_point @ state.x[:3, :3].T @ np.concatenate([skew(flange_points), -identity], -1)
         else:
-            in_flange = own @ state.y[:3, :3].T + state.y[:3, 3]
-            turned = state.x[:3, :3].T @ flange[:3, :3]
-            by_error = by_point @ turned @ np.concatenate([-skew(in_flange), eye], -1)
+            flange_points = board_points @ state.y[:3, :3].T + state.y[:3, 3]
+            flange_in_camera = state.x[:3, :3].T @ flange[:3, :3]
+            by_error = by_point @ flange_in_camera @ np.concatenate([-skew(flange_points), identity], -1)
         return np.concatenate([by_x, by_y], -1).reshape(-1, 12), by_error.reshape(-1, 6)
 
     def cost(self, state: State, noise: Noise) -> float:
         """Twice the negative log-likelihood, without what does not depend on the state."""
-        total = float((state.errors**2 @ noise.prior).sum())
+        total_cost = float((state.errors**2 @ noise.prior).sum())
         for view in range(len(self.poses)):
             pose = self.board_in_camera(state, view)
-            seen = self.detections[view]
-            points = self.board.corners[seen.ids] @ pose[:3, :3].T + pose[:3, 3]
+            detection = self.detections[view]
+            points = self.board.corners[detection.ids] @ pose[:3, :3].T + pose[:3, 3]
             if (points[:, 2] <= 1e-6).any():
                 return float("inf")
-            total += float(((seen.points - self.camera.project(points)) ** 2).sum()) / noise.pixel**2
-        return total
+            total_cost += float(((detection.points - self.camera.project(points)) ** 2).sum()) / noise.pixel**2
+        return total_cost
 
     def solve(self, state: State, noise: Noise, steps: int = 60) -> State:
         """Gauss-Newton with Levenberg's damping until the cost stands still.
@@ -129,100 +142,110 @@ class Problem:
         if not np.isfinite(cost):
             raise RatchetError("calibration.did_not_converge", "the first guess sees the board behind the camera")
         for _ in range(steps):
-            normal, right, views = self._normal(state, noise)
+            normal_matrix, right_side, eliminated = self._normal(state, noise)
             while True:
-                damped = normal + damping * np.diag(np.diag(normal))
-                step = cho_solve(cho_factor(damped), right)
-                moved = self._moved(state, step, views)
-                lower = self.cost(moved, noise)
-                if lower <= cost:
+                damped_matrix = normal_matrix + damping * np.diag(np.diag(normal_matrix))
+                step = cho_solve(cho_factor(damped_matrix), right_side)
+                moved_state = self._moved(state, step, eliminated)
+                lower_cost = self.cost(moved_state, noise)
+                if lower_cost <= cost:
                     break
+                # The step made it worse: more damping, a shorter step along the gradient.
                 damping *= 10
                 if damping > 1e8:
                     return state
-            gained = cost - lower
-            cost = lower
-            state = moved
+            cost_gain = cost - lower_cost
+            cost = lower_cost
+            state = moved_state
             damping = max(damping / 10, 1e-12)
-            if np.abs(step).max() < 1e-11 or gained <= 1e-10 * max(cost, 1e-12):
+            if np.abs(step).max() < 1e-11 or cost_gain <= 1e-10 * max(cost, 1e-12):
                 break
         return state
 
-    def fit(self, state: State, given: Noise | None) -> tuple[State, Noise, Float]:
+    def fit(self, state: State, known_noise: Noise | None) -> tuple[State, Noise, Float]:
         """Estimate everything. given: the deviations where they are known.
 
         Returns:
             the state, the deviations, and the (12, 12) covariance of small motions of X and Y.
         """
-        noise = given or Noise()
+        noise = known_noise or Noise()
         state = self.solve(state, noise)
-        if given is None:
+        if known_noise is None:
             for _ in range(60):
-                fresh = self._maximised(state, noise)
-                change = np.abs(np.log(np.divide(_numbers(fresh), _numbers(noise)))).max()
-                noise = fresh
+                next_noise = self._maximised(state, noise)
+                log_change = np.abs(np.log(np.divide(_numbers(next_noise), _numbers(noise)))).max()
+                noise = next_noise
                 state = self.solve(state, noise, steps=3)
-                if change < 5e-3:
+                if log_change < 5e-3:
                     break
             state = self.solve(state, noise)
-        normal, _, _ = self._normal(state, noise)
-        return state, noise, np.asarray(np.linalg.inv(normal), float)
+        normal_matrix, _, _ = self._normal(state, noise)
+        return state, noise, np.asarray(np.linalg.inv(normal_matrix), float)
 
     def information(self, state: State, noise: Noise, view: int, ids: np.ndarray) -> Float:
         """(12, 12): what a view of these corners from this pose says of X and Y."""
         of_state, of_error = self.derivatives(state, view, ids)
         a = of_state / noise.pixel
         b = of_error / noise.pixel
-        inner = b.T @ b + np.diag(noise.prior)
-        return a.T @ a - a.T @ b @ np.linalg.solve(inner, b.T @ a)
+        # The Schur complement of the pose error, (6, 6) per view.
+        error_information = b.T @ b + np.diag(noise.prior)
+        return a.T @ a - a.T @ b @ np.linalg.solve(error_information, b.T @ a)
 
     def _normal(self, state: State, noise: Noise) -> tuple[Float, Float, list[Eliminated]]:
-        """Normal equations of X and Y after the pose errors are eliminated, and what brings those back."""
-        normal = np.zeros((12, 12))
-        right = np.zeros(12)
-        views: list[Eliminated] = []
-        prior = np.diag(noise.prior)
+        """Normal equations of X and Y after the pose errors are eliminated, and the blocks that restore those.
+
+        a: (2 n, 12), b: (2 n, 6): derivatives by X and Y and by the pose error; r: (2 n,) residual; all in deviations
+        of the pixel noise.
+        """
+        normal_matrix = np.zeros((12, 12))
+        right_side = np.zeros(12)
+        eliminated: list[Eliminated] = []
+        prior_information = np.diag(noise.prior)
         for view in range(len(self.poses)):
             of_state, of_error = self.derivatives(state, view)
             a = of_state / noise.pixel
             b = of_error / noise.pixel
             r = self.residual(state, view).ravel() / noise.pixel
-            inner = np.asarray(np.linalg.inv(b.T @ b + prior), float)
-            pull = b.T @ r - prior @ state.errors[view]
-            cross = b.T @ a
-            normal += a.T @ a - cross.T @ inner @ cross
-            right += a.T @ r - cross.T @ inner @ pull
-            views.append((inner, cross, pull))
-        return normal, right, views
+            inner_inverse = np.asarray(np.linalg.inv(b.T @ b + prior_information), float)
+            pull = b.T @ r - prior_information @ state.errors[view]
+            cross_block = b.T @ a
+            # Schur complement: the (12, 12) system of X and Y without any of the 6 N pose errors.
+            normal_matrix += a.T @ a - cross_block.T @ inner_inverse @ cross_block
+            right_side += a.T @ r - cross_block.T @ inner_inverse @ pull
+            eliminated.append((inner_inverse, cross_block, pull))
+        return normal_matrix, right_side, eliminated
 
-    def _moved(self, state: State, step: Float, views: list[Eliminated]) -> State:
+    def _moved(self, state: State, step: Float, eliminated: list[Eliminated]) -> State:
         errors = state.errors.copy()
-        for view, (inner, cross, pull) in enumerate(views):
-            errors[view] = _composed(errors[view], inner @ (pull - cross @ step))
+        for view, (inner_inverse, cross_block, pull) in enumerate(eliminated):
+            errors[view] = _composed(errors[view], inner_inverse @ (pull - cross_block @ step))
         return State(state.x @ small(step[:6]), state.y @ small(step[6:]), errors)
 
     def _maximised(self, state: State, noise: Noise) -> Noise:
         """The deviations that explain the errors as they are now known, their uncertainty included."""
-        normal, _, views = self._normal(state, noise)
-        covariance = np.linalg.inv(normal)
-        squares = np.zeros(6)
-        spread = np.zeros(6)
-        pixels = 0.0
-        count = 0
-        for view, (inner, cross, _) in enumerate(views):
-            whole = inner + inner @ cross @ covariance @ cross.T @ inner
-            squares += state.errors[view] ** 2
-            spread += np.diag(whole)
+        normal_matrix, _, eliminated = self._normal(state, noise)
+        covariance = np.linalg.inv(normal_matrix)
+        squared_errors = np.zeros(6)
+        error_variance = np.zeros(6)
+        squared_pixels = 0.0
+        residual_count = 0
+        for view, (inner_inverse, cross_block, _) in enumerate(eliminated):
+            error_covariance = inner_inverse + inner_inverse @ cross_block @ covariance @ cross_block.T @ inner_inverse
+            squared_errors += state.errors[view] ** 2
+            error_variance += np.diag(error_covariance)
             of_state, of_error = self.derivatives(state, view)
-            mixed = -inner @ cross @ covariance
-            pixels += float((self.residual(state, view) ** 2).sum())
-            pixels += float(((of_state @ covariance) * of_state).sum())
-            pixels += float(((of_error @ whole) * of_error).sum())
-            pixels += 2 * float(((of_error @ mixed) * of_state).sum())
-            count += len(of_state)
-        variance = (squares + spread) / len(views)
-        found = np.sqrt([pixels / count, variance[:3].mean(), variance[3:].mean()])
-        return replace(noise, **dict(zip(("pixel", "rotation", "translation"), np.maximum(found, FLOOR), strict=True)))
+            cross_covariance = -inner_inverse @ cross_block @ covariance
+            squared_pixels += float((self.residual(state, view) ** 2).sum())
+            squared_pixels += float(((of_state @ covariance) * of_state).sum())
+            squared_pixels += float(((of_error @ error_covariance) * of_error).sum())
+            squared_pixels += 2 * float(((of_error @ cross_covariance) * of_state).sum())
+            residual_count += len(of_state)
+        # M step: the expected squares, the estimates' own plus their uncertainty.
+        variance = (squared_errors + error_variance) / len(eliminated)
+        deviations = np.sqrt([squared_pixels / residual_count, variance[:3].mean(), variance[3:].mean()])
+        return replace(
+            noise, **dict(zip(("pixel", "rotation", "translation"), np.maximum(deviations, FLOOR), strict=True))
+        )
 
 
 def _numbers(noise: Noise) -> Float:
@@ -231,5 +254,5 @@ def _numbers(noise: Noise) -> Float:
 
 def _composed(motion: Float, step: Float) -> Float:
     """The small motion that is `motion`, then `step`."""
-    whole = small(motion) @ small(step)
-    return np.concatenate([Rotation.from_matrix(whole[:3, :3]).as_rotvec(), whole[:3, 3]])
+    composed_pose = small(motion) @ small(step)
+    return np.concatenate([Rotation.from_matrix(composed_pose[:3, :3]).as_rotvec(), composed_pose[:3, 3]])

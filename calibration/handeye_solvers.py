@@ -1,4 +1,4 @@
-"""OpenCV's hand-eye solvers over the same views, and the best of their answers as a first guess.
+"""OpenCV's hand-eye solvers over the same views; the best of their answers is the first guess.
 
 Knows OpenCV's conventions. Judges by the reprojection error; refines nothing.
 """
@@ -24,79 +24,109 @@ SOLVERS = {
 WORLD_SOLVERS = {"shah": cv2.CALIB_ROBOT_WORLD_HAND_EYE_SHAH, "li": cv2.CALIB_ROBOT_WORLD_HAND_EYE_LI}
 
 
-def solvers(mounting: Mounting, poses: Sequence[Float], seen: Sequence[Float]) -> dict[str, tuple[Float, Float | None]]:
+def solvers(
+    mounting: Mounting, poses: Sequence[Float], board_poses: Sequence[Float]
+) -> dict[str, tuple[Float, Float | None]]:
     """(X, Y) by every solver of OpenCV that gives a finite answer; Y is None where it gives the camera alone."""
-    arm = [inverse(p) for p in poses] if mounting == "eye_to_hand" else list(poses)
-    out: dict[str, tuple[Float, Float | None]] = {}
+    # Eye to hand is eye in hand with the arm read backwards: flange_T_base takes the place of base_T_flange.
+    carrier_poses = [inverse(pose) for pose in poses] if mounting == "eye_to_hand" else list(poses)
+    answers: dict[str, tuple[Float, Float | None]] = {}
     for name, method in SOLVERS.items():
         try:
-            r, t = cv2.calibrateHandEye(
-                [p[:3, :3] for p in arm], [p[:3, 3] for p in arm], [s[:3, :3] for s in seen], [s[:3, 3] for s in seen],
+            rotation, translation = cv2.calibrateHandEye(
+                [pose[:3, :3] for pose in carrier_poses],
+                [pose[:3, 3] for pose in carrier_poses],
+                [board_pose[:3, :3] for board_pose in board_poses],
+                [board_pose[:3, 3] for board_pose in board_poses],
                 method=method,
-            )  # fmt: skip
+            )
         except cv2.error:
             continue
-        _add(out, name, r, t, None)
+        _add(answers, name, rotation, translation, None)
     for name, method in WORLD_SOLVERS.items():
-        back = [inverse(p) for p in arm]  # flange_T_base of the arm that carries the camera
+        inverse_poses = [inverse(pose) for pose in carrier_poses]  # flange_T_base of the arm that carries the camera
         try:
-            rw, tw, rg, tg = cv2.calibrateRobotWorldHandEye(
-                [s[:3, :3] for s in seen], [s[:3, 3] for s in seen],
-                [b[:3, :3] for b in back], [b[:3, 3] for b in back], method=method,
-            )  # fmt: skip
+            rotation_world, translation_world, rotation_hand, translation_hand = cv2.calibrateRobotWorldHandEye(
+                [board_pose[:3, :3] for board_pose in board_poses],
+                [board_pose[:3, 3] for board_pose in board_poses],
+                [inverse_pose[:3, :3] for inverse_pose in inverse_poses],
+                [inverse_pose[:3, 3] for inverse_pose in inverse_poses],
+                method=method,
+            )
         except cv2.error:
             continue
         world = np.eye(4)
         hand = np.eye(4)
-        world[:3, :3] = rw
-        world[:3, 3] = np.ravel(tw)
-        hand[:3, :3] = rg
-        hand[:3, 3] = np.ravel(tg)
-        _add(out, name, inverse(hand)[:3, :3], inverse(hand)[:3, 3], inverse(world))
-    return out
+        world[:3, :3] = rotation_world
+        world[:3, 3] = np.ravel(translation_world)
+        hand[:3, :3] = rotation_hand
+        hand[:3, 3] = np.ravel(translation_hand)
+        _add(answers, name, inverse(hand)[:3, :3], inverse(hand)[:3, 3], inverse(world))
+    return answers
 
 
-def first_guess(problem: Problem, solved: dict[str, tuple[Float, Float | None]], seen: Sequence[Float]) -> State:
+def first_guess(
+    problem: Problem, solver_answers: dict[str, tuple[Float, Float | None]], board_poses: Sequence[Float]
+) -> State:
     """The best of the solvers' answers."""
-    if not solved:
+    if not solver_answers:
         raise RatchetError(
             "calibration.did_not_converge", "no solver finds an answer", fix="take poses that turn about two axes"
         )
-    zero = np.zeros((len(seen), 6))
-    best = None
-    lowest = np.inf
-    for x, y in solved.values():
-        if y is None:
-            y = _board_of(problem, x, seen)
-        state = State(x, y, zero)
-        residual = [np.linalg.norm(problem.residual(state, v, known=False), axis=1) for v in range(len(seen))]
-        middle = float(np.median(np.concatenate(residual)))
-        if middle < lowest and np.isfinite(problem.cost(state, Noise())):
-            best = state
-            lowest = middle
-    if best is None:
+    no_errors = np.zeros((len(board_poses), 6))
+    best_state = None
+    lowest_error = np.inf
+    for camera_pose, board_pose in solver_answers.values():
+        if board_pose is None:
+            board_pose = _board_of(problem, camera_pose, board_poses)
+        state = State(camera_pose, board_pose, no_errors)
+        residual_norms = [
+            np.linalg.norm(problem.residual(state, view, with_error=False), axis=1) for view in range(len(board_poses))
+        ]
+        median_error = float(np.median(np.concatenate(residual_norms)))
+        if median_error < lowest_error and np.isfinite(problem.cost(state, Noise())):
+            best_state = state
+            lowest_error = median_error
+    if best_state is None:
         raise RatchetError(
             "calibration.inconsistent",
             "no camera pose sees the board where the pictures show it",
             fix="check that poses and pictures belong together and that the board did not move",
         )
-    return best
+    return best_state
 
 
-def _board_of(problem: Problem, x: Float, seen: Sequence[Float]) -> Float:
+def _board_of(problem: Problem, camera_pose: Float, board_poses: Sequence[Float]) -> Float:
     """The board where the median view puts it."""
-    own = problem.poses if problem.mounting == "eye_in_hand" else inverse(problem.poses)
-    found = np.stack([p @ x @ s for p, s in zip(own, seen, strict=True)])
-    middle = np.median(found[:, :3, 3], axis=0)
-    turned = np.array([[np.linalg.norm(difference(a, b)[:3]) for b in found] for a in found])
-    out: Float = found[int(turned.sum(1).argmin())].copy()
-    out[:3, 3] = middle
-    return out
+    carrier_poses = problem.poses if problem.mounting == "eye_in_hand" else inverse(problem.poses)
+    board_estimates = np.stack(
+        [
+            carrier_pose @ camera_pose @ seen_pose
+            for carrier_pose, seen_pose in zip(carrier_poses, board_poses, strict=True)
+        ]
+    )
+    median_position = np.median(board_estimates[:, :3, 3], axis=0)
+    # (N, N) rad: the view whose rotation is nearest to all others', a median for rotations.
+    angles_between = np.array(
+        [
+            [np.linalg.norm(difference(first_pose, second_pose)[:3]) for second_pose in board_estimates]
+            for first_pose in board_estimates
+        ]
+    )
+    board_pose: Float = board_estimates[int(angles_between.sum(1).argmin())].copy()  # the medoid
+    board_pose[:3, 3] = median_position
+    return board_pose
 
 
-def _add(out: dict[str, tuple[Float, Float | None]], name: str, r: Float, t: Float, y: Float | None) -> None:
+def _add(
+    answers: dict[str, tuple[Float, Float | None]],
+    name: str,
+    rotation: Float,
+    translation: Float,
+    board_pose: Float | None,
+) -> None:
     pose = np.eye(4)
-    pose[:3, :3] = r
-    pose[:3, 3] = np.ravel(t)
+    pose[:3, :3] = rotation
+    pose[:3, 3] = np.ravel(translation)
     if np.isfinite(pose).all() and abs(np.linalg.det(pose[:3, :3]) - 1) < 1e-2:
-        out[name] = (pose, y)
+        answers[name] = (pose, board_pose)

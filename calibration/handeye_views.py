@@ -1,6 +1,6 @@
-"""Pose sets that say too little of where a camera is, each refused with its reason before anything is estimated.
+"""Checks of hand-eye pose sets: degenerate ones are refused with their reason before anything is estimated.
 
-Knows poses, pictures' sizes and counts. Knows no estimate.
+Knows poses, image sizes and counts. Knows no estimate.
 """
 
 from __future__ import annotations
@@ -33,41 +33,53 @@ def require_views(
             f"{len(poses)} robot poses and {len(detections)} views",
             fix="give one pose for every picture, in the same order",
         )
-    checked = [require_rigid(p, detections[i].name or f"pose {i}") for i, p in enumerate(poses)]
-    other = next((d for d in detections if d.size != (camera.width, camera.height)), None)
-    if other is not None:
+    checked_poses = [require_rigid(pose, detections[view].name or f"pose {view}") for view, pose in enumerate(poses)]
+    wrong_size = next((detection for detection in detections if detection.size != (camera.width, camera.height)), None)
+    if wrong_size is not None:
         raise RatchetError(
             "calibration.wrong_size",
-            f"a picture of {other.size[0]} x {other.size[1]}, the intrinsics are for {camera.width} x {camera.height}",
-            where=other.name,
+            f"a picture of {wrong_size.size[0]} x {wrong_size.size[1]}, "
+            f"the intrinsics are for {camera.width} x {camera.height}",
+            where=wrong_size.name,
             fix="use the intrinsics of this resolution",
         )
-    if len(checked) < LEAST_POSES:
+    if len(checked_poses) < LEAST_POSES:
         raise RatchetError(
-            "calibration.too_few_poses", f"{len(checked)} poses, at least {LEAST_POSES} are needed",
+            "calibration.too_few_poses",
+            f"{len(checked_poses)} poses, at least {LEAST_POSES} are needed",
             fix="take 15 to 25, turned about different axes",
-        )  # fmt: skip
-    apart = [np.abs(difference(a, b)) for a, b in combinations(checked, 2)]
-    moved = np.array([[np.linalg.norm(d[:3]), np.linalg.norm(d[3:])] for d in apart])
-    same = (moved[:, 0] < np.radians(0.5)) & (moved[:, 1] < 0.002)
-    if same.sum() > len(checked):
-        raise RatchetError(
-            "calibration.duplicate_poses", f"{same.sum()} pairs of poses are the same", fix="move between the pictures"
         )
-    turns = np.array([difference(a, b)[:3] for a, b in combinations(checked, 2)])
-    far = np.linalg.norm(turns, axis=1) > LEAST_TURN
-    if far.mean() < 0.2:
+    pair_motions = [
+        np.abs(difference(first_pose, second_pose)) for first_pose, second_pose in combinations(checked_poses, 2)
+    ]
+    pair_sizes = np.array(
+        [[np.linalg.norm(detection[:3]), np.linalg.norm(detection[3:])] for detection in pair_motions]
+    )
+    is_duplicate = (pair_sizes[:, 0] < np.radians(0.5)) & (pair_sizes[:, 1] < 0.002)
+    if is_duplicate.sum() > len(checked_poses):
+        raise RatchetError(
+            "calibration.duplicate_poses",
+            f"{is_duplicate.sum()} pairs of poses are the same",
+            fix="move between the pictures",
+        )
+    pair_turns = np.array(
+        [difference(first_pose, second_pose)[:3] for first_pose, second_pose in combinations(checked_poses, 2)]
+    )
+    is_turned = np.linalg.norm(pair_turns, axis=1) > LEAST_TURN
+    if is_turned.mean() < 0.2:
+        largest_turn_deg = np.degrees(np.linalg.norm(pair_turns, axis=1).max())
         raise RatchetError(
             "calibration.pure_translation",
-            f"the arm turned by at most {np.degrees(np.linalg.norm(turns, axis=1).max()):.1f} degrees between poses",
-            fix="turn the hand by 20 to 40 degrees between pictures; moving alone says nothing of the camera's place",
+            f"the arm turned by at most {largest_turn_deg:.1f} degrees between poses",
+            fix="turn the hand by 20 to 40 degrees between images; translation alone does not determine the pose",
         )
-    axes = turns[far] / np.linalg.norm(turns[far], axis=1, keepdims=True)
-    values = np.linalg.svd(axes, compute_uv=False)
-    if values[1] < 0.15 * values[0]:
+    turn_axes = pair_turns[is_turned] / np.linalg.norm(pair_turns[is_turned], axis=1, keepdims=True)
+    # Singular values of the unit turn axes: one that dominates means that all turns share an axis.
+    singular_values = np.linalg.svd(turn_axes, compute_uv=False)
+    if singular_values[1] < 0.15 * singular_values[0]:
         raise RatchetError(
             "calibration.one_axis",
-            "all turns are about the same axis; the camera's place along it cannot be told",
+            "all turns are about the same axis, along which the camera's position is undetermined",
             fix="turn the hand about a second axis too",
         )
-    return checked
+    return checked_poses

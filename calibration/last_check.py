@@ -24,8 +24,14 @@ MAX_AGE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class Check:
-    """date: ISO 8601, UTC. moved: beyond the threshold. override, person: why it may run all the same, and who says so.
-    measured: numbers of the comparison."""
+    """Newest drift check of a calibration.
+
+    Attributes:
+        date: ISO 8601, UTC.
+        moved: beyond the threshold.
+        override, person: why it may run all the same, and who says so.
+        measured: numbers of the comparison.
+    """
 
     date: str
     moved: bool
@@ -36,8 +42,7 @@ class Check:
 
 def write(store: Path, identity: str, check: Check) -> None:
     """Replace the newest check of a calibration; exchanged at once."""
-    target = store / identity / FILE
-    write_json(target, asdict(check), indent=1, durable=False)
+    write_json(store / identity / FILE, asdict(check), indent=1, durable=False)
 
 
 def require(
@@ -53,35 +58,42 @@ def require(
             reading it raises; calibration.other_camera and the others of `tie.require_fit`.
     """
     now = now or datetime.now(UTC)
-    found: dict[str, dict[str, Any]] = {}
+    checks: dict[str, dict[str, Any]] = {}
     for camera in contract.cameras:
-        identity = camera.calibration_id
-        if not identity:
+        calibration_id = camera.calibration_id
+        if not calibration_id:
             continue
-        if not (store / identity).is_dir():
+        if not (store / calibration_id).is_dir():
             raise RatchetError(
-                "calibration.unknown", f"the contract demands calibration {identity[:12]}", where=str(store),
+                "calibration.unknown",
+                f"the contract demands calibration {calibration_id[:12]}",
+                where=str(store),
                 fix="name the folder that holds it, or calibrate again and change the contract",
-            )  # fmt: skip
-        require_fit(CalibrationStore(store).load(identity), contract, camera)
-        again = f"ratchet calibrate drift {identity[:12]} --store {store}"
+            )
+        require_fit(CalibrationStore(store).load(calibration_id), contract, camera)
+        drift_command = f"ratchet calibrate drift {calibration_id[:12]} --store {store}"
         try:
-            raw: Mapping[str, Any] = json.loads((store / identity / FILE).read_text())
-            check = Check(**raw)
+            check_fields: Mapping[str, Any] = json.loads((store / calibration_id / FILE).read_text())
+            check = Check(**check_fields)
             age = now - datetime.fromisoformat(check.date)
         except (OSError, ValueError, TypeError):
             raise RatchetError(
-                "session.not_checked", "nobody has looked whether the camera moved", where=camera.name, fix=again
+                "session.not_checked", "the camera was never checked for drift", where=camera.name, fix=drift_command
             ) from None
         if age > max_age:
             hours = age.total_seconds() / 3600
             raise RatchetError(
-                "session.check_too_old", f"the last look was {hours:.0f} hours ago", where=camera.name, fix=again
+                "session.check_too_old",
+                f"the last drift check was {hours:.0f} hours ago",
+                where=camera.name,
+                fix=drift_command,
             )
         if check.moved and not check.override:
             raise RatchetError(
-                "session.camera_moved", "the camera is not where it was calibrated", where=camera.name,
-                fix=f"put it back or calibrate again; or {again} --override REASON --person NAME",
-            )  # fmt: skip
-        found[camera.name] = asdict(check)
-    return found
+                "session.camera_moved",
+                "the camera is not where it was calibrated",
+                where=camera.name,
+                fix=f"put it back or calibrate again; or {drift_command} --override REASON --person NAME",
+            )
+        checks[camera.name] = asdict(check)
+    return checks

@@ -1,4 +1,4 @@
-"""What a calibration says about one camera, as data, and the id that its content gives it.
+"""Calibration record of one camera, as data, and the id derived from its content.
 
 Knows the YAML's fields and their checks. Knows no folder; store.py does.
 """
@@ -24,10 +24,13 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Mount:
-    """Where the camera is. mounting: eye_in_hand or eye_to_hand. parent, child: frame names.
+    """Pose of the camera. mounting: eye_in_hand or eye_to_hand. parent, child: frame names.
 
-    position: (3,) m, orientation: (4,) quaternion xyzw, of the child in the parent. covariance: 36 numbers, row by row,
-    of a small motion in the child's frame: rotation in rad, then translation in m. Errors as in handeye.HandEyeResult.
+    Attributes:
+        position: (3,) m, of the child in the parent frame.
+        orientation: (4,) quaternion xyzw, likewise.
+        covariance: 36 numbers, row by row, of a small motion in the child's frame: rotation in rad, then translation in
+            m. Errors as in handeye.HandEyeResult.
     """
 
     mounting: str
@@ -50,7 +53,7 @@ class Mount:
     @classmethod
     def of(cls, pose: Float, **others: Any) -> Mount:
         """From a (4, 4) matrix; covariance may be (6, 6)."""
-        others["covariance"] = tuple(float(x) for x in np.ravel(others["covariance"]))
+        others["covariance"] = tuple(float(number) for number in np.ravel(others["covariance"]))
         return cls(position=tuple(map(float, pose[:3, 3])), orientation=tuple(map(float, quaternion(pose))), **others)
 
 
@@ -58,9 +61,15 @@ class Mount:
 class Calibration:
     """One camera at one resolution.
 
-    camera: name in the contract. camera_serial, robot, robot_serial: which devices these were; "" where there is none.
-    date: ISO 8601, UTC. rms, held_out_rms: px. views: that the intrinsics were estimated from. mount: None where only
-    the intrinsics are known. images: name -> SHA-256 of the picture beside it. notes: by a person.
+    Attributes:
+        camera: name in the contract.
+        camera_serial, robot, robot_serial: which devices these were; "" where there is none.
+        date: ISO 8601, UTC.
+        rms, held_out_rms: px.
+        views: that the intrinsics were estimated from.
+        mount: None where only the intrinsics are known.
+        images: name -> SHA-256 of the picture beside it.
+        notes: by a person.
     """
 
     camera: str
@@ -81,14 +90,15 @@ class Calibration:
     @property
     def id(self) -> str:
         """SHA-256 of the content; the same numbers give the same id."""
+        # Sorted keys and no spaces: equal content gives equal bytes, whatever wrote it.
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        out = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        out |= {"model": self.model.to_dict(), "board": self.board.to_dict(), "images": dict(self.images)}
-        out["mount"] = None if self.mount is None else json.loads(json.dumps(asdict(self.mount)))
-        return out
+        fields = {field_name: getattr(self, field_name) for field_name in self.__dataclass_fields__}
+        fields |= {"model": self.model.to_dict(), "board": self.board.to_dict(), "images": dict(self.images)}
+        fields["mount"] = None if self.mount is None else json.loads(json.dumps(asdict(self.mount)))
+        return fields
 
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> Calibration:
@@ -98,8 +108,8 @@ class Calibration:
             RatchetError: calibration.bad_file naming file and field.
         """
 
-        def refuse(what: str) -> None:
-            raise RatchetError("calibration.bad_file", what, where=where, fix="take it from the store again")
+        def refuse(problem: str) -> None:
+            raise RatchetError("calibration.bad_file", problem, where=where, fix="take it from the store again")
 
         if not isinstance(raw, dict):
             refuse("not a calibration")
@@ -110,10 +120,10 @@ class Calibration:
         if raw.get("schema") != SCHEMA:
             refuse(f"schema {raw.get('schema')!r} is not {SCHEMA}")
         if not isinstance(raw["camera"], str) or not NAME.fullmatch(raw["camera"]):
-            refuse(f"camera {raw['camera']!r} is no name")
+            refuse(f"camera {raw['camera']!r} is not a name: use letters, digits, . _ -")
         images = raw.get("images") or {}
-        if not isinstance(images, dict) or not all(NAME.fullmatch(str(k)) for k in images):
-            refuse("images is no list of names and hashes")
+        if not isinstance(images, dict) or not all(NAME.fullmatch(str(field_name)) for field_name in images):
+            refuse("images is not a map from names to hashes")
         values = dict(raw) | {
             "model": CameraModel.from_dict(raw["model"], where),
             "board": Board.from_dict(raw["board"], where),
@@ -121,18 +131,21 @@ class Calibration:
         }
         if raw.get("mount") is not None:
             try:
-                given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["mount"].items()}
-                mount = Mount(**given)
+                mount_fields: dict[str, Any] = {
+                    field_name: tuple(value) if isinstance(value, list) else value
+                    for field_name, value in raw["mount"].items()
+                }
+                mount = Mount(**mount_fields)
             except (TypeError, AttributeError):
-                refuse("mount is not what it should be")
+                refuse("mount has missing or unknown fields")
             if (len(mount.position), len(mount.orientation), len(mount.covariance)) != (3, 4, 36):
                 refuse("mount has the wrong number of values")
             if not np.isfinite([*mount.position, *mount.orientation, *mount.covariance]).all():
                 refuse("mount has values that are not finite")
             if abs(np.linalg.norm(mount.orientation) - 1) > 1e-6:
-                refuse("the mount's orientation is no unit quaternion")
+                refuse("the mount's orientation is not a unit quaternion")
             values["mount"] = mount
-        numbers = [values.get(k) for k in ("rms", "held_out_rms", "views")]
-        if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers):
+        numbers = [values.get(field_name) for field_name in ("rms", "held_out_rms", "views")]
+        if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
             refuse("rms, held_out_rms and views must be numbers")
         return cls(**values)

@@ -1,4 +1,4 @@
-"""The page that tells a person whether a calibration is good, and what the numbers mean.
+"""Calibration report: an HTML page that says whether a calibration is good, and what the numbers mean.
 
 Knows results and how to draw them. Measures nothing.
 """
@@ -73,22 +73,26 @@ def write(
     hand: HandEyeResult | None = None,
     poses: Sequence[Float] = (),
 ) -> str:
-    """The page as HTML in one file. poses: base_T_flange of the hand-eye views."""  # fmt: skip
+    """The page as HTML in one file. poses: base_T_flange of the hand-eye views."""
     from calibration.geometry import difference
 
     model = calibration.model
-    names = ["fx", "fy", "cx", "cy", *(f"distortion {i + 1}" for i in range(len(model.distortion)))]
+    names = ["fx", "fy", "cx", "cy", *(f"distortion {index + 1}" for index in range(len(model.distortion)))]
     values = [model.fx, model.fy, model.cx, model.cy, *model.distortion]
     deviations = list(model.deviations) or [float("nan")] * len(values)
-    rows = [
+    lens_rows = [
         ("held-out error", f"{calibration.held_out_rms:.3f} px", "below 0.3 px is good, above 1 px something is wrong"),
         ("error of the views used", f"{calibration.rms:.3f} px", f"{calibration.views} views"),
     ]
-    rows += [
-        (n, f"{v:.6g} ± {2 * d:.2g}", "px; ± is two standard deviations" if i < 4 else model.model)
-        for i, (n, v, d) in enumerate(zip(names, values, deviations, strict=True))
+    lens_rows += [
+        (
+            parameter,
+            f"{value:.6g} ± {2 * deviation:.2g}",
+            "px; ± is two standard deviations" if index < 4 else model.model,
+        )
+        for index, (parameter, value, deviation) in enumerate(zip(names, values, deviations, strict=True))
     ]
-    good, verdict = judge(calibration)
+    is_good, verdict = judge(calibration)
     pictures: dict[str, str] = {}
     if lens is not None:
         pictures |= {"coverage": _uri(_coverage(lens)), "residuals": _uri(_residuals(lens))}
@@ -96,15 +100,17 @@ def write(
         pictures["poses"] = _uri(_poses(hand, poses))
     solvers = []
     if hand is not None:
-        for name, x in hand.solvers.items():
-            d = difference(hand.camera, x)
-            solvers.append((name, f"{1e3 * np.linalg.norm(d[3:]):.2f}", f"{np.degrees(np.linalg.norm(d[:3])):.3f}"))
+        for name, solver_pose in hand.solvers.items():
+            deviation = difference(hand.camera, solver_pose)
+            solvers.append(
+                (name, f"{1e3 * np.linalg.norm(deviation[3:]):.2f}", f"{np.degrees(np.linalg.norm(deviation[:3])):.3f}")
+            )
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(PAGE).render(
         c=calibration,
-        colour="#2f8132" if good else "#ba2525",
+        colour="#2f8132" if is_good else "#ba2525",
         verdict=verdict,
-        lens=rows,
+        lens=lens_rows,
         warnings=lens.warnings if lens else (),
         mount=_mount(calibration),
         mounting=_words(calibration),
@@ -115,15 +121,16 @@ def write(
 
 
 def judge(calibration: Calibration) -> tuple[bool, str]:
-    """Whether it may be used, and why, in one sentence."""
+    """Whether a calibration may be used, and why, in one sentence."""
     problems = []
+    # Written as "not below", so that NaN counts as a problem.
     if not calibration.held_out_rms < 0.5:
         problems.append(f"pictures that the estimate had not seen are off by {calibration.held_out_rms:.2f} px")
     mount = calibration.mount
     if mount is not None:
-        position = 1e3 * float(np.sqrt(np.trace(np.reshape(mount.covariance, (6, 6))[3:, 3:])))
-        if position > 3:
-            problems.append(f"the camera's place is only known to {position:.1f} mm")
+        position_mm = 1e3 * float(np.sqrt(np.trace(np.reshape(mount.covariance, (6, 6))[3:, 3:])))
+        if position_mm > 3:
+            problems.append(f"the camera's place is only known to {position_mm:.1f} mm")
         if not mount.held_out_position < 0.006:
             problems.append(f"new views put the board {1e3 * mount.held_out_position:.1f} mm elsewhere")
     if problems:
@@ -143,28 +150,42 @@ def _mount(calibration: Calibration) -> list[tuple[str, str, str]]:
     mount = calibration.mount
     if mount is None:
         return []
-    deviation = np.sqrt(np.diag(np.reshape(mount.covariance, (6, 6))))
+    deviations = np.sqrt(np.diag(np.reshape(mount.covariance, (6, 6))))
     return [
-        ("position", ", ".join(f"{1e3 * x:.2f}" for x in mount.position) + " mm", f"{mount.child} in {mount.parent}"),
-        ("its uncertainty", ", ".join(f"{2e3 * x:.2f}" for x in deviation[3:]) + " mm",
-         "two standard deviations along the camera's right, down and ahead"),
-        ("orientation", ", ".join(f"{x:.6f}" for x in mount.orientation), "quaternion x y z w"),
-        ("its uncertainty", ", ".join(f"{2 * np.degrees(x):.3f}" for x in deviation[:3]) + " degrees",
-         "two standard deviations"),
+        (
+            "position",
+            ", ".join(f"{1e3 * number:.2f}" for number in mount.position) + " mm",
+            f"{mount.child} in {mount.parent}",
+        ),
+        (
+            "its uncertainty",
+            ", ".join(f"{2e3 * number:.2f}" for number in deviations[3:]) + " mm",
+            "two standard deviations along the camera's right, down and ahead",
+        ),
+        ("orientation", ", ".join(f"{number:.6f}" for number in mount.orientation), "quaternion x y z w"),
+        (
+            "its uncertainty",
+            ", ".join(f"{2 * np.degrees(number):.3f}" for number in deviations[:3]) + " degrees",
+            "two standard deviations",
+        ),
         ("views", str(mount.poses), ""),
         ("reprojection error", f"{mount.rms:.3f} px", "with the robot's own pose errors estimated"),
-        ("held-out error", f"{mount.held_out_pixels:.2f} px, {1e3 * mount.held_out_position:.2f} mm, "
-         f"{np.degrees(mount.held_out_rotation):.3f} degrees", "cross-validated, with poses as the robot tells them"),
-    ]  # fmt: skip
+        (
+            "held-out error",
+            f"{mount.held_out_pixels:.2f} px, {1e3 * mount.held_out_position:.2f} mm, "
+            f"{np.degrees(mount.held_out_rotation):.3f} degrees",
+            "cross-validated, with poses as the robot tells them",
+        ),
+    ]
 
 
 def _coverage(lens: IntrinsicsResult) -> Figure:
     figure = Figure(figsize=(5.5, 3.6), dpi=110)
     axes = figure.subplots()
-    image = axes.imshow(
+    heat_map = axes.imshow(
         lens.coverage.counts, cmap="Blues", vmin=0, extent=(0, lens.camera.width, lens.camera.height, 0)
     )
-    figure.colorbar(image, ax=axes, label="views with corners there")
+    figure.colorbar(heat_map, ax=axes, label="views with corners there")
     axes.set(xlabel="px", ylabel="px")
     return figure
 
@@ -176,18 +197,34 @@ def _residuals(lens: IntrinsicsResult) -> Figure:
         if view.used or view.held_out:
             colour = "#d64545" if view.held_out else "#2680c2"
             cloud.plot(view.residual[:, 0], view.residual[:, 1], ".", markersize=2, color=colour)
-    limit = max(0.05, *(float(np.abs(v.residual).max()) for v in lens.views if v.used))
-    cloud.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="px across", ylabel="px down", aspect="equal")
-    shown = [v for v in lens.views if v.used or v.held_out]
-    points, residual = (np.concatenate([getattr(v, n) for v in shown]) for n in ("points", "residual"))
+    axis_limit = max(0.05, *(float(np.abs(view.residual).max()) for view in lens.views if view.used))
+    cloud.set(
+        xlim=(-axis_limit, axis_limit),
+        ylim=(-axis_limit, axis_limit),
+        xlabel="px across",
+        ylabel="px down",
+        aspect="equal",
+    )
+    shown_views = [view for view in lens.views if view.used or view.held_out]
+    points, residual = (
+        np.concatenate([getattr(view, attribute) for view in shown_views]) for attribute in ("points", "residual")
+    )
     cells = np.array([12, 9])
-    at = np.clip((points * cells / [lens.camera.width, lens.camera.height]).astype(int), 0, cells - 1)
-    index = at[:, 1] * cells[0] + at[:, 0]
-    middle = np.array([[points[index == k].mean(0), residual[index == k].mean(0)] for k in np.unique(index)])
-    drawn = arrows.quiver(*middle[:, 0].T, *middle[:, 1].T, color="#2680c2", angles="xy")
-    arrows.quiverkey(drawn, 0.8, 1.05, 0.05, "0.05 px", labelpos="E")
+    cell_of_point = np.clip((points * cells / [lens.camera.width, lens.camera.height]).astype(int), 0, cells - 1)
+    cell_index = cell_of_point[:, 1] * cells[0] + cell_of_point[:, 0]
+    # (cells, 2, 2) px: mean position and mean residual per cell, so that a pattern shows where single residuals are
+    # noise.
+    cell_means = np.array(
+        [[points[cell_index == cell].mean(0), residual[cell_index == cell].mean(0)] for cell in np.unique(cell_index)]
+    )
+    quiver = arrows.quiver(*cell_means[:, 0].T, *cell_means[:, 1].T, color="#2680c2", angles="xy")
+    arrows.quiverkey(quiver, 0.8, 1.05, 0.05, "0.05 px", labelpos="E")
     arrows.set(xlim=(0, lens.camera.width), ylim=(lens.camera.height, 0), xlabel="mean error by place")
-    bars.bar(range(len(shown)), [v.rms for v in shown], color=["#d64545" if v.held_out else "#2680c2" for v in shown])
+    bars.bar(
+        range(len(shown_views)),
+        [view.rms for view in shown_views],
+        color=["#d64545" if view.held_out else "#2680c2" for view in shown_views],
+    )
     bars.set(xlabel="view (red: held out)", ylabel="error in px")
     return figure
 
@@ -196,30 +233,32 @@ def _poses(hand: HandEyeResult, poses: Sequence[Float]) -> Figure:
     from scipy.spatial.transform import Rotation
 
     figure = Figure(figsize=(9.0, 3.6), dpi=110)
-    turns, errors = figure.subplots(1, 2)
-    used = [poses[i] for i in hand.used]
-    middle = Rotation.from_matrix([p[:3, :3] for p in used]).mean()
-    away = np.degrees((middle.inv() * Rotation.from_matrix([p[:3, :3] for p in used])).as_rotvec())
-    turns.plot(away[:, 0], away[:, 1], "o", color="#2680c2")
-    turns.set(xlabel="turned about x, degrees", ylabel="turned about y, degrees", aspect="equal")
-    errors.bar(range(len(used)), 1e3 * np.linalg.norm(hand.errors[:, 3:], axis=1), color="#2680c2")
-    errors.set(xlabel="view", ylabel="estimated error of the robot's pose, mm")
+    turn_axes, error_axes = figure.subplots(1, 2)
+    used_poses = [poses[view] for view in hand.used]
+    mean_rotation = Rotation.from_matrix([pose[:3, :3] for pose in used_poses]).mean()
+    turned_deg = np.degrees(
+        (mean_rotation.inv() * Rotation.from_matrix([pose[:3, :3] for pose in used_poses])).as_rotvec()
+    )
+    turn_axes.plot(turned_deg[:, 0], turned_deg[:, 1], "o", color="#2680c2")
+    turn_axes.set(xlabel="turned about x, degrees", ylabel="turned about y, degrees", aspect="equal")
+    error_axes.bar(range(len(used_poses)), 1e3 * np.linalg.norm(hand.errors[:, 3:], axis=1), color="#2680c2")
+    error_axes.set(xlabel="view", ylabel="estimated error of the robot's pose, mm")
     return figure
 
 
 def _uri(figure: Figure) -> str:
     FigureCanvasAgg(figure)
     figure.tight_layout()
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    png_buffer = io.BytesIO()
+    figure.savefig(png_buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(png_buffer.getvalue()).decode()
 
 
 def as_dict(lens: IntrinsicsResult | None, hand: HandEyeResult | None) -> dict[str, Any]:
     """For JSON: what a script wants to know."""
-    out: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if lens is not None:
-        out |= {
+        fields |= {
             "model": lens.camera.to_dict(),
             "rms": lens.rms,
             "held_out_rms": lens.held_out_rms,
@@ -227,7 +266,7 @@ def as_dict(lens: IntrinsicsResult | None, hand: HandEyeResult | None) -> dict[s
             "warnings": list(lens.warnings),
         }
     if hand is not None:
-        out |= {
+        fields |= {
             "mounting": hand.mounting,
             "camera": hand.camera.tolist(),
             "deviations": hand.deviations.tolist(),
@@ -239,4 +278,4 @@ def as_dict(lens: IntrinsicsResult | None, hand: HandEyeResult | None) -> dict[s
             },
             "rejected_poses": hand.rejected,
         }
-    return out
+    return fields

@@ -1,4 +1,4 @@
-"""How far one signal lags behind another: commands and motion, a light and its picture.
+"""Time lag between two signals by cross-correlation: commands and motion, a light and its image.
 
 Knows samples with times. Knows neither robot nor camera.
 """
@@ -15,7 +15,12 @@ from agent.errors import RatchetError
 
 @dataclass(frozen=True)
 class Lag:
-    """seconds: how much later the second signal is. correlation: at that lag, in [-1, 1]; its sign is the signal's."""
+    """Delay between two signals.
+
+    Attributes:
+        seconds: how much later the second signal is.
+        correlation: at that lag, in [-1, 1]; its sign is the signal's.
+    """
 
     seconds: float
     correlation: float
@@ -35,35 +40,40 @@ def lag(
 
     Raises:
         RatchetError: check.no_signal where either does not change; check.no_lag where they do not resemble each other.
-    """  # fmt: skip
-    a_times = np.asarray(times, float)
-    b_times = np.asarray(later_times, float)
-    a = np.asarray(signal, float)
-    b = np.asarray(later, float)
-    if min(len(a), len(b)) < 8 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    """
+    first_times = np.asarray(times, float)
+    second_times = np.asarray(later_times, float)
+    first_values = np.asarray(signal, float)
+    second_values = np.asarray(later, float)
+    if min(len(first_values), len(second_values)) < 8 or np.ptp(first_values) == 0 or np.ptp(second_values) == 0:
         raise RatchetError("check.no_signal", "one of the signals does not change", fix="repeat with a clear motion")
-    step = min(float(np.median(np.diff(a_times))), float(np.median(np.diff(b_times)))) / 8
-    start = max(a_times[0], b_times[0] - longest)
-    end = min(a_times[-1], b_times[-1])
-    grid = np.arange(start, end, step)
-    first = np.interp(grid, a_times, a)
-    first = (first - first.mean()) / (first.std() + 1e-12)
-    lags = np.arange(0, int(longest / step) + 1)
+    # An eighth of the shorter sampling interval; the parabola below places the peak between grid points.
+    step_s = min(float(np.median(np.diff(first_times))), float(np.median(np.diff(second_times)))) / 8
+    start_s = max(first_times[0], second_times[0] - longest)
+    end_s = min(first_times[-1], second_times[-1])
+    grid_s = np.arange(start_s, end_s, step_s)
+    first_sampled = np.interp(grid_s, first_times, first_values)
+    first_sampled = (first_sampled - first_sampled.mean()) / (first_sampled.std() + 1e-12)
+    lags = np.arange(0, int(longest / step_s) + 1)
     scores = np.empty(len(lags))
-    for i, k in enumerate(lags):
-        second = np.interp(grid + k * step, b_times, b)
-        spread = second.std()
-        scores[i] = float((first * (second - second.mean())).mean() / (spread + 1e-12)) if spread > 0 else 0.0
-    best = int(np.abs(scores).argmax())
-    place = float(best)
-    if 0 < best < len(lags) - 1:
-        left, middle, right = np.abs(scores[best - 1 : best + 2])
-        curve = left - 2 * middle + right
-        place += 0.0 if curve == 0 else float(0.5 * (left - right) / curve)
-    if abs(scores[best]) < 0.5:
+    for index, shift in enumerate(lags):
+        second_sampled = np.interp(grid_s + shift * step_s, second_times, second_values)
+        second_std = second_sampled.std()
+        scores[index] = (
+            float((first_sampled * (second_sampled - second_sampled.mean())).mean() / (second_std + 1e-12))
+            if second_std > 0
+            else 0.0
+        )
+    best_index = int(np.abs(scores).argmax())
+    peak_index = float(best_index)
+    if 0 < best_index < len(lags) - 1:
+        score_before, score_at_peak, score_after = np.abs(scores[best_index - 1 : best_index + 2])
+        curvature = score_before - 2 * score_at_peak + score_after
+        peak_index += 0.0 if curvature == 0 else float(0.5 * (score_before - score_after) / curvature)
+    if abs(scores[best_index]) < 0.5:
         raise RatchetError(
             "check.no_lag",
-            f"the signals resemble each other by {abs(scores[best]):.2f} only",
+            f"the signals resemble each other by {abs(scores[best_index]):.2f} only",
             fix="repeat with a larger motion and nothing else moving",
         )
-    return Lag(max(place, 0.0) * step, float(scores[best]))
+    return Lag(max(peak_index, 0.0) * step_s, float(scores[best_index]))

@@ -1,4 +1,4 @@
-"""A folder of calibrations, each under the id of its content, with the pictures it was made from.
+"""Calibration store: a folder of calibrations, each under the id of its content, with its images.
 
 Knows files: a calibration is there as a whole or not at all, and is checked when it is read.
 
@@ -43,33 +43,35 @@ class CalibrationStore:
         Raises:
             RatchetError: calibration.bad_name, calibration.not_written; nothing is left behind then.
         """
-        bad = next((name for name in (*images, calibration.camera) if not NAME.fullmatch(name)), None)
-        if bad is not None:
-            raise RatchetError("calibration.bad_name", f"{bad!r} is no name", fix="letters, digits, . _ -")
-        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(images.items())}
-        full = replace(calibration, images=hashes)
-        target = self.root / full.id
-        if target.is_dir():
-            return full
-        scratch = self.root / f".{uuid.uuid4().hex}"
+        bad_name = next((name for name in (*images, calibration.camera) if not NAME.fullmatch(name)), None)
+        if bad_name is not None:
+            raise RatchetError("calibration.bad_name", f"{bad_name!r} is not a name", fix="use letters, digits, . _ -")
+        hashes = {name: hashlib.sha256(file_bytes).hexdigest() for name, file_bytes in sorted(images.items())}
+        complete = replace(calibration, images=hashes)
+        final_folder = self.root / complete.id
+        if final_folder.is_dir():
+            return complete
+        scratch_folder = self.root / f".{uuid.uuid4().hex}"
         try:
-            (scratch / "images").mkdir(parents=True)
-            for name, data in images.items():
-                _write(scratch / "images" / name, data)
-            text = yaml.safe_dump(full.to_dict(), sort_keys=False, allow_unicode=True)
-            _write(scratch / FILE, f"# id {full.id}\n{text}".encode())
+            (scratch_folder / "images").mkdir(parents=True)
+            for name, file_bytes in images.items():
+                _write(scratch_folder / "images" / name, file_bytes)
+            yaml_text = yaml.safe_dump(complete.to_dict(), sort_keys=False, allow_unicode=True)
+            _write(scratch_folder / FILE, f"# id {complete.id}\n{yaml_text}".encode())
             if report is not None:
-                _write(scratch / "report.html", report(full).encode())
-            sync_folder(scratch / "images")
-            sync_folder(scratch)
-            scratch.rename(target)
+                _write(scratch_folder / "report.html", report(complete).encode())
+            # Content first, then the folders, then the rename: after a power cut the calibration is there whole or
+            # not at all.
+            sync_folder(scratch_folder / "images")
+            sync_folder(scratch_folder)
+            scratch_folder.rename(final_folder)
             sync_folder(self.root)
         except OSError as error:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(scratch_folder, ignore_errors=True)
             raise RatchetError(
                 "calibration.not_written", str(error), where=str(self.root), fix="make room, or name another folder"
             ) from None
-        return full
+        return complete
 
     def resolve(self, reference: str) -> str:
         """The id that starts so, or the newest of the camera of this name.
@@ -78,14 +80,14 @@ class CalibrationStore:
             RatchetError: calibration.unknown, calibration.ambiguous.
         """
         ids = self.ids()
-        found = [i for i in ids if len(reference) >= 6 and i.startswith(reference)]
-        if len(found) == 1:
-            return found[0]
-        if len(found) > 1:
-            raise RatchetError("calibration.ambiguous", f"{len(found)} calibrations start with {reference}")
-        named = [c for c in map(self.load, ids) if c.camera == reference]
-        if named:
-            return max(named, key=lambda c: c.date).id
+        matching_ids = [identity for identity in ids if len(reference) >= 6 and identity.startswith(reference)]
+        if len(matching_ids) == 1:
+            return matching_ids[0]
+        if len(matching_ids) > 1:
+            raise RatchetError("calibration.ambiguous", f"{len(matching_ids)} calibrations start with {reference}")
+        of_camera = [calibration for calibration in map(self.load, ids) if calibration.camera == reference]
+        if of_camera:
+            return max(of_camera, key=lambda calibration: calibration.date).id
         raise RatchetError(
             "calibration.unknown",
             f"no calibration '{reference}'",
@@ -96,7 +98,9 @@ class CalibrationStore:
     def ids(self) -> list[str]:
         if not self.root.is_dir():
             return []
-        return sorted(p.name for p in self.root.iterdir() if len(p.name) == 64 and (p / FILE).is_file())
+        return sorted(
+            folder.name for folder in self.root.iterdir() if len(folder.name) == 64 and (folder / FILE).is_file()
+        )
 
     def load(self, identity: str) -> Calibration:
         """A calibration whose content has this id, pictures included.
@@ -104,25 +108,25 @@ class CalibrationStore:
         Raises:
             RatchetError: calibration.unknown, calibration.bad_file, calibration.changed where file and id disagree.
         """
-        path = self.root / identity / FILE
-        if not path.is_file():
-            raise RatchetError("calibration.unknown", "no such calibration", where=str(path))
+        record_path = self.root / identity / FILE
+        if not record_path.is_file():
+            raise RatchetError("calibration.unknown", "no such calibration", where=str(record_path))
         try:
-            raw = yaml.safe_load(path.read_text())
+            record_fields = yaml.safe_load(record_path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RatchetError("calibration.bad_file", str(error).splitlines()[0], where=str(path)) from None
-        calibration = Calibration.from_dict(raw, str(path))
+            raise RatchetError("calibration.bad_file", str(error).splitlines()[0], where=str(record_path)) from None
+        calibration = Calibration.from_dict(record_fields, str(record_path))
         if calibration.id != identity:
             raise RatchetError(
                 "calibration.changed",
-                "the numbers are not those that were measured",
-                where=str(path),
+                "the content does not have this id: the file was changed after it was stored",
+                where=str(record_path),
                 fix="restore the file, or calibrate again; a calibration is never edited",
             )
-        for name, wanted in calibration.images.items():
-            picture = path.parent / "images" / name
-            if not picture.is_file() or hashlib.sha256(picture.read_bytes()).hexdigest() != wanted:
-                raise RatchetError("calibration.changed", "a picture is missing or another one", where=str(picture))
+        for name, expected_hash in calibration.images.items():
+            image_path = record_path.parent / "images" / name
+            if not image_path.is_file() or hashlib.sha256(image_path.read_bytes()).hexdigest() != expected_hash:
+                raise RatchetError("calibration.changed", "image missing or hash mismatch", where=str(image_path))
         return calibration
 
     def images(self, identity: str) -> dict[str, bytes]:
@@ -132,7 +136,7 @@ class CalibrationStore:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("wb") as open_file:
+        open_file.write(data)
+        open_file.flush()
+        os.fsync(open_file.fileno())
