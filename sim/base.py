@@ -1,4 +1,4 @@
-"""TaskEnv: one simulated task in one process, the unit that workers host and robots wrap.
+"""TaskEnv and Expert interfaces: one simulated task in one process, which workers host and robots wrap.
 
 Knows one task, its initial states, control steps in physical units and frames rendered on demand.
 Knows no vectorisation, no policy and no learning.
@@ -20,12 +20,13 @@ from agent.records import Float32, UInt8
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What there is to know about a task without building it.
+    """Description of a task, available without building it.
 
-    suite, name: registry names, such as "libero_object" and its task's name.
-    instruction: the task in words, as the policy hears it.
-    train_states, evaluation_states: ids of initial states; the two never overlap.
-    horizon: control steps before an attempt counts as failed.
+    Attributes:
+        suite, name: registry names, such as "libero_object" and its task's name.
+        instruction: the task in words, as the policy receives it.
+        train_states, evaluation_states: ids of initial states; the two never overlap.
+        horizon: control steps before an attempt counts as failed.
     """
 
     suite: str
@@ -71,8 +72,10 @@ class TaskEnv(ABC):
         """(H, W, 3) uint8 RGB, upright, at the contract's size. camera: a contract camera's name."""
 
     def scene(self) -> Float32:
-        """(P,) float32: where the task's objects and goal are, metres, world frame. Privileged: a target for the eyes
-        in a pretraining, never an input of a policy. Empty where the simulator does not tell."""
+        """(P,) float32 m, world frame: positions of the task's objects and goal; empty where the simulator has none.
+
+        Privileged: a target of auxiliary localisation in pretraining, never an input of a policy.
+        """
         return np.zeros(0, np.float32)
 
     @abstractmethod

@@ -1,7 +1,7 @@
-"""A simulated arm that looks at a calibration board, behind the Robot protocol: nothing of it is known but by looking.
+"""BoardArm: a simulated arm with a camera and a calibration board, behind the Robot protocol.
 
-Knows a board in MuJoCo, a camera with a true place, and an arm that goes where it is told and tells its pose with the
-errors of a real one. Knows no estimate.
+Knows a board in MuJoCo, a camera at a true pose, and an arm that moves exactly as commanded and reports its pose with
+a real one's errors. Knows no estimate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CAMERA = "camera"
 class BoardArm:
     """A Cartesian arm with LIBERO's contract and one camera, in the hand or beside the arm.
 
-    position_error: m, rotation_error: rad: deviations of the pose that it tells at each place.
+    position_error: m, rotation_error: rad: standard deviations of the reported pose, drawn anew after each motion.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class BoardArm:
         self.mounting = mounting
         self._generator = np.random.default_rng(seed)
         self._errors = np.repeat([rotation_error, position_error], 3)
-        base = registry.contract_for("libero_object")
-        spec = CameraSpec(CAMERA, camera.width, camera.height)
-        self._contract = dataclasses.replace(base, name="board-arm", cameras=(spec,), simulator=None)
+        base_contract = registry.contract_for("libero_object")
+        camera_spec = CameraSpec(CAMERA, camera.width, camera.height)
+        self._contract = dataclasses.replace(base_contract, name="board-arm", cameras=(camera_spec,), simulator=None)
         self._scene = BoardScene(board, camera)
         self._look = look or Look()
-        middle = transform(np.eye(3), np.array([*board.size, 0.0]) / 2)
-        ahead = transform(Rotation.from_euler("xyz", [0.15, -0.1, 0.2]).as_matrix(), np.array([0.0, 0.0, 0.42]))
-        down = Rotation.from_euler("xyz", [np.pi, 0.0, 0.0]).as_matrix()
-        self._hand = transform(down, np.array([-0.05, 0.0, 0.5]))  # base_T_flange
+        board_centre = transform(np.eye(3), np.array([*board.size, 0.0]) / 2)
+        board_ahead = transform(Rotation.from_euler("xyz", [0.15, -0.1, 0.2]).as_matrix(), np.array([0.0, 0.0, 0.42]))
+        hand_down = Rotation.from_euler("xyz", [np.pi, 0.0, 0.0]).as_matrix()
+        self._hand = transform(hand_down, np.array([-0.05, 0.0, 0.5]))  # base_T_flange
         if mounting == "eye_in_hand":
             self.truth = transform(Rotation.from_rotvec([0.05, -0.03, 0.1]).as_matrix(), np.array([0.04, -0.03, 0.05]))
-            self._other = self._hand @ self.truth @ ahead @ inverse(middle)  # base_T_board
+            self._other = self._hand @ self.truth @ board_ahead @ inverse(board_centre)  # base_T_board
         else:
-            self._other = transform(np.eye(3), np.array([0.0, 0.02, 0.06])) @ inverse(middle)  # flange_T_board
-            self.truth = self._hand @ self._other @ middle @ inverse(ahead)  # base_T_camera
+            self._other = transform(np.eye(3), np.array([0.0, 0.02, 0.06])) @ inverse(board_centre)  # flange_T_board
+            self.truth = self._hand @ self._other @ board_centre @ inverse(board_ahead)  # base_T_camera
         self._told = self._hand
         self._steps = 0
         self._tell()
@@ -72,21 +72,21 @@ class BoardArm:
 
     def observe(self, cameras: bool = True) -> Observation:
         images = {CAMERA: self._photograph()} if cameras else {}
-        turn = Rotation.from_matrix(self._told[:3, :3]).as_rotvec()
-        state = {s.name: np.zeros(s.size, np.float32) for s in self._contract.state}
+        rotation_vector = Rotation.from_matrix(self._told[:3, :3]).as_rotvec()
+        state = {field.name: np.zeros(field.size, np.float32) for field in self._contract.state}
         state["eef_position"] = self._told[:3, 3].astype(np.float32)
-        state["eef_rotation"] = turn.astype(np.float32)
+        state["eef_rotation"] = rotation_vector.astype(np.float32)
         return Observation(images, state, "look at the board", self._steps / self._contract.control_hz, self._steps)
 
     def act(self, action: Float32) -> None:
-        values = np.asarray(action, float)
-        if values.shape != (self._contract.action.size,) or not np.isfinite(values).all():
+        command = np.asarray(action, float)
+        if command.shape != (self._contract.action.size,) or not np.isfinite(command).all():
             raise RatchetError("robot.bad_action", "not one finite value per dimension", where=self._contract.name)
         self._steps += 1
-        if not values[:6].any():
-            return  # it stands still, and tells the same pose again
-        turn = Rotation.from_rotvec(values[3:6]).as_matrix()
-        self._hand = transform(turn @ self._hand[:3, :3], self._hand[:3, 3] + values[:3])
+        if not command[:6].any():
+            return  # it stands still, and reports the same pose again
+        rotation_step = Rotation.from_rotvec(command[3:6]).as_matrix()
+        self._hand = transform(rotation_step @ self._hand[:3, :3], self._hand[:3, 3] + command[:3])
         self._tell()
 
     def hold(self) -> None:
@@ -100,7 +100,7 @@ class BoardArm:
 
     def _photograph(self) -> np.ndarray:
         if self.mounting == "eye_in_hand":
-            pose: Float = inverse(self.truth) @ inverse(self._hand) @ self._other
+            board_in_camera: Float = inverse(self.truth) @ inverse(self._hand) @ self._other
         else:
-            pose = inverse(self.truth) @ self._hand @ self._other
-        return self._scene.photograph(pose, self._look, self._generator)
+            board_in_camera = inverse(self.truth) @ self._hand @ self._other
+        return self._scene.photograph(board_in_camera, self._look, self._generator)

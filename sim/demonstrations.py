@@ -26,9 +26,11 @@ from sim.base import Expert, TaskEnv
 class NoiseConfig:
     """Bursts of random motion.
 
-    probability: chance per control step that a burst begins; length: steps of a burst, drawn from 1..length.
-    scale: size of the random displacement as a share of each dimension's range; grip_flip: chance that a burst also
-        inverts the gripper command.
+    Attributes:
+        probability: chance per control step that a burst begins.
+        length: steps of a burst, drawn from 1..length.
+        scale: size of the random displacement as a share of each dimension's range.
+        grip_flip: chance that a burst also inverts the gripper command.
     """
 
     probability: float = 0.08
@@ -60,7 +62,11 @@ class Demonstrations:
         return len(self.task)
 
     def save(self, path: Path) -> None:
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tasks", "instructions")}
+        arrays = {
+            field_spec.name: getattr(self, field_spec.name)
+            for field_spec in fields(self)
+            if field_spec.name not in ("tasks", "instructions")
+        }
         save_file(arrays, path, metadata={"tasks": "\n".join(self.tasks), "text": "\n".join(self.instructions)})
 
     @classmethod
@@ -68,8 +74,10 @@ class Demonstrations:
         """Raises RatchetError learn.not_demonstrations for any file that `save` did not write."""
         try:
             with safe_open(path, "np") as file:
-                meta = file.metadata() or {}
-            return cls(**load_file(path), tasks=meta["tasks"].split("\n"), instructions=meta["text"].split("\n"))
+                metadata = file.metadata() or {}
+            return cls(
+                **load_file(path), tasks=metadata["tasks"].split("\n"), instructions=metadata["text"].split("\n")
+            )
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             raise RatchetError(
                 "learn.not_demonstrations",
@@ -80,17 +88,17 @@ class Demonstrations:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Demonstrations]) -> Demonstrations:
-        tasks = [t for p in parts for t in p.tasks]
-        offsets = np.cumsum([0, *(len(p.tasks) for p in parts[:-1])])
+        tasks = [name for part in parts for name in part.tasks]
+        offsets = np.cumsum([0, *(len(part.tasks) for part in parts[:-1])])
         return cls(
-            images=np.concatenate([p.images for p in parts]),
-            state=np.concatenate([p.state for p in parts]),
-            actions=np.concatenate([p.actions for p in parts]),
-            task=np.concatenate([p.task + o for p, o in zip(parts, offsets, strict=True)]),
-            start=np.concatenate([p.start for p in parts]),
-            scene=np.concatenate([p.scene for p in parts]),
+            images=np.concatenate([part.images for part in parts]),
+            state=np.concatenate([part.state for part in parts]),
+            actions=np.concatenate([part.actions for part in parts]),
+            task=np.concatenate([part.task + offset for part, offset in zip(parts, offsets, strict=True)]),
+            start=np.concatenate([part.start for part in parts]),
+            scene=np.concatenate([part.scene for part in parts]),
             tasks=tasks,
-            instructions=[t for p in parts for t in p.instructions],
+            instructions=[name for part in parts for name in part.instructions],
         )
 
 
@@ -108,63 +116,79 @@ def demonstrate(
 ) -> Demonstrations:
     """Run the expert from each initial state and cut samples from the attempts that succeeded.
 
-    states: a state that is named again is run again with other noise.
-    stride: control steps between samples; frames are rendered for these alone.
+    Args:
+        states: a state that is named again is run again with other noise.
+        stride: control steps between samples; frames are rendered for these alone.
     """
     samples: dict[str, list[np.ndarray]] = {"images": [], "state": [], "actions": [], "start": [], "scene": []}
-    low = np.array([d.low for d in env.contract.action.dims], np.float32)
-    high = np.array([d.high for d in env.contract.action.dims], np.float32)
-    names = [d.name for d in env.contract.action.dims]
-    middle = (low + high) / 2
-    grip = names.index(env.contract.action.gripper.dim) if env.contract.action.gripper else None
-    runs: Counter[int] = Counter()
-    for initial in states:
-        rng = np.random.default_rng([seed, initial, *([runs[initial]] if runs[initial] else [])])
-        runs[initial] += 1
-        env.reset(initial)
+    low_limits = np.array([dim.low for dim in env.contract.action.dims], np.float32)
+    high_limits = np.array([dim.high for dim in env.contract.action.dims], np.float32)
+    dim_names = [dim.name for dim in env.contract.action.dims]
+    mid_range = (low_limits + high_limits) / 2
+    gripper_index = dim_names.index(env.contract.action.gripper.dim) if env.contract.action.gripper else None
+    run_counts: Counter[int] = Counter()
+    for initial_state in states:
+        # The first run of a state is seeded by the state alone, a repeated one also by its number.
+        generator = np.random.default_rng(
+            [seed, initial_state, *([run_counts[initial_state]] if run_counts[initial_state] else [])]
+        )
+        run_counts[initial_state] += 1
+        env.reset(initial_state)
         expert.reset(env)
         frames: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         labels: list[np.ndarray] = []
-        clean: list[bool] = []
-        burst = 0
-        push = np.zeros_like(low)
-        phase = int(rng.integers(stride))
-        for t in range(env.info.horizon):
+        undisturbed: list[bool] = []
+        burst_left = 0
+        displacement = np.zeros_like(low_limits)
+        # Samples begin at a random phase, so that no control step of the episode is systematically left out.
+        sample_phase = int(generator.integers(stride))
+        for step in range(env.info.horizon):
             action = expert.act(env)
-            if burst == 0 and rng.random() < noise.probability:
-                burst = int(rng.integers(1, noise.length + 1))
-                push = rng.uniform(-1, 1, len(low)).astype(np.float32) * noise.scale * (high - low) / 2
-                flip = rng.random() < noise.grip_flip
-            if t % stride == phase and burst == 0:
-                state = env.state()
-                frames[t] = (
-                    np.stack([env.render(c) for c in cameras]),
-                    np.concatenate([state[s] for s in state_fields]) if state_fields else np.zeros(0, np.float32),
+            if burst_left == 0 and generator.random() < noise.probability:
+                burst_left = int(generator.integers(1, noise.length + 1))
+                displacement = (
+                    generator.uniform(-1, 1, len(low_limits)).astype(np.float32)
+                    * noise.scale
+                    * (high_limits - low_limits)
+                    / 2
+                )
+                flip_gripper = generator.random() < noise.grip_flip
+            # Rendering dominates the cost, so frames are drawn for samples alone.
+            if step % stride == sample_phase and burst_left == 0:
+                state_fields_now = env.state()
+                frames[step] = (
+                    np.stack([env.render(camera) for camera in cameras]),
+                    np.concatenate([state_fields_now[field_name] for field_name in state_fields])
+                    if state_fields
+                    else np.zeros(0, np.float32),
                     env.scene(),
                 )
             labels.append(action)
-            clean.append(burst == 0)
+            undisturbed.append(burst_left == 0)
             executed = action
-            if burst:
-                executed = np.clip(action + push, low, high)
-                if grip is not None:
-                    executed[grip] = 2 * middle[grip] - action[grip] if flip else action[grip]
-                burst -= 1
+            if burst_left:
+                executed = np.clip(action + displacement, low_limits, high_limits)
+                if gripper_index is not None:
+                    executed[gripper_index] = (
+                        2 * mid_range[gripper_index] - action[gripper_index] if flip_gripper else action[gripper_index]
+                    )
+                burst_left -= 1
             env.step(executed)
             if env.success():
                 break
         if not env.success():
             continue
         # After success the arm would stay: the last action is repeated so that the final samples are whole.
-        still = labels[-1].copy()
-        labels += [still] * chunk
-        clean += [True] * chunk
-        for t, (image, state_vector, scene) in frames.items():
-            if all(clean[t : t + chunk]):
+        last_label = labels[-1].copy()
+        labels += [last_label] * chunk
+        undisturbed += [True] * chunk
+        for step, (image, state_vector, scene) in frames.items():
+            # A chunk whose labels span a burst would teach a jump that the expert never makes.
+            if all(undisturbed[step : step + chunk]):
                 samples["images"].append(image)
                 samples["state"].append(state_vector)
-                samples["actions"].append(np.stack(labels[t : t + chunk]))
-                samples["start"].append(np.int64(initial))
+                samples["actions"].append(np.stack(labels[step : step + chunk]))
+                samples["start"].append(np.int64(initial_state))
                 samples["scene"].append(scene)
     if not samples["start"]:
         raise RatchetError(
@@ -216,12 +240,14 @@ def collect(
         "noise": noise or NoiseConfig(),
         "seed": seed,
     }
-    parts = []
+    collected = []
     context = multiprocessing.get_context("spawn")
+    # Spawned, not forked: an OpenGL context does not survive a fork. Replaced after four tasks, because simulators
+    # leak.
     with context.Pool(processes, maxtasksperchild=4) as pool:
         jobs = [(suite, task, tuple(states), options) for task in tasks]
-        for part in pool.imap(_work, jobs):
-            parts.append(part)
+        for demonstrations in pool.imap(_work, jobs):
+            collected.append(demonstrations)
             if progress is not None:
-                progress(part.tasks[0], len(part))
-    return Demonstrations.concatenate(parts)
+                progress(demonstrations.tasks[0], len(demonstrations))
+    return Demonstrations.concatenate(collected)

@@ -1,6 +1,6 @@
-"""Choice of the OpenGL back end for off-screen rendering, settled before MuJoCo is imported.
+"""OpenGL back end for off-screen rendering, chosen before MuJoCo is imported.
 
-Knows the two environment variables, the shared libraries behind them and the Debian packages that hold those.
+Knows the two environment variables, the shared libraries behind them and the Debian packages that contain those.
 Knows no simulator and imports none.
 """
 
@@ -34,23 +34,26 @@ def configure_gl(backend: str | None = None) -> str:
         RatchetError: sim.bad_gl where the variables name something else or contradict each other or `backend`;
             sim.gl_too_late where MuJoCo was imported under another setting.
     """
-    settings = {name: os.environ.get(name, "").strip().lower() for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
-    wanted = backend or settings["MUJOCO_GL"] or settings["PYOPENGL_PLATFORM"] or "egl"
-    fix = "set MUJOCO_GL and PYOPENGL_PLATFORM both to egl, or both to osmesa"
-    if wanted not in _LIBRARIES:
-        raise RatchetError("sim.bad_gl", f"'{wanted}' is not an off-screen back end", where="MUJOCO_GL", fix=fix)
-    for name, value in settings.items():
-        if value and value != wanted:
-            raise RatchetError("sim.bad_gl", f"{name}={value} contradicts '{wanted}'", where=name, fix=fix)
+    settings = {
+        variable: os.environ.get(variable, "").strip().lower() for variable in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
+    }
+    chosen = backend or settings["MUJOCO_GL"] or settings["PYOPENGL_PLATFORM"] or "egl"
+    remedy = "set MUJOCO_GL and PYOPENGL_PLATFORM both to egl, or both to osmesa"
+    if chosen not in _LIBRARIES:
+        raise RatchetError("sim.bad_gl", f"'{chosen}' is not an off-screen back end", where="MUJOCO_GL", fix=remedy)
+    for variable, setting in settings.items():
+        if setting and setting != chosen:
+            raise RatchetError("sim.bad_gl", f"{variable}={setting} contradicts '{chosen}'", where=variable, fix=remedy)
+    # MuJoCo reads the variable once, while it is imported.
     if "mujoco" in sys.modules and not settings["MUJOCO_GL"]:
         raise RatchetError(
             "sim.gl_too_late",
             "mujoco was imported before the OpenGL back end was chosen",
             where="MUJOCO_GL",
-            fix=f"import sim before mujoco, or set MUJOCO_GL={wanted} in the environment",
+            fix=f"import sim before mujoco, or set MUJOCO_GL={chosen} in the environment",
         )
-    os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = wanted
-    return wanted
+    os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = chosen
+    return chosen
 
 
 def no_gl(backend: str, detail: str) -> RatchetError:
@@ -71,15 +74,15 @@ def require_gl(backend: str) -> None:
     """
     if backend in _checked:
         return
-    for names in _LIBRARIES[backend]:
-        if not any(_loads(name) for name in names):
-            raise no_gl(backend, f"{names[0]} is missing")
+    for alternatives in _LIBRARIES[backend]:
+        if not any(_loads(library) for library in alternatives):
+            raise no_gl(backend, f"{alternatives[0]} is missing")
     _checked.add(backend)
 
 
-def _loads(name: str) -> bool:
+def _loads(library: str) -> bool:
     try:
-        ctypes.CDLL(name)
+        ctypes.CDLL(library)
     except OSError:
         return False
     return True

@@ -67,16 +67,16 @@ class LiberoTaskEnv(TaskEnv):
         self.contract = contract if contract is not None else RobotContract.load(CONTRACT)
         self._settle = _check_contract(self.contract)
         dims = self.contract.action.dims
-        self._low = np.array([d.low for d in dims], dtype=np.float32)
-        self._high = np.array([d.high for d in dims], dtype=np.float32)
+        self._low = np.array([dim.low for dim in dims], dtype=np.float32)
+        self._high = np.array([dim.high for dim in dims], dtype=np.float32)
         # Division in float32: 0.05 m is then exactly command 1.0.
-        self._scale = np.array([d.command_scale for d in dims], dtype=np.float32)
+        self._scale = np.array([dim.command_scale for dim in dims], dtype=np.float32)
         gripper = self.contract.action.gripper
         assert gripper is not None  # _check_contract
         self._gripper_middle = (gripper.open + gripper.closed) / 2
         self._gripper_polarity = math.copysign(1.0, gripper.closed - gripper.open)
         self._states = initial_states(suite, task)
-        # A moved camera needs no model of its own.
+        # A moved camera changes only the contract, so the unperturbed model is shared.
         self._perturbation = "" if perturbation == "camera" else perturbation
         self._compiled: CompiledTask | None = acquire(suite, task, self._perturbation)
         compiled = self._compiled
@@ -87,7 +87,7 @@ class LiberoTaskEnv(TaskEnv):
         self._clock = ObservationClock(1.0 / CONTROL_HZ, compiled.timestep)
         self._frames: dict[str, UInt8] = {}
         try:
-            self._cameras = {c.name: _camera_id(compiled.model, c.source) for c in self.contract.cameras}
+            self._cameras = {camera.name: _camera_id(compiled.model, camera.source) for camera in self.contract.cameras}
             self.reset(0)
         except RatchetError:
             self.close()
@@ -125,21 +125,24 @@ class LiberoTaskEnv(TaskEnv):
                 fix=f"ids go from 0 to {len(self._states) - 1}",
             )
         model = compiled.model
-        state = self._states[initial_state]
+        state_vector = self._states[initial_state]
         mujoco.mj_resetData(model, data)
+        # The state right after the benchmark's own reset, solver's warm start included; the initial state then
+        # replaces positions and velocities.
         mujoco.mj_setState(model, data, compiled.start, INTEGRATION)
-        data.time = state[0]
-        data.qpos[:] = state[1 : 1 + model.nq]
-        data.qvel[:] = state[1 + model.nq :]
+        data.time = state_vector[0]
+        data.qpos[:] = state_vector[1 : 1 + model.nq]
+        data.qvel[:] = state_vector[1 + model.nq :]
         mujoco.mj_forward(model, data)
         self._osc.reset()
         self._clock.reset()
         self._site_rgba = compiled.lights(data, compiled.site_rgba)
         self._sample(data.qpos.copy(), self._site_rgba)
-        rest = np.zeros(_COMMANDS)
-        rest[-1] = -1.0
+        # The benchmark's settle steps: no motion, gripper open, so that objects come to rest before the first frame.
+        rest_command = np.zeros(_COMMANDS)
+        rest_command[-1] = -1.0
         for _ in range(self._settle):
-            self._advance(rest)
+            self._advance(rest_command)
 
     def step(self, action: Float32) -> None:
         action = np.asarray(action, dtype=np.float32)
@@ -166,12 +169,12 @@ class LiberoTaskEnv(TaskEnv):
         return {field.name: values[field.name].astype(np.float32) for field in self.contract.state}
 
     def render(self, camera: str) -> UInt8:
-        spec = self.contract.camera(camera)
+        camera_spec = self.contract.camera(camera)
         compiled = self._open()
         if camera not in self._frames:
-            raw = compiled.render(spec, self._cameras[camera], self._frame_qpos, self._frame_rgba)
-            upright = np.rot90(raw, spec.rotate // 90)
-            self._frames[camera] = np.ascontiguousarray(upright[:, ::-1] if spec.mirror else upright)
+            raw_image = compiled.render(camera_spec, self._cameras[camera], self._frame_qpos, self._frame_rgba)
+            upright_image = np.rot90(raw_image, camera_spec.rotate // 90)
+            self._frames[camera] = np.ascontiguousarray(upright_image[:, ::-1] if camera_spec.mirror else upright_image)
         return self._frames[camera].copy()
 
     def simulator_state(self) -> np.ndarray:
@@ -205,12 +208,13 @@ class LiberoTaskEnv(TaskEnv):
             mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_VEL, 1)
             if substep == 0:
                 osc.set_goal(command[:-1])
+            # Once per physics step, as robosuite does: the torques follow the arm within the control step.
             osc.control(gripper)
             if clock.tick():
                 # The benchmark samples after the step, when positions of bodies are still those before it.
-                before = data.qpos.copy()
+                qpos_before = data.qpos.copy()
                 mujoco.mj_step2(model, data)
-                self._sample(before, self._site_rgba)
+                self._sample(qpos_before, self._site_rgba)
             else:
                 mujoco.mj_step2(model, data)
         self._site_rgba = compiled.lights(data, self._site_rgba)
@@ -228,19 +232,20 @@ class LiberoTaskEnv(TaskEnv):
 
 def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
     """(3,) rad from an xyzw quaternion, as robosuite's `quat2axisangle`, which policies are fed with."""
-    w = min(max(float(quaternion[3]), -1.0), 1.0)
-    denominator = math.sqrt(1.0 - w * w)
+    real_part = min(max(float(quaternion[3]), -1.0), 1.0)
+    denominator = math.sqrt(1.0 - real_part * real_part)
+    # No rotation: the axis is undefined, robosuite returns zeros.
     if math.isclose(denominator, 0.0):
         return np.zeros(3)
-    return quaternion[:3] * 2.0 * math.acos(w) / denominator
+    return quaternion[:3] * 2.0 * math.acos(real_part) / denominator
 
 
 def _camera_id(model: mujoco.MjModel, source: str) -> int:
-    found = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, source)
-    if found < 0:
-        known = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, i) for i in range(model.ncam)]
-        raise _mismatch(f"the simulator has no camera '{source}'", f"cameras: {', '.join(known)}")
-    return int(found)
+    camera_id = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, source)
+    if camera_id < 0:
+        camera_names = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, index) for index in range(model.ncam)]
+        raise _mismatch(f"the simulator has no camera '{source}'", f"cameras: {', '.join(camera_names)}")
+    return int(camera_id)
 
 
 def _check_contract(contract: RobotContract) -> int:

@@ -1,4 +1,4 @@
-"""The one place that imports MuJoCo and robosuite for LIBERO: back end chosen first, no log file, no chatter.
+"""Import of MuJoCo and robosuite for LIBERO: back end chosen first, no log file, no output.
 
 Knows what those packages do on import. Knows no task.
 """
@@ -25,7 +25,7 @@ import mujoco  # noqa: E402  (the back end must be chosen before the first impor
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Swallow what the benchmark prints."""
+    """Suppress what the benchmark prints to the terminal."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
@@ -34,14 +34,14 @@ def trim_memory() -> None:
     """Return freed memory to the system. Compiling a task leaves about 400 MB of holes in the heap, and robosuite's
     objects refer to each other in cycles that hold 260 MB of textures until they are collected."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _import_robosuite() -> None:
     """robosuite opens /tmp/robosuite.log when imported, which fails on a machine shared with another user."""
-    handler = logging.FileHandler
+    original_handler = logging.FileHandler
     logging.FileHandler = lambda *_, **__: logging.NullHandler()  # type: ignore[assignment,misc]
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     try:
@@ -49,7 +49,7 @@ def _import_robosuite() -> None:
             warnings.simplefilter("ignore")
             import robosuite  # noqa: F401
     finally:
-        logging.FileHandler = handler  # type: ignore[misc]
+        logging.FileHandler = original_handler  # type: ignore[misc]
 
 
 _import_robosuite()

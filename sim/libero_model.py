@@ -1,4 +1,4 @@
-"""One compiled LIBERO task, shared by every environment of that task in the process, and its renderer.
+"""Compiled LIBERO task, shared by every environment of that task in the process, and its renderer.
 
 Knows the benchmark's domain object, its success predicate and what must be put back for a new episode.
 Holds no episode: simulator data, controller and gripper belong to `LiberoTaskEnv`.
@@ -28,7 +28,7 @@ _compiled: dict[tuple[str, str, str], CompiledTask] = {}
 
 
 class _Undrawn:
-    """Stands in for robosuite's render context while a scene is built: same physics calls, no OpenGL."""
+    """Replaces robosuite's render context while a scene is built: same physics calls, no OpenGL."""
 
     offscreen = True
 
@@ -45,12 +45,12 @@ def _build(bddl: str) -> Any:
     reset appends the samplers of doors and knobs once more, and their draws shift all that follow. Tasks that have any
     are reset in earnest. Every forward pass of the original stays in: the solver's warm start depends on their number.
     """
-    import robosuite.environments.base as base
+    import robosuite.environments.base as robosuite_base
     from libero.libero.envs.env_wrapper import ControlEnv
     from robosuite.utils.errors import RandomizationError
 
-    context = base.MjRenderContextOffscreen
-    base.MjRenderContextOffscreen = _Undrawn
+    original_context = robosuite_base.MjRenderContextOffscreen
+    robosuite_base.MjRenderContextOffscreen = _Undrawn
     np.random.seed(SCENE_SEED)  # noqa: NPY002
     try:
         while True:
@@ -66,7 +66,7 @@ def _build(bddl: str) -> Any:
             env.env.sim.forward()
             env.env.visualize(dict.fromkeys(env.env._visualizations, False))
     finally:
-        base.MjRenderContextOffscreen = context
+        robosuite_base.MjRenderContextOffscreen = original_context
     return env
 
 
@@ -74,11 +74,11 @@ class CompiledTask:
     """A compiled model with the scene in place. Get one from `acquire`, give it back with `release`."""
 
     def __init__(self, suite: str, task: str, perturbation: str = "") -> None:
-        path = bddl_path(suite, task)
+        bddl_file = bddl_path(suite, task)
         with quiet():
             random_state = np.random.get_state()  # noqa: NPY002 (robosuite draws from the global generator)
             try:
-                env = _build(str(path))
+                env = _build(str(bddl_file))
             finally:
                 np.random.set_state(random_state)  # noqa: NPY002
         self.users = 0
@@ -119,10 +119,10 @@ class CompiledTask:
         self._domain._post_process()
         return self.model.site_rgba.copy()
 
-    def render(self, spec: CameraSpec, camera: int, qpos: np.ndarray, site_rgba: np.ndarray) -> UInt8:
+    def render(self, camera_spec: CameraSpec, camera: int, qpos: np.ndarray, site_rgba: np.ndarray) -> UInt8:
         """(H, W, 3) uint8 as OpenGL delivers it, of positions qpos: (nq,). Raises RatchetError sim.no_gl."""
-        width = spec.width
-        height = spec.height
+        width = camera_spec.width
+        height = camera_spec.height
         if self._tracked:
             self.model.site_rgba[:] = site_rgba
         if self._renderer is None:
@@ -133,8 +133,8 @@ class CompiledTask:
         mujoco.mj_kinematics(self.model, self._posed)
         mujoco.mj_comPos(self.model, self._posed)
         mujoco.mj_camlight(self.model, self._posed)
-        if spec.position:
-            self._posed.cam_xpos[camera] = spec.position
+        if camera_spec.position:
+            self._posed.cam_xpos[camera] = camera_spec.position
         return self._renderer.render(camera, width, height, self._posed)
 
     def free(self) -> None:
@@ -144,17 +144,17 @@ class CompiledTask:
 
 
 def acquire(suite: str, task: str, perturbation: str = "") -> CompiledTask:
-    """The process's compiled model of this task, compiling it on first use."""
-    key = (suite, task, perturbation)
-    if key not in _compiled:
-        _compiled[key] = CompiledTask(*key)
+    """Get the process's compiled model of this task, compiling it on first use. Pair each call with `release`."""
+    task_key = (suite, task, perturbation)
+    if task_key not in _compiled:
+        _compiled[task_key] = CompiledTask(*task_key)
         trim_memory()
-    _compiled[key].users += 1
-    return _compiled[key]
+    _compiled[task_key].users += 1
+    return _compiled[task_key]
 
 
 def release(suite: str, task: str, perturbation: str = "") -> None:
-    """Give it back; model and GL context are freed when nobody in the process uses them."""
+    """Return a compiled model; it and its GL context are freed when no environment uses them."""
     compiled = _compiled[(suite, task, perturbation)]
     compiled.users -= 1
     if compiled.users == 0:
@@ -189,6 +189,7 @@ class Renderer:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._options = mujoco.MjvOption()
+        # Group 0 is collision geometry, group 1 what is seen.
         self._options.geomgroup[0] = 0
         self._options.geomgroup[1] = 1
         self._perturb = mujoco.MjvPerturb()

@@ -46,7 +46,7 @@ class OscLayout:
         self.qpos_index = list(controller.qpos_index)
         self.qvel_index = list(controller.qvel_index)
         self.actuators = list(robot._ref_joint_actuator_indexes)
-        self.torque_low, self.torque_high = (np.array(v) for v in robot.torque_limits)
+        self.torque_low, self.torque_high = (np.array(limits) for limits in robot.torque_limits)
         self.kp = np.array(controller.kp)
         self.kd = np.array(controller.kd)
         self.initial_joint = np.array(controller.initial_joint)
@@ -61,9 +61,9 @@ class OscLayout:
         self.goal_pos = np.array(controller.goal_pos)
         fingers = [robot.sim.model.actuator_name2id(name) for name in robot.gripper.actuators]
         self.finger_actuators = fingers
-        ranges = model.actuator_ctrlrange[fingers]
-        self.finger_bias = 0.5 * (ranges[:, 1] + ranges[:, 0])
-        self.finger_weight = 0.5 * (ranges[:, 1] - ranges[:, 0])
+        control_ranges = model.actuator_ctrlrange[fingers]
+        self.finger_bias = 0.5 * (control_ranges[:, 1] + control_ranges[:, 0])
+        self.finger_weight = 0.5 * (control_ranges[:, 1] - control_ranges[:, 0])
         self.finger_speed = np.array([-1.0, 1.0]) * robot.gripper.speed
 
 
@@ -88,16 +88,16 @@ class Osc:
     def __init__(self, layout: OscLayout, data: mujoco.MjData) -> None:
         self.layout = layout
         self.data = data
-        nv = layout.model.nv
-        self._jacp = np.zeros((3, nv))
-        self._jacr = np.zeros((3, nv))
-        self._mass = np.zeros((nv, nv))
+        velocity_count = layout.model.nv
+        self._jacp = np.zeros((3, velocity_count))
+        self._jacr = np.zeros((3, velocity_count))
+        self._mass = np.zeros((velocity_count, velocity_count))
         self.reset()
 
     def reset(self) -> None:
         """Forget the episode: goal, measurement and gripper command as after the benchmark's own reset."""
-        for name, value in self.layout.measured.items():
-            setattr(self, name, value)
+        for quantity, measured in self.layout.measured.items():
+            setattr(self, quantity, measured)
         self.goal_ori = self.layout.goal_ori
         self.goal_pos = self.layout.goal_pos
         self.fingers = np.zeros(2)
@@ -118,40 +118,45 @@ class Osc:
         self._measure()
         layout = self.layout
         data = self.data
-        force = (self.goal_pos - self.ee_pos) * layout.kp[0:3] + (-self.ee_pos_vel) * layout.kd[0:3]
+        task_force = (self.goal_pos - self.ee_pos) * layout.kp[0:3] + (-self.ee_pos_vel) * layout.kd[0:3]
         rotation_error = orientation_error(self.goal_ori, self.ee_ori_mat)
-        torque = rotation_error * layout.kp[3:6] + (-self.ee_ori_vel) * layout.kd[3:6]
+        task_torque = rotation_error * layout.kp[3:6] + (-self.ee_ori_vel) * layout.kd[3:6]
+        # Task-space inertia, position and orientation decoupled, as OSC_POSE's default.
         _, lambda_pos, lambda_ori, nullspace = opspace_matrices(self.mass_matrix, self.J_full, self.J_pos, self.J_ori)
-        wrench = np.concatenate([np.dot(lambda_pos, force), np.dot(lambda_ori, torque)])
-        torques = np.dot(self.J_full.T, wrench) + data.qfrc_bias[layout.qvel_index]
-        torques += nullspace_torques(self.mass_matrix, nullspace, layout.initial_joint, self.joint_pos, self.joint_vel)
+        wrench = np.concatenate([np.dot(lambda_pos, task_force), np.dot(lambda_ori, task_torque)])
+        joint_torques = np.dot(self.J_full.T, wrench) + data.qfrc_bias[layout.qvel_index]
+        joint_torques += nullspace_torques(
+            self.mass_matrix, nullspace, layout.initial_joint, self.joint_pos, self.joint_vel
+        )
+        # The torques move the arm in the next physics step, so the measurement is taken anew then and not before.
         self._stale = True
         self.fingers = np.minimum(np.maximum(self.fingers + layout.finger_speed * gripper_sign, -1.0), 1.0)
         data.ctrl[layout.finger_actuators] = layout.finger_bias + layout.finger_weight * self.fingers
-        data.ctrl[layout.actuators] = np.minimum(np.maximum(torques, layout.torque_low), layout.torque_high)
+        data.ctrl[layout.actuators] = np.minimum(np.maximum(joint_torques, layout.torque_low), layout.torque_high)
 
     def _measure(self) -> None:
+        # robosuite measures once per physics step; a second call in the same step returns what the first one saw.
         if not self._stale:
             return
         layout = self.layout
         data = self.data
         model = self.layout.model
         mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_VEL, 1)
-        site = layout.site
-        columns = layout.qvel_index
-        self.ee_pos = np.array(data.site_xpos[site])
-        self.ee_ori_mat = np.array(data.site_xmat[site].reshape([3, 3]))
-        mujoco.mj_jacSite(model, data, self._jacp, self._jacr, site)
-        qvel = data.qvel
-        self.ee_pos_vel = np.dot(self._jacp, qvel)
-        self.ee_ori_vel = np.dot(self._jacr, qvel)
+        grip_site = layout.site
+        arm_columns = layout.qvel_index
+        self.ee_pos = np.array(data.site_xpos[grip_site])
+        self.ee_ori_mat = np.array(data.site_xmat[grip_site].reshape([3, 3]))
+        mujoco.mj_jacSite(model, data, self._jacp, self._jacr, grip_site)
+        velocities = data.qvel
+        self.ee_pos_vel = np.dot(self._jacp, velocities)
+        self.ee_ori_vel = np.dot(self._jacr, velocities)
         self.joint_pos = data.qpos[layout.qpos_index]
-        self.joint_vel = qvel[columns]
-        self.J_pos = np.array(self._jacp[:, columns])
-        self.J_ori = np.array(self._jacr[:, columns])
+        self.joint_vel = velocities[arm_columns]
+        self.J_pos = np.array(self._jacp[:, arm_columns])
+        self.J_ori = np.array(self._jacr[:, arm_columns])
         self.J_full = np.array(np.vstack([self.J_pos, self.J_ori]))
         mujoco.mj_fullM(model, self._mass, data.qM)
-        self.mass_matrix = self._mass[columns, :][:, columns]
+        self.mass_matrix = self._mass[arm_columns, :][:, arm_columns]
         self._stale = False
 
 
@@ -176,10 +181,11 @@ class ObservationClock:
     def tick(self) -> bool:
         """Advance by one physics step; True where the observation is taken after it."""
         self._elapsed += self.timestep
-        taken = not self._sampled and self.period >= self._elapsed
-        self._sampled = self._sampled or taken
+        # Same comparisons in the same order as `Observable.update`: rounding decides in which step it samples.
+        samples_now = not self._sampled and self.period >= self._elapsed
+        self._sampled = self._sampled or samples_now
         if self._elapsed >= self.period:
-            taken = taken or not self._sampled
+            samples_now = samples_now or not self._sampled
             self._elapsed %= self.period
             self._sampled = False
-        return taken
+        return samples_now

@@ -1,4 +1,4 @@
-"""LIBERO's registry: suites, tasks, instructions, initial states and horizons, read from the installed package.
+"""LIBERO registry: suites, tasks, instructions, initial states and horizons, read from the installed package.
 
 Knows names and files. Builds no environment, imports neither MuJoCo nor robosuite and touches no network.
 """
@@ -38,7 +38,7 @@ _LANGUAGE_FROM_BDDL = ("_lan", "_task", "_study_table")
 
 def libero_suites() -> list[str]:
     """All registered suites of which at least one task can be run, LIBERO-PRO's perturbed ones included, sorted."""
-    return sorted(suite for suite in _registry() if any(_complete(t) for t in _registry()[suite].values()))
+    return sorted(suite for suite in _registry() if any(_complete(task) for task in _registry()[suite].values()))
 
 
 def libero_task_infos(suite: str, *, published_horizon: bool = False) -> list[TaskInfo]:
@@ -60,7 +60,7 @@ def libero_task_infos(suite: str, *, published_horizon: bool = False) -> list[Ta
 
 
 def libero_task_info(suite: str, task: str, *, published_horizon: bool = False) -> TaskInfo:
-    """One task's facts.
+    """Description of one task.
 
     Raises:
         RatchetError: as `libero_task_infos`, and sim.unknown_task.
@@ -94,19 +94,19 @@ def _registry() -> dict[str, dict[str, Any]]:
         importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         # Another package of the same import name asks questions on the terminal when imported: do not import it.
-        other = " (another package named 'libero' is)" if importlib.util.find_spec("libero") else ""
+        explanation = " (another package named 'libero' is)" if importlib.util.find_spec("libero") else ""
         raise RatchetError(
-            "sim.missing_package", f"{PACKAGE} is not installed{other}", fix="pip install 'ratchet-vla[sim]'"
+            "sim.missing_package", f"{PACKAGE} is not installed{explanation}", fix="pip install 'ratchet-vla[sim]'"
         ) from None
     from libero.libero.benchmark import BENCHMARK_MAPPING, task_maps
 
     return {suite: task_maps.get(suite, {}) for suite in BENCHMARK_MAPPING}
 
 
-def _root(kind: str) -> Path:
+def _root(path_kind: str) -> Path:
     from libero.libero import get_libero_path
 
-    return Path(get_libero_path(kind))
+    return Path(get_libero_path(path_kind))
 
 
 def _bddl(task: Any) -> Path:
@@ -145,36 +145,37 @@ def _task(suite: str, task: str) -> Any:
     return tasks[task]
 
 
-def _close(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known[:20])}"
+def _close(name: str, candidates: list[str]) -> str:
+    close_names = difflib.get_close_matches(name, candidates, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(close_names)}?" if close_names else f"known: {', '.join(candidates[:20])}"
 
 
 @cache
 def _load_states(suite: str, task: str) -> np.ndarray:
     with np.load(_states_file(_registry()[suite][task]), allow_pickle=False) as archive:
         states = np.asarray(archive["states"], dtype=np.float64)
+    # The array is cached and shared; a caller that wrote to it would change every later episode.
     states.setflags(write=False)
     return states
 
 
-def _info(suite: str, name: str, published: bool) -> TaskInfo:
-    count = len(_load_states(suite, name))
-    split = round(count * TRAIN_SHARE)
+def _info(suite: str, name: str, published_horizon: bool) -> TaskInfo:
+    state_count = len(_load_states(suite, name))
+    train_count = round(state_count * TRAIN_SHARE)
     return TaskInfo(
         suite=suite,
         name=name,
         instruction=_instruction(suite, name),
-        train_states=tuple(range(split)),
-        evaluation_states=tuple(range(split, count)),
-        horizon=upstream_horizon(suite) if published else DEFAULT_HORIZON,
+        train_states=tuple(range(train_count)),
+        evaluation_states=tuple(range(train_count, state_count)),
+        horizon=upstream_horizon(suite) if published_horizon else DEFAULT_HORIZON,
     )
 
 
 def _instruction(suite: str, name: str) -> str:
     task = _registry()[suite][name]
     if suite.endswith(_LANGUAGE_FROM_BDDL):
-        found = re.search(r"\(:language\s+([^)]*)\)", _bddl(task).read_text())
-        if found:
-            return " ".join(found.group(1).split()).lower()
+        language = re.search(r"\(:language\s+([^)]*)\)", _bddl(task).read_text())
+        if language:
+            return " ".join(language.group(1).split()).lower()
     return str(task.language)

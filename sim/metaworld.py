@@ -78,12 +78,13 @@ class MetaWorldTaskEnv(TaskEnv):
     def __init__(self, task: str, contract: RobotContract, *, thin_meshes: bool = True, perturbation: str = "") -> None:
         if task not in INSTRUCTIONS:
             raise unknown_name("task", task, INSTRUCTIONS, "sim.unknown_task")
-        self.info = next(i for i in task_infos() if i.name == task)
+        self.info = next(info for info in task_infos() if info.name == task)
         self.contract = contract
         self._repeat = contract.simulator.steps_per_control if contract.simulator else 1
-        self._scale = np.array([d.command_scale for d in contract.action.dims], np.float32)
+        self._scale = np.array([dim.command_scale for dim in contract.action.dims], np.float32)
         self._thin = thin_meshes
         env: Any = _compiled_once(task)()
+        # Meta-World wants a task object first; the seed does the same work, so its guards are switched off.
         env._set_task_called = True
         env._freeze_rand_vec = False
         env.seeded_rand_vec = True
@@ -107,20 +108,22 @@ class MetaWorldTaskEnv(TaskEnv):
                 where=f"{SUITE}/{self.info.name}",
                 fix=f"use 0..{MAX_STATE - 1}",
             )
-        key = (self.info.name, self._perturbation, initial_state)
-        start = _STARTS.get(key)
-        if start is None:
+        start_key = (self.info.name, self._perturbation, initial_state)
+        kept_start = _STARTS.get(start_key)
+        # The first episode of a state pays the full reset, all later ones restore the copy.
+        if kept_start is None:
             self.env.seed(initial_state)
             observation, _ = self.env.reset()
-            start = _keep_start(key, _Start(self.env, observation))
+            kept_start = _keep_start(start_key, _Start(self.env, observation))
         else:
-            start.restore(self.env)
-        self.last_observation = start.observation.copy()
+            kept_start.restore(self.env)
+        self.last_observation = kept_start.observation.copy()
         self._success = False
 
     def step(self, action: Float32) -> None:
         command = np.clip(np.asarray(action, np.float32) / self._scale, -1.0, 1.0)
         for _ in range(self._repeat):
+            # Within a control step too: the benchmark stops at the simulation step that succeeds.
             if self._success:
                 return  # an episode ends at its first success
             self.last_observation, _, _, _, info = self.env.step(command)
@@ -143,8 +146,8 @@ class MetaWorldTaskEnv(TaskEnv):
         return image
 
     def scene(self) -> Float32:
-        seen = self.last_observation
-        return np.concatenate([seen[4:7], seen[11:14], seen[36:39]]).astype(np.float32)
+        observation = self.last_observation
+        return np.concatenate([observation[4:7], observation[11:14], observation[36:39]]).astype(np.float32)
 
     def simulator_state(self) -> np.ndarray:
         model = self.env.model
@@ -173,14 +176,18 @@ class _Start:
         self.observation = observation.copy()
         self.model = {name: getattr(env.model, name).copy() for name in self.MODEL}
         self.data = copy.copy(env.data)
-        self.plain = {k: copy.deepcopy(v) for k, v in env.__dict__.items() if isinstance(v, self.PLAIN)}
+        self.plain = {
+            attribute: copy.deepcopy(value)
+            for attribute, value in env.__dict__.items()
+            if isinstance(value, self.PLAIN)
+        }
 
     def restore(self, env: Any) -> None:
         """Put an environment of the same task there."""
         for name, values in self.model.items():
             getattr(env.model, name)[:] = values
         env.data = copy.copy(self.data)
-        env.__dict__.update({k: copy.deepcopy(v) for k, v in self.plain.items()})
+        env.__dict__.update({attribute: copy.deepcopy(value) for attribute, value in self.plain.items()})
         # These two are no values of the start but views of the data, which was exchanged.
         env.init_left_pad = env.get_body_com("leftpad")
         env.init_right_pad = env.get_body_com("rightpad")
@@ -206,6 +213,7 @@ class _Frames:
     def __init__(self, model: mujoco.MjModel, contract: RobotContract, thin: bool) -> None:
         self.contract = contract
         self.thin = thin
+        # A model of its own: thinning must not reach the physics model.
         self.model = copy.copy(model)
         if thin:
             thin_meshes(self.model, VERTEX_SPACING)
@@ -213,25 +221,26 @@ class _Frames:
         self.renderers: dict[str, mujoco.Renderer] = {}
 
     def render(self, camera: str, env: Any) -> UInt8:
-        spec = self.contract.camera(camera)
+        camera_spec = self.contract.camera(camera)
         if camera not in self.renderers:
-            renderer = mujoco.Renderer(self.model, spec.height, spec.width)
+            renderer = mujoco.Renderer(self.model, camera_spec.height, camera_spec.width)
             _close_frames_first_at_exit()
             if self.thin:
-                for name in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE"):
-                    renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{name}")] = 0
+                for field in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE"):
+                    renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{field}")] = 0
             self.renderers[camera] = renderer
-        for name in self.SYNCED:
-            getattr(self.model, name)[:] = getattr(env.model, name)
-        if spec.position:
+        # What a reset moved is copied before each frame; it is a few kilobytes.
+        for field in self.SYNCED:
+            getattr(self.model, field)[:] = getattr(env.model, field)
+        if camera_spec.position:
             # The pose that drawing uses lies in the data; it feeds back into nothing.
-            env.data.cam_xpos[env.model.camera(spec.source).id] = spec.position
+            env.data.cam_xpos[env.model.camera(camera_spec.source).id] = camera_spec.position
         renderer = self.renderers[camera]
-        renderer.update_scene(env.data, spec.source)
+        renderer.update_scene(env.data, camera_spec.source)
         image: UInt8 = renderer.render()
-        if spec.rotate:
-            image = np.rot90(image, spec.rotate // 90)
-        if spec.mirror:
+        if camera_spec.rotate:
+            image = np.rot90(image, camera_spec.rotate // 90)
+        if camera_spec.mirror:
             image = image[:, ::-1]
         return np.ascontiguousarray(image)
 
@@ -263,29 +272,29 @@ _CLASSES: dict[str, type] = {}
 
 
 def _shared_frames(perturbation: str, task: str, model: mujoco.MjModel, contract: RobotContract, thin: bool) -> _Frames:
-    key = (perturbation, task, contract.id, thin)
-    if key not in _FRAMES:
+    frames_key = (perturbation, task, contract.id, thin)
+    if frames_key not in _FRAMES:
         if len(_FRAMES) >= 6:  # every entry holds a copy of the model and a GL context
             _FRAMES.pop(next(iter(_FRAMES))).close()
-        _FRAMES[key] = _Frames(model, contract, thin)
-    return _FRAMES[key]
+        _FRAMES[frames_key] = _Frames(model, contract, thin)
+    return _FRAMES[frames_key]
 
 
 def _compiled_once(task: str) -> type:
     """The task's class, compiling its model on first use and copying the compiled model afterwards."""
     if task not in _CLASSES:
-        base: Any = ALL_V3_ENVIRONMENTS[f"{task}-v3"]
-        compiled: list[mujoco.MjModel] = []
+        benchmark_class: Any = ALL_V3_ENVIRONMENTS[f"{task}-v3"]
+        compiled_models: list[mujoco.MjModel] = []
 
         def initialize(self: Any) -> tuple[mujoco.MjModel, mujoco.MjData]:
-            if not compiled:
-                compiled.append(mujoco.MjModel.from_xml_path(self.fullpath))
-            model = copy.copy(compiled[0])
+            if not compiled_models:
+                compiled_models.append(mujoco.MjModel.from_xml_path(self.fullpath))
+            model = copy.copy(compiled_models[0])
             model.vis.global_.offwidth = self.width
             model.vis.global_.offheight = self.height
             return model, mujoco.MjData(model)
 
-        _CLASSES[task] = type(base.__name__, (base,), {"_initialize_simulation": initialize})
+        _CLASSES[task] = type(benchmark_class.__name__, (benchmark_class,), {"_initialize_simulation": initialize})
     return _CLASSES[task]
 
 
@@ -296,31 +305,41 @@ def thin_meshes(model: mujoco.MjModel, spacing: float) -> None:
     where they are, only the list of drawn faces becomes shorter, so positions and materials are untouched.
     For models used for rendering only: mesh collision would see the thinned faces.
     """
-    for i in range(model.nmesh):
-        faces = int(model.mesh_facenum[i])
-        if faces < 300:
+    for mesh in range(model.nmesh):
+        face_count = int(model.mesh_facenum[mesh])
+        # Meshes below 300 faces are cheap to draw as they are.
+        if face_count < 300:
             continue
-        first_vertex = model.mesh_vertadr[i]
-        vertices = model.mesh_vertnum[i]
-        start = model.mesh_faceadr[i]
-        points = model.mesh_vert[first_vertex : first_vertex + vertices].astype(np.float64)
-        triangles = model.mesh_face[start : start + faces].copy()
-        _, cell = np.unique(np.floor(points / spacing).astype(np.int64), axis=0, return_inverse=True)
-        cell = cell.ravel()
-        mean = np.stack([np.bincount(cell, points[:, k]) for k in range(3)], 1) / np.bincount(cell)[:, None]
-        order = np.lexsort((np.linalg.norm(points - mean[cell], axis=1), cell))
-        keeper = order[np.searchsorted(cell[order], np.arange(cell.max() + 1))]
-        moved = keeper[cell[triangles]]
-        whole = (moved[:, 0] != moved[:, 1]) & (moved[:, 1] != moved[:, 2]) & (moved[:, 0] != moved[:, 2])
-        _, unique = np.unique(np.sort(moved[whole], axis=1), axis=0, return_index=True)
-        kept = np.flatnonzero(whole)[np.sort(unique)]
-        model.mesh_face[start : start + len(kept)] = moved[kept]
-        model.mesh_facenormal[start : start + len(kept)] = model.mesh_facenormal[start + kept]
-        model.mesh_facenum[i] = len(kept)
+        first_vertex = model.mesh_vertadr[mesh]
+        vertex_count = model.mesh_vertnum[mesh]
+        first_face = model.mesh_faceadr[mesh]
+        points = model.mesh_vert[first_vertex : first_vertex + vertex_count].astype(np.float64)
+        triangles = model.mesh_face[first_face : first_face + face_count].copy()
+        # (vertices,) index of the grid cell of each vertex.
+        _, cell_of_vertex = np.unique(np.floor(points / spacing).astype(np.int64), axis=0, return_inverse=True)
+        cell_of_vertex = cell_of_vertex.ravel()
+        cell_means = (
+            np.stack([np.bincount(cell_of_vertex, points[:, axis]) for axis in range(3)], 1)
+            / np.bincount(cell_of_vertex)[:, None]
+        )
+        by_distance = np.lexsort((np.linalg.norm(points - cell_means[cell_of_vertex], axis=1), cell_of_vertex))
+        kept_vertex = by_distance[np.searchsorted(cell_of_vertex[by_distance], np.arange(cell_of_vertex.max() + 1))]
+        thinned = kept_vertex[cell_of_vertex[triangles]]
+        is_proper = (
+            (thinned[:, 0] != thinned[:, 1]) & (thinned[:, 1] != thinned[:, 2]) & (thinned[:, 0] != thinned[:, 2])
+        )
+        # Several faces may collapse onto the same three vertices; one is enough.
+        _, first_of_each = np.unique(np.sort(thinned[is_proper], axis=1), axis=0, return_index=True)
+        kept_faces = np.flatnonzero(is_proper)[np.sort(first_of_each)]
+        model.mesh_face[first_face : first_face + len(kept_faces)] = thinned[kept_faces]
+        model.mesh_facenormal[first_face : first_face + len(kept_faces)] = model.mesh_facenormal[
+            first_face + kept_faces
+        ]
+        model.mesh_facenum[mesh] = len(kept_faces)
 
 
 class MetaWorldExpert(Expert):
-    """Meta-World's own scripted policy for a task, at the contract's control rate."""
+    """Meta-World's own scripted policy of a task, queried at the contract's control rate."""
 
     def __init__(self, task: str) -> None:
         if f"{task}-v3" not in ENV_POLICY_MAP:
@@ -336,5 +355,5 @@ class MetaWorldExpert(Expert):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             command = self._policy.get_action(env.last_observation)
-        scale = np.array([d.command_scale for d in env.contract.action.dims], np.float32)
+        scale = np.array([dim.command_scale for dim in env.contract.action.dims], np.float32)
         return (np.clip(command, -1.0, 1.0) * scale).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Small changes to a task's world that nobody trained with: camera, light, the robot's base.
+"""Perturbations of a task that no training included: camera, light, the robot's base.
 
 Knows names and compiled MuJoCo models. Knows no task: success, initial states and instruction stay as they are, so
 that a policy's score on `button-press@camera` beside `button-press` is the price of the change alone.
@@ -31,23 +31,26 @@ def split(name: str) -> tuple[str, str]:
     Raises:
         RatchetError: sim.unknown_perturbation.
     """
-    task, mark, kind = name.partition(MARK)
-    if mark and kind not in KINDS:
-        raise RatchetError("sim.unknown_perturbation", f"no perturbation '{kind}'", where=name, fix=", ".join(KINDS))
-    return task, kind
+    task, separator, perturbation = name.partition(MARK)
+    if separator and perturbation not in KINDS:
+        raise RatchetError(
+            "sim.unknown_perturbation", f"no perturbation '{perturbation}'", where=name, fix=", ".join(KINDS)
+        )
+    return task, perturbation
 
 
 def moved_cameras(contract: RobotContract, model: Any) -> RobotContract:
     """The contract with every camera that hangs on nothing that moves shifted to its right and up."""
     cameras = []
-    for spec in contract.cameras:
-        index = model.camera(spec.source).id
-        if model.cam_bodyid[index] == 0:
-            rotation = np.asarray(model.cam_mat0[index], np.float64).reshape(3, 3)  # columns: right, up, backwards
-            where = np.array(spec.position or model.cam_pos[index], np.float64)
-            moved = where + CAMERA_SHIFT * (rotation[:, 0] + rotation[:, 1])
-            spec = dataclasses.replace(spec, position=tuple(float(x) for x in moved))
-        cameras.append(spec)
+    for camera_spec in contract.cameras:
+        camera_id = model.camera(camera_spec.source).id
+        # Body 0 is the world: a camera on a moving body, such as the wrist's, keeps its place on the hand.
+        if model.cam_bodyid[camera_id] == 0:
+            rotation = np.asarray(model.cam_mat0[camera_id], np.float64).reshape(3, 3)  # columns: right, up, backwards
+            position = np.array(camera_spec.position or model.cam_pos[camera_id], np.float64)
+            shifted = position + CAMERA_SHIFT * (rotation[:, 0] + rotation[:, 1])
+            camera_spec = dataclasses.replace(camera_spec, position=tuple(float(coordinate) for coordinate in shifted))
+        cameras.append(camera_spec)
     return dataclasses.replace(contract, cameras=tuple(cameras))
 
 

@@ -1,8 +1,8 @@
-"""Simulator workers as Ray actors, on this machine or on a cluster; otherwise the vector environment stays as it is.
+"""Simulator workers as Ray actors, on this machine or on a cluster, for `sim.vector`.
 
-Knows Ray and the commands of `sim.worker`. Knows no policy: inference stays with the learner, actors get actions and
-give back frames and states. An actor that is lost is replaced and its episodes are replayed, as with a local process.
-Ray trusts everybody who can reach its ports: keep a cluster inside a private network.
+Knows Ray and the commands of `sim.worker`. Knows no policy: inference stays with the learner, actors receive actions,
+and return frames and states. A lost actor is replaced and its episodes are replayed, as with a local process.
+Ray trusts everyone who can reach its ports: keep a cluster inside a private network.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ class RayLauncher:
 
     Args:
         address: "local-ray" starts Ray on this machine; "ray://host:port" or "host:port" joins a cluster on which the
-        same
-            version of this package is installed.
+            same version of this package is installed.
         cpus: cores that Ray reserves per worker.
 
     Raises:
@@ -41,6 +40,7 @@ class RayLauncher:
             raise RatchetError(
                 "sim.no_ray", "Ray is not installed", fix="pip install 'ratchet-vla[cluster]', or use local processes"
             ) from None
+        # Otherwise Ray hides the GPU from actors that reserve none.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._ray = ray
         if not ray.is_initialized():
@@ -56,11 +56,12 @@ class RayLauncher:
                     where=address,
                     fix="start it, check the address",
                 ) from None
+        # No restarts by Ray: ChunkVectorEnv replaces a lost worker and replays its episodes.
         self._actor = ray.remote(num_cpus=cpus, max_restarts=0)(_Simulators)
 
     def __call__(self, config: WorkerConfig, arrays: Mapping[str, np.ndarray]) -> tuple[WorkerProcess, WorkerLink]:
-        actor = self._actor.remote(config)
-        return _Process(self._ray, actor), _Link(self._ray, actor, arrays)
+        worker_actor = self._actor.remote(config)
+        return _Process(self._ray, worker_actor), _Link(self._ray, worker_actor, arrays)
 
 
 class _Simulators:
@@ -80,13 +81,17 @@ class _Simulators:
         error: RatchetError | None = None
         try:
             self._host.run(command)
-        except RatchetError as refused:
-            error = refused
+        except RatchetError as refusal:
+            error = refusal
         except Exception:
-            text = traceback.format_exc(limit=4).strip()
-            error = RatchetError("sim.worker_error", text, where=self._host.config.suite)
-        touched = {*(r.slot for r in command.resets), *command.steps}
-        rows = {s: {n: a[s].copy() for n, a in self._arrays.items() if n != "actions"} for s in touched}
+            trace = traceback.format_exc(limit=4).strip()
+            error = RatchetError("sim.worker_error", trace, where=self._host.config.suite)
+        # Only rows that changed cross the network.
+        touched_slots = {*(reset.slot for reset in command.resets), *command.steps}
+        rows = {
+            slot: {name: array[slot].copy() for name, array in self._arrays.items() if name != "actions"}
+            for slot in touched_slots
+        }
         return error, rows
 
 
@@ -126,8 +131,8 @@ class _Link:
     def recv(self) -> RatchetError | None:
         try:
             error, rows = self._ray.get(self._answer)
-        except self._ray.exceptions.RayError as lost:
-            raise EOFError(str(lost)) from None
+        except self._ray.exceptions.RayError as failure:
+            raise EOFError(str(failure)) from None
         for slot, fields in rows.items():
             for name, row in fields.items():
                 self._arrays[name][slot] = row

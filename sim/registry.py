@@ -1,4 +1,4 @@
-"""Suites by name: which tasks there are and how to build one.
+"""Registry of simulated suites: which tasks exist and how to build one.
 
 Knows names, contracts and constructors; imports a simulator only when a task of it is asked for.
 """
@@ -49,22 +49,22 @@ def task(suite: str, name: str) -> TaskInfo:
         RatchetError: sim.unknown_task, sim.unknown_suite, sim.unknown_perturbation, sim.other_robot.
     """
     if MARK in name or "/" in name:
-        other, plain, _ = parts(suite, name)
-        if contract_for(other).id != contract_for(suite).id:
-            raise RatchetError("sim.other_robot", f"suite '{other}' has another robot than '{suite}'", where=name)
-        return dataclasses.replace(task(other, plain), name=name)
-    found = tasks(suite)
-    for info in found:
+        other_suite, plain_name, _ = parts(suite, name)
+        if contract_for(other_suite).id != contract_for(suite).id:
+            raise RatchetError("sim.other_robot", f"suite '{other_suite}' has another robot than '{suite}'", where=name)
+        return dataclasses.replace(task(other_suite, plain_name), name=name)
+    task_list = tasks(suite)
+    for info in task_list:
         if info.name == name:
             return info
-    raise unknown_name("task", name, [i.name for i in found], "sim.unknown_task")
+    raise unknown_name("task", name, [info.name for info in task_list], "sim.unknown_task")
 
 
 def parts(suite: str, name: str) -> tuple[str, str, str]:
     """`[suite/]task[@perturbation]` -> (suite, task, perturbation or empty)."""
-    plain, kind = split(name)
-    other, slash, rest = plain.rpartition("/")
-    return (other, rest, kind) if slash else (suite, plain, kind)
+    plain_name, perturbation = split(name)
+    other_suite, has_suite, task_name = plain_name.rpartition("/")
+    return (other_suite, task_name, perturbation) if has_suite else (suite, plain_name, perturbation)
 
 
 def contract_for(suite: str) -> RobotContract:
@@ -76,14 +76,14 @@ def make_env(suite: str, name: str, contract: RobotContract | None = None) -> Ta
     """Build one task's environment in this process (compiles its model)."""
     task(suite, name)
     contract = contract or contract_for(suite)
-    other, plain, kind = parts(suite, name)
-    if other == "metaworld":
+    task_suite, plain_name, perturbation = parts(suite, name)
+    if task_suite == "metaworld":
         from sim.metaworld import MetaWorldTaskEnv
 
-        return MetaWorldTaskEnv(plain, contract, perturbation=kind)
+        return MetaWorldTaskEnv(plain_name, contract, perturbation=perturbation)
     from sim.libero import LiberoTaskEnv
 
-    return LiberoTaskEnv(other, plain, contract, perturbation=kind)
+    return LiberoTaskEnv(task_suite, plain_name, contract, perturbation=perturbation)
 
 
 def make_expert(suite: str, name: str) -> Expert:

@@ -44,13 +44,13 @@ class SimRobot:
         self.reset(self._initial_state)
 
     def reset(self, initial_state: int) -> None:
-        """Put the scene back; what a person does on a real robot."""
+        """Restore an initial state of the scene, as a person does on a real robot."""
         self._connected().reset(initial_state)
         self._steps = self._observations = 0
 
     def observe(self, cameras: bool = True) -> Observation:
         env = self._connected()
-        images = {c.name: env.render(c.name) for c in self._contract.cameras} if cameras else {}
+        images = {camera.name: env.render(camera.name) for camera in self._contract.cameras} if cameras else {}
         observation = Observation(
             images=images,
             state=env.state(),
@@ -72,9 +72,16 @@ class SimRobot:
                 fix="send one value per action dimension of the contract",
             )
         if not np.isfinite(command).all():
-            bad = [d.name for d, v in zip(self._contract.action.dims, command, strict=True) if not np.isfinite(v)]
+            bad_dims = [
+                dim.name
+                for dim, value in zip(self._contract.action.dims, command, strict=True)
+                if not np.isfinite(value)
+            ]
             raise RatchetError(
-                "robot.bad_action", f"not finite: {', '.join(bad)}", where=self._contract.name, fix="nothing was sent"
+                "robot.bad_action",
+                f"not finite: {', '.join(bad_dims)}",
+                where=self._contract.name,
+                fix="nothing was sent",
             )
         env.step(command)
         self._steps += 1

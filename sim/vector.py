@@ -1,4 +1,4 @@
-"""ChunkVectorEnv: many episodes at once over worker processes, as a gymnasium vector environment.
+"""ChunkVectorEnv: many episodes in parallel over worker processes, as a gymnasium vector environment.
 
 Knows slots, workers, shared memory, recycling and recovery. Knows no policy and no learning.
 A step takes one action chunk per slot, runs it open loop and renders only the frame that the next decision needs.
@@ -29,7 +29,7 @@ from sim.worker import Command, Layout, Reset, WorkerConfig, one_thread, worker_
 
 
 class WorkerProcess(Protocol):
-    """What hosts the environments: a local process, or an actor somewhere else."""
+    """Handle of a worker that hosts environments: a local process, or an actor on another machine."""
 
     def kill(self) -> None: ...
     def join(self, timeout: float | None = None) -> None: ...
@@ -37,7 +37,7 @@ class WorkerProcess(Protocol):
 
 
 class WorkerLink(Protocol):
-    """The way to it. `recv` gives None or the error of the round, and raises EOFError or OSError where it is lost."""
+    """Channel to a worker. `recv` returns None or the round's error; raises EOFError or OSError where it is lost."""
 
     def send(self, command: Command | None) -> None: ...
     def poll(self, timeout: float) -> bool: ...
@@ -52,12 +52,13 @@ Launcher = Callable[[WorkerConfig, Mapping[str, np.ndarray]], tuple[WorkerProces
 def local_process(config: WorkerConfig, arrays: Mapping[str, np.ndarray]) -> tuple[WorkerProcess, WorkerLink]:
     """A process of this machine, which writes into the shared memory behind `arrays` itself."""
     context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=worker_main, args=(theirs, config), daemon=True)
+    parent_end, worker_end = context.Pipe()
+    process = context.Process(target=worker_main, args=(worker_end, config), daemon=True)
     with one_thread():
         process.start()
-    theirs.close()
-    return process, mine
+    # The parent's copy must go, or a dead worker would never show as end of file.
+    worker_end.close()
+    return process, parent_end
 
 
 @dataclass
@@ -114,14 +115,14 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         self.suite = suite
         self.contract = contract or registry.contract_for(suite)
         self.tasks = {info.name: info for info in registry.tasks(suite)}
-        sizes = {(self.contract.camera(c).height, self.contract.camera(c).width) for c in cameras}
-        if len(sizes) != 1:
+        camera_sizes = {(self.contract.camera(camera).height, self.contract.camera(camera).width) for camera in cameras}
+        if len(camera_sizes) != 1:
             raise RatchetError("sim.camera_sizes", "all cameras of a policy must share one size", where=suite)
-        fields = {s.name: s.size for s in self.contract.state}
-        unknown = [name for name in state_fields if name not in fields]
-        if unknown:
-            raise unknown_name("state field", unknown[0], fields, "contract.unknown_state")
-        height, width = sizes.pop()
+        field_sizes = {field.name: field.size for field in self.contract.state}
+        unknown_fields = [name for name in state_fields if name not in field_sizes]
+        if unknown_fields:
+            raise unknown_name("state field", unknown_fields[0], field_sizes, "contract.unknown_state")
+        height, width = camera_sizes.pop()
         self.num_envs = workers * slots_per_worker
         self.chunk = chunk
         layout = Layout(
@@ -129,10 +130,11 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
             len(cameras),
             height,
             width,
-            sum(fields[s] for s in state_fields),
+            sum(field_sizes[field] for field in state_fields),
             chunk,
             self.contract.action.size,
         )
+        # One block for all workers: frames are written where the learner reads them, none is copied through a pipe.
         self._memory = shared_memory.SharedMemory(create=True, size=layout.nbytes)
         self.arrays = layout.views(self._memory)
         self._config = WorkerConfig(
@@ -143,7 +145,11 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
             layout,
             self._memory.name,
             make_env,
-            {k: os.environ[k] for k in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if k in os.environ},
+            {
+                variable: os.environ[variable]
+                for variable in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
+                if variable in os.environ
+            },
         )
         self._recycle_after = recycle_after
         self._timeout = timeout
@@ -156,12 +162,14 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
                 "state": spaces.Box(-np.inf, np.inf, (layout.state,), np.float32),
             }
         )
-        low = np.array([d.low for d in self.contract.action.dims], np.float32)
-        high = np.array([d.high for d in self.contract.action.dims], np.float32)
-        self.single_action_space = spaces.Box(np.tile(low, (chunk, 1)), np.tile(high, (chunk, 1)), dtype=np.float32)
+        low_limits = np.array([dim.low for dim in self.contract.action.dims], np.float32)
+        high_limits = np.array([dim.high for dim in self.contract.action.dims], np.float32)
+        self.single_action_space = spaces.Box(
+            np.tile(low_limits, (chunk, 1)), np.tile(high_limits, (chunk, 1)), dtype=np.float32
+        )
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, self.num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self.groups = [range(w * slots_per_worker, (w + 1) * slots_per_worker) for w in range(workers)]
+        self.groups = [range(worker * slots_per_worker, (worker + 1) * slots_per_worker) for worker in range(workers)]
         self._workers = [self._start(slots) for slots in self.groups]
 
     # The asynchronous interface: one round of one group at a time, groups overlapping.
@@ -169,7 +177,8 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
     def submit(self, group: int, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, np.ndarray]) -> None:
         """Start a round of one group (worker): resets (slot -> task, initial state, horizon), then chunks.
 
-        steps: slot -> (K, D) float32. A slot may not be in both. Collect the round with `collect`.
+        Args:
+            steps: slot -> (K, D) float32. A slot may not be in both. Collect the round with `collect`.
 
         Raises:
             RatchetError: sim.busy, sim.unknown_task, sim.not_reset, sim.bad_action; nothing was started then.
@@ -177,9 +186,9 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         self._check(group, resets, steps)
         worker = self._workers[group]
         commands = []
-        for slot, (task, state, horizon) in resets.items():
-            self._episodes[slot] = _Episode(task, state, horizon)
-            commands.append(Reset(slot, task, state, horizon))
+        for slot, (task, initial_state, horizon) in resets.items():
+            self._episodes[slot] = _Episode(task, initial_state, horizon)
+            commands.append(Reset(slot, task, initial_state, horizon))
             worker.episodes += 1
         for slot, chunk in steps.items():
             episode = self._episodes[slot]
@@ -190,6 +199,7 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
             self._stop(worker)
             worker = self._workers[group] = self._start(worker.slots)
             self.recycled += 1
+            # The fresh worker replays the episodes under way, this round's chunks included.
             self._restore(worker, Command(tuple(commands), tuple(steps)))
             return
         self._send(worker, Command(tuple(commands), tuple(steps)))
@@ -201,6 +211,7 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
             RatchetError: sim.idle; sim.worker_lost, sim.worker_error or the task's own, after which the round's
                 episodes are over and their slots must be reset.
         """
+        # A round is tried on three workers; after the third loss the task itself is at fault.
         for attempt in range(3):
             worker = self._workers[group]
             if worker.pending is None:
@@ -208,7 +219,7 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
             try:
                 if not worker.connection.poll(self._timeout):
                     raise EOFError(f"no answer in {self._timeout} s")
-                answer = worker.connection.recv()
+                refusal = worker.connection.recv()
             except (EOFError, OSError) as error:
                 command = worker.pending
                 self._kill(worker)
@@ -225,9 +236,9 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
                 continue
             command = worker.pending
             worker.pending = None
-            if isinstance(answer, BaseException):
-                self._forget([*(r.slot for r in command.resets), *command.steps])
-                raise answer
+            if isinstance(refusal, BaseException):
+                self._forget([*(reset.slot for reset in command.resets), *command.steps])
+                raise refusal
             return
 
     # The gymnasium interface, synchronous over all slots.
@@ -241,14 +252,18 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
             raise RatchetError("sim.seed", "initial states are chosen by id", fix='pass options={"initial_state": …}')
         if not options or "task" not in options or "initial_state" not in options:
             raise RatchetError("sim.options", "reset needs options with 'task' and 'initial_state'", where=self.suite)
-        n = self.num_envs
-        names = [options["task"]] * n if isinstance(options["task"], str) else list(options["task"])
-        states = np.broadcast_to(np.asarray(options["initial_state"]), (n,))
-        mask = np.asarray(options.get("reset_mask", np.ones(n, bool)))
+        slot_count = self.num_envs
+        task_names = [options["task"]] * slot_count if isinstance(options["task"], str) else list(options["task"])
+        initial_states = np.broadcast_to(np.asarray(options["initial_state"]), (slot_count,))
+        reset_mask = np.asarray(options.get("reset_mask", np.ones(slot_count, bool)))
         resets = {}
-        for s in np.flatnonzero(mask):
-            self._require_task(names[s])
-            resets[int(s)] = (names[s], int(states[s]), int(options.get("horizon", self.tasks[names[s]].horizon)))
+        for slot in np.flatnonzero(reset_mask):
+            self._require_task(task_names[slot])
+            resets[int(slot)] = (
+                task_names[slot],
+                int(initial_states[slot]),
+                int(options.get("horizon", self.tasks[task_names[slot]].horizon)),
+            )
         self._round(resets, {})
         return self._observation(), {}
 
@@ -256,12 +271,12 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         self, actions: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Run one chunk in every slot that is not done. Reward 1 where the chunk brought success."""
-        live = ~self.arrays["done"].copy()
-        self._round({}, {int(s): actions[s] for s in np.flatnonzero(live)})
+        was_live = ~self.arrays["done"].copy()
+        self._round({}, {int(slot): actions[slot] for slot in np.flatnonzero(was_live)})
         success = self.arrays["success"].copy()
         done = self.arrays["done"].copy()
-        info = {"steps_run": np.where(live, self.arrays["steps_run"], 0), "live": live}
-        return self._observation(), (success & live).astype(np.float64), success, done & ~success, info
+        info = {"steps_run": np.where(was_live, self.arrays["steps_run"], 0), "live": was_live}
+        return self._observation(), (success & was_live).astype(np.float64), success, done & ~success, info
 
     def close_extras(self, **_: Any) -> None:
         for worker in self._workers:
@@ -272,22 +287,25 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
 
     def _round(self, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, np.ndarray]) -> None:
         """One round of all groups; every group is collected, also where one of them refuses."""
-        parts = [
-            ({s: resets[s] for s in slots if s in resets}, {s: steps[s] for s in slots if s in steps})
+        group_rounds = [
+            (
+                {slot: resets[slot] for slot in slots if slot in resets},
+                {slot: steps[slot] for slot in slots if slot in steps},
+            )
             for slots in self.groups
         ]
-        for g, part in enumerate(parts):
-            self._check(g, *part)
-        for g, part in enumerate(parts):
-            self.submit(g, *part)
-        refused: list[RatchetError] = []
-        for g in range(len(parts)):
+        for group, group_round in enumerate(group_rounds):
+            self._check(group, *group_round)
+        for group, group_round in enumerate(group_rounds):
+            self.submit(group, *group_round)
+        refusals: list[RatchetError] = []
+        for group in range(len(group_rounds)):
             try:
-                self.collect(g)
+                self.collect(group)
             except RatchetError as error:
-                refused.append(error)
-        if refused:
-            raise refused[0]
+                refusals.append(error)
+        if refusals:
+            raise refusals[0]
 
     def _require_task(self, name: str) -> None:
         if name not in self.tasks:
@@ -300,12 +318,12 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
             self._require_task(task)
         expected = self.single_action_space.shape
         for slot, chunk in steps.items():
-            where = f"slot {slot}"
+            slot_text = f"slot {slot}"
             if self._episodes[slot] is None or slot in resets:
-                raise RatchetError("sim.not_reset", "step before reset", where=where, fix="reset the slot first")
+                raise RatchetError("sim.not_reset", "step before reset", where=slot_text, fix="reset the slot first")
             if np.shape(chunk) != expected or not np.isfinite(chunk).all():
-                what = f"a chunk must be {expected} finite numbers, got {np.shape(chunk)}"
-                raise RatchetError("sim.bad_action", what, where=where, fix="nothing was sent")
+                problem = f"a chunk must be {expected} finite numbers, got {np.shape(chunk)}"
+                raise RatchetError("sim.bad_action", problem, where=slot_text, fix="nothing was sent")
 
     def _forget(self, slots: Iterable[int]) -> None:
         for slot in slots:
@@ -324,11 +342,11 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
 
     def _restore(self, worker: _Worker, command: Command) -> None:
         """Bring a fresh worker to where the lost one was after `command`, by replaying every episode under way."""
-        fresh = {r.slot for r in command.resets}
+        reset_slots = {reset.slot for reset in command.resets}
         resets = list(command.resets)
         for slot in worker.slots:
             episode = self._episodes[slot]
-            if episode is None or slot in fresh:
+            if episode is None or slot in reset_slots:
                 continue
             replay = np.stack(episode.chunks) if episode.chunks else None
             resets.append(Reset(slot, episode.task, episode.initial_state, episode.horizon, replay))

@@ -1,4 +1,4 @@
-"""Rollouts to look at: one episode as frames for a person, beside what the policy sees.
+"""Rollout videos: one greedy episode as a GIF for a person.
 
 Knows one environment and how to draw it larger. Knows no learning.
 """
@@ -32,7 +32,8 @@ def with_viewer(contract: RobotContract, size: int) -> RobotContract:
 def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, size: int = 192, every: int = 2) -> bool:
     """Run one greedy episode and write it as a GIF in real time; returns success.
 
-    every: control steps per frame.
+    Args:
+        every: control steps per frame.
     """
     contract = with_viewer(registry.contract_for(task.suite), size)
     env = registry.make_env(task.suite, task.name, contract)
@@ -41,10 +42,12 @@ def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, si
         env.reset(initial_state)
         steps = 0
         while steps < task.horizon and not env.success():
-            state = env.state()
+            state_fields = env.state()
             batch = PolicyInput(
-                images=np.stack([env.render(c) for c in policy.spec.cameras])[None],
-                state=torch.from_numpy(np.concatenate([state[s] for s in policy.spec.state]))[None]
+                images=np.stack([env.render(camera) for camera in policy.spec.cameras])[None],
+                state=torch.from_numpy(np.concatenate([state_fields[field_name] for field_name in policy.spec.state]))[
+                    None
+                ]
                 if policy.spec.state
                 else None,
                 instructions=[task.instruction],
@@ -58,6 +61,7 @@ def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, si
                 if env.success() or steps >= task.horizon:
                     break
         success = env.success()
+        # Eight frames long, so that the verdict can be read before the GIF loops.
         frames += [_framed(env.render(VIEWER), success)] * 8
     finally:
         env.close()
@@ -69,8 +73,8 @@ def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, si
 
 def _framed(image: UInt8, success: bool) -> UInt8:
     """The last frame, with a green or red border that says how it ended."""
-    out = image.copy()
+    framed = image.copy()
     colour = (40, 160, 60) if success else (190, 40, 40)
-    for edge in (np.s_[:6], np.s_[-6:], np.s_[:, :6], np.s_[:, -6:]):
-        out[edge] = colour
-    return out
+    for border in (np.s_[:6], np.s_[-6:], np.s_[:, :6], np.s_[:, -6:]):
+        framed[border] = colour
+    return framed

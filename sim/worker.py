@@ -1,4 +1,4 @@
-"""A worker process: hosts task environments in slots and answers commands through shared memory.
+"""Simulator worker process: hosts task environments in slots and answers commands through shared memory.
 
 Knows slots, tasks and chunks of actions. Knows no policy, no torch and nothing of episodes beyond the current one.
 The protocol with the parent is in `Command` and `SlotState`; arrays travel through shared memory, never a pipe.
@@ -40,14 +40,14 @@ class Layout(NamedTuple):
     action: int
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        n = self.slots
+        slot_count = self.slots
         return {
-            "images": ((n, self.cameras, self.height, self.width, 3), np.dtype(np.uint8)),
-            "state": ((n, self.state), np.dtype(np.float32)),
-            "actions": ((n, self.chunk, self.action), np.dtype(np.float32)),
-            "steps_run": ((n,), np.dtype(np.int32)),
-            "done": ((n,), np.dtype(np.bool_)),
-            "success": ((n,), np.dtype(np.bool_)),
+            "images": ((slot_count, self.cameras, self.height, self.width, 3), np.dtype(np.uint8)),
+            "state": ((slot_count, self.state), np.dtype(np.float32)),
+            "actions": ((slot_count, self.chunk, self.action), np.dtype(np.float32)),
+            "steps_run": ((slot_count,), np.dtype(np.int32)),
+            "done": ((slot_count,), np.dtype(np.bool_)),
+            "success": ((slot_count,), np.dtype(np.bool_)),
         }
 
     @property
@@ -55,15 +55,16 @@ class Layout(NamedTuple):
         return sum(_aligned(int(np.prod(shape)) * dtype.itemsize) for shape, dtype in self.fields().values())
 
     def views(self, memory: shared_memory.SharedMemory) -> dict[str, np.ndarray]:
-        views = {}
+        arrays = {}
         offset = 0
         for name, (shape, dtype) in self.fields().items():
-            views[name] = np.ndarray(shape, dtype, buffer=memory.buf, offset=offset)
+            arrays[name] = np.ndarray(shape, dtype, buffer=memory.buf, offset=offset)
             offset += _aligned(int(np.prod(shape)) * dtype.itemsize)
-        return views
+        return arrays
 
 
 def _aligned(size: int) -> int:
+    # 64 bytes: each array begins on a cache line of its own.
     return (size + 63) // 64 * 64
 
 
@@ -86,7 +87,7 @@ class Command(NamedTuple):
 
 @dataclass
 class WorkerConfig:
-    """What a worker must know to start; crosses the process border."""
+    """Configuration that a worker starts with; pickled to the new process, so it holds plain values only."""
 
     suite: str
     contract: RobotContract
@@ -119,7 +120,7 @@ class Host:
             self._reset(reset)
         for slot in command.steps:
             self._step(slot, self.views["actions"][slot])
-        for slot in {*(r.slot for r in command.resets), *command.steps}:
+        for slot in {*(reset.slot for reset in command.resets), *command.steps}:
             self._publish(slot)
 
     def close(self) -> None:
@@ -127,16 +128,19 @@ class Host:
             env.close()
 
     def _reset(self, reset: Reset) -> None:
-        key = (reset.slot, reset.task)
-        if key in self.envs:
-            self.envs[key] = self.envs.pop(key)  # dictionaries keep their order: the slot's oldest task comes first
+        env_key = (reset.slot, reset.task)
+        if env_key in self.envs:
+            self.envs[env_key] = self.envs.pop(
+                env_key
+            )  # dictionaries keep their order: the slot's oldest task comes first
         else:
-            mine = [k for k in self.envs if k[0] == reset.slot]
-            if len(mine) >= TASKS_PER_SLOT:
-                self.envs.pop(mine[0]).close()
-            self.envs[key] = self.config.make_env(self.config.suite, reset.task, self.config.contract)
-        env = self.envs[key]
+            slot_keys = [env_key_of_slot for env_key_of_slot in self.envs if env_key_of_slot[0] == reset.slot]
+            if len(slot_keys) >= TASKS_PER_SLOT:
+                self.envs.pop(slot_keys[0]).close()
+            self.envs[env_key] = self.config.make_env(self.config.suite, reset.task, self.config.contract)
+        env = self.envs[env_key]
         env.reset(reset.initial_state)
+        # An episode that is solved before its first action would count as a success that no policy earned.
         if env.success():
             raise already_solved(f"{reset.task}, initial state {reset.initial_state}")
         self.slots[reset.slot] = _Slot(env, reset.horizon)
@@ -144,20 +148,21 @@ class Host:
         self.views["success"][reset.slot] = False
         self.views["steps_run"][reset.slot] = 0
         if reset.replay is not None:
+            # Simulators are deterministic, so the same actions lead back to the state that was lost.
             for chunk in reset.replay:
                 self._step(reset.slot, chunk)
 
     def _step(self, index: int, chunk: np.ndarray) -> None:
         slot = self.slots[index]
-        ran = 0
+        steps_run = 0
         for action in chunk:
             if slot.steps >= slot.horizon or slot.env.success():
                 break
             slot.env.step(action)
             slot.steps += 1
-            ran += 1
+            steps_run += 1
         success = slot.env.success()
-        self.views["steps_run"][index] = ran
+        self.views["steps_run"][index] = steps_run
         self.views["success"][index] = success
         self.views["done"][index] = success or slot.steps >= slot.horizon
 
@@ -166,8 +171,8 @@ class Host:
         if self.views["done"][index]:
             return
         env = self.slots[index].env
-        for v, camera in enumerate(self.config.cameras):
-            self.views["images"][index, v] = env.render(camera)
+        for view, camera in enumerate(self.config.cameras):
+            self.views["images"][index, view] = env.render(camera)
         if self.config.state_fields:
             state = env.state()
             self.views["state"][index] = np.concatenate([state[name] for name in self.config.state_fields])
@@ -176,16 +181,16 @@ class Host:
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """For the start of a worker: the environment in which its libraries, when they are loaded, take one thread each."""
-    before = {name: os.environ.get(name) for name in THREADS}
+    previous_values = {variable: os.environ.get(variable) for variable in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     try:
         yield
     finally:
-        for name, value in before.items():
+        for variable, value in previous_values.items():
             if value is None:
-                del os.environ[name]
+                del os.environ[variable]
             else:
-                os.environ[name] = value
+                os.environ[variable] = value
 
 
 def worker_main(connection: Connection, config: WorkerConfig) -> None:

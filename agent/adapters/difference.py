@@ -21,7 +21,8 @@ from agent.errors import RatchetError
 class Change:
     """One layer: Frobenius norms of both weight changes and of their difference, and the cosine between them.
 
-    cosine: in [-1, 1]; 0 where one of them is zero.
+    Attributes:
+        cosine: in [-1, 1]; 0 where one of them is zero.
     """
 
     layer: str

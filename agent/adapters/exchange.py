@@ -46,7 +46,8 @@ def bring_in(folder: Path, policy: Policy, dtype: torch.dtype | None = None) -> 
 
     Every check of a swap is made, the canary observation included.
 
-    dtype: what to cast to; None keeps the folder's own, whatever the base's is: layers of float32 carry either.
+    Args:
+        dtype: what to cast to; None keeps the folder's own, whatever the base's is: layers of float32 carry either.
 
     Raises:
         RatchetError: what `import_folder` and `HotSwapper.stage` raise; adapter.hash_mismatch, adapter.wrong_base,
@@ -87,7 +88,8 @@ def bring_in(folder: Path, policy: Policy, dtype: torch.dtype | None = None) -> 
 def send_out(adapter: Adapter, card: Card, folder: Path, dtype: torch.dtype | None = None) -> tuple[str, ...]:
     """Write an adapter as a new PEFT folder, whole or not at all; returns notes in words.
 
-    dtype: what to cast to; None keeps the adapter's own.
+    Args:
+        dtype: what to cast to; None keeps the adapter's own.
 
     Raises:
         RatchetError: adapter.exists, adapter.cast_overflow.

@@ -33,8 +33,9 @@ from agent.policy.protocol import Policy, PolicyInput
 class Staged:
     """An adapter that passed every check and lies in memory beside the running one.
 
-    canary_actions: (1, K, D) float32, physical units, what it answers to the canary observation.
-    load, validate, stage, canary: seconds each part took; 0 where it was not needed.
+    Attributes:
+        canary_actions: (1, K, D) float32, physical units, what it answers to the canary observation.
+        load, validate, stage, canary: seconds each part took; 0 where it was not needed.
     """
 
     id: str
@@ -56,13 +57,14 @@ class Staged:
 class SwapReport:
     """What a swap did. Times in seconds.
 
-    ready: load + validate + stage + canary; the running policy works on meanwhile.
-    waited: from ready until the forward that was running had ended.
-    unavailable: how long forwards were held off for the flip itself.
-    preempted: another process took the core during the flip, so that `unavailable` tells of the host's load.
-    canary_change: largest difference between the new and the old adapter's canary actions, physical units.
-    warnings: `adapter.no_effect` where the adapter leaves the base as it is; `adapter.partial_effect` where only some
-        layers are changed; `adapter.already_active`.
+    Attributes:
+        ready: load + validate + stage + canary; the running policy works on meanwhile.
+        waited: from ready until the forward that was running had ended.
+        unavailable: how long forwards were held off for the flip itself.
+        preempted: another process took the core during the flip, so that `unavailable` tells of the host's load.
+        canary_change: largest difference between the new and the old adapter's canary actions, physical units.
+        warnings: `adapter.no_effect` where the adapter leaves the base as it is; `adapter.partial_effect` where only
+            some layers are changed; `adapter.already_active`.
     """
 
     old_id: str
@@ -96,11 +98,12 @@ class HotSwapper:
     ) -> None:
         """Take charge of `lora`, attached to `policy.module`.
 
-        store: where references (tags, ids) are looked up; None where only adapters in memory are given.
-        canary: one observation that every adapter must answer with finite actions; None makes a synthetic one.
-        mode: `flip` changes pointers; `copy` writes into the same memory, as a captured CUDA graph needs.
-        keep: adapters kept in memory for immediate use, the running and the previous one included; at least 2.
-        timeout: seconds to wait for a gap between forwards.
+        Args:
+            store: where references (tags, ids) are looked up; None where only adapters in memory are given.
+            canary: one observation that every adapter must answer with finite actions; None makes a synthetic one.
+            mode: `flip` changes pointers; `copy` writes into the same memory, as a captured CUDA graph needs.
+            keep: adapters kept in memory for immediate use, the running and the previous one included; at least 2.
+            timeout: seconds to wait for a gap between forwards.
         """
         self._policy = policy
         self._lora = lora
@@ -168,9 +171,10 @@ class HotSwapper:
     ) -> Staged:
         """Check an adapter and lay it beside the running one, which is neither touched nor held up. Any thread.
 
-        adapter: an adapter, or a reference into the store.
-        expected_id: what the sender said it is.
-        expected_actions: (1, K, D) what the canary observation must give, within `tolerance` (physical units).
+        Args:
+            adapter: an adapter, or a reference into the store.
+            expected_id: what the sender said it is.
+            expected_actions: (1, K, D) what the canary observation must give, within `tolerance` (physical units).
 
         Raises:
             RatchetError: whatever the store refuses; adapter.hash_mismatch, adapter.wrong_base,

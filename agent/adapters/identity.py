@@ -111,9 +111,10 @@ def _number(value: float) -> float | int:
 class Binding:
     """What an adapter was made for; it may run on nothing else.
 
-    base_hash: SHA-256 of the frozen base model, hex.
-    statistics: the normalisation statistics in force, as plain JSON data.
-    action_space: the action space the policy speaks, as plain JSON data.
+    Attributes:
+        base_hash: SHA-256 of the frozen base model, hex.
+        statistics: the normalisation statistics in force, as plain JSON data.
+        action_space: the action space the policy speaks, as plain JSON data.
     """
 
     base_hash: str
@@ -240,9 +241,10 @@ def dtype_name(tensor: Tensor, tensor_name: str) -> str:
 class Adapter:
     """One adapter, complete and immutable: what the store keeps, the link sends and the swapper takes.
 
-    tensors: PEFT name (`base_model.model.<layer>.lora_A.weight`) -> tensor on the CPU; never written to.
-    config: PEFT configuration fields, JSON data, in canonical form.
-    binding: what it was made for.
+    Attributes:
+        tensors: PEFT name (`base_model.model.<layer>.lora_A.weight`) -> tensor on the CPU; never written to.
+        config: PEFT configuration fields, JSON data, in canonical form.
+        binding: what it was made for.
     """
 
     tensors: Mapping[str, Tensor]

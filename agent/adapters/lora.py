@@ -35,7 +35,9 @@ SLOT = "default"  # the name of the one adapter slot inside PEFT's layers
 class Effect:
     """How much an adapter changes the base: ||delta W|| / ||W||, Frobenius norms.
 
-    overall: over all adapted layers together; layers: per layer; nil: layers whose delta is zero.
+    Attributes:
+        overall: over all adapted layers together.
+        layers: per layer, by its path in the module.
     """
 
     overall: float
@@ -43,13 +45,15 @@ class Effect:
 
     @property
     def nil(self) -> tuple[str, ...]:
+        """Layers that the adapter leaves as they are."""
         return tuple(layer_path for layer_path, relative_norm in self.layers.items() if relative_norm == 0.0)
 
 
 def lora_config(rank: int, alpha: float, target_modules: str | Sequence[str] = "all-linear") -> LoraConfig:
     """A plain LoRA configuration: dropout 0 (log-probabilities must repeat), no bias.
 
-    target_modules: "all-linear", a regular expression over whole module names, or names and name endings.
+    Args:
+        target_modules: "all-linear", a regular expression over whole module names, or names and name endings.
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=targets)
@@ -77,9 +81,10 @@ def room_for(config: Mapping[str, Any]) -> LoraConfig:
 def attach(module: nn.Module, config: LoraConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Lora:
     """Put LoRA layers into a module, in place, and freeze everything else.
 
-    dtype: of the adapter's tensors. float32 whatever the base has and computes in: at a learning rate of 2e-5 most
-        steps of half of A are smaller than bfloat16 can hold, so that they are lost.
-    seed: of A's initial values (Kaiming uniform, as PEFT); B starts at zero, so that the output is the base's.
+    Args:
+        dtype: of the adapter's tensors. float32 whatever the base has and computes in: at a learning rate of 2e-5 most
+            steps of half of A are smaller than bfloat16 can hold, so that they are lost.
+        seed: of A's initial values (Kaiming uniform, as PEFT); B starts at zero, so that the output is the base's.
 
     Raises:
         RatchetError: adapter.unsupported_config; adapter.no_layers where no layer matches; adapter.unsupported_layer

@@ -20,11 +20,12 @@ BASE = "base"
 class Provenance:
     """Where an adapter comes from; kept on its card, no part of its id.
 
-    parent: id of the adapter that training started from; None for a first one.
-    task, stage: the task it was trained on last, and how many tasks it has seen.
-    metrics: whatever was measured, by name.
-    effect: relative norm of the change to the base, `Lora.effect(...).overall`; None where nobody measured it.
-    gate: the latest verdict of the gate, plain data; empty where there is none.
+    Attributes:
+        parent: id of the adapter that training started from; None for a first one.
+        task, stage: the task it was trained on last, and how many tasks it has seen.
+        metrics: whatever was measured, by name.
+        effect: relative norm of the change to the base, `Lora.effect(...).overall`; None where nobody measured it.
+        gate: the latest verdict of the gate, plain data; empty where there is none.
     """
 
     parent: str | None = None
@@ -40,8 +41,10 @@ class Provenance:
 class Card:
     """Metadata of one adapter, readable without its tensors.
 
-    statistics, action_space: the content whose hashes went into the id.
-    created: UTC, ISO 8601; software: version of this package that stored it.
+    Attributes:
+        statistics, action_space: the content whose hashes went into the id.
+        created: UTC, ISO 8601.
+        software: version of this package that stored it.
     """
 
     id: str
@@ -58,7 +61,10 @@ class Card:
 class TagMove:
     """One line of a tag's history.
 
-    action: `set` or `rollback`; old: None for a new tag; time: UTC, ISO 8601.
+    Attributes:
+        action: `set` or `rollback`.
+        old: None for a new tag.
+        time: UTC, ISO 8601.
     """
 
     sequence: int

@@ -50,7 +50,8 @@ class FolderStore:
     def __init__(self, root: str | Path, *, create: bool = False, files: Files | None = None) -> None:
         """Open a store.
 
-        create: make the folder where there is none; otherwise a mistyped path is refused.
+        Args:
+            create: make the folder where there is none; otherwise a mistyped path is refused.
 
         Raises:
             RatchetError: adapter.no_store, adapter.store_io.

@@ -18,10 +18,13 @@ KINDS: dict[str, Any] = {"str": str, "float": (int, float), "int": int}
 class Order:
     """Episodes of one task under one adapter.
 
-    slots: in simulation, how many exact episodes (initial state and seed from the numbers here); 0 where any episode of
-    the task is welcome, as from an arm, whose scenes cannot be repeated. groups * group_size: how many are wanted;
-    have: of these, how many are accepted already. horizon: control periods. noise_correlation: of the sampling noise
-    within a chunk, in [0, 1).
+    Attributes:
+        slots: in simulation, how many exact episodes (initial state and seed from the numbers here); 0 where any
+            episode of the task is welcome, as from an arm, whose scenes cannot be repeated.
+        groups, group_size: their product is the number of episodes requested.
+        have: of these, how many are accepted already.
+        horizon: control periods.
+        noise_correlation: of the sampling noise within a chunk, in [0, 1).
     """
 
     id: str

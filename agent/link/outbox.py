@@ -88,7 +88,9 @@ class Outbox:
     ) -> Item | None:
         """Accept a file; it survives a power cut when this returns. None where this key was accepted before.
 
-        content: bytes, or a file, which is moved here (copied from another file system). keep: copy it in any case.
+        Args:
+            content: bytes, or a file, which is moved here (copied from another file system).
+            keep: copy it in any case.
 
         Raises:
             RatchetError: link.outbox_full, link.disk_full, link.io, link.bad_item; nothing was accepted then and a

@@ -32,7 +32,13 @@ class Peer:
 
 @dataclass
 class Counts:
-    """messages: well-formed ones from allowed robots. malformed, strangers: refused. received: files counted."""
+    """Message counts of a server since its start.
+
+    Attributes:
+        messages: well-formed ones from allowed robots.
+        malformed, strangers: refused.
+        received: files counted.
+    """
 
     messages: int = 0
     malformed: int = 0

@@ -113,7 +113,11 @@ class LinkServer:
     def publish(self, body: Mapping[str, Any]) -> str:
         """Set the state that robots follow: those present are told at once, the others with their next beat.
 
-        body: plain data, small; `adapters` in it lists the ids that robots should hold. Returns its version.
+        Args:
+            body: plain data, small; `adapters` in it lists the ids that robots should hold.
+
+        Returns:
+            The version of this state.
 
         Raises:
             RatchetError: link.bad_message where it is no plain data or too large.

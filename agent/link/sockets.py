@@ -80,7 +80,8 @@ def listen(context: zmq.Context[Any], address: str, keys: KeyPair | None) -> zmq
 def dial(context: zmq.Context[Any], address: str, keys: KeyPair | None, learner: bytes | None) -> zmq.Socket[Any]:
     """The robot's socket; it connects, and connects again after every loss, by itself.
 
-    learner: the learner's public key: a robot sends nothing to anybody else.
+    Args:
+        learner: the learner's public key: a robot sends nothing to anybody else.
 
     Raises:
         RatchetError: link.bad_address, link.plain.

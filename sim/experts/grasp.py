@@ -1,4 +1,4 @@
-"""Where a parallel gripper can take hold of an object from above, from the object's collision geometry.
+"""Grasp planning for a parallel gripper from above, from an object's collision geometry.
 
 Knows points, the Panda hand's box model and a score. Knows no episode, no controller and no task.
 Lengths in m, angles in rad, all positions in the world frame; the hand points straight down.
@@ -34,7 +34,9 @@ _SPACING = 0.015
 class Grasp:
     """A pose of the grip site above which the hand can come straight down, and its cost (lower is better).
 
-    position: (3,) m; yaw: rotation of the finger axis from world y, in [-pi/2, pi/2].
+    Attributes:
+        position: (3,) m.
+        yaw: rotation of the finger axis from world y, in [-pi/2, pi/2].
     """
 
     position: np.ndarray
@@ -45,9 +47,9 @@ class Grasp:
 
 def rotation(yaw: float) -> np.ndarray:
     """(3, 3) orientation of the grip site: x along the fingers, z down."""
-    sin = math.sin(yaw)
-    cos = math.cos(yaw)
-    return np.array([[-sin, cos, 0.0], [cos, sin, 0.0], [0.0, 0.0, -1.0]])
+    sin_yaw = math.sin(yaw)
+    cos_yaw = math.cos(yaw)
+    return np.array([[-sin_yaw, cos_yaw, 0.0], [cos_yaw, sin_yaw, 0.0], [0.0, 0.0, -1.0]])
 
 
 class Shapes:
@@ -60,36 +62,41 @@ class Shapes:
 
     def points(self, data: mujoco.MjData, body: int) -> np.ndarray:
         """(N, 3) points of the body and everything attached to it."""
-        parts = [
+        point_sets = [
             data.geom_xpos[geom] + self._samples(geom) @ data.geom_xmat[geom].reshape(3, 3).T
             for geom in self._collision_geoms(body)
         ]
-        return np.concatenate(parts) if parts else data.xpos[body][None].copy()
+        return np.concatenate(point_sets) if point_sets else data.xpos[body][None].copy()
 
     def _collision_geoms(self, body: int) -> list[int]:
         if body not in self._geoms:
             model = self._model
-            inside = {body}
+            body_tree = {body}
             for child in range(body + 1, model.nbody):  # parents have lower ids than their children
-                if model.body_parentid[child] in inside:
-                    inside.add(child)
-            solid = model.geom_contype | model.geom_conaffinity
-            self._geoms[body] = [g for g in range(model.ngeom) if model.geom_bodyid[g] in inside and solid[g]]
+                if model.body_parentid[child] in body_tree:
+                    body_tree.add(child)
+            collides = model.geom_contype | model.geom_conaffinity
+            self._geoms[body] = [
+                geom for geom in range(model.ngeom) if model.geom_bodyid[geom] in body_tree and collides[geom]
+            ]
         return self._geoms[body]
 
     def _samples(self, geom: int) -> np.ndarray:
         if geom not in self._local:
             model = self._model
             centre = model.geom_aabb[geom, :3]
-            half = model.geom_aabb[geom, 3:]
-            counts = np.clip(np.ceil(2 * half / _SPACING).astype(int) + 1, 2, 24)
-            lines = [np.linspace(-1, 1, count) for count in counts]
-            grid = np.stack(np.meshgrid(*lines, indexing="ij"), -1).reshape(-1, 3)
-            samples = centre + half * grid
+            half_size = model.geom_aabb[geom, 3:]
+            counts = np.clip(np.ceil(2 * half_size / _SPACING).astype(int) + 1, 2, 24)
+            axis_samples = [np.linspace(-1, 1, count) for count in counts]
+            grid = np.stack(np.meshgrid(*axis_samples, indexing="ij"), -1).reshape(-1, 3)
+            # (n, 3) in the geom's own frame.
+            samples = centre + half_size * grid
             if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_MESH:
                 mesh = model.geom_dataid[geom]
-                first = model.mesh_vertadr[mesh]
-                samples = np.array(model.mesh_vert[first : first + model.mesh_vertnum[mesh]], dtype=np.float64)
+                first_vertex = model.mesh_vertadr[mesh]
+                samples = np.array(
+                    model.mesh_vert[first_vertex : first_vertex + model.mesh_vertnum[mesh]], dtype=np.float64
+                )
             self._local[geom] = samples
         return self._local[geom]
 
@@ -104,10 +111,14 @@ def grasps(points: np.ndarray, obstacles: np.ndarray, current_yaw: float) -> lis
         points: (N, 3) of the object; obstacles: (M, 3) of everything else that must not be hit.
         current_yaw: of the hand, so that turning can be judged.
     """
-    found = list(_centre_grasps(points, current_yaw)) or list(_rim_grasps(points, current_yaw))
-    near = obstacles[np.linalg.norm(obstacles[:, :2] - points[:, :2].mean(0), axis=1) < 0.25]
-    judged = [Grasp(g.position, g.yaw, g.cost + 0.05 * _hits(near, g), g.kind) for g in found]
-    return sorted(judged, key=lambda g: g.cost)
+    candidates = list(_centre_grasps(points, current_yaw)) or list(_rim_grasps(points, current_yaw))
+    # Points farther than 25 cm from the object's middle are out of reach of the hand, whose palm is 21 cm long.
+    near_obstacles = obstacles[np.linalg.norm(obstacles[:, :2] - points[:, :2].mean(0), axis=1) < 0.25]
+    scored = [
+        Grasp(grasp.position, grasp.yaw, grasp.cost + 0.05 * _hits(near_obstacles, grasp), grasp.kind)
+        for grasp in candidates
+    ]
+    return sorted(scored, key=lambda grasp: grasp.cost)
 
 
 def _height(low: float, high: float) -> float:
@@ -116,19 +127,25 @@ def _height(low: float, high: float) -> float:
 
 
 def _centre_grasps(points: np.ndarray, current_yaw: float) -> Iterable[Grasp]:
-    low = points[:, 2].min()
-    high = points[:, 2].max()
-    z = _height(low, high)
+    lowest = points[:, 2].min()
+    highest = points[:, 2].max()
+    height = _height(lowest, highest)
+    # Half a turn is enough, because the two fingers are alike.
     for yaw in np.linspace(-math.pi / 2, math.pi / 2, 13):
-        axes = rotation(yaw)[:2, :2]
-        along = points[:, :2] @ axes
-        least = along.min(0)
-        most = along.max(0)
-        width = most[0] - least[0]
+        finger_axes = rotation(yaw)[:2, :2]
+        finger_points = points[:, :2] @ finger_axes
+        low_corner = finger_points.min(0)
+        high_corner = finger_points.max(0)
+        width = high_corner[0] - low_corner[0]
         if width <= APERTURE:
-            xy = axes @ ((least + most) / 2)
-            turn = abs(yaw - current_yaw)
-            yield Grasp(np.array([xy[0], xy[1], z]), yaw, 0.02 * turn + 0.5 * max(width - 0.055, 0.0), "centre")
+            centre_xy = finger_axes @ ((low_corner + high_corner) / 2)
+            turn_angle = abs(yaw - current_yaw)
+            yield Grasp(
+                np.array([centre_xy[0], centre_xy[1], height]),
+                yaw,
+                0.02 * turn_angle + 0.5 * max(width - 0.055, 0.0),
+                "centre",
+            )
 
 
 def _rim_grasps(points: np.ndarray, current_yaw: float) -> Iterable[Grasp]:
@@ -140,23 +157,31 @@ def _rim_grasps(points: np.ndarray, current_yaw: float) -> Iterable[Grasp]:
         sector = np.abs((azimuth - angle + math.pi) % (2 * math.pi) - math.pi) < math.radians(20)
         if not sector.any():
             continue
-        top = points[sector, 2].max()
-        rim = sector & (points[:, 2] > top - 0.006)
+        rim_top = points[sector, 2].max()
+        # The topmost 6 mm of the sector are its rim.
+        rim = sector & (points[:, 2] > rim_top - 0.006)
         distance = float(np.median(radius[rim]))
         direction = np.array([math.cos(angle), math.sin(angle)])
         # The finger axis is radial; yaw 0 is world y, and the fingers are alike, so that a half turn changes nothing.
         yaw = angle % math.pi - math.pi / 2
-        xy = centre + direction * (distance - 0.004)
-        z = max(top - _RIM_DEPTH, points[sector, 2].min() + TIP_BELOW + _FLOOR_GAP)
-        yield Grasp(np.array([xy[0], xy[1], z]), yaw, 0.02 * abs(yaw - current_yaw) + 0.002 * abs(angle), "rim")
+        rim_xy = centre + direction * (distance - 0.004)
+        height = max(rim_top - _RIM_DEPTH, points[sector, 2].min() + TIP_BELOW + _FLOOR_GAP)
+        yield Grasp(
+            np.array([rim_xy[0], rim_xy[1], height]), yaw, 0.02 * abs(yaw - current_yaw) + 0.002 * abs(angle), "rim"
+        )
 
 
 def _hits(obstacles: np.ndarray, grasp: Grasp) -> int:
     """How many obstacle points lie in the volumes that fingers and palm sweep when they come down."""
-    local = (obstacles - grasp.position) @ rotation(grasp.yaw)
-    x = np.abs(local[:, 0])
-    y = np.abs(local[:, 1])
-    up = -local[:, 2]
-    fingers = (x > FINGER_INNER) & (x < FINGER_OUTER) & (y < FINGER_HALF_WIDTH + 0.004) & (up > -TIP_BELOW)
-    palm = (x < PALM_HALF_LENGTH) & (y < PALM_HALF_WIDTH) & (up > PALM_ABOVE - 0.004)
+    hand_points = (obstacles - grasp.position) @ rotation(grasp.yaw)
+    across_fingers = np.abs(hand_points[:, 0])
+    along_palm = np.abs(hand_points[:, 1])
+    above_site = -hand_points[:, 2]
+    fingers = (
+        (across_fingers > FINGER_INNER)
+        & (across_fingers < FINGER_OUTER)
+        & (along_palm < FINGER_HALF_WIDTH + 0.004)
+        & (above_site > -TIP_BELOW)
+    )
+    palm = (across_fingers < PALM_HALF_LENGTH) & (along_palm < PALM_HALF_WIDTH) & (above_site > PALM_ABOVE - 0.004)
     return int((fingers | palm).sum())

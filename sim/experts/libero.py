@@ -1,4 +1,4 @@
-"""Scripted pick-and-place for LIBERO: one state machine over the simulator's true state.
+"""Scripted pick-and-place expert for LIBERO: one state machine over the simulator's true state.
 
 Knows goals of the form "object in region" and "object on object". Every decision is taken anew from the current
 state, so that it carries on from wherever noise, a slip or a bump has led. Needs no frames.
@@ -46,15 +46,20 @@ class LiberoExpert(Expert):
 
     def reset(self, env: TaskEnv) -> None:
         env = _libero(env)
-        goal = env.goal
-        if len(goal) != 1 or len(goal[0]) != 3 or goal[0][0] not in ("in", "on") or goal[0][1] not in env.bodies:
+        goal_predicates = env.goal
+        if (
+            len(goal_predicates) != 1
+            or len(goal_predicates[0]) != 3
+            or goal_predicates[0][0] not in ("in", "on")
+            or goal_predicates[0][1] not in env.bodies
+        ):
             raise RatchetError(
                 "expert.unsupported_goal",
-                f"goal {goal} is not one object to be put in or on something",
+                f"goal {goal_predicates} is not one object to be put in or on something",
                 where=env.info.name,
                 fix="use tasks with a single 'in' or 'on' goal",
             )
-        _, self._object, self._target = goal[0]
+        _, self._object, self._target = goal_predicates[0]
         self._shapes = Shapes(env.model)
         self._site = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_SITE, "gripper0_grip_site")
         self._region = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_SITE, self._target)
@@ -65,6 +70,7 @@ class LiberoExpert(Expert):
 
     def act(self, env: TaskEnv) -> Float32:
         env = _libero(env)
+        # Patience per phase: a phase that takes longer has failed, and the next grasp is tried.
         self._age += 1
         if self._age > _PATIENCE[self._phase]:
             self._give_up()
@@ -81,16 +87,19 @@ class LiberoExpert(Expert):
     def _reach(self, env: LiberoTaskEnv) -> Float32:
         if self._grasp is None:
             self._grasp = self._plan(env)
-        goal = self._grasp.position + np.array([0.0, 0.0, _ABOVE])
+        goal_position = self._grasp.position + np.array([0.0, 0.0, _ABOVE])
         position = self._position(env)
-        away = float(np.linalg.norm(position[:2] - goal[:2]))
-        if away > 0.03:
-            goal[2] = max(goal[2], self._clearance(env, position, goal, {self._object}) + 0.03)
-            if position[2] < goal[2] - 0.03:
-                goal[:2] = position[:2]  # straight up first
-        elif self._aligned(env) and away < 0.008 and abs(position[2] - goal[2]) < 0.03:
+        distance = float(np.linalg.norm(position[:2] - goal_position[:2]))
+        # Far away: first rise above everything in between, then go across, then come down.
+        if distance > 0.03:
+            goal_position[2] = max(
+                goal_position[2], self._clearance(env, position, goal_position, {self._object}) + 0.03
+            )
+            if position[2] < goal_position[2] - 0.03:
+                goal_position[:2] = position[:2]  # straight up first
+        elif self._aligned(env) and distance < 0.008 and abs(position[2] - goal_position[2]) < 0.03:
             self._enter("descend")
-        return self._move(env, goal, self._grasp.yaw, _OPEN)
+        return self._move(env, goal_position, self._grasp.yaw, _OPEN)
 
     def _descend(self, env: LiberoTaskEnv) -> Float32:
         grasp = self._held_grasp()
@@ -99,7 +108,7 @@ class LiberoExpert(Expert):
             self._replan()
         elif position[2] < grasp.position[2] + 0.004 or (self._age > 12 and self._still(env)):
             self._enter("close")
-        return self._move(env, grasp.position, grasp.yaw, _OPEN, limit=0.035)
+        return self._move(env, grasp.position, grasp.yaw, _OPEN, step_limit=0.035)
 
     def _close(self, env: LiberoTaskEnv) -> Float32:
         grasp = self._held_grasp()
@@ -118,8 +127,8 @@ class LiberoExpert(Expert):
             return self._rise(env, 0.05)
         if self._position(env)[2] > self._height - 0.02:
             self._enter("carry")
-        goal = np.array([*grasp.position[:2], self._height])
-        return self._move(env, goal, grasp.yaw, _CLOSED)
+        goal_position = np.array([*grasp.position[:2], self._height])
+        return self._move(env, goal_position, grasp.yaw, _CLOSED)
 
     def _carry(self, env: LiberoTaskEnv) -> Float32:
         grasp = self._held_grasp()
@@ -127,23 +136,25 @@ class LiberoExpert(Expert):
             self._give_up()
             return self._rise(env, 0.05)
         position = self._position(env)
-        place = self._place(env)
-        if np.linalg.norm(position[:2] - place[:2]) < 0.012:
+        place_position = self._place(env)
+        if np.linalg.norm(position[:2] - place_position[:2]) < 0.012:
             self._enter("lower")
-        goal = np.array([*(place[:2] if position[2] > self._height - 0.03 else position[:2]), self._height])
-        return self._move(env, goal, grasp.yaw, _CLOSED)
+        goal_position = np.array(
+            [*(place_position[:2] if position[2] > self._height - 0.03 else position[:2]), self._height]
+        )
+        return self._move(env, goal_position, grasp.yaw, _CLOSED)
 
     def _lower(self, env: LiberoTaskEnv) -> Float32:
         grasp = self._held_grasp()
         position = self._position(env)
-        place = self._place(env)
+        place_position = self._place(env)
         if self._dropped(env):
             self._give_up()
-        elif np.linalg.norm(position[:2] - place[:2]) > 0.04:
+        elif np.linalg.norm(position[:2] - place_position[:2]) > 0.04:
             self._enter("carry")
-        elif position[2] < place[2] + 0.005 or (self._age > 12 and self._still(env)):
+        elif position[2] < place_position[2] + 0.005 or (self._age > 12 and self._still(env)):
             self._enter("release")
-        return self._move(env, place, grasp.yaw, _CLOSED, limit=0.03)
+        return self._move(env, place_position, grasp.yaw, _CLOSED, step_limit=0.03)
 
     def _release(self, env: LiberoTaskEnv) -> Float32:
         if self._age > _OPEN_STEPS:
@@ -173,16 +184,20 @@ class LiberoExpert(Expert):
 
     def _plan(self, env: LiberoTaskEnv) -> Grasp:
         data = env.data
-        bodies = env.bodies
-        others = [self._shapes.points(data, body) for name, body in bodies.items() if name != self._object]
-        found = grasps(self._shapes.points(data, bodies[self._object]), np.concatenate(others), self._yaw(env))
-        fresh = [g for g in found if not any(_alike(g, failed) for failed in self._failed)]
-        if not fresh:
+        body_ids = env.bodies
+        obstacle_points = [self._shapes.points(data, body) for name, body in body_ids.items() if name != self._object]
+        candidates = grasps(
+            self._shapes.points(data, body_ids[self._object]), np.concatenate(obstacle_points), self._yaw(env)
+        )
+        untried = [
+            candidate for candidate in candidates if not any(_alike(candidate, failed) for failed in self._failed)
+        ]
+        if not untried:
             self._failed.clear()
-            fresh = found
-        if not fresh:
+            untried = candidates
+        if not untried:
             raise RatchetError("expert.no_grasp", f"no grasp for '{self._object}'", where=env.info.name)
-        return fresh[0]
+        return untried[0]
 
     def _place(self, env: LiberoTaskEnv) -> np.ndarray:
         """(3,) where the grip site must be for the object to stand over its goal, given how it is held."""
@@ -190,40 +205,51 @@ class LiberoExpert(Expert):
         points = self._shapes.points(data, env.bodies[self._object])
         support = self._shapes.points(data, env.bodies[self._support])
         position = self._position(env)
-        held = self._object_position(env)
+        object_position = self._object_position(env)
+        # How far the held object reaches below the grip site.
         hanging = position[2] - points[:, 2].min()
         if self._region >= 0:
             centre = data.site_xpos[self._region]
             height = max(support[:, 2].max() - 0.02, support[:, 2].min() + hanging + 0.02)
         else:
             centre = data.xpos[env.bodies[self._support]]
-            under = support[np.linalg.norm(support[:, :2] - centre[:2], axis=1) < 0.05]
-            height = (under if len(under) else support)[:, 2].max() + hanging + 0.002
-        return np.array([*(centre[:2] + position[:2] - held[:2]), height])
+            support_under = support[np.linalg.norm(support[:, :2] - centre[:2], axis=1) < 0.05]
+            height = (support_under if len(support_under) else support)[:, 2].max() + hanging + 0.002
+        return np.array([*(centre[:2] + position[:2] - object_position[:2]), height])
 
-    def _carry_height(self, env: LiberoTaskEnv, position: np.ndarray, place: np.ndarray) -> float:
+    def _carry_height(self, env: LiberoTaskEnv, position: np.ndarray, place_position: np.ndarray) -> float:
         points = self._shapes.points(env.data, env.bodies[self._object])
         hanging = float(position[2] - points[:, 2].min())
-        clear = self._clearance(env, position, place, {self._object}) + max(hanging, 0.01) + 0.05
-        return max(clear, float(place[2]) + 0.03)
+        clear_height = self._clearance(env, position, place_position, {self._object}) + max(hanging, 0.01) + 0.05
+        return max(clear_height, float(place_position[2]) + 0.03)
 
-    def _clearance(self, env: LiberoTaskEnv, start: np.ndarray, end: np.ndarray, skip: set[str]) -> float:
+    def _clearance(
+        self, env: LiberoTaskEnv, start_position: np.ndarray, end_position: np.ndarray, skipped_names: set[str]
+    ) -> float:
         """Height of the highest thing near the straight line from start to end."""
-        parts = [self._shapes.points(env.data, body) for name, body in env.bodies.items() if name not in skip]
-        points = np.concatenate(parts)
-        line = end[:2] - start[:2]
-        share = np.clip((points[:, :2] - start[:2]) @ line / max(float(line @ line), 1e-9), 0, 1)
-        near = np.linalg.norm(points[:, :2] - (start[:2] + share[:, None] * line), axis=1) < 0.10
-        return float(points[near, 2].max()) if near.any() else -math.inf
+        point_sets = [
+            self._shapes.points(env.data, body) for name, body in env.bodies.items() if name not in skipped_names
+        ]
+        points = np.concatenate(point_sets)
+        line_xy = end_position[:2] - start_position[:2]
+        # Nearest point of the line to each point, as a share of its length.
+        line_share = np.clip((points[:, :2] - start_position[:2]) @ line_xy / max(float(line_xy @ line_xy), 1e-9), 0, 1)
+        is_near = np.linalg.norm(points[:, :2] - (start_position[:2] + line_share[:, None] * line_xy), axis=1) < 0.10
+        return float(points[is_near, 2].max()) if is_near.any() else -math.inf
 
     def _move(
-        self, env: LiberoTaskEnv, goal: np.ndarray, yaw: float | None, gripper: float, limit: float = _STEP
+        self,
+        env: LiberoTaskEnv,
+        goal_position: np.ndarray,
+        yaw: float | None,
+        gripper: float,
+        step_limit: float = _STEP,
     ) -> Float32:
         action = np.zeros(7)
-        action[:3] = np.clip(_GAIN * (goal - self._position(env)), -limit, limit)
+        action[:3] = np.clip(_GAIN * (goal_position - self._position(env)), -step_limit, step_limit)
         if yaw is not None:
-            error = rotation(yaw) @ self._orientation(env).T
-            action[3:6] = np.clip(_rotation_vector(error), -_TURN, _TURN)
+            rotation_error = rotation(yaw) @ self._orientation(env).T
+            action[3:6] = np.clip(_rotation_vector(rotation_error), -_TURN, _TURN)
         action[6] = gripper
         return action.astype(np.float32)
 
@@ -241,12 +267,12 @@ class LiberoExpert(Expert):
         return np.array(env.data.site_xmat[self._site].reshape(3, 3))
 
     def _yaw(self, env: LiberoTaskEnv) -> float:
-        axis = self._orientation(env)[:2, 0]
-        return math.atan2(-axis[0], axis[1])
+        finger_axis = self._orientation(env)[:2, 0]
+        return math.atan2(-finger_axis[0], finger_axis[1])
 
     def _aligned(self, env: LiberoTaskEnv) -> bool:
-        error = rotation(self._held_grasp().yaw) @ self._orientation(env).T
-        return bool(np.linalg.norm(_rotation_vector(error)) < 0.08)
+        rotation_error = rotation(self._held_grasp().yaw) @ self._orientation(env).T
+        return bool(np.linalg.norm(_rotation_vector(rotation_error)) < 0.08)
 
     def _still(self, env: LiberoTaskEnv) -> bool:
         return bool(np.abs(env.data.qvel[:7]).max() < 0.05)
@@ -270,8 +296,8 @@ class LiberoExpert(Expert):
         return max(owners, key=len)
 
 
-def _alike(one: Grasp, other: Grasp) -> bool:
-    return bool(np.linalg.norm(one.position - other.position) < 0.015 and abs(one.yaw - other.yaw) < 0.2)
+def _alike(first: Grasp, second: Grasp) -> bool:
+    return bool(np.linalg.norm(first.position - second.position) < 0.015 and abs(first.yaw - second.yaw) < 0.2)
 
 
 def _rotation_vector(matrix: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The benchmark's own LIBERO environment, used plainly: the yardstick for parity tests and rollout benchmarks.
+"""Reference LIBERO environment: the benchmark's own, for parity tests and rollout benchmarks.
 
 Knows `OffScreenRenderEnv` and nothing of how Ratchet avoids its costs. Not used by anything that learns or runs.
 """
@@ -55,8 +55,11 @@ class ReferenceLibero:
 
     def images(self) -> dict[str, UInt8]:
         """Both cameras' frames of the last observation, upright."""
-        names = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
-        return {name: np.ascontiguousarray(self.observation[key][::-1, ::-1]) for name, key in names.items()}
+        observation_keys = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
+        return {
+            camera: np.ascontiguousarray(self.observation[observation_key][::-1, ::-1])
+            for camera, observation_key in observation_keys.items()
+        }
 
     def simulator_state(self) -> np.ndarray:
         model = self.env.sim.model._model

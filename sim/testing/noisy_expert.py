@@ -1,4 +1,4 @@
-"""Noise around an expert: bursts of disturbed motion are executed, the expert's clean action stays the label.
+"""NoisyExpert: bursts of disturbed motion are executed, the expert's clean action stays the label.
 
 Knows the action space of the contract and a seed. Works for any expert, knows no simulator.
 """
@@ -15,7 +15,7 @@ from sim.demonstrations import NoiseConfig
 class NoisyExpert(Expert):
     """Drives the arm off the expert's path now and then, so that recoveries come into the data.
 
-    `act` returns what to execute; `label` is what the expert wanted in the same state, `disturbed` whether they may
+    `act` returns what to execute; `label` is the expert's own action in the same state, `disturbed` whether they may
     differ. The noise depends on `seed` and on how many episodes were reset since, on nothing else.
 
     Args:
@@ -34,10 +34,10 @@ class NoisyExpert(Expert):
     def reset(self, env: TaskEnv) -> None:
         self.expert.reset(env)
         dims = env.contract.action.dims
-        self._low = np.array([d.low for d in dims], np.float32)
-        self._high = np.array([d.high for d in dims], np.float32)
+        self._low = np.array([dim.low for dim in dims], np.float32)
+        self._high = np.array([dim.high for dim in dims], np.float32)
         gripper = env.contract.action.gripper
-        self._gripper = [d.name for d in dims].index(gripper.dim) if gripper else None
+        self._gripper = [dim.name for dim in dims].index(gripper.dim) if gripper else None
         self._rng = np.random.default_rng(self.seed)
         self.seed += 1
         self._left = 0
@@ -45,20 +45,20 @@ class NoisyExpert(Expert):
 
     def act(self, env: TaskEnv) -> Float32:
         config = self.config
-        rng = self._rng
+        generator = self._rng
         self.label = self.expert.act(env)
-        if self._left == 0 and rng.random() < config.probability:
-            self._left = int(rng.integers(1, config.length + 1))
-            half = (self._high - self._low) / 2
-            self._push = (rng.uniform(-1, 1, len(half)) * config.scale * half).astype(np.float32)
-            self._flip = bool(rng.random() < config.grip_flip)
+        if self._left == 0 and generator.random() < config.probability:
+            self._left = int(generator.integers(1, config.length + 1))
+            half_range = (self._high - self._low) / 2
+            self._push = (generator.uniform(-1, 1, len(half_range)) * config.scale * half_range).astype(np.float32)
+            self._flip = bool(generator.random() < config.grip_flip)
         self.disturbed = self._left > 0
         if not self.disturbed:
             return self.label.copy()
         self._left -= 1
         action: Float32 = np.clip(self.label + self._push, self._low, self._high)
         if self._gripper is not None:
-            middle = (self._low + self._high)[self._gripper] / 2
-            wanted = self.label[self._gripper]
-            action[self._gripper] = 2 * middle - wanted if self._flip else wanted
+            mid_range = (self._low + self._high)[self._gripper] / 2
+            clean_command = self.label[self._gripper]
+            action[self._gripper] = 2 * mid_range - clean_command if self._flip else clean_command
         return action
