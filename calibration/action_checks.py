@@ -5,7 +5,7 @@ Motions stay within 5 cm or 0.25 rad and a tenth of a second's worth of the velo
 back, and are refused where the workspace leaves no room.
 
 Nothing is guessed from a name: by the contract's own rule the dimensions are x, y, z, then the rotation, then the
-gripper, and the gripper's state field is told by unit and by what measures the pose.
+gripper, and the gripper's state field follows from its unit and from what measures the pose.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from calibration.signals import lag
 STROKE = {"m": 0.05, "rad": 0.25}  # at the most, out
 STEPS = 6  # out, and as many back
 SETTLE = 8  # steps without motion in between
+# LIBERO's controller covers 0.25 of a position delta and 0.32 of a rotation within one control step of a stroke:
+# deltas are goals that the arm lags behind, so only a tenth is demanded.
 FIT = 0.25  # share by which an arm may move further than asked
 LAZY = 0.1  # of what was asked; compliant controllers stay behind (an operational-space one by three quarters)
 GRIPPER_MOVES = 1e-3  # in the state field's unit; a smaller difference counts as not moving
@@ -40,7 +42,7 @@ class DimensionFact:
     Attributes:
         scale: measured over commanded motion, negative where the sign is wrong.
         across: the share of the motion that went elsewhere, in [0, 1].
-        latency: s from command to motion, NaN where it cannot be told.
+        latency: s from command to motion, NaN where the two signals do not resemble each other.
     """
 
     name: str
@@ -81,7 +83,7 @@ def check(
 
     Args:
         arm: the robot, connected and free to move by 5 cm around where it is.
-        announce: told in words before each motion; may wait for a person.
+        announce: called with a sentence before each motion; may wait for a person.
         pace: waits for the next control step; not needed where `act` advances simulated time.
         size: share of a dimension's range per step, in (0, 0.5].
 
@@ -101,7 +103,7 @@ def check(
     rest_action = np.zeros(len(dim_names), np.float32)
     measure = _Measure(arm)
     moves: list[tuple[Float, Float]] = []  # commanded and measured displacement, m
-    facts: list[DimensionFact] = []
+    dimension_facts: list[DimensionFact] = []
     if gripper is not None:
         rest_action[dim_names.index(gripper.dim)] = gripper.open
     for axis_index, index in enumerate(_moving_dimensions(contract)):
@@ -135,9 +137,9 @@ def check(
         scale = float(displacement[axis] / commanded)
         across = float(np.linalg.norm(np.delete(displacement, axis)) / (np.linalg.norm(displacement) + 1e-12))
         latency_s = _latency(commands_out + commands_back, motion_out + motion_back, axis, turning)
-        facts.append(DimensionFact(dim.name, scale, across, latency_s))
+        dimension_facts.append(DimensionFact(dim.name, scale, across, latency_s))
     frame = _frame(moves, measure.orientation)
-    problems = [*_scale_problems(facts, frame), *_frame_problems(frame, contract)]
+    problems = [*_scale_problems(dimension_facts, frame), *_frame_problems(frame, contract)]
     opened = float("nan")
     closed = float("nan")
     works = True
@@ -147,7 +149,7 @@ def check(
         works = not problem
         problems += [problem] if problem else []
     arm.hold()
-    return ActionFacts(tuple(facts), frame, opened, closed, works, tuple(problems))
+    return ActionFacts(tuple(dimension_facts), frame, opened, closed, works, tuple(problems))
 
 
 def gripper_field(contract: RobotContract) -> StateField | None:
@@ -312,7 +314,7 @@ def _latency(commands: CommandTrace, motion: MotionTrace, axis: int, turning: bo
     else:
         values = np.array([position[axis] for _, position, _ in motion])
     try:
-        # A difference tells the speed at the middle between its two times.
+        # A difference is the mean speed between its two times, so it belongs to the middle between them.
         measured_lag = lag(
             [stamp for stamp, _ in commands],
             [delta for _, delta in commands],
@@ -357,16 +359,17 @@ def _frame(moves: list[tuple[Float, Float]], orientation: Float) -> str:
 
     base_misfit = misfit(commanded)
     tool_misfit = misfit(commanded @ orientation.T)
+    # 0.2 is the cosine error of 37 degrees: neither frame's axes explain the motion.
     if min(base_misfit, tool_misfit) > 0.2:
         return "unknown"
     # A hand that is nearly aligned with the base fits both; base is then the contract's usual meaning.
     return "base" if base_misfit <= tool_misfit + 0.02 else "tool"
 
 
-def _scale_problems(facts: list[DimensionFact], frame: str) -> list[str]:
+def _scale_problems(dimension_facts: list[DimensionFact], frame: str) -> list[str]:
     """Dimensions that move the wrong way, too far or too little, in words."""
     problems = []
-    for fact in facts:
+    for fact in dimension_facts:
         # In another frame a dimension moves along other axes: its own scale says nothing then.
         if frame != "base" and fact.across >= 0.5:
             continue

@@ -24,6 +24,7 @@ DICTIONARIES = {
     "6x6_250": cv2.aruco.DICT_6X6_250,
     "apriltag_36h11": cv2.aruco.DICT_APRILTAG_36h11,
 }
+# (long, short) edge in m; the page is printed in landscape.
 PAPER = {"a4": (0.297, 0.210), "a3": (0.420, 0.297), "a2": (0.594, 0.420), "letter": (0.2794, 0.2159)}
 
 
@@ -52,6 +53,7 @@ class Board:
         if not 0.001 <= self.square <= 1.0:
             refuse(f"squares of {self.square} m", "give the edge in metres, between 0.001 and 1")
         if self.kind == "charuco":
+            # A marker needs white around it, and a marker of a fifth of a square is too small to be read.
             if not 0.2 * self.square <= self.marker < self.square:
                 refuse(
                     f"markers of {self.marker} m in squares of {self.square} m", "markers are smaller than the squares"
@@ -145,6 +147,7 @@ class Board:
         axes.axis("off")
         left_m = (page_width_m - width_m) / 2
         top_m = (page_height_m - height_m) / 2 - 0.006
+        # Eight pixels per marker cell; drawn without interpolation, the edges stay exact at any printer resolution.
         board_image = self.image(self._modules() * 8)
         axes.imshow(
             board_image,

@@ -52,6 +52,7 @@ class Exposure:
     @property
     def problem(self) -> str:
         """In words; empty where the picture is well exposed."""
+        # The worst problem first: a saturated image also has a high mean.
         if self.bright > 0.2:
             return f"{self.bright:.0%} of the image is white"
         if self.dark > 0.5:
@@ -85,9 +86,9 @@ def waved_at(frames: Mapping[str, Frames]) -> str:
         small_frames = [np.asarray(frame[::4, ::4], float).mean(-1) for frame in camera_frames]
         differences = [np.abs(later - earlier) for earlier, later in pairwise(small_frames)]
         # The share of the picture that changes by more than noise does, so that a flickering lamp does not win.
-        moving_share[camera] = (
-            float(np.mean([(difference > 15).mean() for difference in differences])) if differences else 0.0
-        )
+        moving_share[camera] = 0.0
+        if differences:
+            moving_share[camera] = float(np.mean([(difference > 15).mean() for difference in differences]))
     ranked = sorted(moving_share, key=lambda camera: moving_share[camera], reverse=True)
     if not ranked or moving_share[ranked[0]] < 0.02:
         raise RatchetError("check.no_motion", "no camera sees anything move", fix="wave closer to the lens")
@@ -164,6 +165,7 @@ def rate(stamps: Sequence[float], frames: Frames) -> Rate:
     Raises:
         RatchetError: check.few_frames; check.time_backwards.
     """
+    # The median of fewer gaps says little of the rate.
     if len(stamps) < 10:
         raise RatchetError("check.few_frames", f"{len(stamps)} frames only", fix="check the cable and the driver")
     gaps_s = np.diff(np.asarray(stamps, float))
@@ -206,6 +208,7 @@ def depth_scale(board: Board, camera: CameraModel, image: NDArray[np.uint8], dep
     pixels = detection.points.round().astype(int)
     in_image = (pixels >= 0).all(1) & (pixels[:, 0] < depth.shape[1]) & (pixels[:, 1] < depth.shape[0])
     measured_depth = depth[pixels[in_image, 1], pixels[in_image, 0]]
+    # 0 is how depth cameras mark pixels without a measurement.
     has_depth = measured_depth > 0
     if has_depth.sum() < 6:
         raise RatchetError(

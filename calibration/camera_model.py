@@ -95,6 +95,8 @@ class CameraModel:
         if self.model == "fisheye":
             rays = cv2.fisheye.undistortPoints(pixels_n12, self.matrix, self.coefficients)
         else:
+            # The inverse of a distortion has no closed form; the default of five iterations is too coarse at the
+            # edge of a wide lens.
             criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_MAX_ITER, 50, 1e-10)
             rays = cv2.undistortPointsIter(pixels_n12, self.matrix, self.coefficients, np.eye(3), np.eye(3), criteria)
         return np.asarray(rays, float).reshape(-1, 2)
@@ -112,6 +114,7 @@ class CameraModel:
         if not isinstance(raw, dict) or set(raw) != set(cls.__dataclass_fields__):
             raise RatchetError("calibration.bad_model", f"not a camera model: {raw!r}", where=where)
         try:
+            # YAML has lists only; the frozen record holds tuples.
             values: dict[str, Any] = {
                 field_name: tuple(value) if isinstance(value, list) else value for field_name, value in raw.items()
             }

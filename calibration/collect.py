@@ -26,6 +26,8 @@ from calibration.handeye_problem import Mounting
 from calibration.handeye_views import LEAST_POSES
 
 STEPS = 600  # control steps that one way may take
+# Close enough is far below what the arm's own pose error adds to a view; NEW keeps guided views apart from each
+# other.
 CLOSE = (1e-3, np.radians(0.2))  # m and rad from where it should be
 NEW = (0.03, np.radians(8.0))  # m or rad from every view so far, when guided by hand
 
@@ -124,6 +126,7 @@ class Collector:
             target_pose = self._next(start_pose)
             if self.go(target_pose):
                 self.look()
+        # The arm ends where the person put it, whatever the views were.
         self.go(start_pose)
         self.arm.hold()
         if len(self.views.poses) < LEAST_POSES:
@@ -144,9 +147,8 @@ class Collector:
             current_pose = self.pose()
             motion = difference(previous_pose, current_pose)
             # Still means: less than 0.2 mm and 0.03 degrees between two observations.
-            still_count = (
-                still_count + 1 if np.linalg.norm(motion[3:]) < 2e-4 and np.linalg.norm(motion[:3]) < 5e-4 else 0
-            )
+            is_still = np.linalg.norm(motion[3:]) < 2e-4 and np.linalg.norm(motion[:3]) < 5e-4
+            still_count = still_count + 1 if is_still else 0
             previous_pose = current_pose
             if still_count == still and self._new(current_pose) and self.look():
                 self.tell(f"view {len(self.views.poses)} of {count}")
@@ -216,6 +218,7 @@ class Collector:
                 self.tell(error.what)  # not enough yet: go on around the start
         while True:
             rotation_vector = self.generator.normal(size=3)
+            # At least 12 degrees: a smaller turn says little of the camera's position (handeye_views.LEAST_TURN).
             rotation_vector *= np.radians(self.generator.uniform(12, 30)) / np.linalg.norm(rotation_vector)
             pose = start_pose @ small(np.concatenate([rotation_vector, self.generator.uniform(-0.06, 0.06, 3)]))
             if allowed(pose):
@@ -225,6 +228,7 @@ class Collector:
         limits = self.arm.contract.limits
         if not limits.workspace_low:
             return True
+        # One centimetre inside the workspace, so that lag and overshoot stay inside too.
         inside = (pose[:3, 3] >= np.add(limits.workspace_low, 0.01)) & (
             pose[:3, 3] <= np.subtract(limits.workspace_high, 0.01)
         )

@@ -22,9 +22,12 @@ TILTS = ("left", "right", "up", "down")
 
 @dataclass(frozen=True)
 class View:
-    """What one view adds. cells: flat indices of GRID. tilt: (2,) foreshortening across and down, 0 when seen straight.
+    """What one view adds.
+
     Attributes:
-        scale: the board's extent over the picture's.
+        cells: flat indices of GRID with corners.
+        tilt: (2,) foreshortening across and down, 0 when seen straight.
+        scale: the board's extent over the image's.
     """
 
     cells: frozenset[int]

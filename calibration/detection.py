@@ -187,6 +187,7 @@ def _refine(
     if not side_lengths:
         return corners
     marker_gap = (1 - board.marker / board.square) / 2  # between a square's edge and its marker, in squares
+    # The window must not reach the markers, whose corners would pull the estimate.
     half_window_px = int(np.clip(0.9 * marker_gap * float(np.min(side_lengths)), 2, 12))
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_MAX_ITER, 100, 1e-4)
     refined = cv2.cornerSubPix(

@@ -91,6 +91,7 @@ def urdf(calibration: Calibration) -> str:
     """A link for the camera's optical frame (x right, y down, z ahead) and the fixed joint that holds it."""
     mount_transform = static_transform(calibration)
     x, y, z = mount_transform["translation"]
+    # URDF's rpy is about fixed axes, in the order x, y, z.
     roll, pitch, yaw = Rotation.from_quat(mount_transform["rotation"]).as_euler("xyz")
     child = quoteattr(mount_transform["child"])
     parent = quoteattr(mount_transform["parent"])

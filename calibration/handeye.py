@@ -114,6 +114,7 @@ def calibrate(
         initial_state = first_guess(problem, solver_answers, [board_in_camera[view] for view in used])
         state, noise_estimate, full_covariance = problem.fit(initial_state, noise)
         worst_view = _outlier(problem, state, noise_estimate)
+        # At least 70 % of the views stay: a robot with errors everywhere must not be trimmed to fit.
         if worst_view is None or len(used) <= max(LEAST_POSES, int(0.7 * len(checked_poses))):
             break
         rejected_view = used.pop(worst_view)
@@ -123,9 +124,9 @@ def calibrate(
             f"its robot pose is off by {turned_deg:.2f} degrees and {moved_mm:.1f} mm, unlike the others'"
         )
     _require_sense(problem, state, mounting, checked_poses, board_in_camera)
-    held_out = (
-        _cross_validated(problem, state, noise_estimate, min(folds, len(used))) if folds else (np.nan, np.nan, np.nan)
-    )
+    held_out = (np.nan, np.nan, np.nan)
+    if folds:
+        held_out = _cross_validated(problem, state, noise_estimate, min(folds, len(used)))
     residuals = np.concatenate([problem.residual(state, view) for view in range(len(used))])
     return HandEyeResult(
         mounting=mounting,
@@ -233,9 +234,10 @@ def _outlier(problem: Problem, state: State, noise: Noise) -> int | None:
     other_sizes = np.delete(error_sizes, worst_view)
     # 1.4826 turns a median absolute deviation into a standard deviation for normal errors.
     spread = 1.4826 * float(np.median(np.abs(other_sizes - np.median(other_sizes))))
-    # A robot that tells its pose to the last digit has errors of rounding only, and no outliers among them.
+    # A robot that reports its exact pose has rounding errors only, and no outliers among them.
     matters = np.linalg.norm(state.errors[worst_view][3:]) > 5e-4 or np.linalg.norm(state.errors[worst_view][:3]) > 1e-3
-    return worst_view if matters and error_sizes[worst_view] > np.median(other_sizes) + 8 * max(spread, 0.1) else None
+    stands_out = error_sizes[worst_view] > np.median(other_sizes) + 8 * max(spread, 0.1)
+    return worst_view if matters and stands_out else None
 
 
 def _require_sense(

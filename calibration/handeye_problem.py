@@ -138,6 +138,7 @@ class Problem:
             RatchetError: calibration.did_not_converge.
         """
         cost = self.cost(state, noise)
+        # Nearly Gauss-Newton: the first guess is close, and damping grows by itself where it is not.
         damping = 1e-6
         if not np.isfinite(cost):
             raise RatchetError("calibration.did_not_converge", "the first guess sees the board behind the camera")

@@ -61,6 +61,7 @@ def solvers(
         world[:3, 3] = np.ravel(translation_world)
         hand[:3, :3] = rotation_hand
         hand[:3, 3] = np.ravel(translation_hand)
+        # OpenCV returns the inverse of both.
         _add(answers, name, inverse(hand)[:3, :3], inverse(hand)[:3, 3], inverse(world))
     return answers
 
@@ -76,6 +77,7 @@ def first_guess(
     no_errors = np.zeros((len(board_poses), 6))
     best_state = None
     lowest_error = np.inf
+    # A solver may return a pose from which the board is behind the camera; its cost is infinite.
     for camera_pose, board_pose in solver_answers.values():
         if board_pose is None:
             board_pose = _board_of(problem, camera_pose, board_poses)

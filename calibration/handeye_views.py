@@ -55,6 +55,7 @@ def require_views(
     pair_sizes = np.array(
         [[np.linalg.norm(detection[:3]), np.linalg.norm(detection[3:])] for detection in pair_motions]
     )
+    # Below 0.5 degrees and 2 mm two poses are one view, taken twice.
     is_duplicate = (pair_sizes[:, 0] < np.radians(0.5)) & (pair_sizes[:, 1] < 0.002)
     if is_duplicate.sum() > len(checked_poses):
         raise RatchetError(

@@ -88,6 +88,7 @@ def calibrate(
             calibration.no_tilt, calibration.no_coverage, calibration.did_not_converge, calibration.bad_model.
     """
     _require_views(board, detections, model)
+    # Ordered by what each view adds, so that both the estimate and the held-out set cover the image.
     view_order = coverage.choose(board, detections, len(detections))
     held_out_views = set(_held_out(view_order, held_out))
     used_views = [view for view in view_order if view not in held_out_views][:most]

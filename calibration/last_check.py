@@ -19,7 +19,7 @@ from calibration.store import CalibrationStore
 from calibration.tie import require_fit
 
 FILE = "last_check.json"
-MAX_AGE = timedelta(hours=12)
+MAX_AGE = timedelta(hours=12)  # so that every day begins with a check
 
 
 @dataclass(frozen=True)

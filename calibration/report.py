@@ -84,14 +84,9 @@ def write(
         ("held-out error", f"{calibration.held_out_rms:.3f} px", "below 0.3 px is good, above 1 px something is wrong"),
         ("error of the views used", f"{calibration.rms:.3f} px", f"{calibration.views} views"),
     ]
-    lens_rows += [
-        (
-            parameter,
-            f"{value:.6g} ± {2 * deviation:.2g}",
-            "px; ± is two standard deviations" if index < 4 else model.model,
-        )
-        for index, (parameter, value, deviation) in enumerate(zip(names, values, deviations, strict=True))
-    ]
+    for parameter, value, deviation in zip(names, values, deviations, strict=True):
+        meaning = model.model if parameter.startswith("distortion") else "px; ± is two standard deviations"
+        lens_rows.append((parameter, f"{value:.6g} ± {2 * deviation:.2g}", meaning))
     is_good, verdict = judge(calibration)
     pictures: dict[str, str] = {}
     if lens is not None:

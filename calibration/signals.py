@@ -59,17 +59,18 @@ def lag(
     for index, shift in enumerate(lags):
         second_sampled = np.interp(grid_s + shift * step_s, second_times, second_values)
         second_std = second_sampled.std()
-        scores[index] = (
-            float((first_sampled * (second_sampled - second_sampled.mean())).mean() / (second_std + 1e-12))
-            if second_std > 0
-            else 0.0
-        )
+        scores[index] = 0.0
+        if second_std > 0:
+            covariance = (first_sampled * (second_sampled - second_sampled.mean())).mean()
+            scores[index] = float(covariance / (second_std + 1e-12))
+    # The absolute value: a sign error of the robot must not hide its latency.
     best_index = int(np.abs(scores).argmax())
     peak_index = float(best_index)
     if 0 < best_index < len(lags) - 1:
         score_before, score_at_peak, score_after = np.abs(scores[best_index - 1 : best_index + 2])
         curvature = score_before - 2 * score_at_peak + score_after
-        peak_index += 0.0 if curvature == 0 else float(0.5 * (score_before - score_after) / curvature)
+        if curvature != 0:
+            peak_index += float(0.5 * (score_before - score_after) / curvature)
     if abs(scores[best_index]) < 0.5:
         raise RatchetError(
             "check.no_lag",

@@ -49,6 +49,7 @@ class CalibrationStore:
         hashes = {name: hashlib.sha256(file_bytes).hexdigest() for name, file_bytes in sorted(images.items())}
         complete = replace(calibration, images=hashes)
         final_folder = self.root / complete.id
+        # The same content has the same id, so storing it again changes nothing.
         if final_folder.is_dir():
             return complete
         scratch_folder = self.root / f".{uuid.uuid4().hex}"

@@ -68,13 +68,11 @@ def tie(path: Path, calibration: Calibration) -> tuple[RobotContract, RobotContr
             fix=f"this robot's cameras: {', '.join(camera.name for camera in contract_before.cameras)}",
         )
     require_fit(calibration, contract_before, contract_before.camera(calibration.camera))
-    expected_contract = dataclasses.replace(
-        contract_before,
-        cameras=tuple(
-            dataclasses.replace(camera, calibration_id=calibration.id) if camera.name == calibration.camera else camera
-            for camera in contract_before.cameras
-        ),
-    )
+    cameras = list(contract_before.cameras)
+    for index, camera in enumerate(cameras):
+        if camera.name == calibration.camera:
+            cameras[index] = dataclasses.replace(camera, calibration_id=calibration.id)
+    expected_contract = dataclasses.replace(contract_before, cameras=tuple(cameras))
     # The changed text is parsed and compared before it replaces the file: only the id may differ.
     scratch_path = path.with_name(f".{path.name}.new")
     try:
@@ -111,6 +109,7 @@ def _changed(text: str, calibration: Calibration) -> str:
     for key, value in entry.value:
         if key.value == FIELD:
             return text[: value.start_mark.index] + calibration.id + text[value.end_mark.index :]
+    # Edited as text rather than dumped anew, so that comments and order survive.
     entry_end = entry.value[-1][1].end_mark.index
     if entry.flow_style:
         return f"{text[:entry_end]}, {FIELD}: {calibration.id}{text[entry_end:]}"

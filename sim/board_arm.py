@@ -59,9 +59,9 @@ class BoardArm:
         else:
             self._other = transform(np.eye(3), np.array([0.0, 0.02, 0.06])) @ inverse(board_centre)  # flange_T_board
             self.truth = self._hand @ self._other @ board_centre @ inverse(board_ahead)  # base_T_camera
-        self._told = self._hand
+        self._reported_pose = self._hand
         self._steps = 0
-        self._tell()
+        self._report_pose()
 
     @property
     def contract(self) -> RobotContract:
@@ -72,9 +72,9 @@ class BoardArm:
 
     def observe(self, cameras: bool = True) -> Observation:
         images = {CAMERA: self._photograph()} if cameras else {}
-        rotation_vector = Rotation.from_matrix(self._told[:3, :3]).as_rotvec()
+        rotation_vector = Rotation.from_matrix(self._reported_pose[:3, :3]).as_rotvec()
         state = {field.name: np.zeros(field.size, np.float32) for field in self._contract.state}
-        state["eef_position"] = self._told[:3, 3].astype(np.float32)
+        state["eef_position"] = self._reported_pose[:3, 3].astype(np.float32)
         state["eef_rotation"] = rotation_vector.astype(np.float32)
         return Observation(images, state, "look at the board", self._steps / self._contract.control_hz, self._steps)
 
@@ -87,7 +87,7 @@ class BoardArm:
             return  # it stands still, and reports the same pose again
         rotation_step = Rotation.from_rotvec(command[3:6]).as_matrix()
         self._hand = transform(rotation_step @ self._hand[:3, :3], self._hand[:3, 3] + command[:3])
-        self._tell()
+        self._report_pose()
 
     def hold(self) -> None:
         """It stands still by itself."""
@@ -95,8 +95,8 @@ class BoardArm:
     def close(self) -> None:
         self._scene.close()
 
-    def _tell(self) -> None:
-        self._told = self._hand @ small(self._generator.normal(0, 1, 6) * self._errors)
+    def _report_pose(self) -> None:
+        self._reported_pose = self._hand @ small(self._generator.normal(0, 1, 6) * self._errors)
 
     def _photograph(self) -> np.ndarray:
         if self.mounting == "eye_in_hand":

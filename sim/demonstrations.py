@@ -155,23 +155,21 @@ def demonstrate(
                 flip_gripper = generator.random() < noise.grip_flip
             # Rendering dominates the cost, so frames are drawn for samples alone.
             if step % stride == sample_phase and burst_left == 0:
-                state_fields_now = env.state()
-                frames[step] = (
-                    np.stack([env.render(camera) for camera in cameras]),
-                    np.concatenate([state_fields_now[field_name] for field_name in state_fields])
-                    if state_fields
-                    else np.zeros(0, np.float32),
-                    env.scene(),
-                )
+                measured = env.state()
+                state_vector = np.zeros(0, np.float32)
+                if state_fields:
+                    state_vector = np.concatenate([measured[field_name] for field_name in state_fields])
+                images = np.stack([env.render(camera) for camera in cameras])  # (V, H, W, 3)
+                frames[step] = (images, state_vector, env.scene())
             labels.append(action)
             undisturbed.append(burst_left == 0)
             executed = action
             if burst_left:
                 executed = np.clip(action + displacement, low_limits, high_limits)
                 if gripper_index is not None:
-                    executed[gripper_index] = (
-                        2 * mid_range[gripper_index] - action[gripper_index] if flip_gripper else action[gripper_index]
-                    )
+                    executed[gripper_index] = action[gripper_index]
+                    if flip_gripper:
+                        executed[gripper_index] = 2 * mid_range[gripper_index] - action[gripper_index]
                 burst_left -= 1
             env.step(executed)
             if env.success():

@@ -64,7 +64,9 @@ def parts(suite: str, name: str) -> tuple[str, str, str]:
     """`[suite/]task[@perturbation]` -> (suite, task, perturbation or empty)."""
     plain_name, perturbation = split(name)
     other_suite, has_suite, task_name = plain_name.rpartition("/")
-    return (other_suite, task_name, perturbation) if has_suite else (suite, plain_name, perturbation)
+    if not has_suite:
+        return suite, plain_name, perturbation
+    return other_suite, task_name, perturbation
 
 
 def contract_for(suite: str) -> RobotContract:

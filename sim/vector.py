@@ -253,7 +253,8 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):
         if not options or "task" not in options or "initial_state" not in options:
             raise RatchetError("sim.options", "reset needs options with 'task' and 'initial_state'", where=self.suite)
         slot_count = self.num_envs
-        task_names = [options["task"]] * slot_count if isinstance(options["task"], str) else list(options["task"])
+        task = options["task"]
+        task_names = [task] * slot_count if isinstance(task, str) else list(task)
         initial_states = np.broadcast_to(np.asarray(options["initial_state"]), (slot_count,))
         reset_mask = np.asarray(options.get("reset_mask", np.ones(slot_count, bool)))
         resets = {}

@@ -43,15 +43,12 @@ def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, si
         steps = 0
         while steps < task.horizon and not env.success():
             state_fields = env.state()
-            batch = PolicyInput(
-                images=np.stack([env.render(camera) for camera in policy.spec.cameras])[None],
-                state=torch.from_numpy(np.concatenate([state_fields[field_name] for field_name in policy.spec.state]))[
-                    None
-                ]
-                if policy.spec.state
-                else None,
-                instructions=[task.instruction],
-            )
+            images = np.stack([env.render(camera) for camera in policy.spec.cameras])[None]  # (1, V, H, W, 3)
+            state_bs = None
+            if policy.spec.state:
+                state_vector = np.concatenate([state_fields[field_name] for field_name in policy.spec.state])
+                state_bs = torch.from_numpy(state_vector)[None]
+            batch = PolicyInput(images=images, state=state_bs, instructions=[task.instruction])
             chunk = policy.predict(batch).actions[0].float().cpu().numpy()
             for action in robot_actions(chunk, policy.spec, contract):
                 if steps % every == 0:

@@ -60,10 +60,7 @@ def bring_in(folder: Path, policy: Policy, dtype: torch.dtype | None = None) -> 
         binding.require(exported_note.binding, where=str(folder))
     # Attached to exactly the layers that the file has tensors for: PEFT's own target_modules may match more.
     attached_lora = attach(policy.module, _layers_of(peft_adapter, policy.module, str(folder)))
-    tensors = {
-        tensor_name: tensor if dtype is None else cast(tensor, dtype, tensor_name)
-        for tensor_name, tensor in peft_adapter.tensors.items()
-    }
+    tensors = _cast_all(peft_adapter.tensors, dtype)
     cast_note = _cast_note(peft_adapter.tensors, tensors)
     notes = [cast_note] if cast_note else []
     adapter = Adapter(
@@ -81,7 +78,9 @@ def bring_in(folder: Path, policy: Policy, dtype: torch.dtype | None = None) -> 
     if staged_adapter.effect.overall == 0.0:
         notes.append("it changes no weight: this is the base")
     source_text = f"imported from {folder.resolve().name}"
-    provenance = exported_note.provenance if exported_note is not None else Provenance(notes=source_text)
+    provenance = Provenance(notes=source_text)
+    if exported_note is not None:
+        provenance = exported_note.provenance
     return Imported(adapter, dataclasses.replace(provenance, effect=staged_adapter.effect.overall), tuple(notes))
 
 
@@ -96,10 +95,7 @@ def send_out(adapter: Adapter, card: Card, folder: Path, dtype: torch.dtype | No
     """
     if folder.exists():
         raise RatchetError("adapter.exists", "the folder exists already", where=str(folder), fix="name a new folder")
-    tensors = {
-        tensor_name: tensor if dtype is None else cast(tensor, dtype, tensor_name)
-        for tensor_name, tensor in adapter.tensors.items()
-    }
+    tensors = _cast_all(adapter.tensors, dtype)
     cast_note = _cast_note(adapter.tensors, tensors)
     cast_adapter = Adapter(tensors, adapter.config, adapter.binding)
     note_fields = {
@@ -181,6 +177,13 @@ def _layers_of(adapter: Adapter, module: nn.Module, source: str) -> LoraConfig:
     return room_for({**adapter.config, "target_modules": "|".join(sorted(map(re.escape, adapter_layers)))})
 
 
+def _cast_all(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Every tensor in another dtype; None keeps each one's own."""
+    if dtype is None:
+        return dict(tensors)
+    return {tensor_name: cast(tensor, dtype, tensor_name) for tensor_name, tensor in tensors.items()}
+
+
 def _cast_note(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
     """What a cast did, in words; "" where there was none. A loss is relative to each tensor's largest value."""
     cast_names = {tensor_name for tensor_name in before if before[tensor_name].dtype != after[tensor_name].dtype}
@@ -196,11 +199,9 @@ def _cast_note(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str
     dtype_changes = sorted(
         {f"{_word(before[tensor_name].dtype)} to {_word(after[tensor_name].dtype)}" for tensor_name in cast_names}
     )
-    loss_text = (
-        "exactly"
-        if largest_loss == 0.0
-        else f"which changed weights by up to {largest_loss:.2%} of the largest in their tensor"
-    )
+    loss_text = "exactly"
+    if largest_loss != 0.0:
+        loss_text = f"which changed weights by up to {largest_loss:.2%} of the largest in their tensor"
     return f"cast from {', '.join(dtype_changes)}, {loss_text}"
 
 

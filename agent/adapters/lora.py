@@ -213,7 +213,9 @@ class Lora:
         is_narrower = any(
             tensors[peft_name].dtype != parameter.dtype for peft_name, parameter in self.parameters.items()
         )
-        self._loaded = {peft_name: tensors[peft_name].dtype for peft_name in self.parameters} if is_narrower else {}
+        self._loaded = {}
+        if is_narrower:
+            self._loaded = {peft_name: tensors[peft_name].dtype for peft_name in self.parameters}
 
     def write(self, arena: Arena, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
         """Write an adapter that `check` passed, with the scaling it returned, into an arena.
@@ -231,10 +233,10 @@ class Lora:
                 continue
             # Rows of A and columns of B beyond the smaller rank are zero, so their product adds nothing.
             target_view.zero_()
-            source_rank = source.shape[0] if half_name == "lora_A" else source.shape[1]
-            (target_view[:source_rank] if half_name == "lora_A" else target_view[:, :source_rank]).copy_(
-                source.detach()
-            )
+            if half_name == "lora_A":
+                target_view[: source.shape[0]].copy_(source.detach())
+            else:
+                target_view[:, : source.shape[1]].copy_(source.detach())
 
     def check(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, float]:
         """Refuse an adapter that does not fit these layers; returns its scaling per layer. Writes nothing.
@@ -264,10 +266,9 @@ class Lora:
                 )
             stated_rank = _pattern(config["rank_pattern"], layer_path, config["r"])
             rank_axis = 0 if half_name == "lora_A" else 1
-            expected_shape = tuple(
-                stated_rank if axis == rank_axis else axis_size for axis, axis_size in enumerate(parameter.shape)
-            )
-            if tuple(candidate.shape) != expected_shape or stated_rank > parameter.shape[rank_axis]:
+            expected_shape = list(parameter.shape)
+            expected_shape[rank_axis] = stated_rank
+            if list(candidate.shape) != expected_shape or stated_rank > parameter.shape[rank_axis]:
                 raise RatchetError(
                     "adapter.wrong_shape",
                     f"shape {tuple(candidate.shape)}, rank {stated_rank} in its configuration, "
@@ -331,12 +332,8 @@ class Lora:
             module_path for module_path in module_paths if not any(suffix in module_path for suffix in peft_suffixes)
         ]
         # PEFT matches list entries as name endings, so an entry may catch a layer that carries no adapter.
-        matched_paths = {
-            module_path
-            for module_path in module_paths
-            for layer_path in self.layers
-            if module_path == layer_path or module_path.endswith("." + layer_path)
-        }
+        endings = tuple("." + layer_path for layer_path in self.layers)
+        matched_paths = {path for path in module_paths if path in self.layers or path.endswith(endings)}
         if matched_paths == set(self.layers):
             return sorted(self.layers)
         return "(" + "|".join(sorted(layer_path.replace(".", r"\.") for layer_path in self.layers)) + ")"
@@ -379,10 +376,11 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
     """
     if not (math.isfinite(factor) and factor >= 0):
         raise RatchetError("adapter.bad_scale", f"factor {factor}", fix="a number of at least 0")
-    tensors = {
-        peft_name: tensor if split_name(peft_name)[1] == "lora_A" else (factor * tensor.float()).to(tensor.dtype)
-        for peft_name, tensor in adapter.tensors.items()
-    }
+    # B alone is scaled: the change is B A, so scaling both would square the factor.
+    tensors = dict(adapter.tensors)
+    for peft_name, tensor in adapter.tensors.items():
+        if split_name(peft_name)[1] == "lora_B":
+            tensors[peft_name] = (factor * tensor.float()).to(tensor.dtype)
     return Adapter(tensors, adapter.config, adapter.binding)
 
 

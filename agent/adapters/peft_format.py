@@ -89,11 +89,9 @@ def read_file(file_path: Path) -> bytes:
     try:
         return file_path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        file_names = (
-            ", ".join(sorted(sibling.name for sibling in file_path.parent.iterdir()))
-            if file_path.parent.is_dir()
-            else "no such folder"
-        )
+        file_names = "no such folder"
+        if file_path.parent.is_dir():
+            file_names = ", ".join(sorted(sibling.name for sibling in file_path.parent.iterdir()))
         raise RatchetError(
             "adapter.missing_file",
             f"no {file_path.name}",

@@ -171,7 +171,9 @@ class FolderStore:
                 "adapter.unknown", f"tag '{reference}' points at {tag_target[:12]}, which is not stored", fix="store it"
             )
         # Four digits at least: a shorter prefix would match several adapters by chance in a store of a few hundred.
-        matches = [adapter_id for adapter_id in ids if adapter_id.startswith(reference)] if len(reference) >= 4 else []
+        matches = []
+        if len(reference) >= 4:
+            matches = [adapter_id for adapter_id in ids if adapter_id.startswith(reference)]
         if len(matches) == 1:
             return matches[0]
         if matches:
@@ -181,14 +183,11 @@ class FolderStore:
                 fix=f"give more digits: {', '.join(_apart(matches))}",
             )
         tags = self.tags()
-        near_matches = [adapter_id[:12] for adapter_id in ids if adapter_id[:4] == reference[:4]][
-            :3
-        ] + difflib.get_close_matches(reference, tags, n=3)
-        hint = (
-            f"did you mean {' or '.join(near_matches)}?"
-            if near_matches
-            else f"tags: {', '.join(tags) or 'none'}; {len(ids)} ids"
-        )
+        near_ids = [adapter_id[:12] for adapter_id in ids if adapter_id[:4] == reference[:4]]
+        near_matches = near_ids[:3] + difflib.get_close_matches(reference, tags, n=3)
+        hint = f"tags: {', '.join(tags) or 'none'}; {len(ids)} ids"
+        if near_matches:
+            hint = f"did you mean {' or '.join(near_matches)}?"
         raise RatchetError("adapter.unknown", f"no adapter '{reference}'", where=str(self.root), fix=hint)
 
     def _stored(self, reference: str) -> str:

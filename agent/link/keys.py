@@ -146,11 +146,9 @@ class AllowList:
     def name_of(self, public_key: bytes) -> str | None:
         """The robot behind a public key (Z85), None for a stranger."""
         allow_folder = self._folder / ALLOWED
-        folder_stamp = (
-            tuple(sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(allow_folder)))
-            if allow_folder.is_dir()
-            else ()
-        )
+        folder_stamp: tuple[tuple[str, int], ...] = ()
+        if allow_folder.is_dir():
+            folder_stamp = tuple(sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(allow_folder)))
         # Names and times of change: adding or revoking a robot takes effect without a restart.
         if folder_stamp != self._stamp:
             self._known = allowed(self._folder)

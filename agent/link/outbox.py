@@ -321,4 +321,5 @@ def _parse(entry_path: Path) -> Item | None:
         item = Item(**item_fields)
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return item if is_hash(item.sha) and entry_path.name == f"{item.sequence:012d}-{item.sha}.json" else None
+    is_intact = is_hash(item.sha) and entry_path.name == f"{item.sequence:012d}-{item.sha}.json"
+    return item if is_intact else None
