@@ -103,7 +103,7 @@ class Expert(ABC):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], code: str) -> RatchetError:
-    """The refusal for a name that does not exist, with the closest ones that do."""
+    """RatchetError for an unknown name, naming the closest known ones."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:8]
-    return RatchetError(code, f"no {kind} '{name}'", fix=f"did you mean {', '.join(close)}?")
+    close_names = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:8]
+    return RatchetError(code, f"no {kind} '{name}'", fix=f"did you mean {', '.join(close_names)}?")
