@@ -31,14 +31,14 @@ def pose(
     return transform(rotation, np.array(at) - rotation @ np.array([*board.size, 0.0]) / 2)
 
 
-def drawn(board: Board, where: Float, camera: CameraModel = CAMERA, noise: float = 1.0) -> NDArray[np.uint8]:
+def drawn(board: Board, board_in_camera: Float, camera: CameraModel = CAMERA, noise: float = 1.0) -> NDArray[np.uint8]:
     """(H, W, 3) uint8: the board on grey."""
     picture = board.image(PIXELS, margin=PIXELS // 2)
     # texture pixel -> metres on the board; a pixel's centre is at its index
     scale = board.square / PIXELS
     shift = -(PIXELS // 2) * scale + scale / 2
     texture = np.array([[scale, 0, shift], [0, scale, shift], [0, 0, 1]])
-    plane = camera.matrix @ np.column_stack([where[:3, 0], where[:3, 1], where[:3, 3]])
+    plane = camera.matrix @ np.column_stack([board_in_camera[:3, 0], board_in_camera[:3, 1], board_in_camera[:3, 3]])
     fine = 3
     finer = np.array([[fine, 0, (fine - 1) / 2], [0, fine, (fine - 1) / 2], [0, 0, 1]])
     size = (camera.width * fine, camera.height * fine)
@@ -48,10 +48,10 @@ def drawn(board: Board, where: Float, camera: CameraModel = CAMERA, noise: float
     return np.repeat(image.round().clip(0, 255).astype(np.uint8)[..., None], 3, 2)
 
 
-def seen(where: Float, name: str = "", camera: CameraModel = CAMERA, noise: float = 0.1, seed: int = 0,
+def seen(board_in_camera: Float, name: str = "", camera: CameraModel = CAMERA, noise: float = 0.1, seed: int = 0,
          board: Board = BOARD) -> Detection:  # fmt: skip
     """What a detector would give of a board there. noise: px."""
-    points = board.corners @ where[:3, :3].T + where[:3, 3]
+    points = board.corners @ board_in_camera[:3, :3].T + board_in_camera[:3, 3]
     pixels = camera.project(points)
     ids = np.flatnonzero(((pixels > 0) & (pixels < (camera.width - 1, camera.height - 1))).all(1))
     generator = np.random.default_rng(seed)
@@ -65,12 +65,12 @@ def views(count: int, seed: int = 0, camera: CameraModel = CAMERA, noise: float 
 
 def poses(count: int, seed: int = 0) -> list[Float]:
     generator = np.random.default_rng(seed)
-    out = []
+    board_poses = []
     for _ in range(count):
         z = generator.uniform(0.35, 0.6)
         at = [*(generator.uniform(-0.55, 0.55, 2) * [0.5 * z, 0.38 * z]), z]
-        out.append(pose(generator.uniform(-1, 1, 3) * [0.5, 0.5, 0.8], at))
-    return out
+        board_poses.append(pose(generator.uniform(-1, 1, 3) * [0.5, 0.5, 0.8], at))
+    return board_poses
 
 
 def arm(
@@ -88,11 +88,12 @@ def arm(
     else:
         x = transform(Rotation.from_euler("xyz", [2.2, 0.1, 0.3]).as_matrix(), np.array([0.8, 0.1, 0.7]))
         y = transform(Rotation.from_euler("xyz", [0.1, 0.05, 1.0]).as_matrix(), np.array([0.05, 0.0, 0.1]))
-    told, found = [], []
-    for index, where in enumerate(poses(count, seed)):
-        chain = x @ where @ inverse(y)
+    reported_poses = []
+    detections = []
+    for index, board_in_camera in enumerate(poses(count, seed)):
+        chain = x @ board_in_camera @ inverse(y)
         flange = inverse(chain) if mounting == "eye_in_hand" else chain
         error = np.concatenate([generator.normal(0, noise[1], 3), generator.normal(0, noise[2], 3)])
-        told.append(flange @ small(error))
-        found.append(seen(where, f"view {index}", camera, noise[0], 1000 * seed + index))
-    return x, y, told, found
+        reported_poses.append(flange @ small(error))
+        detections.append(seen(board_in_camera, f"view {index}", camera, noise[0], 1000 * seed + index))
+    return x, y, reported_poses, detections

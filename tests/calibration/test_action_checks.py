@@ -41,9 +41,13 @@ class BentArm:
         self._contract = contract or arm("ee_delta")
         self.names = [d.name for d in self._contract.action.dims]
         self.scales = np.array([(scales or {}).get(n, 1.0) for n in self.names])
-        self.turned, self.grip, self.waiting = turned, grip, deque([np.zeros(len(self.names))] * late)
-        self.position, self.orientation = np.array(start), START
-        self.opening, self.steps = 1.0, 0
+        self.turned = turned
+        self.grip = grip
+        self.waiting = deque([np.zeros(len(self.names))] * late)
+        self.position = np.array(start)
+        self.orientation = START
+        self.opening = 1.0
+        self.steps = 0
         self.sent: list[Float] = []
         self.places: list[Float] = []
         self.turns: list[float] = []
@@ -83,21 +87,23 @@ class BentArm:
 FOLLOW = Rotation.identity()
 
 
-def check(robot: BentArm, said: list[str] | None = None) -> ActionFacts:
-    return action_checks.check(robot, (said if said is not None else []).append)
+def check(robot: BentArm, announcements: list[str] | None = None) -> ActionFacts:
+    return action_checks.check(robot, (announcements if announcements is not None else []).append)
 
 
 def test_a_good_arm_passes_and_ends_where_it_began() -> None:
-    robot, said = BentArm(), []
-    facts = check(robot, said)
-    assert facts.problems == ()
-    assert (facts.frame, facts.gripper_works) == ("base", True)
-    assert [d.name for d in facts.dims] == robot.names[:-1]
-    assert [d.scale for d in facts.dims] == pytest.approx([1.0] * 6, abs=0.02)
+    robot = BentArm()
+    announcements = []
+    result = check(robot, announcements)
+    assert result.problems == ()
+    assert (result.frame, result.gripper_works) == ("base", True)
+    assert [d.name for d in result.dims] == robot.names[:-1]
+    assert [d.scale for d in result.dims] == pytest.approx([1.0] * 6, abs=0.02)
     assert np.abs(robot.position).max() < 1e-6
-    assert len(said) == 8  # six dimensions, open, closed: nothing moves without a word before
+    assert len(announcements) == 8  # six dimensions, open, closed: nothing moves without a word before
     assert robot.held == 1
-    limits, hz = robot.contract.limits, robot.contract.control_hz
+    limits = robot.contract.limits
+    hz = robot.contract.control_hz
     speeds = np.abs(np.array(robot.sent)[:, :6]).max(0) * hz
     assert (speeds < 0.5 * np.array(limits.velocity[:6])).all()
     assert np.ptp(np.array(robot.places), axis=0).max() <= 0.05 + 1e-9
@@ -236,28 +242,28 @@ def test_every_shipped_robot_that_takes_deltas_passes_and_its_exchanged_gripper_
         with pytest.raises(RatchetError, match=r"check\.unsupported"):
             action_checks.check(ShippedArm(contract), lambda text: None)
         return
-    facts = action_checks.check(ShippedArm(contract), lambda text: None)
-    assert facts.problems == ()
-    assert facts.gripper_works
-    assert facts.gripper_open > facts.gripper_closed
-    facts = action_checks.check(ShippedArm(contract, exchanged=True), lambda text: None)
-    assert facts.problems == ("open and closed are exchanged",)
+    result = action_checks.check(ShippedArm(contract), lambda text: None)
+    assert result.problems == ()
+    assert result.gripper_works
+    assert result.gripper_open > result.gripper_closed
+    result = action_checks.check(ShippedArm(contract, exchanged=True), lambda text: None)
+    assert result.problems == ("open and closed are exchanged",)
 
 
 def test_a_gripper_whose_angle_falls_on_opening_works() -> None:
     raw = arm("ee_delta").to_dict()
     raw["action"]["gripper"] = {"dim": "gripper", "open": 0.0, "closed": 1.0}
     contract = RobotContract.from_dict(raw)
-    facts = action_checks.check(BentArm(contract=contract), lambda text: None)
-    assert facts.problems == ()
-    assert facts.gripper_open < facts.gripper_closed
+    result = action_checks.check(BentArm(contract=contract), lambda text: None)
+    assert result.problems == ()
+    assert result.gripper_open < result.gripper_closed
     assert "exchanged" in action_checks.check(BentArm(grip=-1.0, contract=contract), lambda text: None).problems[0]
 
 
 def test_a_gripper_that_nothing_measures_is_not_called_good() -> None:
     raw = arm("ee_delta").to_dict()
     raw["state"] = [field for field in raw["state"] if field["name"] != "gripper"]
-    facts = action_checks.check(BentArm(contract=RobotContract.from_dict(raw)), lambda text: None)
-    assert not facts.gripper_works
-    assert np.isnan(facts.gripper_open)
-    assert "no state field measures the gripper" in facts.problems[0]
+    result = action_checks.check(BentArm(contract=RobotContract.from_dict(raw)), lambda text: None)
+    assert not result.gripper_works
+    assert np.isnan(result.gripper_open)
+    assert "no state field measures the gripper" in result.problems[0]

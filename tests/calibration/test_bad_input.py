@@ -64,8 +64,8 @@ def larger_board() -> None:
 
 
 def turned_board() -> None:
-    other = Board(columns=6, rows=9)
-    detect(BOARD, drawn(other, pose((0.1, 0.1, 0), (0, 0, 0.55), other)))
+    turned = Board(columns=6, rows=9)
+    detect(BOARD, drawn(turned, pose((0.1, 0.1, 0), (0, 0, 0.55), turned)))
 
 
 def other_dictionary() -> None:
@@ -203,8 +203,9 @@ ARM = scenes.arm()
 
 def locate(poses: list[Any] | None = None, views: list[Detection] | None = None, mounting: Any = "eye_in_hand",
            camera: CameraModel = CAMERA, board: Board = BOARD) -> None:  # fmt: skip
-    told, found = (ARM[2] if poses is None else poses), (ARM[3] if views is None else views)
-    handeye.calibrate(board, camera, mounting, told, found, folds=0)
+    reported_poses = ARM[2] if poses is None else poses
+    detections = ARM[3] if views is None else views
+    handeye.calibrate(board, camera, mounting, reported_poses, detections, folds=0)
 
 
 def changed(matrix: Any) -> list[Any]:
@@ -221,23 +222,25 @@ def a_pose_missing() -> None:
 
 def translations_only() -> None:
     x, y, _, _ = ARM
-    told, found = [], []
+    reported_poses = []
+    detections = []
     for k in range(12):
-        where = pose((0.2, 0.1, 0.0), (0.01 * k - 0.06, 0.03 * (k % 3) - 0.03, 0.4 + 0.01 * k))
-        told.append(inverse(x @ where @ inverse(y)))
-        found.append(seen(where, f"{k}", seed=k))
-    locate(told, found)
+        board_in_camera = pose((0.2, 0.1, 0.0), (0.01 * k - 0.06, 0.03 * (k % 3) - 0.03, 0.4 + 0.01 * k))
+        reported_poses.append(inverse(x @ board_in_camera @ inverse(y)))
+        detections.append(seen(board_in_camera, f"{k}", seed=k))
+    locate(reported_poses, detections)
 
 
 def one_axis() -> None:
     x, y, _, _ = ARM
     start = pose((0.2, 0.1, 0.0))
-    told, found = [], []
+    reported_poses = []
+    detections = []
     for k in range(12):
-        where = start @ small(np.array([0, 0, 0.15 * k - 0.8, 0.005 * k - 0.03, 0, 0]))
-        told.append(inverse(x @ where @ inverse(y)))
-        found.append(seen(where, f"{k}", seed=k))
-    locate(told, found)
+        board_in_camera = start @ small(np.array([0, 0, 0.15 * k - 0.8, 0.005 * k - 0.03, 0, 0]))
+        reported_poses.append(inverse(x @ board_in_camera @ inverse(y)))
+        detections.append(seen(board_in_camera, f"{k}", seed=k))
+    locate(reported_poses, detections)
 
 
 def same_pose() -> None:
@@ -306,9 +309,9 @@ def a_mirrored_robot() -> None:
 
 
 def nothing_to_see() -> None:
-    found = handeye.calibrate(BOARD, CAMERA, "eye_in_hand", ARM[2], ARM[3], folds=0)
+    estimate = handeye.calibrate(BOARD, CAMERA, "eye_in_hand", ARM[2], ARM[3], folds=0)
     away = [p @ small(np.array([np.pi, 0, 0, 0, 0, 0])) for p in ARM[2]]
-    handeye.suggest(BOARD, CAMERA, found, away, ARM[3], ARM[2])
+    handeye.suggest(BOARD, CAMERA, estimate, away, ARM[3], ARM[2])
 
 
 # -- camera models, exports, drift -------------------------------------------------------------------------------------

@@ -25,29 +25,31 @@ CHESSBOARD = Board("chessboard", columns=9, rows=6, marker=0.0)
 @pytest.mark.parametrize("board", [BOARD, CHESSBOARD], ids=["charuco", "chessboard"])
 @pytest.mark.parametrize("turn", [(0.0, 0.0, 0.0), (0.4, 0.1, 0.2), (-0.2, 0.5, -0.3)])
 def test_corners_are_found_where_they_are(board: Board, turn: tuple[float, float, float]) -> None:
-    where = pose(turn, (0.01, -0.01, 0.42))
-    found = detect(board, drawn(board, where))
-    truth = CAMERA.project(board.corners @ where[:3, :3].T + where[:3, 3])
-    assert len(found) == len(board.corners)
-    assert np.sqrt(((found.points - truth[found.ids]) ** 2).sum(1).mean()) < 0.1
-    assert abs((found.points - truth[found.ids]).mean(0)).max() < 0.05  # no common shift: half pixels hide there
+    board_in_camera = pose(turn, (0.01, -0.01, 0.42))
+    detection = detect(board, drawn(board, board_in_camera))
+    truth = CAMERA.project(board.corners @ board_in_camera[:3, :3].T + board_in_camera[:3, 3])
+    assert len(detection) == len(board.corners)
+    assert np.sqrt(((detection.points - truth[detection.ids]) ** 2).sum(1).mean()) < 0.1
+    assert (
+        abs((detection.points - truth[detection.ids]).mean(0)).max() < 0.05
+    )  # no common shift: half pixels hide there
 
 
 def test_part_of_a_board_keeps_its_ids() -> None:
-    where = pose((0.2, 0.1, 0.0), (-0.12, 0.0, 0.42))
-    found = detect(BOARD, drawn(BOARD, where))
-    truth = CAMERA.project(BOARD.corners @ where[:3, :3].T + where[:3, 3])
-    assert 8 <= len(found) < len(BOARD.corners)
-    assert np.abs(found.points - truth[found.ids]).max() < 0.25
+    board_in_camera = pose((0.2, 0.1, 0.0), (-0.12, 0.0, 0.42))
+    detection = detect(BOARD, drawn(BOARD, board_in_camera))
+    truth = CAMERA.project(BOARD.corners @ board_in_camera[:3, :3].T + board_in_camera[:3, 3])
+    assert 8 <= len(detection) < len(BOARD.corners)
+    assert np.abs(detection.points - truth[detection.ids]).max() < 0.25
 
 
 def test_blur_along_one_direction_is_seen() -> None:
     image = drawn(BOARD, pose((0.0, 0.0, 0.0), (0.0, 0.0, 0.35)))
-    found = detect(BOARD, image)
+    detection = detect(BOARD, image)
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    sharp = edge_width(grey, BOARD, found.ids, found.points)
+    sharp = edge_width(grey, BOARD, detection.ids, detection.points)
     for size in ((7, 1), (1, 7)):
-        assert edge_width(cv2.blur(grey, size), BOARD, found.ids, found.points) > 2.5 * sharp
+        assert edge_width(cv2.blur(grey, size), BOARD, detection.ids, detection.points) > 2.5 * sharp
 
 
 @pytest.mark.parametrize("paper", ["a4", "a3", "a2"])
@@ -61,9 +63,9 @@ def test_the_page_has_its_true_size(paper: str) -> None:
 
 def test_the_printed_board_is_found_at_its_size() -> None:
     """The picture that goes onto the page, looked at by the detector: squares as many pixels as they should have."""
-    found = detect(BOARD, BOARD.image(40, margin=40))
-    assert found.points[0] == pytest.approx([40 + 40 - 0.5, 40 + 40 - 0.5], abs=0.1)
-    assert np.ptp(found.points, axis=0) == pytest.approx([40 * (BOARD.columns - 2), 40 * (BOARD.rows - 2)], abs=0.1)
+    detection = detect(BOARD, BOARD.image(40, margin=40))
+    assert detection.points[0] == pytest.approx([40 + 40 - 0.5, 40 + 40 - 0.5], abs=0.1)
+    assert np.ptp(detection.points, axis=0) == pytest.approx([40 * (BOARD.columns - 2), 40 * (BOARD.rows - 2)], abs=0.1)
 
 
 @settings(max_examples=25, deadline=None)

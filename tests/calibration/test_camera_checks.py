@@ -23,13 +23,13 @@ from tests.calibration.scenes import BOARD, CAMERA, drawn, pose
 def frames(motion: float, count: int = 12, seed: int = 0) -> list[NDArray[np.uint8]]:
     """Noise, and a hand that covers this share of the picture every other frame."""
     generator = np.random.default_rng(seed)
-    out = []
+    frame_list = []
     for k in range(count):
         image = np.full((120, 160, 3), 100.0) + generator.normal(0, 2, (120, 160, 3))
         if k % 2 and motion:
             image[:, : int(160 * motion)] = 210
-        out.append(image.clip(0, 255).astype(np.uint8))
-    return out
+        frame_list.append(image.clip(0, 255).astype(np.uint8))
+    return frame_list
 
 
 def test_the_camera_that_sees_the_hand_is_named() -> None:
@@ -53,12 +53,12 @@ def test_orientation_is_read_from_one_picture(rotate: int, mirror: bool) -> None
     upright = drawn(BOARD, pose((0.1, 0.1, 0.05), (0, 0, 0.45)))
     raw = np.ascontiguousarray(np.rot90(upright[:, ::-1] if mirror else upright, -rotate // 90))
     spec = CameraSpec("front", 640, 480, rotate=rotate, mirror=mirror)  # type: ignore[arg-type]
-    found = camera_checks.orientation(BOARD, raw)
-    back = np.rot90(raw, found.rotate // 90)
-    np.testing.assert_array_equal(back[:, ::-1] if found.mirror else back, upright)
-    camera_checks.require_orientation(spec, found)
+    measured = camera_checks.orientation(BOARD, raw)
+    back = np.rot90(raw, measured.rotate // 90)
+    np.testing.assert_array_equal(back[:, ::-1] if measured.mirror else back, upright)
+    camera_checks.require_orientation(spec, measured)
     with pytest.raises(RatchetError, match=r"check\.orientation"):
-        camera_checks.require_orientation(CameraSpec("front", 640, 480, rotate=rotate, mirror=not mirror), found)  # type: ignore[arg-type]
+        camera_checks.require_orientation(CameraSpec("front", 640, 480, rotate=rotate, mirror=not mirror), measured)  # type: ignore[arg-type]
 
 
 def test_a_chessboard_has_no_upside() -> None:
@@ -70,8 +70,8 @@ def test_a_chessboard_has_no_upside() -> None:
     ("level", "word"), [(128, ""), (252, "white"), (2, "black"), (25, "grey level"), (235, "grey level")]
 )
 def test_exposure_is_put_in_words(level: int, word: str) -> None:
-    said = camera_checks.exposure([np.full((48, 64, 3), level, np.uint8)] * 3).problem
-    assert word in said if word else said == ""
+    problem = camera_checks.exposure([np.full((48, 64, 3), level, np.uint8)] * 3).problem
+    assert word in problem if word else problem == ""
 
 
 def test_rate_counts_gaps_and_repeats() -> None:
@@ -97,9 +97,9 @@ def test_a_lag_is_measured(delay: float, sign: float, seed: int) -> None:
     signal = np.interp(times, np.linspace(-1, 5, 40), knots)
     later_times = np.arange(0.01, 4, 1 / 25)
     later = sign * np.interp(later_times - delay, np.linspace(-1, 5, 40), knots)
-    found = signals.lag(times, signal, later_times, later, 0.5)  # type: ignore[arg-type]
-    assert found.seconds == pytest.approx(delay, abs=0.012)
-    assert np.sign(found.correlation) == sign
+    measured = signals.lag(times, signal, later_times, later, 0.5)  # type: ignore[arg-type]
+    assert measured.seconds == pytest.approx(delay, abs=0.012)
+    assert np.sign(measured.correlation) == sign
 
 
 def test_signals_that_say_nothing_are_refused() -> None:
@@ -123,17 +123,18 @@ def test_latency_of_a_blinking_screen() -> None:
         image = np.full((120, 160, 3), 90.0) + generator.normal(0, 2, (120, 160, 3))
         image[40:80, 60:110] = 230 if lit else 20
         pictures.append(image.clip(0, 255).astype(np.uint8))
-    found = camera_checks.latency(list(times), list(switches.astype(float)), list(stamps), pictures)
-    assert found.seconds == pytest.approx(0.08, abs=0.017)
+    measured = camera_checks.latency(list(times), list(switches.astype(float)), list(stamps), pictures)
+    assert measured.seconds == pytest.approx(0.08, abs=0.017)
 
 
 def test_depth_scale_is_measured() -> None:
-    where = pose((0.3, 0.2, 0.0))
+    board_in_camera = pose((0.3, 0.2, 0.0))
     y, x = np.mgrid[:480, :640]
     rays = np.stack([(x - CAMERA.cx) / CAMERA.fx, (y - CAMERA.cy) / CAMERA.fy, np.ones_like(x, float)], -1)
-    normal, point = where[:3, 2], where[:3, 3]
+    normal = board_in_camera[:3, 2]
+    point = board_in_camera[:3, 3]
     depth = (normal @ point) / (rays @ normal)
-    image = drawn(BOARD, where)
+    image = drawn(BOARD, board_in_camera)
     assert camera_checks.depth_scale(BOARD, CAMERA, image, depth) == pytest.approx(1.0, abs=2e-3)
     assert camera_checks.depth_scale(BOARD, CAMERA, image, 1.03 * depth) == pytest.approx(1.03, abs=2e-3)
     with pytest.raises(RatchetError, match=r"check\.no_depth"):

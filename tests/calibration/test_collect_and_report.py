@@ -56,10 +56,10 @@ class LookingArm:
             "turned": Rotation.from_matrix(self.hand[:3, :3]).as_rotvec().astype(np.float32),
             "gripper": np.ones(1, np.float32),
         }
-        where = inverse(X) @ inverse(self.hand) @ self.board
-        seen = where[2, 3] > 0.05 and np.linalg.norm(where[:3, 3]) < 2
+        board_in_camera = inverse(X) @ inverse(self.hand) @ self.board
+        is_visible = board_in_camera[2, 3] > 0.05 and np.linalg.norm(board_in_camera[:3, 3]) < 2
         blank = np.full((CAMERA.height, CAMERA.width, 3), 120, np.uint8)
-        images = {"wrist": drawn(BOARD, where) if seen else blank} if cameras else {}
+        images = {"wrist": drawn(BOARD, board_in_camera) if is_visible else blank} if cameras else {}
         return Observation(images, state, "", self.steps / 20, self.steps)
 
     def act(self, action: Float32) -> None:
@@ -81,16 +81,16 @@ def test_the_arm_is_driven_within_its_limits_and_back() -> None:
     views = Collector(robot, "wrist", BOARD, CAMERA, "eye_in_hand").automatic(11)
     assert len(views.poses) == len(views.pictures) == len(views.detections) == 11
     dims = robot.contract.action.dims
-    sent = np.array(robot.sent)
-    assert (sent >= np.array([d.low for d in dims]) - 1e-9).all()
-    assert (sent <= np.array([d.high for d in dims]) + 1e-9).all()
+    actions = np.array(robot.sent)
+    assert (actions >= np.array([d.low for d in dims]) - 1e-9).all()
+    assert (actions <= np.array([d.high for d in dims]) + 1e-9).all()
     limits = robot.contract.limits
     places = np.array([p[:3, 3] for p in robot.places])
     assert (places >= limits.workspace_low).all()
     assert (places <= limits.workspace_high).all()
     assert np.abs(difference(HAND, robot.hand)).max() < 5e-3
-    found = handeye.calibrate(BOARD, CAMERA, "eye_in_hand", views.poses, views.detections, folds=0)
-    assert np.linalg.norm(difference(X, found.camera)[3:]) < 2e-3
+    estimate = handeye.calibrate(BOARD, CAMERA, "eye_in_hand", views.poses, views.detections, folds=0)
+    assert np.linalg.norm(difference(X, estimate.camera)[3:]) < 2e-3
 
 
 def test_without_a_board_nothing_moves() -> None:
@@ -101,7 +101,8 @@ def test_without_a_board_nothing_moves() -> None:
 
 
 def test_guided_by_hand_nothing_is_commanded() -> None:
-    robot, told = LookingArm(), []
+    robot = LookingArm()
+    messages = []
     stops = [HAND @ transform(Rotation.from_rotvec(r).as_matrix(), np.array([0.01 * k, 0, 0])) for k, r in enumerate(
         ([0, 0, 0], [0.2, 0, 0], [0.2, 0, 0], [0, 0.25, 0]))]  # fmt: skip
 
@@ -110,13 +111,13 @@ def test_guided_by_hand_nothing_is_commanded() -> None:
 
     robot.moved_by = person
     views = Collector(
-        robot, "wrist", BOARD, CAMERA, "eye_in_hand", pace=robot.pace, tell=told.append
+        robot, "wrist", BOARD, CAMERA, "eye_in_hand", pace=robot.pace, tell=messages.append
     ).guided(3)  # fmt: skip
     assert robot.sent == []
     assert len(views.poses) == 3  # the third stop is the second place again
     apart = [np.linalg.norm(difference(a, b)[:3]) for a in views.poses for b in views.poses if a is not b]
     assert min(apart) > 0.1
-    assert told[-1] == "view 3 of 3"
+    assert messages[-1] == "view 3 of 3"
 
 
 def test_a_joint_robot_is_guided_by_hand() -> None:
@@ -146,14 +147,14 @@ def calibration(**change: object) -> Calibration:
 
 def test_the_page_is_whole_and_for_everybody() -> None:
     lens = intrinsics.calibrate(BOARD, scenes.views(16), "none")
-    _, _, told, seen = scenes.arm(count=12)
-    hand = handeye.calibrate(BOARD, CAMERA, "eye_in_hand", told, seen)
-    page = report.write(calibration(camera_serial="<script>alert(1)</script>"), lens, hand, told)
+    _, _, reported_poses, detections = scenes.arm(count=12)
+    hand = handeye.calibrate(BOARD, CAMERA, "eye_in_hand", reported_poses, detections)
+    page = report.write(calibration(camera_serial="<script>alert(1)</script>"), lens, hand, reported_poses)
     assert page.count("data:image/png;base64,") == 3
     assert "<script>" not in page
     assert 'src="http' not in page
-    for words in ("Good", "held-out error", "two standard deviations", "park", "Where corners were"):
-        assert words in page
+    for phrase in ("Good", "held-out error", "two standard deviations", "park", "Where corners were"):
+        assert phrase in page
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,8 @@ def test_a_bad_calibration_is_called_so(change: dict[str, object], words: str) -
 def test_the_stand_in_sees_the_board_where_it_is() -> None:
     """The stand-in itself: its camera sees the board where the geometry puts it."""
     robot = LookingArm()
-    found = Collector(robot, "wrist", BOARD, CAMERA, "eye_in_hand")
-    assert found.look()
-    where = inverse(X) @ inverse(HAND) @ robot.board
-    truth = CAMERA.project(BOARD.corners @ where[:3, :3].T + where[:3, 3])
-    assert np.abs(found.views.detections[0].points - truth).max() < 0.3
+    collector = Collector(robot, "wrist", BOARD, CAMERA, "eye_in_hand")
+    assert collector.look()
+    board_in_camera = inverse(X) @ inverse(HAND) @ robot.board
+    truth = CAMERA.project(BOARD.corners @ board_in_camera[:3, :3].T + board_in_camera[:3, 3])
+    assert np.abs(collector.views.detections[0].points - truth).max() < 0.3

@@ -37,15 +37,16 @@ def scene(shift: float = 0.0, turn: float = 0.0, objects: int = 0, light: float 
     texture = 128 + 4 * (texture - texture.mean())
     placed = np.random.default_rng(objects)
     for k in range(4):
-        x, y = placed.integers(100, 620), placed.integers(90, 430)
-        own = np.random.default_rng(100 + k).uniform(40, 220, (70, 70))
-        texture[y : y + 70, x : x + 70] = cv2.GaussianBlur(own, (0, 0), 1.5)
+        x = placed.integers(100, 620)
+        y = placed.integers(90, 430)
+        patch = np.random.default_rng(100 + k).uniform(40, 220, (70, 70))
+        texture[y : y + 70, x : x + 70] = cv2.GaussianBlur(patch, (0, 0), 1.5)
     matrix = cv2.getRotationMatrix2D((400, 300), turn, 1.0)
     matrix[:, 2] += [shift - 80, -60]
-    out = cv2.warpAffine(texture, matrix, (640, 480), flags=cv2.INTER_CUBIC)
+    image = cv2.warpAffine(texture, matrix, (640, 480), flags=cv2.INTER_CUBIC)
     shade = light * np.linspace(1.0, 0.8 if light != 1.0 else 1.0, 640)
-    noise = np.random.default_rng(objects + 7).normal(0, 1.0, out.shape)
-    return np.repeat((out * shade + noise).round().clip(0, 255).astype(np.uint8)[..., None], 3, 2)
+    noise = np.random.default_rng(objects + 7).normal(0, 1.0, image.shape)
+    return np.repeat((image * shade + noise).round().clip(0, 255).astype(np.uint8)[..., None], 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -63,33 +64,36 @@ def scene(shift: float = 0.0, turn: float = 0.0, objects: int = 0, light: float 
     ids=str,
 )
 def test_a_moved_camera_is_noticed_and_nothing_else(change: dict[str, float], moved: bool) -> None:
-    found = drift.compare(scene(), scene(**change))  # type: ignore[arg-type]
-    assert found.way == "features"
-    assert found.moved is moved, found
+    result = drift.compare(scene(), scene(**change))  # type: ignore[arg-type]
+    assert result.way == "features"
+    assert result.moved is moved, result
     if change.keys() == {"shift"}:
-        assert found.pixels == pytest.approx(change["shift"], abs=0.2)
+        assert result.pixels == pytest.approx(change["shift"], abs=0.2)
 
 
 def test_the_board_decides_where_it_is_seen() -> None:
     start = pose((0.3, -0.2, 0.1))
-    nudged, turned = start.copy(), pose((0.3, -0.2, 0.12))
+    nudged = start.copy()
+    turned = pose((0.3, -0.2, 0.12))
     nudged[0, 3] += 0.005
     still = drift.compare(drawn(BOARD, start), drawn(BOARD, start, noise=2.0), CAMERA, BOARD)
     assert (still.way, still.moved) == ("board", False)
     assert still.position < 1e-3
-    found = drift.compare(drawn(BOARD, start), drawn(BOARD, nudged), CAMERA, BOARD)
-    assert found.moved
-    assert found.position == pytest.approx(0.005, abs=5e-4)
+    result = drift.compare(drawn(BOARD, start), drawn(BOARD, nudged), CAMERA, BOARD)
+    assert result.moved
+    assert result.position == pytest.approx(0.005, abs=5e-4)
     assert drift.compare(drawn(BOARD, start), drawn(BOARD, turned), CAMERA, BOARD).moved
 
 
 def test_the_picture_shows_what_moved() -> None:
-    then, now = scene(), scene(shift=3.0)
+    then = scene()
+    now = scene(shift=3.0)
     picture = drift.picture(then, now, drift.compare(then, now))
     assert picture.shape == (480, 1280, 3)
-    left, right = picture[:, :640].astype(int), picture[:, 640:].astype(int)
-    assert (left[..., 0] - left[..., 1] > 100).sum() > 500  # arrows of what moved are red
-    assert np.abs(right[..., 0] - right[..., 1]).max() > 30  # and the two views do not lie on each other
+    arrows = picture[:, :640].astype(int)
+    overlay = picture[:, 640:].astype(int)
+    assert (arrows[..., 0] - arrows[..., 1] > 100).sum() > 500  # arrows of what moved are red
+    assert np.abs(overlay[..., 0] - overlay[..., 1]).max() > 30  # and the two views do not lie on each other
 
 
 def test_averaging_lowers_noise() -> None:
@@ -151,8 +155,8 @@ def test_a_missing_calibration_starts_no_session(tmp_path: Path) -> None:
 
 def test_an_override_is_told_to_the_session(store: Path) -> None:
     last_check.write(store, CALIBRATION.id, check(moved=True, override="demo for visitors", person="Ada"))
-    told = last_check.require(store, tied(), NOW)["front"]
-    assert (told["moved"], told["override"], told["person"]) == (True, "demo for visitors", "Ada")
+    recorded = last_check.require(store, tied(), NOW)["front"]
+    assert (recorded["moved"], recorded["override"], recorded["person"]) == (True, "demo for visitors", "Ada")
     with pytest.raises(RatchetError, match=r"session\.check_too_old"):  # a reason does not last for ever
         last_check.require(store, tied(), NOW + timedelta(days=1))
 
@@ -173,7 +177,7 @@ def test_a_move_along_the_axis_of_view_is_noticed() -> None:
     nearer = cv2.warpAffine(
         scene(objects=3), matrix, (640, 480), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
     )
-    found = drift.compare(scene(), np.asarray(nearer, np.uint8))
-    assert found.moved
-    assert found.agreed == pytest.approx(0.006 * np.hypot(640, 480) / np.sqrt(12), rel=0.15)
+    result = drift.compare(scene(), np.asarray(nearer, np.uint8))
+    assert result.moved
+    assert result.agreed == pytest.approx(0.006 * np.hypot(640, 480) / np.sqrt(12), rel=0.15)
     assert drift.compare(scene(), scene(objects=3)).agreed < 0.2

@@ -31,19 +31,19 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_camera_is_found(name: str) -> None:
     truth = MODELS[name]
-    found = intrinsics.calibrate(BOARD, scenes.views(30, seed=1, camera=truth, noise=0.05), truth.model)
-    assert found.camera.fx == pytest.approx(truth.fx, rel=2e-3)
-    assert found.camera.fy == pytest.approx(truth.fy, rel=2e-3)
-    assert (found.camera.cx, found.camera.cy) == pytest.approx((truth.cx, truth.cy), abs=1.5)
-    assert found.noise == pytest.approx(0.05, rel=0.1)
-    assert found.held_out_rms == pytest.approx(np.sqrt(2) * 0.05, rel=0.25)
-    for value, wanted, deviation in zip(
-        (found.camera.fx, found.camera.fy, found.camera.cx, found.camera.cy),
+    result = intrinsics.calibrate(BOARD, scenes.views(30, seed=1, camera=truth, noise=0.05), truth.model)
+    assert result.camera.fx == pytest.approx(truth.fx, rel=2e-3)
+    assert result.camera.fy == pytest.approx(truth.fy, rel=2e-3)
+    assert (result.camera.cx, result.camera.cy) == pytest.approx((truth.cx, truth.cy), abs=1.5)
+    assert result.noise == pytest.approx(0.05, rel=0.1)
+    assert result.held_out_rms == pytest.approx(np.sqrt(2) * 0.05, rel=0.25)
+    for value, true_value, deviation in zip(
+        (result.camera.fx, result.camera.fy, result.camera.cx, result.camera.cy),
         (truth.fx, truth.fy, truth.cx, truth.cy),
-        found.camera.deviations[:4],
+        result.camera.deviations[:4],
         strict=True,
     ):
-        assert abs(value - wanted) < 4 * deviation
+        assert abs(value - true_value) < 4 * deviation
 
 
 def test_deviations_are_what_repeated_calibrations_scatter_by() -> None:
@@ -54,32 +54,32 @@ def test_deviations_are_what_repeated_calibrations_scatter_by() -> None:
         noisy = [replace(v, points=v.points + generator.normal(0, 0.2, v.points.shape)) for v in clean]
         results.append(intrinsics.calibrate(BOARD, noisy, "none", held_out=0))
     values = np.array([[r.camera.fx, r.camera.fy, r.camera.cx, r.camera.cy] for r in results])
-    said = np.mean([r.camera.deviations[:4] for r in results], axis=0)
-    ratio = values.std(0, ddof=1) / said
+    reported_deviations = np.mean([r.camera.deviations[:4] for r in results], axis=0)
+    ratio = values.std(0, ddof=1) / reported_deviations
     assert ((ratio > 0.6) & (ratio < 1.6)).all(), ratio
 
 
 def test_a_spoiled_view_is_rejected_by_name() -> None:
     views = scenes.views(20, seed=2, noise=0.05)
     views[7] = replace(views[7], points=views[7].points + [0.0, 4.0] * (views[7].ids[:, None] % 2))
-    found = intrinsics.calibrate(BOARD, views, "none", held_out=0)
-    assert list(found.rejected) == ["view 7"]
-    assert "px" in found.rejected["view 7"]
-    assert not found.views[7].used
+    result = intrinsics.calibrate(BOARD, views, "none", held_out=0)
+    assert list(result.rejected) == ["view 7"]
+    assert "px" in result.rejected["view 7"]
+    assert not result.views[7].used
 
 
 def test_held_out_views_are_not_used() -> None:
-    found = intrinsics.calibrate(BOARD, scenes.views(20, seed=2), "none", held_out=4)
-    assert sum(v.held_out for v in found.views) == 4
-    assert not any(v.held_out and v.used for v in found.views)
+    result = intrinsics.calibrate(BOARD, scenes.views(20, seed=2), "none", held_out=4)
+    assert sum(v.held_out for v in result.views) == 4
+    assert not any(v.held_out and v.used for v in result.views)
 
 
 def test_coverage_says_what_is_missing() -> None:
-    left = [seen(pose((0.3, 0, 0), (-0.1, 0.03 * k - 0.1, 0.5)), seed=k) for k in range(6)]
-    said = " ".join(coverage.measure(BOARD, left).missing)
-    assert "at the right" in said
-    assert "tilted" in said
-    assert "more views" in said
+    left_views = [seen(pose((0.3, 0, 0), (-0.1, 0.03 * k - 0.1, 0.5)), seed=k) for k in range(6)]
+    hints = " ".join(coverage.measure(BOARD, left_views).missing)
+    assert "at the right" in hints
+    assert "tilted" in hints
+    assert "more views" in hints
     assert coverage.measure(BOARD, scenes.views(60, seed=4)).missing == ()
 
 
@@ -100,8 +100,8 @@ def test_projection_derivative_and_inverse_agree(name: str, x: float, y: float, 
     assert camera.undistorted(pixel)[0] == pytest.approx([x / z, y / z], abs=1e-6)
     step = 1e-6
     for axis in range(3):
-        moved = point.copy()
-        moved[0, axis] += step
-        slope = (camera.project(moved) - pixel)[0] / step
+        moved_point = point.copy()
+        moved_point[0, axis] += step
+        slope = (camera.project(moved_point) - pixel)[0] / step
         assert camera.derivative(point)[0, :, axis] == pytest.approx(slope, abs=2e-2, rel=1e-3)
     assert CameraModel.from_dict(camera.to_dict(), "") == camera

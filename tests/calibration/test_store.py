@@ -76,9 +76,9 @@ def test_exports_say_the_same_numbers() -> None:
     file = yaml.safe_load(export.camera_info_yaml(PLAIN))
     assert file["camera_matrix"]["data"] == info["k"]
     assert (file["image_width"], file["image_height"]) == (640, 480)
-    moved = export.static_transform(PLAIN)
-    assert moved["translation"] == pytest.approx(POSE[:3, 3])
-    assert Rotation.from_quat(moved["rotation"]).as_matrix() == pytest.approx(TURN.as_matrix())
+    transform = export.static_transform(PLAIN)
+    assert transform["translation"] == pytest.approx(POSE[:3, 3])
+    assert Rotation.from_quat(transform["rotation"]).as_matrix() == pytest.approx(TURN.as_matrix())
     tree = ET.fromstring(f"<robot>{export.urdf(PLAIN)}</robot>")
     origin = tree.find("joint/origin")
     assert origin is not None

@@ -30,8 +30,10 @@ ROBOTS = sorted((ROOT / "robots").glob("*.yaml"))
 def calibration_of(contract: RobotContract, name: str, **changes: Any) -> Calibration:
     spec = contract.camera(name)
     width, height = (spec.width, spec.height) if spec.rotate in (0, 180) else (spec.height, spec.width)
-    made = Calibration(name, dataclasses.replace(LENS, width=width, height=height), BOARD, "2026-01-02", 0.1, 0.1, 20)
-    return dataclasses.replace(made, **changes)
+    calibration = Calibration(
+        name, dataclasses.replace(LENS, width=width, height=height), BOARD, "2026-01-02", 0.1, 0.1, 20
+    )
+    return dataclasses.replace(calibration, **changes)
 
 
 @pytest.mark.parametrize("robot", ROBOTS, ids=lambda p: p.stem)
@@ -41,9 +43,9 @@ def test_every_contract_takes_an_id_and_keeps_the_rest(robot: Path, tmp_path: Pa
     first = RobotContract.load(path)
     for number in range(2):  # a new field, then a new value of it
         for camera in first.cameras:
-            made = calibration_of(first, camera.name, notes=str(number))
-            before, after = tie(path, made)
-            assert after.camera(camera.name).calibration_id == made.id
+            calibration = calibration_of(first, camera.name, notes=str(number))
+            before, after = tie(path, calibration)
+            assert after.camera(camera.name).calibration_id == calibration.id
             assert (after.id != before.id, RobotContract.load(path)) == (True, after)
     text = path.read_text()
     for camera in first.cameras:
@@ -58,24 +60,25 @@ def test_block_style_and_comments_behind_values(tmp_path: Path) -> None:
     block += "    width: 640\n    height: 480  # as the driver gives it"
     path = tmp_path / "robot.yaml"
     path.write_text(raw.replace(entry, block))
-    made = calibration_of(RobotContract.load(path), "front")
-    tie(path, made)
+    calibration = calibration_of(RobotContract.load(path), "front")
+    tie(path, calibration)
     assert "  # the one on the pole\n    source" in path.read_text()
-    assert RobotContract.load(path).camera("front").calibration_id == made.id
+    assert RobotContract.load(path).camera("front").calibration_id == calibration.id
 
 
 def test_from_the_verb_into_every_episode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, store = tmp_path / "robot.yaml", CalibrationStore(tmp_path / "calibrations")
+    path = tmp_path / "robot.yaml"
+    store = CalibrationStore(tmp_path / "calibrations")
     path.write_text((ROOT / "robots/libero.yaml").read_text())
-    made = store.put(calibration_of(RobotContract.load(path), "wrist"), {})
-    words = ["calibrate", "use", "wrist", "--contract", str(path), "--store", str(store.root)]
-    assert main([*words, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    calibration = store.put(calibration_of(RobotContract.load(path), "wrist"), {})
+    arguments = ["calibrate", "use", "wrist", "--contract", str(path), "--store", str(store.root)]
+    assert main([*arguments, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
     contract = RobotContract.load(path)
-    assert (told["calibration"], told["camera"], told["after"]) == (made.id, "wrist", contract.id)
+    assert (answer["calibration"], answer["camera"], answer["after"]) == (calibration.id, "wrist", contract.id)
     write_episode(tmp_path / "a.mcap", episode(contract, steps=1), contract)
-    assert EpisodeReader(tmp_path / "a.mcap").info.calibrations == {"wrist": made.id}
-    assert main(words) == 0
+    assert EpisodeReader(tmp_path / "a.mcap").info.calibrations == {"wrist": calibration.id}
+    assert main(arguments) == 0
     assert "ratchet calibrate drift" in capsys.readouterr().out
 
 
@@ -93,18 +96,21 @@ def test_from_the_verb_into_every_episode(tmp_path: Path, capsys: pytest.Capture
 def test_another_cameras_calibration_is_refused(
     changes: dict[str, Any], code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, store = tmp_path / "robot.yaml", CalibrationStore(tmp_path / "calibrations")
+    path = tmp_path / "robot.yaml"
+    store = CalibrationStore(tmp_path / "calibrations")
     text = (ROOT / "robots/so101.yaml").read_text().replace("source: /dev/video0", "source: SN1")
     path.write_text(text.replace("source: /dev/video2, width: 640, height: 480", "width: 320, height: 240"))
     before = path.read_text()
-    made = store.put(calibration_of(RobotContract.load(path), "front", camera_serial="SN1"), {})
-    other = store.put(dataclasses.replace(made, **changes), {})
-    code_now = main(["calibrate", "use", other.id, "--contract", str(path), "--store", str(store.root), "--json"])
-    told = json.loads(capsys.readouterr().out)
+    calibration = store.put(calibration_of(RobotContract.load(path), "front", camera_serial="SN1"), {})
+    other_calibration = store.put(dataclasses.replace(calibration, **changes), {})
+    code_now = main(
+        ["calibrate", "use", other_calibration.id, "--contract", str(path), "--store", str(store.root), "--json"]
+    )
+    answer = json.loads(capsys.readouterr().out)
     if not code:
         assert code_now == 0
         return
-    assert (code_now, told["error"]["code"]) == (2, code)
-    assert told["error"]["fix"]
+    assert (code_now, answer["error"]["code"]) == (2, code)
+    assert answer["error"]["fix"]
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

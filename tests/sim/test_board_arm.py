@@ -41,13 +41,13 @@ def test_rendered_corners_lie_where_the_camera_puts_them(look: Look) -> None:
     scene = BoardScene(BOARD, LENS)
     off = []
     for pose in poses(BOARD, LENS, 5, generator, (0.3, 0.5)):
-        found = detect(BOARD, scene.photograph(pose, look, generator))
+        detection = detect(BOARD, scene.photograph(pose, look, generator))
         truth = LENS.project(BOARD.corners @ pose[:3, :3].T + pose[:3, 3])
-        off.append(found.points - truth[found.ids])
+        off.append(detection.points - truth[detection.ids])
     scene.close()
-    whole = np.concatenate(off)
-    assert np.sqrt((whole**2).sum(1).mean()) < 0.2
-    assert np.abs(whole.mean(0)).max() < 0.05
+    all_offsets = np.concatenate(off)
+    assert np.sqrt((all_offsets**2).sum(1).mean()) < 0.2
+    assert np.abs(all_offsets.mean(0)).max() < 0.05
 
 
 @pytest.mark.parametrize("mounting", ["eye_in_hand", "eye_to_hand"])

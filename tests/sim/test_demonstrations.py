@@ -110,8 +110,8 @@ def test_a_gripper_of_any_range_is_inverted_inside_it(contract: RobotContract) -
     action = dataclasses.replace(contract.action, dims=dims, gripper=GripperSpec("gripper", 1.5, 0.0))
     env = FakeRecordedEnv(dataclasses.replace(contract, action=action))
     gather(env, FakeExpert(), dataclasses.replace(NOISY, grip_flip=1.0))
-    seen = {round(float(a[3]), 6) for actions in env.executed.values() for a in actions}
-    assert seen == {1.0, 0.5}
+    executed_values = {round(float(a[3]), 6) for actions in env.executed.values() for a in actions}
+    assert executed_values == {1.0, 0.5}
 
 
 def test_without_noise_every_frame_is_a_sample(contract: RobotContract) -> None:
@@ -128,9 +128,9 @@ def test_stride_thins_each_episode_from_its_own_phase(contract: RobotContract) -
     steps = data.images[:, 0, 0, 1, 0].astype(int)
     phases = set()
     for start in np.unique(data.start):
-        mine = steps[data.start == start]
-        assert set(np.diff(mine)) == {3}
-        phases.add(int(mine[0]))
+        episode_steps = steps[data.start == start]
+        assert set(np.diff(episode_steps)) == {3}
+        phases.add(int(episode_steps[0]))
     assert phases == {0, 1, 2}
 
 
@@ -163,13 +163,13 @@ def test_the_seed_alone_decides(contract: RobotContract) -> None:
 
 
 def test_files_give_back_what_was_saved(contract: RobotContract, tmp_path: Path) -> None:
-    one = gather(FakeRecordedEnv(contract), FakeExpert(), NOISY)
-    two = dataclasses.replace(one, tasks=["push"], instructions=["push the puck"])
-    both = Demonstrations.concatenate([one, two])
-    assert both.tasks == ["door-open", "push"]
-    assert both.task.tolist() == [0] * len(one) + [1] * len(one)
-    both.save(tmp_path / "data.safetensors")
-    assert equal(Demonstrations.load(tmp_path / "data.safetensors"), both)
+    first = gather(FakeRecordedEnv(contract), FakeExpert(), NOISY)
+    second = dataclasses.replace(first, tasks=["push"], instructions=["push the puck"])
+    together = Demonstrations.concatenate([first, second])
+    assert together.tasks == ["door-open", "push"]
+    assert together.task.tolist() == [0] * len(first) + [1] * len(first)
+    together.save(tmp_path / "data.safetensors")
+    assert equal(Demonstrations.load(tmp_path / "data.safetensors"), together)
 
 
 def test_processes_do_not_change_the_data() -> None:

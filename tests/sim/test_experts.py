@@ -25,8 +25,10 @@ from sim.experts.libero import LiberoExpert, make_libero_expert
 from sim.libero import CONTRACT, LiberoTaskEnv
 from sim.testing.noisy_expert import NoisyExpert
 
-OBJECT, SOUP = "libero_object", "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
-SPATIAL, BOWL = "libero_spatial", "pick_up_the_black_bowl_between_the_plate_and_the_ramekin_and_place_it_on_the_plate"
+OBJECT = "libero_object"
+SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
+SPATIAL = "libero_spatial"
+BOWL = "pick_up_the_black_bowl_between_the_plate_and_the_ramekin_and_place_it_on_the_plate"
 NOWHERE = np.zeros((0, 3))
 
 
@@ -69,7 +71,8 @@ def test_expert_recovers_when_the_gripper_is_opened_on_the_way(soup: LiberoTaskE
     soup.reset(3)
     expert = LiberoExpert()
     expert.reset(soup)
-    body, lowest = soup.bodies["alphabet_soup_1"], 0.0
+    body = soup.bodies["alphabet_soup_1"]
+    lowest = 0.0
     for _ in range(150):
         lowest = max(lowest, float(soup.data.xpos[body][2]))
         if lowest > 0.15:
@@ -124,9 +127,12 @@ class OnlyContract:
 
 def episode(seed: int, config: NoiseConfig, steps: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray, Still]:
     still = Still()
-    noisy, env = NoisyExpert(still, config, seed), OnlyContract()
+    noisy = NoisyExpert(still, config, seed)
+    env = OnlyContract()
     noisy.reset(env)  # type: ignore[arg-type]
-    executed, labels, disturbed = [], [], []
+    executed = []
+    labels = []
+    disturbed = []
     for _ in range(steps):
         executed.append(noisy.act(env))  # type: ignore[arg-type]
         labels.append(noisy.label.copy())
@@ -160,8 +166,10 @@ def test_noise_is_in_range_and_depends_on_the_seed_alone(seed: int, probability:
 
 
 def test_two_episodes_differ_in_their_noise() -> None:
-    noisy, env = NoisyExpert(Still(), NoiseConfig(probability=1.0), 5), OnlyContract()
-    first, second = [], []
+    noisy = NoisyExpert(Still(), NoiseConfig(probability=1.0), 5)
+    env = OnlyContract()
+    first = []
+    second = []
     for target in (first, second):
         noisy.reset(env)  # type: ignore[arg-type]
         target.append(noisy.act(env))  # type: ignore[arg-type]
@@ -187,9 +195,9 @@ def test_a_wide_ring_is_taken_at_its_rim_with_radial_fingers() -> None:
     ring = np.concatenate(
         [np.stack([0.05 * np.cos(angle), 0.05 * np.sin(angle), np.full(72, z)], 1) for z in (0, 0.05)]
     )
-    found = grasps(ring + np.array([0.3, 0.1, 0.9]), NOWHERE, 0.0)
-    assert {g.kind for g in found} == {"rim"}
-    for grasp in found:
+    candidates = grasps(ring + np.array([0.3, 0.1, 0.9]), NOWHERE, 0.0)
+    assert {g.kind for g in candidates} == {"rim"}
+    for grasp in candidates:
         outward = grasp.position[:2] - [0.3, 0.1]
         assert 0.04 < np.linalg.norm(outward) < 0.05
         assert abs(rotation(grasp.yaw)[:2, 0] @ outward) == pytest.approx(np.linalg.norm(outward), rel=1e-6)
@@ -199,7 +207,8 @@ def test_a_wide_ring_is_taken_at_its_rim_with_radial_fingers() -> None:
 def test_a_neighbour_makes_the_hand_choose_another_side() -> None:
     thing = box(0.04, 0.04, 0.05)
     wall = np.stack(np.meshgrid(np.linspace(-0.05, 0.05, 20), [0.045], np.linspace(-0.02, 0.05, 20)), -1).reshape(-1, 3)
-    free, blocked = grasps(thing, NOWHERE, 0.0)[0], grasps(thing, wall, 0.0)[0]
+    free = grasps(thing, NOWHERE, 0.0)[0]
+    blocked = grasps(thing, wall, 0.0)[0]
     assert free.yaw == pytest.approx(0.0)
     assert abs(blocked.yaw) > math.radians(40)
 

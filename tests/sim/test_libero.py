@@ -22,7 +22,8 @@ from sim.libero_model import _compiled
 from sim.libero_suites import initial_states
 from sim.perturbations import BASE_SHIFT
 
-SUITE, TASK = "libero_object", "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
+SUITE = "libero_object"
+TASK = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +89,18 @@ def test_initial_states_cannot_be_changed_by_accident() -> None:
 
 
 def test_physical_units_reach_the_controller(env: LiberoTaskEnv) -> None:
-    seen: list[np.ndarray] = []
+    commands: list[np.ndarray] = []
     original = env._osc.set_goal
-    env._osc.set_goal = lambda command: (seen.append(command.copy()), original(command))[1]  # type: ignore[method-assign]
+    env._osc.set_goal = lambda command: (commands.append(command.copy()), original(command))[1]  # type: ignore[method-assign]
     try:
         env.reset(0)
-        seen.clear()
+        commands.clear()
         env.step(np.array([0.05, -0.025, 0.05, 0.5, 0.0, -0.25, 1.0], dtype=np.float32))
         env.step(np.array([0.2, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0], dtype=np.float32))
     finally:
         env._osc.set_goal = original  # type: ignore[method-assign]
-    np.testing.assert_array_equal(seen[0], [1.0, -0.5, 1.0, 1.0, 0.0, -0.5])
-    np.testing.assert_array_equal(seen[1], [1.0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(commands[0], [1.0, -0.5, 1.0, 1.0, 0.0, -0.5])
+    np.testing.assert_array_equal(commands[1], [1.0, 0, 0, 0, 0, 0])
 
 
 def test_motion_and_gripper_follow_the_contract(env: LiberoTaskEnv) -> None:
@@ -142,38 +143,38 @@ def test_reset_is_deterministic_and_leaves_the_global_generator_alone(env: Liber
     env.step(np.array([0.05, 0.0, -0.05, 0.1, 0.0, 0.0, 1.0], dtype=np.float32))
     env.reset(11)
     np.testing.assert_array_equal(env.simulator_state(), first)
-    other = LiberoTaskEnv(SUITE, TASK)
-    other.reset(11)
-    np.testing.assert_array_equal(other.simulator_state(), first)
+    second_env = LiberoTaskEnv(SUITE, TASK)
+    second_env.reset(11)
+    np.testing.assert_array_equal(second_env.simulator_state(), first)
     assert np.random.random() == expected  # noqa: NPY002
-    other.close()
+    second_env.close()
 
 
 def test_a_moved_base_carries_the_arm_with_it(env: LiberoTaskEnv) -> None:
     # Also after the settle steps: a controller that still aimed at the old place would have pulled the hand back.
-    moved = LiberoTaskEnv(SUITE, TASK, perturbation="base")
+    moved_env = LiberoTaskEnv(SUITE, TASK, perturbation="base")
     try:
-        for e in (env, moved):
+        for e in (env, moved_env):
             e.reset(1)
-        shift = moved.state()["eef_position"] - env.state()["eef_position"]
+        shift = moved_env.state()["eef_position"] - env.state()["eef_position"]
         np.testing.assert_allclose(shift, BASE_SHIFT, atol=1e-6)
-        assert moved.model is not env.model
+        assert moved_env.model is not env.model
     finally:
-        moved.close()
+        moved_env.close()
 
 
 def test_one_compiled_model_per_task_and_independent_episodes(env: LiberoTaskEnv) -> None:
-    other = LiberoTaskEnv(SUITE, TASK)
-    assert other.model is env.model
+    second_env = LiberoTaskEnv(SUITE, TASK)
+    assert second_env.model is env.model
     env.reset(2)
     before = env.simulator_state()
-    other.step(np.array([0.05, 0.0, -0.05, 0.1, 0.0, 0.0, 1.0], dtype=np.float32))
+    second_env.step(np.array([0.05, 0.0, -0.05, 0.1, 0.0, 0.0, 1.0], dtype=np.float32))
     np.testing.assert_array_equal(env.simulator_state(), before)
-    other.close()
-    other.close()
+    second_env.close()
+    second_env.close()
     assert (SUITE, TASK, "") in _compiled
     with pytest.raises(RatchetError) as refused:
-        other.reset(0)
+        second_env.reset(0)
     assert refused.value.code == "sim.closed"
 
 
@@ -215,14 +216,14 @@ def test_a_camera_that_the_simulator_lacks_is_refused_and_frees_the_model() -> N
 
 def test_a_camera_can_be_moved_by_the_contract(env: LiberoTaskEnv) -> None:
     contract = with_image_size(RobotContract.load(CONTRACT), 64, 48)
-    moved = dataclasses.replace(contract.cameras[0], position=(0.7, 0.3, 0.8))
-    other = LiberoTaskEnv(SUITE, TASK, dataclasses.replace(contract, cameras=(moved, contract.cameras[1])))
+    moved_camera = dataclasses.replace(contract.cameras[0], position=(0.7, 0.3, 0.8))
+    second_env = LiberoTaskEnv(SUITE, TASK, dataclasses.replace(contract, cameras=(moved_camera, contract.cameras[1])))
     env.reset(0)
-    other.reset(0)
-    assert not np.array_equal(other.render("agentview"), env.render("agentview"))
-    np.testing.assert_array_equal(other.render("wrist"), env.render("wrist"))
-    np.testing.assert_array_equal(other.simulator_state(), env.simulator_state())
-    other.close()
+    second_env.reset(0)
+    assert not np.array_equal(second_env.render("agentview"), env.render("agentview"))
+    np.testing.assert_array_equal(second_env.render("wrist"), env.render("wrist"))
+    np.testing.assert_array_equal(second_env.simulator_state(), env.simulator_state())
+    second_env.close()
 
 
 def test_missing_gl_library_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ import pytest
 from sim.libero import LiberoTaskEnv
 from sim.testing.libero_reference import ReferenceLibero
 
-STEPS, FRAME_EVERY = 12, 6
+STEPS = 12
+FRAME_EVERY = 6
 SCALE = np.array([0.05] * 3 + [0.5] * 3 + [1.0], dtype=np.float32)
 
 

@@ -25,15 +25,18 @@ def commands(count: int) -> np.ndarray:
 
 
 def state_of(env: object) -> np.ndarray:
-    model, data = env.model, env.data  # type: ignore[attr-defined]
-    out = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
-    mujoco.mj_getState(model, data, out, mujoco.mjtState.mjSTATE_INTEGRATION)
-    return out
+    model = env.model
+    data = env.data  # type: ignore[attr-defined]
+    state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
+    mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+    return state
 
 
 def benchmark_trajectory(task: str, state: int, plan: np.ndarray) -> list[np.ndarray]:
     env = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
-    env._set_task_called, env._freeze_rand_vec, env.seeded_rand_vec = True, False, True
+    env._set_task_called = True
+    env._freeze_rand_vec = False
+    env.seeded_rand_vec = True
     env._partially_observable = False
     env.__dict__.pop("sawyer_observation_space", None)
     env.seed(state)
@@ -58,33 +61,34 @@ def test_physics_is_the_benchmarks_own_bit_by_bit(task: str) -> None:
         env.render("corner2")
     for state in (11, 5):
         env.reset(state)
-        ours = [env.simulator_state()]
+        our_states = [env.simulator_state()]
         for command in plan:
             env.step(command * scale)
             env.render("corner2")  # drawing feeds back into nothing
-            ours.append(env.simulator_state())
+            our_states.append(env.simulator_state())
         if env.success():
             pytest.fail("random commands must not end the episode, or the comparison is cut short")
-        for a, b in zip(ours, benchmark_trajectory(task, state, plan), strict=True):
+        for a, b in zip(our_states, benchmark_trajectory(task, state, plan), strict=True):
             np.testing.assert_array_equal(a, b)
     env.close()
 
 
 def arrays_of(thing: object) -> dict[str, np.ndarray]:
-    found = {}
+    arrays = {}
     for name in dir(thing):
         # Constraint solver and islands use scratch memory, which holds something else in every environment.
         if not name.startswith(("_", "efc_", "island_", "dof_island")):
             value = getattr(thing, name, None)
             if isinstance(value, np.ndarray):
-                found[name] = value.copy()
-    return found
+                arrays[name] = value.copy()
+    return arrays
 
 
 def assert_same(first: MetaWorldTaskEnv, second: MetaWorldTaskEnv) -> None:
-    for mine, theirs in ((first.env.model, second.env.model), (first.env.data, second.env.data)):
-        left, right = arrays_of(mine), arrays_of(theirs)
-        assert [n for n in left if not np.array_equal(left[n], right[n], equal_nan=True)] == []
+    for first_object, second_object in ((first.env.model, second.env.model), (first.env.data, second.env.data)):
+        first_arrays = arrays_of(first_object)
+        second_arrays = arrays_of(second_object)
+        assert [n for n in first_arrays if not np.array_equal(first_arrays[n], second_arrays[n], equal_nan=True)] == []
     np.testing.assert_array_equal(first.last_observation, second.last_observation)
 
 
@@ -93,9 +97,10 @@ def test_a_start_that_is_copied_is_the_start_that_was_made(task: str) -> None:
     """The second reset to a state restores a copy; nothing that follows may tell."""
     contract = registry.contract_for("metaworld")
     scale = np.array([d.command_scale for d in contract.action.dims], np.float32)
-    made, copied = MetaWorldTaskEnv(task, contract), MetaWorldTaskEnv(task, contract)
+    original = MetaWorldTaskEnv(task, contract)
+    copied = MetaWorldTaskEnv(task, contract)
     metaworld._STARTS.clear()
-    made.reset(1005)
+    original.reset(1005)
     first_seen = dict(metaworld._STARTS)
     metaworld._STARTS.clear()
     copied.reset(1006)  # another episode, which must leave no trace
@@ -104,16 +109,17 @@ def test_a_start_that_is_copied_is_the_start_that_was_made(task: str) -> None:
     metaworld._STARTS.update(first_seen)
     copied.reset(1005)
     assert len(metaworld._STARTS) == 2, "the start was made again"
-    assert_same(made, copied)
+    assert_same(original, copied)
     for command in commands(4):
-        for env in (made, copied):
+        for env in (original, copied):
             env.step(command * scale)
-    assert_same(made, copied)
-    assert made.success() == copied.success()
-    own, theirs = made.env.__dict__, copied.env.__dict__
-    for name, value in own.items():
+    assert_same(original, copied)
+    assert original.success() == copied.success()
+    original_fields = original.env.__dict__
+    copied_fields = copied.env.__dict__
+    for name, value in original_fields.items():
         if isinstance(value, np.ndarray | float | int | str | list):
-            np.testing.assert_array_equal(np.asarray(value), np.asarray(theirs[name]), err_msg=name)
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(copied_fields[name]), err_msg=name)
 
 
 def test_starts_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,11 +136,11 @@ def test_two_environments_of_one_task_share_a_renderer_but_no_scene() -> None:
     first.reset(1)
     alone = first.render("corner2")
     second.reset(2)
-    other = second.render("corner2")
-    assert (alone != other).any()
+    second_frame = second.render("corner2")
+    assert (alone != second_frame).any()
     np.testing.assert_array_equal(first.render("corner2"), alone)
     first.close()
-    np.testing.assert_array_equal(second.render("corner2"), other)
+    np.testing.assert_array_equal(second.render("corner2"), second_frame)
     second.close()
 
 
@@ -161,7 +167,8 @@ def test_fifty_tasks_have_words_and_separate_states() -> None:
 
 @pytest.mark.parametrize("task", ["door-open", "push", "button-press"])
 def test_experts_succeed(task: str) -> None:
-    env, expert = registry.make_env("metaworld", task), registry.make_expert("metaworld", task)
+    env = registry.make_env("metaworld", task)
+    expert = registry.make_expert("metaworld", task)
     for state in (0, 1):
         env.reset(state)
         expert.reset(env)

@@ -27,16 +27,17 @@ def frame_and_state(name: str) -> tuple[np.ndarray, np.ndarray, object]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_perturbation_changes_what_it_says_and_nothing_else(kind: str) -> None:
     plain, state, env = frame_and_state(TASK)
-    frame, perturbed, other = frame_and_state(f"{TASK}@{kind}")
+    frame, perturbed, perturbed_state = frame_and_state(f"{TASK}@{kind}")
     change = np.abs(frame - plain).mean()
     assert change > 1.0
-    info, changed = registry.task("metaworld", TASK), registry.task("metaworld", f"{TASK}@{kind}")
+    info = registry.task("metaworld", TASK)
+    changed = registry.task("metaworld", f"{TASK}@{kind}")
     assert (changed.instruction, changed.evaluation_states, changed.horizon) == (
         info.instruction,
         info.evaluation_states,
         info.horizon,
     )
-    button = env.env.data.body("button").xpos, other.env.data.body("button").xpos  # type: ignore[attr-defined]
+    button = env.env.data.body("button").xpos, perturbed_state.env.data.body("button").xpos  # type: ignore[attr-defined]
     np.testing.assert_array_equal(*button)
     if kind == "light":
         np.testing.assert_array_equal(perturbed, state)
@@ -45,18 +46,18 @@ def test_a_perturbation_changes_what_it_says_and_nothing_else(kind: str) -> None
         np.testing.assert_array_equal(perturbed, state)
         assert abs(frame.mean() / plain.mean() - 1) < 0.1
     else:
-        bases = [e.env.data.body("base").xpos for e in (env, other)]  # type: ignore[attr-defined]
+        bases = [e.env.data.body("base").xpos for e in (env, perturbed_state)]  # type: ignore[attr-defined]
         np.testing.assert_allclose(bases[1] - bases[0], BASE_SHIFT)
-    again, back, _ = frame_and_state(TASK)
-    np.testing.assert_array_equal(again, plain)
+    frame_again, back, _ = frame_and_state(TASK)
+    np.testing.assert_array_equal(frame_again, plain)
     np.testing.assert_array_equal(back, state)
 
 
 def test_names_of_other_suites_and_refusals() -> None:
     name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
-    other = registry.task("libero_object", f"libero_object_swap/{name}")
-    assert other.name == f"libero_object_swap/{name}"
-    assert other.suite == "libero_object_swap"
+    swapped_task = registry.task("libero_object", f"libero_object_swap/{name}")
+    assert swapped_task.name == f"libero_object_swap/{name}"
+    assert swapped_task.suite == "libero_object_swap"
     for suite, wrong, code in (
         ("metaworld", "button-press@fog", "sim.unknown_perturbation"),
         ("metaworld", "buton-press@light", "sim.unknown_task"),

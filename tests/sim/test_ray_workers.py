@@ -27,8 +27,15 @@ def launcher() -> Iterator[RayLauncher]:
 
 
 def build(launcher: RayLauncher, **options: Any) -> ChunkVectorEnv:
-    made = {**OPTIONS, "make_env": fakes.make_fake, "workers": 2, "slots_per_worker": 2, "launch": launcher, **options}
-    return ChunkVectorEnv("metaworld", **made)
+    options = {
+        **OPTIONS,
+        "make_env": fakes.make_fake,
+        "workers": 2,
+        "slots_per_worker": 2,
+        "launch": launcher,
+        **options,
+    }
+    return ChunkVectorEnv("metaworld", **options)
 
 
 def test_equal_to_local_processes_also_after_a_kill(launcher: RayLauncher) -> None:

@@ -18,10 +18,10 @@ from tests.conformance.robot_suite import RobotConformance
 
 @pytest.fixture
 def robot() -> Iterator[SimRobot]:
-    made = SimRobot("metaworld", "door-open", 0)
-    made.connect()
-    yield made
-    made.close()
+    sim_robot = SimRobot("metaworld", "door-open", 0)
+    sim_robot.connect()
+    yield sim_robot
+    sim_robot.close()
 
 
 class TestSimRobot(RobotConformance):
@@ -36,9 +36,9 @@ class TestSimRobot(RobotConformance):
         first = robot.observe().images["corner2"]
         robot.act(self.still(robot) + np.float32(0.02))
         robot.reset(0)
-        again = robot.observe()
-        assert again.sequence == 0
-        np.testing.assert_array_equal(again.images["corner2"], first)
+        second_observation = robot.observe()
+        assert second_observation.sequence == 0
+        np.testing.assert_array_equal(second_observation.images["corner2"], first)
 
     def test_the_expert_succeeds_through_the_protocol(self, robot: SimRobot) -> None:
         expert = make_expert("metaworld", "door-open")

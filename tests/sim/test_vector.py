@@ -26,15 +26,15 @@ OPTIONS: dict[str, Any] = {"cameras": ("corner2",), "state_fields": ("hand", "gr
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., ChunkVectorEnv]]:
-    made: list[ChunkVectorEnv] = []
+    vector_envs: list[ChunkVectorEnv] = []
 
     def build(**options: Any) -> ChunkVectorEnv:
         env = ChunkVectorEnv("metaworld", **{**OPTIONS, "make_env": fakes.make_fake, **options})
-        made.append(env)
+        vector_envs.append(env)
         return env
 
     yield build
-    for env in made:
+    for env in vector_envs:
         env.close()
 
 
@@ -44,12 +44,12 @@ def actions(round_: int, slots: int = 4) -> np.ndarray:
 
 def play(env: ChunkVectorEnv, fault: Callable[[int], None] = lambda round_: None) -> list[np.ndarray]:
     observation, _ = env.reset(options={"task": "door-open", "initial_state": np.arange(4), "horizon": 20})
-    seen = [observation["images"], observation["state"]]
+    results = [observation["images"], observation["state"]]
     for round_ in range(4):
         fault(round_)
         observation, reward, success, truncated, info = env.step(actions(round_))
-        seen += [observation["images"], observation["state"], reward, success, truncated, info["steps_run"]]
-    return seen
+        results += [observation["images"], observation["state"], reward, success, truncated, info["steps_run"]]
+    return results
 
 
 def assert_equal(first: list[np.ndarray], second: list[np.ndarray]) -> None:
@@ -250,7 +250,8 @@ def test_success_and_horizon_end_an_episode_inside_a_chunk(make: Callable[..., C
 
 def test_nothing_is_left_behind(make: Callable[..., ChunkVectorEnv]) -> None:
     env = make(workers=2, slots_per_worker=1)
-    processes, name = [w.process for w in env._workers], env._memory.name
+    processes = [w.process for w in env._workers]
+    name = env._memory.name
     env.close()
     assert not any(p.is_alive() for p in processes)
     with pytest.raises(FileNotFoundError):

@@ -17,18 +17,22 @@ import pytest
 from sim import registry
 from sim.vector import ChunkVectorEnv
 
-SUITE, TASK = "libero_object", "pick_up_the_cream_cheese_and_place_it_in_the_basket"
-CAMERAS, FIELDS, CHUNK, ROUNDS = ("agentview", "wrist"), ("eef_position", "gripper"), 4, 2
+SUITE = "libero_object"
+TASK = "pick_up_the_cream_cheese_and_place_it_in_the_basket"
+CAMERAS = ("agentview", "wrist")
+FIELDS = ("eef_position", "gripper")
+CHUNK = 4
+ROUNDS = 2
 STATES = (0, 7)
 
 
 @pytest.fixture(scope="module")
 def env() -> Iterator[ChunkVectorEnv]:
-    made = ChunkVectorEnv(
+    vector_env = ChunkVectorEnv(
         SUITE, cameras=CAMERAS, state_fields=FIELDS, chunk=CHUNK, workers=1, slots_per_worker=len(STATES)
     )
-    yield made
-    made.close()
+    yield vector_env
+    vector_env.close()
 
 
 def actions(round_: int) -> np.ndarray:
@@ -42,21 +46,22 @@ def actions(round_: int) -> np.ndarray:
 def by_hand() -> list[tuple[np.ndarray, np.ndarray]]:
     """Frames and states of both episodes after the reset and after each round."""
     plain = registry.make_env(SUITE, TASK)
-    seen: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    observations: list[list[tuple[np.ndarray, np.ndarray]]] = []
     try:
         for slot, state in enumerate(STATES):
             plain.reset(state)
-            seen.append([])
+            observations.append([])
             for round_ in range(ROUNDS + 1):
                 images = np.stack([plain.render(c) for c in CAMERAS])
                 fields = plain.state()
-                seen[slot].append((images, np.concatenate([fields[f] for f in FIELDS])))
+                observations[slot].append((images, np.concatenate([fields[f] for f in FIELDS])))
                 for action in actions(round_)[slot]:
                     plain.step(action)
     finally:
         plain.close()
     return [
-        (np.stack([s[round_][0] for s in seen]), np.stack([s[round_][1] for s in seen])) for round_ in range(ROUNDS + 1)
+        (np.stack([s[round_][0] for s in observations]), np.stack([s[round_][1] for s in observations]))
+        for round_ in range(ROUNDS + 1)
     ]
 
 

@@ -25,13 +25,16 @@ def written_out(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 def test_equals_the_full_weight_changes() -> None:
-    one, two = made(1), made(2)
-    first, second = written_out(one), written_out(two)
-    found = change(one, two)
-    assert {c.layer for c in found} == set(first)
-    assert [c.difference for c in found] == sorted((c.difference for c in found), reverse=True)
-    for c in found:
-        w1, w2 = first[c.layer], second[c.layer]
+    adapter_a = made(1)
+    adapter_b = made(2)
+    first = written_out(adapter_a)
+    second = written_out(adapter_b)
+    changes = change(adapter_a, adapter_b)
+    assert {c.layer for c in changes} == set(first)
+    assert [c.difference for c in changes] == sorted((c.difference for c in changes), reverse=True)
+    for c in changes:
+        w1 = first[c.layer]
+        w2 = second[c.layer]
         assert c.first == pytest.approx(float(w1.norm()), rel=1e-6)
         assert c.second == pytest.approx(float(w2.norm()), rel=1e-6)
         assert c.difference == pytest.approx(float((w1 - w2).norm()), rel=1e-6)
@@ -43,17 +46,20 @@ def test_the_same_adapter_differs_in_nothing() -> None:
 
 
 def test_another_base_is_refused() -> None:
-    one = made(1)
-    foreign = Adapter(one.tensors, one.config, Binding("0" * 64, one.binding.statistics, one.binding.action_space))
+    first = made(1)
+    foreign = Adapter(
+        first.tensors, first.config, Binding("0" * 64, first.binding.statistics, first.binding.action_space)
+    )
     with pytest.raises(RatchetError) as refused:
-        change(one, foreign)
+        change(first, foreign)
     assert refused.value.code == "adapter.wrong_base"
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.25, 2.0])
 def test_a_scaled_adapter_changes_every_layer_by_the_factor(factor: float) -> None:
     adapter = made(1)
-    before, after = written_out(adapter), written_out(scaled(adapter, factor))
+    before = written_out(adapter)
+    after = written_out(scaled(adapter, factor))
     assert all(torch.allclose(after[layer], factor * change, rtol=1e-6) for layer, change in before.items())
     assert scaled(adapter, 1.0).id == adapter.id != scaled(adapter, factor).id
 

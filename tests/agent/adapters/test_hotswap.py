@@ -139,7 +139,8 @@ HEAD = "base_model.model.lm_head.lora_B.weight"
 
 
 def bad_adapters(good: Adapter) -> dict[str, Adapter]:
-    tensors, binding = dict(good.tensors), good.binding
+    tensors = dict(good.tensors)
+    binding = good.binding
     return {
         "adapter.wrong_base": altered(good, binding=Binding("00" * 32, binding.statistics, binding.action_space)),
         "adapter.wrong_statistics": altered(good, binding=Binding(binding.base_hash, {}, binding.action_space)),
@@ -180,8 +181,8 @@ def test_the_canary_runs_before_the_first_write_and_can_know_the_answer(bench: B
     staged = bench.swapper.stage(bench.two)
     assert bench.state() == before  # staging and its canary write nothing that runs
     answer = staged.canary_actions
-    again = bench.swapper.stage(altered(bench.two), expected_actions=answer, tolerance=0.0)
-    assert torch.equal(again.canary_actions, answer)
+    staged_again = bench.swapper.stage(altered(bench.two), expected_actions=answer, tolerance=0.0)
+    assert torch.equal(staged_again.canary_actions, answer)
     with pytest.raises(RatchetError, match=r"adapter\.canary_failed.*differ"):
         bench.swapper.stage(bench.two, expected_actions=answer + 0.01)
     assert bench.state() == before
@@ -220,8 +221,8 @@ def test_merging_runs_at_the_base_and_unmerging_restores_it_bit_for_bit(tmp_path
     assert swapper.merged
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(policy.logits(batch()).float(), unmerged, rtol=tolerance, atol=tolerance)
-    other = randomised(lora, binding_of(policy), 2)
-    refused("adapter.merged", swapper.swap, other)
+    other_adapter = randomised(lora, binding_of(policy), 2)
+    refused("adapter.merged", swapper.swap, other_adapter)
     refused("adapter.merged", swapper.rollback)
     swapper.unmerge()
     assert torch.equal(policy.logits(batch()).float(), unmerged)
@@ -261,7 +262,8 @@ def test_tied_weights_are_not_merged(tmp_path: Path) -> None:
 def test_a_running_forward_that_does_not_end_keeps_the_old_adapter(bench: Bench) -> None:
     bench.swapper._timeout = 0.01
     staged = bench.swapper.stage(bench.one)
-    inside, leave = threading.Event(), threading.Event()
+    inside = threading.Event()
+    leave = threading.Event()
 
     def hang() -> None:
         with bench.swapper.running():
@@ -285,27 +287,27 @@ def test_no_forward_sees_a_torn_adapter_or_a_wrong_id(bench: Bench) -> None:
     outputs = {bench.one.id: bench.alone(bench.one), bench.two.id: bench.alone(bench.two)}
     staged = [bench.swapper.stage(bench.one), bench.swapper.stage(bench.two)]
     bench.swapper.commit(staged[0])
-    seen: list[tuple[str, bool]] = []
+    observed: list[tuple[str, bool]] = []
     finished = threading.Event()
 
     def run() -> None:
         while not finished.is_set():
             with bench.swapper.running() as name:
                 logits = bench.policy.logits(batch()).detach()
-            seen.append((name, torch.equal(logits, outputs[name])))
+            observed.append((name, torch.equal(logits, outputs[name])))
 
     thread = threading.Thread(target=run)
     thread.start()
     swaps = 0
-    while swaps < 200 or len({name for name, _ in seen}) < 2:
+    while swaps < 200 or len({name for name, _ in observed}) < 2:
         swaps += 1
         if swaps % 20 == 0:
             bench.swapper.stage(altered((bench.one, bench.two)[swaps // 20 % 2]))  # its canary shares the base
         assert bench.swapper.commit(staged[swaps % 2]).new_id == staged[swaps % 2].id
     finished.set()
     thread.join()
-    assert {name for name, _ in seen} == set(outputs)
-    assert all(exact for _, exact in seen)
+    assert {name for name, _ in observed} == set(outputs)
+    assert all(exact for _, exact in observed)
 
 
 def test_nothing_is_looked_up_without_a_store(bench: Bench) -> None:

@@ -26,7 +26,8 @@ from agent.errors import RatchetError
 from agent.storage.canonical import canonical_json
 from tests.agent.adapters.tiny import SPEC, TinyPolicy
 
-A, B = "base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"
+A = "base_model.model.x.lora_A.weight"
+B = "base_model.model.x.lora_B.weight"
 CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["x", "y"]}
 BINDING = Binding("ab" * 32, {"q01": [-1.0], "q99": [1.0]}, {"control_mode": "ee_delta", "chunk": 8})
 GOLDEN = "1994e3c90d0b59c6351c9de1ebd8dfd1f438ff7d2b467b4b6449331524174149"
@@ -63,7 +64,8 @@ def test_the_documented_bytes_give_the_id() -> None:
 def test_any_flipped_bit_changes_the_id(name: str, data: st.DataObject) -> None:
     changed = tensors()
     raw = changed[name].view(torch.uint8).reshape(-1)
-    byte, bit = data.draw(st.integers(0, raw.numel() - 1)), data.draw(st.integers(0, 7))
+    byte = data.draw(st.integers(0, raw.numel() - 1))
+    bit = data.draw(st.integers(0, 7))
     raw[byte] ^= 1 << bit
     assert adapter_id(changed, CONFIG, BINDING) != GOLDEN
 
@@ -136,10 +138,11 @@ def test_integer_tensors_are_refused() -> None:
 
 
 def test_a_policy_is_bound_by_base_statistics_and_action_space() -> None:
-    one, two = binding_of(TinyPolicy()), binding_of(TinyPolicy(statistics={"q01": [-2.0], "q99": [2.0]}))
-    assert one.statistics_hash != two.statistics_hash
-    assert one.action_space_hash == two.action_space_hash
-    assert canonical_json(action_space_of(SPEC)) == canonical_json(dict(one.action_space))
+    first = binding_of(TinyPolicy())
+    second = binding_of(TinyPolicy(statistics={"q01": [-2.0], "q99": [2.0]}))
+    assert first.statistics_hash != second.statistics_hash
+    assert first.action_space_hash == second.action_space_hash
+    assert canonical_json(action_space_of(SPEC)) == canonical_json(dict(first.action_space))
 
 
 @pytest.mark.parametrize(

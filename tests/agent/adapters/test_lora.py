@@ -48,8 +48,10 @@ def test_initial_values_depend_on_the_seed_alone() -> None:
     torch.manual_seed(2)
     second = tiny()[1].export()
     assert all(torch.equal(first[n], second[n]) for n in first)
-    other = attach(TinyPolicy().module, lora_config(4, 8), seed=1).export()
-    assert not torch.equal(first["base_model.model.first.lora_A.weight"], other["base_model.model.first.lora_A.weight"])
+    other_seed = attach(TinyPolicy().module, lora_config(4, 8), seed=1).export()
+    assert not torch.equal(
+        first["base_model.model.first.lora_A.weight"], other_seed["base_model.model.first.lora_A.weight"]
+    )
 
 
 def test_training_survives_pointing_at_another_arena() -> None:
@@ -82,24 +84,27 @@ def test_rank_and_alpha_patterns_and_rslora_compute_what_peft_computes() -> None
         use_rslora=True,
     )  # fmt: skip
     peft_policy = TinyPolicy()
-    theirs = attach(peft_policy.module, config)
+    peft_lora = attach(peft_policy.module, config)
     generator = torch.Generator().manual_seed(0)
-    tensors = {n: torch.randn(t.shape, generator=generator) for n, t in theirs.export().items()}
-    theirs.load(tensors)
-    policy, mine = tiny(rank=4, alpha=4)
-    mine.load(tensors, theirs.config)
+    tensors = {n: torch.randn(t.shape, generator=generator) for n, t in peft_lora.export().items()}
+    peft_lora.load(tensors)
+    policy, own_lora = tiny(rank=4, alpha=4)
+    own_lora.load(tensors, peft_lora.config)
     torch.testing.assert_close(policy.logits(batch()), peft_policy.logits(batch()), rtol=1e-4, atol=1e-5)
 
 
 def test_effect_is_the_relative_norm_of_the_change() -> None:
     _, lora = tiny(target_modules=["first", "second", "stem"])
     lora.load({n: torch.randn(t.shape) for n, t in lora.export().items()})
-    effect, total, base = lora.effect(), 0.0, 0.0
+    effect = lora.effect()
+    total = 0.0
+    base = 0.0
     for path, layer in lora.layers.items():
         delta = layer.get_delta_weight("default").detach()
         weight = layer.get_base_layer().weight
         assert effect.layers[path] == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-5)
-        total, base = total + float(delta.norm()) ** 2, base + float(weight.norm()) ** 2
+        total = total + float(delta.norm()) ** 2
+        base = base + float(weight.norm()) ** 2
     assert effect.overall == pytest.approx((total / base) ** 0.5, rel=1e-5)
     assert effect.nil == ()
 

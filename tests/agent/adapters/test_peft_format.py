@@ -42,12 +42,12 @@ def peft_folder(folder: Path, seed: int = 3, **options: object) -> tuple[torch.T
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["second", "stem"]}, {"use_rslora": True}])
 def test_what_peft_saves_computes_the_same_here(tmp_path: Path, options: dict[str, object]) -> None:
-    theirs, folder = peft_folder(tmp_path / "peft", **options)
+    peft_logits, folder = peft_folder(tmp_path / "peft", **options)
     policy = TinyPolicy()
     adapter = import_folder(folder, binding_of(policy))
     lora = attach(policy.module, peft_config(adapter.config))
     lora.load(adapter.tensors, adapter.config)
-    assert torch.equal(policy.logits(batch()), theirs)
+    assert torch.equal(policy.logits(batch()), peft_logits)
     assert lora.adapter(adapter.binding).tensors.keys() == adapter.tensors.keys()
 
 
@@ -55,20 +55,20 @@ def test_what_is_stored_here_peft_loads(tmp_path: Path) -> None:
     policy, lora = tiny()
     adapter = randomised(lora, binding_of(policy), seed=4)
     lora.load(adapter.tensors)
-    mine = policy.logits(batch()).detach()
+    own_logits = policy.logits(batch()).detach()
     store = FolderStore(tmp_path, create=True)
     folder = tmp_path / "objects" / store.put(adapter).id
 
     loaded = TinyPolicy()
     loaded.module = peft.PeftModel.from_pretrained(loaded.module, str(folder)).eval()
-    assert torch.equal(loaded.logits(batch()), mine)
+    assert torch.equal(loaded.logits(batch()), own_logits)
 
     second = TinyPolicy()
     model = peft.get_peft_model(second.module, peft_config(lora_config(2, 2).to_dict()))
     model.load_adapter(str(folder), "mine")
     model.set_adapter("mine")
     second.module = model.eval()
-    assert torch.equal(second.logits(batch()), mine)
+    assert torch.equal(second.logits(batch()), own_logits)
 
 
 def test_out_and_in_again_keeps_the_id(tmp_path: Path) -> None:

@@ -71,14 +71,15 @@ def test_peft_runs_the_exported_adapter_with_equal_logits(tmp_path: Path) -> Non
     adapter = noise(lora, policy, 1)
     lora.load(adapter.tensors)
     export_folder(adapter, tmp_path)
-    theirs = prismatic()
-    theirs.network = peft.PeftModel.from_pretrained(theirs.network, str(tmp_path)).base_model.model.eval()
-    assert torch.equal(theirs.logits(observation(theirs)), policy.logits(observation(policy)))
+    peft_policy = prismatic()
+    peft_policy.network = peft.PeftModel.from_pretrained(peft_policy.network, str(tmp_path)).base_model.model.eval()
+    assert torch.equal(peft_policy.logits(observation(peft_policy)), policy.logits(observation(policy)))
 
 
 def test_the_binding_follows_statistics_and_spec() -> None:
-    one, two = binding_of(prismatic()), binding_of(prismatic(q99=0.6))
-    assert one.statistics_hash == binding_of(prismatic()).statistics_hash
-    assert one.statistics_hash != two.statistics_hash
-    assert one.base_hash != two.base_hash
-    assert one.action_space_hash == two.action_space_hash
+    first = binding_of(prismatic())
+    second = binding_of(prismatic(q99=0.6))
+    assert first.statistics_hash == binding_of(prismatic()).statistics_hash
+    assert first.statistics_hash != second.statistics_hash
+    assert first.base_hash != second.base_hash
+    assert first.action_space_hash == second.action_space_hash

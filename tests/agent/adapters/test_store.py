@@ -27,7 +27,9 @@ from agent.errors import RatchetError
 from tests.agent.adapters.tiny import made
 from tests.conformance.store_suite import StoreSuite, refused, same
 
-ONE, TWO, THREE = made(1), made(2), made(3)
+ONE = made(1)
+TWO = made(2)
+THREE = made(3)
 
 
 class TestFolderStore(StoreSuite):
@@ -40,7 +42,9 @@ class Faulty(Files):
     """Fails at the n-th system call: dies there, or gets an error from the operating system."""
 
     def __init__(self, at: int = -1, error: int | None = None) -> None:
-        self.at, self.error, self.calls = at, error, [("", Path())][:0]
+        self.at = at
+        self.error = error
+        self.calls = [("", Path())][:0]
 
     def step(self, call: str, path: Path) -> None:
         if len(self.calls) == self.at:
@@ -97,7 +101,7 @@ def test_a_fault_at_any_call_leaves_before_or_after(tmp_path: Path, name: str, e
     operation(FolderStore(tmp_path / "dry", files=counter))
     after = state(FolderStore(tmp_path / "dry"))
     assert len(counter.calls) >= 3
-    seen = []
+    outcomes = []
     for at in range(len(counter.calls)):
         root = tmp_path / str(at)
         shutil.copytree(tmp_path / "prepared", root)
@@ -113,16 +117,16 @@ def test_a_fault_at_any_call_leaves_before_or_after(tmp_path: Path, name: str, e
         store = FolderStore(root)
         assert [p for p in store.verify() if p.fatal] == []
         assert same(store.get("active"), ONE) or same(store.get("active"), TWO)
-        seen.append(state(store))
-        assert seen[-1] in (before, after)
+        outcomes.append(state(store))
+        assert outcomes[-1] in (before, after)
         if error is not None and counter.calls[at][0] in ("mkdir", "open", "write", "rename"):
-            assert seen[-1] == before  # what was refused did not happen
-        if name not in ("rollback", "remove") or seen[-1] == before:  # the others may be repeated
+            assert outcomes[-1] == before  # what was refused did not happen
+        if name not in ("rollback", "remove") or outcomes[-1] == before:  # the others may be repeated
             operation(store)
         store.tag("after", "active")
         assert store.verify() == []  # leftovers are swept, the log is whole
         assert [m.sequence for m in store.history()] == list(range(1, len(store.history()) + 1))
-    assert before in seen
+    assert before in outcomes
 
 
 def test_files_are_synced_before_and_their_folder_after_the_rename(tmp_path: Path) -> None:

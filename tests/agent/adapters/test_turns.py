@@ -20,7 +20,8 @@ def test_a_change_without_forwards_happens_at_once() -> None:
 
 
 def test_the_forward_that_ends_carries_the_change_out() -> None:
-    turns, done = Turns(), []
+    turns = Turns()
+    done = []
     with turns.forward():
         asker = threading.Thread(target=turns.change, args=(lambda: done.append(threading.get_ident()), 60.0))
         asker.start()
@@ -32,8 +33,10 @@ def test_the_forward_that_ends_carries_the_change_out() -> None:
 
 
 def test_a_waiting_change_goes_before_new_forwards() -> None:
-    turns, order = Turns(), []
-    second_may_start, first_may_end = threading.Event(), threading.Event()
+    turns = Turns()
+    order = []
+    second_may_start = threading.Event()
+    first_may_end = threading.Event()
 
     def first() -> None:
         with turns.forward():
@@ -44,8 +47,8 @@ def test_a_waiting_change_goes_before_new_forwards() -> None:
         with turns.forward():
             order.append("forward")
 
-    one = threading.Thread(target=first)
-    one.start()
+    forward_thread = threading.Thread(target=first)
+    forward_thread.start()
     second_may_start.wait()
     asker = threading.Thread(target=turns.change, args=(lambda: order.append("change"), 60.0))
     asker.start()
@@ -54,28 +57,30 @@ def test_a_waiting_change_goes_before_new_forwards() -> None:
     two = threading.Thread(target=second)
     two.start()
     first_may_end.set()
-    for thread in (one, asker, two):
+    for thread in (forward_thread, asker, two):
         thread.join()
     assert order == ["change", "forward"]
 
 
 def test_forwards_overlap_each_other() -> None:
-    turns, both = Turns(), threading.Barrier(2, timeout=60.0)
+    turns = Turns()
+    both_inside = threading.Barrier(2, timeout=60.0)
 
     def forward() -> None:
         with turns.forward():
-            both.wait()  # passes only if the other is inside as well
+            both_inside.wait()  # passes only if the other is inside as well
 
     threads = [threading.Thread(target=forward) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not both.broken
+    assert not both_inside.broken
 
 
 def test_nesting_in_one_thread_is_one_forward() -> None:
-    turns, done = Turns(), []
+    turns = Turns()
+    done = []
     with turns.forward():
         with turns.forward():
             asker = threading.Thread(target=turns.change, args=(lambda: done.append(1), 60.0))
@@ -90,8 +95,10 @@ def test_nesting_in_one_thread_is_one_forward() -> None:
 
 
 def test_no_gap_in_time_changes_nothing_then_or_later() -> None:
-    turns, done = Turns(), []
-    inside, leave = threading.Event(), threading.Event()
+    turns = Turns()
+    done = []
+    inside = threading.Event()
+    leave = threading.Event()
 
     def forward() -> None:
         with turns.forward():

@@ -12,7 +12,9 @@ from agent.adapters.lora import Lora, attach, lora_config
 from agent.contract import PolicySpec
 from agent.policy.protocol import Chunks, PolicyInput
 
-CHUNK, DIMS, BINS = 2, 3, 8
+CHUNK = 2
+DIMS = 3
+BINS = 8
 
 SPEC = PolicySpec(
     cameras=("front",),

@@ -25,7 +25,8 @@ class LearnerEnd:
     """Server, inbox, journal and store in a folder; `start` again after `stop` is a restarted learner."""
 
     def __init__(self, root: Path, *, plain: bool = False) -> None:
-        self.root, self.plain = root, plain
+        self.root = root
+        self.plain = plain
         self.keys = root / "keys"
         if not plain and not self.keys.exists():
             keys.make(self.keys, "learner")
@@ -61,7 +62,9 @@ class RobotEnd:
     """Outbox, client, fetcher and store of one robot; its key is on the learner's list unless said otherwise."""
 
     def __init__(self, root: Path, learner: LearnerEnd, name: str = "robot-1", allowed: bool = True) -> None:
-        self.root, self.name, self.learner = root, name, learner
+        self.root = root
+        self.name = name
+        self.learner = learner
         self.pair = None
         if not learner.plain:
             self.pair = keys.make(root / "keys", name)

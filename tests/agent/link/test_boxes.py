@@ -28,7 +28,8 @@ class Dying(Files):
     """Dies (or finds the disk full) at a system call."""
 
     def __init__(self, at: int, full: bool = False) -> None:
-        self.left, self.full = at, full
+        self.left = at
+        self.full = full
 
     def step(self, call: str, path: Path) -> None:
         self.left -= 1
@@ -52,9 +53,12 @@ def parcel(key: str = "k", sequence: int = 1, content: bytes = CONTENT) -> Parce
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize("full", [False, True])
 def test_put_happens_or_leaves_no_trace_wherever_it_ends(tmp_path: Path, full: bool, from_file: bool) -> None:
-    at, refused, codes = 1, True, set()
+    at = 1
+    refused = True
+    codes = set()
     while refused:
-        root, source = tmp_path / f"{at}", tmp_path / f"source-{at}"
+        root = tmp_path / f"{at}"
+        source = tmp_path / f"source-{at}"
         Outbox(root, reserve=0).close()
         source.write_bytes(CONTENT)
         files = Dying(10**6, full)
@@ -69,24 +73,25 @@ def test_put_happens_or_leaves_no_trace_wherever_it_ends(tmp_path: Path, full: b
             codes.add(error.code)
             refused = True
         box.close()
-        again = Outbox(root, reserve=0)
-        assert [i.key for i in again.waiting()] in ([], ["k"])
-        if not again.knows("k"):
+        reopened = Outbox(root, reserve=0)
+        assert [i.key for i in reopened.waiting()] in ([], ["k"])
+        if not reopened.knows("k"):
             if not source.exists():
                 source.write_bytes(CONTENT)  # the collector runs the episode again
-            again.put(source if from_file else CONTENT, "episode", "k", {"n": 1})
-        [item] = again.waiting()
-        assert again.path(item).read_bytes() == CONTENT
-        assert again.put(b"other bytes", "episode", "k") is None
+            reopened.put(source if from_file else CONTENT, "episode", "k", {"n": 1})
+        [item] = reopened.waiting()
+        assert reopened.path(item).read_bytes() == CONTENT
+        assert reopened.put(b"other bytes", "episode", "k") is None
         assert len(list((root / "data").iterdir())) == 1
-        again.close()
+        reopened.close()
         at += 1
     assert at > 5
     assert codes == ({"link.disk_full"} if full else set())
 
 
 def test_delivery_is_remembered_wherever_it_ends(tmp_path: Path) -> None:
-    at, killed = 1, True
+    at = 1
+    killed = True
     while killed:
         root = tmp_path / str(at)
         first = Outbox(root, reserve=0)
@@ -102,15 +107,15 @@ def test_delivery_is_remembered_wherever_it_ends(tmp_path: Path) -> None:
         except Killed:
             killed = True
         box.close()
-        again = Outbox(root, reserve=0)
-        if len(again) == 2:
-            again.delivered(again.waiting()[0])  # the learner says again that it has it
-        assert [i.key for i in again.waiting()] == ["b"]
-        assert again.done == {"stored": 1}
-        assert again.knows("a")
-        assert again.put(CONTENT, "episode", "a") is None
+        reopened = Outbox(root, reserve=0)
+        if len(reopened) == 2:
+            reopened.delivered(reopened.waiting()[0])  # the learner says again that it has it
+        assert [i.key for i in reopened.waiting()] == ["b"]
+        assert reopened.done == {"stored": 1}
+        assert reopened.knows("a")
+        assert reopened.put(CONTENT, "episode", "a") is None
         assert [i.key for i in history(root)] == ["a", "b"]
-        again.close()
+        reopened.close()
         at += 1
     assert at > 2
 
@@ -120,13 +125,13 @@ def test_sequence_goes_on_and_refused_files_are_kept_for_a_person(tmp_path: Path
     box.put(b"a", "episode", "a")
     box.refused(box.waiting()[0], "link.too_large")
     box.close()
-    again = Outbox(tmp_path, reserve=0)
-    item = again.put(b"b", "episode", "b")
+    reopened = Outbox(tmp_path, reserve=0)
+    item = reopened.put(b"b", "episode", "b")
     assert item is not None
     assert item.sequence == 2
-    assert again.done == {"link.too_large": 1}
+    assert reopened.done == {"link.too_large": 1}
     assert (tmp_path / "refused" / hashlib.sha256(b"a").hexdigest()).read_bytes() == b"a"
-    again.close()
+    reopened.close()
 
 
 def test_a_full_outbox_refuses_and_keeps_the_file(tmp_path: Path) -> None:
@@ -169,18 +174,19 @@ def test_what_could_never_be_sent_is_not_accepted(tmp_path: Path, type: str, key
 # -- inbox -------------------------------------------------------------------------------------------------------------
 
 
-def receive(inbox: Inbox, what: Parcel, content: bytes, piece: int = 700) -> None:
+def receive(inbox: Inbox, parcel: Parcel, content: bytes, piece: int = 700) -> None:
     """What the server does, from wherever the inbox says."""
-    start = inbox.offer(what)
+    start = inbox.offer(parcel)
     while start is not None and start < len(content):
-        start = inbox.write(what.sha, start, memoryview(content)[start : start + piece])
+        start = inbox.write(parcel.sha, start, memoryview(content)[start : start + piece])
     if start is not None:
-        inbox.finish(what.sha)
+        inbox.finish(parcel.sha)
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_receiving_ends_the_same_wherever_it_was_cut_off(tmp_path: Path, full: bool) -> None:
-    at, cut = 1, True
+    at = 1
+    cut = True
     while cut:
         root = tmp_path / str(at)
         Inbox(root / "inbox", journal := Journal(root / "j.jsonl"), reserve=0).close()

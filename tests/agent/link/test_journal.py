@@ -37,10 +37,10 @@ def test_what_was_appended_is_read_again(tmp_path: Path) -> None:
 def test_a_cut_last_line_never_happened(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     hashes = written(path)
-    whole = path.read_bytes()
-    start = whole[:-1].rindex(b"\n") + 1
-    for cut in (start, start + 1, (start + len(whole)) // 2, len(whole) - 2, len(whole) - 1):
-        path.write_bytes(whole[:cut])
+    full_bytes = path.read_bytes()
+    start = full_bytes[:-1].rindex(b"\n") + 1
+    for cut in (start, start + 1, (start + len(full_bytes)) // 2, len(full_bytes) - 2, len(full_bytes) - 1):
+        path.write_bytes(full_bytes[:cut])
         journal = Journal(path)
         assert [e.hash for e in journal.events] == hashes[:2]
         event = journal.append("event", number=2, text="line 2")
@@ -52,18 +52,18 @@ def test_a_cut_last_line_never_happened(tmp_path: Path) -> None:
 def test_damage_before_the_last_line_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     written(path)
-    whole = path.read_bytes()
-    end = whole.index(b"\n") + 1
-    for place in (whole.index(b"1"), whole.index(b"line 0"), end - 5):  # its number, its data, its hash
-        changed = bytearray(whole)
-        changed[place] ^= 1
+    full_bytes = path.read_bytes()
+    end = full_bytes.index(b"\n") + 1
+    for offset in (full_bytes.index(b"1"), full_bytes.index(b"line 0"), end - 5):  # its number, its data, its hash
+        changed = bytearray(full_bytes)
+        changed[offset] ^= 1
         path.write_bytes(bytes(changed))
         with pytest.raises(RatchetError, match=r"link\.journal_damaged"):
             Journal(path)
-    path.write_bytes(whole[end:])
+    path.write_bytes(full_bytes[end:])
     with pytest.raises(RatchetError, match=r"link\.journal_damaged"):
         Journal(path)
-    lines = whole.splitlines(keepends=True)
+    lines = full_bytes.splitlines(keepends=True)
     path.write_bytes(lines[1] + lines[0] + lines[2])
     with pytest.raises(RatchetError, match=r"link\.journal_damaged"):
         Journal(path)

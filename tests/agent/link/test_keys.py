@@ -38,7 +38,8 @@ def test_names_that_are_no_names(tmp_path: Path, name: str) -> None:
 
 def test_files_that_are_no_keys(tmp_path: Path) -> None:
     keys.make(tmp_path, "robot-1")
-    public, secret = tmp_path / "robot-1.key", tmp_path / "robot-1.key_secret"
+    public = tmp_path / "robot-1.key"
+    secret = tmp_path / "robot-1.key_secret"
     with pytest.raises(RatchetError, match=r"link\.no_key"):
         keys.load(tmp_path / "nothing")
     with pytest.raises(RatchetError, match=r"link\.bad_key"):
@@ -53,22 +54,24 @@ def test_files_that_are_no_keys(tmp_path: Path) -> None:
 
 
 def test_the_list_changes_at_once(tmp_path: Path) -> None:
-    learner, robots = tmp_path / "learner", tmp_path / "robots"
-    one, two = keys.make(robots, "one"), keys.make(robots, "two")
+    learner = tmp_path / "learner"
+    robots = tmp_path / "robots"
+    first = keys.make(robots, "one")
+    second = keys.make(robots, "two")
     listed = keys.AllowList(learner)
-    assert listed.name_of(one.public) is None
+    assert listed.name_of(first.public) is None
     keys.allow(learner, robots / "one.key")
     keys.allow(learner, robots / "one.key")
-    assert listed.name_of(one.public) == "one"
-    assert listed.callback("ratchet", one.public)
-    assert not listed.callback("ratchet", two.public)
+    assert listed.name_of(first.public) == "one"
+    assert listed.callback("ratchet", first.public)
+    assert not listed.callback("ratchet", second.public)
     with pytest.raises(RatchetError, match=r"link\.name_taken"):
         keys.allow(learner, robots / "two.key", "one")
     keys.allow(learner, robots / "two.key", "second")
-    assert keys.allowed(learner) == {one.public: "one", two.public: "second"}
+    assert keys.allowed(learner) == {first.public: "one", second.public: "second"}
     (learner / keys.ALLOWED / "broken.key").write_text("broken")
-    assert listed.name_of(two.public) == "second"
+    assert listed.name_of(second.public) == "second"
     keys.revoke(learner, "one")
-    assert listed.name_of(one.public) is None
+    assert listed.name_of(first.public) is None
     with pytest.raises(RatchetError, match=r"link\.not_allowed"):
         keys.revoke(learner, "one")

@@ -71,13 +71,13 @@ def test_an_unknown_robot_is_refused_and_told(tmp_path: Path) -> None:
     assert learner.server.counts.messages == 0
     # The same robot, once it is allowed, needs nothing but the file.
     keys.allow(learner.keys, tmp_path / "s" / "keys" / "robot-2.key")
-    again = RobotEnd.__new__(RobotEnd)
-    again.__dict__.update(stranger.__dict__)
-    again.outbox = Outbox(tmp_path / "s" / "outbox", reserve=0)
-    again.start()
-    again.wait(lambda: not len(again.outbox))
-    again.stop()
-    again.close()
+    second_end = RobotEnd.__new__(RobotEnd)
+    second_end.__dict__.update(stranger.__dict__)
+    second_end.outbox = Outbox(tmp_path / "s" / "outbox", reserve=0)
+    second_end.start()
+    second_end.wait(lambda: not len(second_end.outbox))
+    second_end.stop()
+    second_end.close()
     learner.stop()
 
 
@@ -225,38 +225,41 @@ class Weather:
     """Drops, doubles and delays messages; seeded."""
 
     def __init__(self, seed: int) -> None:
-        self._random, self._late = random.Random(seed), list[Any]()
+        self._random = random.Random(seed)
+        self._late = list[Any]()
         self.lost = 0
 
     def __call__(self, frames: list[Any]) -> list[list[Any]]:
-        luck, out = self._random.random(), []
+        luck = self._random.random()
+        messages = []
         if luck < 0.1:
             self.lost += 1
         elif luck < 0.25:
             self._late.append(frames)
         elif luck < 0.4:
-            out = [frames, frames]
+            messages = [frames, frames]
         else:
-            out = [frames]
+            messages = [frames]
         if self._late and self._random.random() < 0.5:
-            out.append(self._late.pop(0))
-        return out
+            messages.append(self._late.pop(0))
+        return messages
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_bad_weather_changes_nothing_but_time(tmp_path: Path, seed: int) -> None:
-    there, back = Weather(seed), Weather(seed + 100)
-    learner = LearnerEnd(tmp_path / "learner").start(tamper=back)
+    to_learner = Weather(seed)
+    to_robot = Weather(seed + 100)
+    learner = LearnerEnd(tmp_path / "learner").start(tamper=to_robot)
     robot = RobotEnd(tmp_path / "robot", learner)
     names = [f"e{i}" for i in range(8)]
     put(robot, *names)
     put(robot, "large", size=3 * wire.CHUNK + 5)
     card = learner.store.put(made())
-    robot.start(tamper=there)
+    robot.start(tamper=to_learner)
     learner.server.publish({"adapters": [card.id]})
     robot.wait(lambda: not len(robot.outbox) and robot.offered == [card.id], 60)
     assert learner.received() == [*names, "large"]
-    assert there.lost > 0
+    assert to_learner.lost > 0
     assert robot.store.verify() == []
     robot.stop()
     robot.close()
@@ -292,14 +295,15 @@ def test_a_file_that_the_robots_disk_changed_is_put_aside(tmp_path: Path) -> Non
 def test_an_adapter_is_believed_only_by_its_own_hash(tmp_path: Path) -> None:
     """The learner's disk gives another adapter's weights under this id: every file hash fits, the id does not."""
     learner = LearnerEnd(tmp_path / "learner").start()
-    right, other = learner.store.put(made(1)), learner.store.put(made(2))
+    right = learner.store.put(made(1))
+    other_card = learner.store.put(made(2))
     objects = learner.root / "adapters" / "objects"
     good = (objects / right.id / WEIGHTS).read_bytes()
-    shutil.copyfile(objects / other.id / WEIGHTS, objects / right.id / WEIGHTS)
+    shutil.copyfile(objects / other_card.id / WEIGHTS, objects / right.id / WEIGHTS)
     robot = RobotEnd(tmp_path / "robot", learner).start()
     learner.server.publish({"adapters": [right.id]})
-    asked = robot.client.status
-    robot.wait(lambda: asked().fetching == [right.id] and _attempts(learner) > 0)
+    status = robot.client.status
+    robot.wait(lambda: status().fetching == [right.id] and _attempts(learner) > 0)
     assert robot.offered == []
     assert robot.store.ids() == []
     (objects / right.id / WEIGHTS).write_bytes(good)
@@ -327,24 +331,25 @@ def test_the_running_adapter_follows_promotion_and_rollback(tmp_path: Path) -> N
     learner = LearnerEnd(tmp_path / "learner").start()
     robot = RobotEnd(tmp_path / "robot", learner)
     swapped: list[str] = []
-    seen = threading.Condition()
+    swap_seen = threading.Condition()
 
     def swap(adapter: str) -> None:
-        with seen:
+        with swap_seen:
             robot.store.resolve(adapter)
             swapped.append(adapter)
-            seen.notify_all()
+            swap_seen.notify_all()
 
     follower = Follower(robot.store, swap)
     robot.start(on_state=follower.on_state)
     robot.client._fetcher._on_adapter = follower.on_adapter  # type: ignore[union-attr]
-    one, two = learner.store.put(made(1)).id, learner.store.put(made(2)).id
-    for active in (one, two, one, BASE):
-        learner.server.publish({"adapters": [one, two], "tags": {"active": active}})
-        with seen:
-            assert seen.wait_for(lambda active=active: swapped[-1:] == [active], 30)  # type: ignore[misc]
+    first_id = learner.store.put(made(1)).id
+    second_id = learner.store.put(made(2)).id
+    for active in (first_id, second_id, first_id, BASE):
+        learner.server.publish({"adapters": [first_id, second_id], "tags": {"active": active}})
+        with swap_seen:
+            assert swap_seen.wait_for(lambda active=active: swapped[-1:] == [active], 30)  # type: ignore[misc]
     follower.stop()
-    assert swapped == [one, two, one, BASE]
+    assert swapped == [first_id, second_id, first_id, BASE]
     assert robot.store.tags()["active"] == BASE
     robot.stop()
     robot.close()
@@ -354,36 +359,37 @@ def test_the_running_adapter_follows_promotion_and_rollback(tmp_path: Path) -> N
 def test_a_candidate_arrives_as_a_name_and_runs_only_when_a_person_says_so(tmp_path: Path) -> None:
     store = FolderStore(tmp_path, create=True)
     swapped: list[str] = []
-    seen = threading.Event()
-    follower = Follower(store, swapped.append, on_swap=lambda adapter: seen.set())
-    one, two = made(1), made(2)
-    follower.on_state({"tags": {"active": one.id, "candidate": two.id}})  # before either is here
-    store.put(two)
-    follower.on_adapter(two.id)
-    store.put(one)
-    follower.on_adapter(one.id)
-    assert seen.wait(30)
+    arrived = threading.Event()
+    follower = Follower(store, swapped.append, on_swap=lambda adapter: arrived.set())
+    first = made(1)
+    second = made(2)
+    follower.on_state({"tags": {"active": first.id, "candidate": second.id}})  # before either is here
+    store.put(second)
+    follower.on_adapter(second.id)
+    store.put(first)
+    follower.on_adapter(first.id)
+    assert arrived.wait(30)
     follower.stop()
-    assert store.tags()["candidate"] == two.id
-    assert swapped == [one.id]
+    assert store.tags()["candidate"] == second.id
+    assert swapped == [first.id]
 
 
 def test_a_refused_swap_is_told_and_not_tried_forever(tmp_path: Path) -> None:
     store = FolderStore(tmp_path, create=True)
     card = store.put(made())
     errors: list[str] = []
-    told = threading.Event()
+    reported = threading.Event()
 
     def swap(adapter: str) -> None:
         raise RatchetError("adapter.wrong_base", "not this base")
 
     def on_error(error: RatchetError) -> None:
         errors.append(error.code)
-        told.set()
+        reported.set()
 
     follower = Follower(store, swap, on_error=on_error)
     follower.on_state({"tags": {"active": card.id}})
-    assert told.wait(30)
+    assert reported.wait(30)
     follower.on_adapter(card.id)
     follower.stop()
     assert errors == ["adapter.wrong_base"]
@@ -399,11 +405,9 @@ def test_a_robot_gone_mad_does_not_stop_the_learner(tmp_path: Path) -> None:
         context: zmq.Context[Any] = zmq.Context()
         socket = context.socket(zmq.DEALER)
         socket.linger = 0
-        socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = (
-            learner.pair.public,
-            mad.public,
-            mad.secret,
-        )
+        socket.curve_serverkey = learner.pair.public
+        socket.curve_publickey = mad.public
+        socket.curve_secretkey = mad.secret
         socket.connect(learner.address)
         draw = random.Random(0)
         for number in range(200):
@@ -435,14 +439,15 @@ def test_bytes_that_are_no_link_at_all_do_not_stop_the_learner(tmp_path: Path) -
 
 
 def test_a_fault_of_ones_own_is_answered_and_the_thread_goes_on(tmp_path: Path) -> None:
-    told: list[str] = []
+    reported: list[str] = []
 
     def broken(state: dict[str, Any]) -> None:
-        told.append("state")
+        reported.append("state")
         raise ValueError("a listener with a fault")
 
     with both(tmp_path, on_state=broken) as (learner, robot):
-        offer, calls = learner.inbox.offer, []
+        offer = learner.inbox.offer
+        calls = []
 
         def once_broken(parcel: Any) -> int | None:
             calls.append(parcel.key)
@@ -453,21 +458,21 @@ def test_a_fault_of_ones_own_is_answered_and_the_thread_goes_on(tmp_path: Path) 
         learner.inbox.offer = once_broken  # type: ignore[method-assign]
         learner.server.publish({"note": 1})
         put(robot, "a")
-        robot.wait(lambda: not len(robot.outbox) and bool(told))
+        robot.wait(lambda: not len(robot.outbox) and bool(reported))
         assert learner.received() == ["a"]
         assert calls[:2] == ["a", "a"]
 
 
 def test_equal_states_are_told_once(tmp_path: Path) -> None:
-    told: list[dict[str, Any]] = []
+    states: list[dict[str, Any]] = []
     learner = LearnerEnd(tmp_path / "learner").start()
-    robot = RobotEnd(tmp_path / "robot", learner).start(on_state=told.append)
+    robot = RobotEnd(tmp_path / "robot", learner).start(on_state=states.append)
     for note in (1, 1, 2):
         version = learner.server.publish({"note": note})
         robot.wait(lambda version=version: robot.client.version == version)  # type: ignore[misc]
     with pytest.raises(RatchetError, match=r"link\.bad_message"):
         learner.server.publish({"note": object()})
-    assert [t["note"] for t in told if "note" in t] == [1, 2]
+    assert [t["note"] for t in states if "note" in t] == [1, 2]
     robot.stop()
     robot.close()
     learner.stop()

@@ -56,8 +56,8 @@ def test_missing_and_unknown_fields_and_frames_are_refused(kind: str) -> None:
     for field in EXAMPLES[kind]:
         _refused([msgpack.packb({k: v for k, v in head.items() if k != field}), *payload], "link.bad_message")
     _refused([msgpack.packb({**head, "extra": 1}), *payload], "link.bad_message")
-    other = [] if payload else [b"x"]
-    _refused([msgpack.packb(head), *other], "link.bad_message")
+    other_frames = [] if payload else [b"x"]
+    _refused([msgpack.packb(head), *other_frames], "link.bad_message")
     _refused([msgpack.packb(head), b"x", b"y"], "link.bad_message")
 
 
