@@ -41,7 +41,8 @@ class ExportOptions:
     crf: int = 20
     """Quality of the video: lower is better and larger."""
     rate: Rate | None = None
-    """Rows per control step or per decision; per control step where every episode has the frames, if absent."""
+    """Rows per control step, per decision, or spread: per control step of each decision, repeating its frames. If
+    absent, per control step where every episode has the frames, else per decision where that is a whole rate."""
     unverified: bool = False
     """Take episodes that nobody has judged, too."""
     tolerance: float = 12.0
@@ -157,12 +158,15 @@ class _Writer:
         self._said, self._folder, self._options = said, folder, options
         readers = [said.store.open(card.id) for card, _ in chosen]
         self.contract: RobotContract = readers[0].info.robot()
-        self.rate: Rate = options.rate or (
-            "control" if all(best_rate(r) == "control" for r in readers) else "decisions"
+        control = options.rate == "control" or (
+            options.rate is None and all(best_rate(r) == "control" for r in readers)
         )
-        self._length = 0 if self.rate == "control" else self._chunk_length(chosen)
-        self.fps = lerobot.whole_rate(self.contract, max(self._length, 1))
-        self.columns = lerobot.features(self.contract, self.fps, options.codec, options.crf, self._length)
+        self._length = 0 if control else self._chunk_length(chosen)
+        self.rate: Rate = options.rate or ("control" if control else self._rate_of_decisions())
+        self.fps = lerobot.whole_rate(self.contract, self._length if self.rate == "decisions" else 1)
+        self.columns = lerobot.features(
+            self.contract, self.fps, options.codec, options.crf, self._length, spread=self.rate == "spread"
+        )
         self._schema = lerobot.data_schema(self.columns)
         self._data: Any = None
         self._data_at, self._data_bytes = (0, 0), 0
@@ -180,7 +184,8 @@ class _Writer:
         if card.instruction not in self._tasks:
             self._tasks.append(card.instruction)
         self._rotate()
-        colours = {c.name: statistics.Colours(card.ticks or card.steps) for c in self.contract.cameras}
+        coming = card.steps * self._length if self.rate == "spread" else card.ticks or card.steps
+        colours = {c.name: statistics.Colours(coming) for c in self.contract.cameras}
         starts = {name: video.frames for name, video in self._videos.items()}
         kept: list[Row] = []
         for row in rows(reader, self.rate, success):
@@ -223,9 +228,12 @@ class _Writer:
             raise RatchetError(
                 "export.mixed_chunks",
                 f"decisions have chunks of {sorted(lengths)} actions",
-                fix="export episodes with camera streams at control rate, or of one chunk length",
+                fix="ratchet episodes export OUT.hdf5 --format hdf5, or name episodes of one chunk length",
             )
         return lengths.pop()
+
+    def _rate_of_decisions(self) -> Rate:
+        return "decisions" if lerobot.is_whole(self.contract.control_hz / self._length) else "spread"
 
     def _rotate(self) -> None:
         """Begin the next file where the one before has its size; the first ones, at the beginning."""
@@ -273,6 +281,9 @@ class _Writer:
         if self._length:
             table[lerobot.CHUNK] = np.stack([r.chunk.ravel() for r in kept if r.chunk is not None])
             table[lerobot.CHUNK_EXECUTED] = np.stack([r.flags for r in kept if r.flags is not None])
+            table[lerobot.CHUNK_RAN] = np.array([r.ran for r in kept])
+        if self.rate == "spread":
+            table[lerobot.FRESH] = np.array([r.fresh for r in kept])
         return table
 
     def _describe(

@@ -61,7 +61,7 @@ def episode_of(facts: dict[str, Any], rate: Rate, found: Iterable[Row], came_fro
             actions = row.action[None] if row.chunk is None else row.chunk
             flags = np.array([row.executed]) if row.flags is None else row.flags
             chunk = ActionChunk(actions.copy(), None, None, "" if row.human else adapter, 0.0, row.stamp, i)
-            steps.append(Step(seen, chunk, flags, row.reward, row.done, len(actions)))
+            steps.append(Step(seen, chunk, flags, row.reward, row.done, row.ran))
             if rate == "control":
                 marks = Mark(row.marks)
                 ticks.append(

@@ -129,6 +129,7 @@ def _write_chunks(demo: Any, kept: list[Row], size: int) -> None:
     demo.create_dataset("action_chunks", data=chunks)
     demo.create_dataset("chunk_executed", data=executed)
     demo.create_dataset("chunk_lengths", data=np.array(lengths, np.int64))
+    demo.create_dataset("chunk_steps_run", data=np.array([r.ran for r in kept], np.int64))
 
 
 def _compare(

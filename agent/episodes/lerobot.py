@@ -25,13 +25,16 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 IMAGES, STATE, ACTION, CHUNK = "observation.images.", "observation.state", "action", "action.chunk"
-CHUNK_EXECUTED = "action.chunk.executed"
+CHUNK_EXECUTED, CHUNK_RAN = "action.chunk.executed", "action.chunk.steps_run"
+FRESH = "is_decision"  # of rows at control rate: frames and state are of this moment, not repeated
 DEFAULTS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 _ARROW = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_()}
 
 
-def features(contract: RobotContract, fps: int, codec: str, crf: int, chunk: int = 0) -> dict[str, dict[str, Any]]:
-    """The data set's columns. chunk: K of decisions, 0 at control rate."""
+def features(
+    contract: RobotContract, fps: int, codec: str, crf: int, chunk: int = 0, *, spread: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The data set's columns. chunk: K of decisions, 0 at control rate. spread: as in `rows.Rate`."""
     dims = [d.name for d in contract.action.dims]
     found: dict[str, dict[str, Any]] = {}
     for camera in contract.cameras:
@@ -58,6 +61,9 @@ def features(contract: RobotContract, fps: int, codec: str, crf: int, chunk: int
         names = [f"{d}.{k}" for k in range(chunk) for d in dims]
         found[CHUNK] = {"dtype": "float32", "shape": [len(names)], "names": names}
         found[CHUNK_EXECUTED] = {"dtype": "bool", "shape": [chunk], "names": [str(k) for k in range(chunk)]}
+        found[CHUNK_RAN] = {"dtype": "int64", "shape": [1], "names": None}
+    if spread:
+        found[FRESH] = {"dtype": "bool", "shape": [1], "names": None}
     for name, dtype in (
         ("next.reward", "float32"),
         ("next.done", "bool"),
@@ -155,19 +161,26 @@ def info(
     }
 
 
+def is_whole(rate: float) -> bool:
+    """Whether LeRobot can say so many frames per second: `fps` is an integer there, and times are frames / fps."""
+    return rate >= 1 and abs(rate - round(rate)) < 1e-6
+
+
 def whole_rate(contract: RobotContract, divisor: int = 1) -> int:
-    """Frames per second as LeRobot wants them: a whole number.
+    """Frames per second as LeRobot wants them: a whole number. divisor: control steps per row.
 
     Raises:
         RatchetError: export.bad_rate.
     """
     rate = contract.control_hz / divisor
-    if abs(rate - round(rate)) > 1e-6 or rate < 1:
+    if not is_whole(rate):
+        at_control_rate = divisor > 1 and is_whole(contract.control_hz)
+        hdf5 = "ratchet episodes export OUT.hdf5 --format hdf5"
         raise RatchetError(
             "export.bad_rate",
-            f"{rate:g} steps per second is no whole number, which LeRobotDataset needs",
+            f"{rate:g} rows per second is no whole number, which LeRobotDataset needs",
             where=contract.name,
-            fix="export to robomimic HDF5, or record at a whole rate",
+            fix="--options.rate spread: a row per control step of each decision" if at_control_rate else hdf5,
         )
     return round(rate)
 

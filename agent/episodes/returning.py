@@ -72,6 +72,7 @@ def _hdf5_episode(demo: Any, rate: Rate, contract: RobotContract, source: Path) 
 def _hdf5_rows(demo: Any, contract: RobotContract) -> Iterator[Row]:
     chunks = np.asarray(demo["action_chunks"], np.float32) if "action_chunks" in demo else None
     lengths = np.asarray(demo["chunk_lengths"]) if chunks is not None else None
+    ran = np.asarray(demo["chunk_steps_run"]) if "chunk_steps_run" in demo else lengths  # not in the first exports
     for i in range(len(demo["actions"])):
         length = 0 if lengths is None else int(lengths[i])
         yield Row(
@@ -86,6 +87,7 @@ def _hdf5_rows(demo: Any, contract: RobotContract) -> Iterator[Row]:
             done=bool(demo["dones"][i]),
             marks=int(demo["marks"][i]),
             flags=None if chunks is None else np.asarray(demo["chunk_executed"][i, :length], np.bool_),
+            ran=1 if ran is None else int(ran[i]),
         )
 
 
@@ -140,17 +142,24 @@ def _lerobot_rows(
         flat = np.array(table[lerobot.CHUNK].to_pylist(), np.float32)
         chunks = flat.reshape(len(flat), -1, contract.action.size)
         flags = np.array(table[lerobot.CHUNK_EXECUTED].to_pylist(), np.bool_).reshape(len(flat), -1)
-    for i, action in enumerate(actions):
+    ran = [1] * len(actions) if chunks is None else [chunks.shape[1]] * len(actions)
+    if lerobot.CHUNK_RAN in table.column_names:  # not in the first exports
+        ran = table[lerobot.CHUNK_RAN].to_pylist()
+    starts = np.arange(len(actions))
+    if lerobot.FRESH in table.column_names:
+        starts = np.flatnonzero(table[lerobot.FRESH].to_pylist())
+    for i, end in zip(starts, [*starts[1:], len(actions)], strict=True):
         yield Row(
             stamp=columns["stamp"][i],
             images=images[i],
             state=states[i],
-            action=action,
+            action=actions[i],
             chunk=None if chunks is None else chunks[i],
             executed=columns["executed"][i],
             human=columns["is_intervention"][i],
-            reward=columns["reward"][i],
-            done=columns["done"][i],
+            reward=sum(columns["reward"][i:end]),
+            done=any(columns["done"][i:end]),
             marks=columns["marks"][i],
             flags=None if flags is None else flags[i],
+            ran=ran[i],
         )

@@ -1,4 +1,7 @@
-"""An episode as rows of a data set: per control step (or per decision) the frames, the state and the action.
+"""An episode as rows of a data set: per control step or per decision the frames, the state and the action.
+
+"control": a row per control step, with the newest frames. "decisions": a row per decision, with its chunk. "spread": a
+row per control step of each decision, which repeats the frames and the state that the decision was made on.
 
 Knows which recorded frame belongs to which step. Knows no format of other projects.
 """
@@ -20,7 +23,7 @@ from agent.episodes.reader import EpisodeReader
 from agent.errors import RatchetError
 from agent.records import Bool, Float32, Mark, UInt8
 
-Rate = Literal["control", "decisions"]
+Rate = Literal["control", "decisions", "spread"]
 FRAME_AGE = 1.6  # control periods that a frame may be older than the step it is shown at
 
 
@@ -32,6 +35,7 @@ class Row:
     chunk: (K, D) float32 of a decision, None at control rate. executed: the (first) action was sent exactly as sampled.
     human: it was a person's. marks: what became of the action, a `Mark` as a number, at control rate; 0 of a decision.
     flags: (K,) bool of a decision, which of its actions were sent exactly as sampled; None at control rate.
+    fresh: False where frames and state are repeated from the row before. ran: control steps of the decision that ran.
     """
 
     stamp: float
@@ -45,6 +49,8 @@ class Row:
     done: bool
     marks: int = 0
     flags: Bool | None = None
+    fresh: bool = True
+    ran: int = 1
 
 
 def best_rate(reader: EpisodeReader) -> Rate:
@@ -62,7 +68,7 @@ def rows(reader: EpisodeReader, rate: Rate, success: bool | None = None) -> Iter
     Raises:
         RatchetError: episode.no_frames where a step at control rate has no frame that is new enough.
     """
-    found = _control_rows(reader) if rate == "control" else _decision_rows(reader)
+    found = _control_rows(reader) if rate == "control" else _decision_rows(reader, spread=rate == "spread")
     before: Row | None = None
     for row in found:
         if before is not None:
@@ -118,22 +124,29 @@ def _control_rows(reader: EpisodeReader) -> Iterator[Row]:
         )
 
 
-def _decision_rows(reader: EpisodeReader) -> Iterator[Row]:
+def _decision_rows(reader: EpisodeReader, *, spread: bool) -> Iterator[Row]:
+    """spread: as many rows of each decision as it had control steps; its reward comes with the last of them."""
+    period = 1.0 / reader.info.robot().control_hz
     for step in reader.episode().steps:
         seen, actions = step.observation, step.chunk.actions
         human = not step.chunk.adapter_id and not step.executed.any()
-        yield Row(
-            seen.stamp,
-            seen.images,
-            seen.state,
-            actions[0],
-            actions,
-            bool(step.executed[0]),
-            human,
-            step.reward,
-            step.done,
-            flags=step.executed,
-        )
+        count = max(step.steps_run, 1) if spread else 1
+        for k in range(count):
+            last = k == count - 1
+            yield Row(
+                seen.stamp + k * period,
+                seen.images,
+                seen.state,
+                actions[k],
+                actions,
+                bool(step.executed[k]),
+                human,
+                step.reward if last else 0.0,
+                step.done and last,
+                flags=step.executed,
+                fresh=k == 0,
+                ran=step.steps_run,
+            )
 
 
 def _ages(reader: EpisodeReader) -> Iterator[float]:

@@ -1,8 +1,9 @@
 """What was exported is a robot's memory: an export that can't be read back here is a copy that nobody can trust.
 
-Pinned, for every shipped contract and both formats, per control step and per decision: states, actions, chunks, marks,
-times and rewards come back to the bit, frames to the bit (HDF5) or near (video), with task, adapter, calibrations and
-what was judged as a claim; through the command, with no contract named. Deterministic: seeded episodes.
+Pinned, for every shipped contract and both formats, per control step, per decision, and where LeRobot cannot say how
+many decisions a second there are: states, actions, chunks, marks, times and rewards come back to the bit, frames to the
+bit (HDF5) or near (video), with task, adapter, calibrations and what was judged as a claim; through the command, with
+no contract named. Deterministic: seeded episodes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from agent.cli.main import main
 from agent.contract import RobotContract
@@ -36,9 +39,12 @@ def contract_of(path: Path) -> RobotContract:
     )
 
 
-def recorded(contract: RobotContract, seed: int, *, ticks: bool, lengths: tuple[int, ...] = (5, 5, 5)) -> Episode:
+def recorded(
+    contract: RobotContract, seed: int, *, ticks: bool, lengths: tuple[int, ...] = (5, 5, 5), last_ran: int = 0
+) -> Episode:
     """An episode as the runtime records it: chunks of several actions, and a frame and a tick per control step, or
-    decisions alone. Some steps are clipped, some a person's, some held."""
+    decisions alone. Some steps are clipped, some a person's, some held. last_ran: control steps of the last decision;
+    all of its chunk's, if 0."""
     rng = np.random.default_rng(seed)
     marks = [Mark.NONE, Mark.CLIPPED | Mark.RAMPED, Mark.HUMAN, Mark.HELD, Mark.NONE]
     steps, control, now = [], [], 12.3456789
@@ -52,7 +58,8 @@ def recorded(contract: RobotContract, seed: int, *, ticks: bool, lengths: tuple[
             chunk = ActionChunk(actions, None, None, ADAPTER, 1.0, at, len(steps))
             last = number == len(lengths) - 1 and (not ticks or k == length - 1)
             flags = rng.random(len(actions)) > 0.3
-            steps.append(Step(seen, chunk, flags, float(rng.integers(0, 8) / 4), last, len(actions)))
+            ran = last_ran if last and last_ran else len(actions)
+            steps.append(Step(seen, chunk, flags, float(rng.integers(0, 8) / 4), last, ran))
             if ticks:
                 mark = marks[k % 5]
                 command = None if mark == Mark.HELD else actions[0]
@@ -129,6 +136,37 @@ def test_own_exports_come_back_equal(
         # Once more adds nothing, and out and in again changes nothing.
         told(capsys, "import", target, "--store", tmp_path / form)
         assert len(EpisodeStore(tmp_path / form).cards()) == 2
+
+
+@pytest.mark.parametrize("robot", ROBOTS, ids=lambda p: p.stem)
+def test_a_rate_that_lerobot_cannot_say_comes_back_equal(
+    robot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight actions a decision: 2.5, 3.1 or 3.75 decisions a second, and `fps` is an integer."""
+    contract = contract_of(robot)
+    said = store_of(tmp_path / "store", contract, [recorded(contract, 1, ticks=False, lengths=(8, 8), last_ran=3)])
+    where = ["--store", said.store.root]
+    error = told(capsys, "export", tmp_path / "set", *where, "--options.rate", "decisions", code=2)["error"]
+    assert (error["code"], "--options.rate spread" in error["fix"]) == ("export.bad_rate", True)
+    made = told(capsys, "export", tmp_path / "set", *where)
+    assert (made["rate"], made["fps"], made["frames"]) == ("spread", contract.control_hz, 11)
+    told(capsys, "import", tmp_path / "set", "--store", tmp_path / "back")
+    back = EpisodeStore(tmp_path / "back")
+    (mine,), (theirs,) = said.store.cards().values(), back.cards().values()
+    before, after = rows_of(said.store, mine, "decisions"), rows_of(back, theirs, "decisions")
+    assert [row.ran for row in after] == [8, 3]
+    assert all(equal(a, b, 8.0) for a, b in zip(before, after, strict=True))
+    # For everybody else it is a set at the control rate, whose rows say which frames are new.
+    table = pq.read_table(tmp_path / "set/data/chunk-000/file-000.parquet").to_pydict()
+    assert table["is_decision"] == [i in (0, 8) for i in range(11)]
+    sent = np.concatenate([row.chunk[: row.ran] for row in before if row.chunk is not None])
+    assert np.array(table["action"], np.float32).tobytes() == sent.tobytes()
+    assert table["timestamp"] == pytest.approx([i / contract.control_hz for i in range(11)])
+    (tmp_path / "set/meta/ratchet.json").unlink()
+    contract_file = tmp_path / "contract.yaml"
+    contract_file.write_text(yaml.safe_dump(contract.to_dict()))
+    others = ["--contract", contract_file, "--store", tmp_path / "others"]
+    assert len(told(capsys, "import", tmp_path / "set", *others)) == 1
 
 
 def test_chunks_of_several_lengths_and_a_rate_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
