@@ -182,13 +182,13 @@ class Receiver:
         try:
             self._socket.setblocking(False)
             try:
-                data = self._socket.recv(1 << 22)
+                data = self._packet()
             except BlockingIOError:
                 if asleep:
                     time.sleep(min(max(timeout, 1e-3), NAP))
                 else:
                     self._socket.settimeout(max(timeout, 1e-3))
-                data = self._socket.recv(1 << 22)
+                data = self._packet()
         except (BlockingIOError, TimeoutError):
             return None
         except OSError:
@@ -198,6 +198,14 @@ class Receiver:
             return None
         record: dict[str, Any] = msgpack.unpackb(data)
         return record
+
+    def _packet(self) -> bytes:
+        """The next packet; empty where the sender is gone. Raises as sockets do."""
+        try:
+            return self._socket.recv(1 << 22)
+        except ConnectionResetError:
+            # It died before it read all that it was told. That is said once, ahead of what it sent until then.
+            return self._socket.recv(1 << 22)
 
     def image(self, slot: int, shape: list[int]) -> UInt8:
         """The frame in a slot; valid until it is released."""

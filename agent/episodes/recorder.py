@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,18 @@ class Recorder:
         """
         self.root, self.contract, self.config = Path(root), contract, config or RecorderConfig()
         self.config.check(str(self.root))
-        self._session, self._calibrations, self._last_stage = session, calibrations or {}, last_stage
-        self._wire = dict(wire or {})
+        self._session, self._last_stage, self._wire = session, last_stage, dict(wire or {})
+        # What every episode begins with, made once: the contract as text takes longer than a tick may.
+        same = make_info(
+            contract,
+            "",
+            "",
+            calibrations=calibrations or {},
+            stream=self.config.stream,
+            decisions=self.config.decisions or "",
+            wire=sorted(self._wire),
+        )
+        self._same = json.dumps(dataclasses.asdict(same))
         largest = max((c.height * c.width * 3 for c in contract.cameras), default=1)
         largest += largest // 3 + 4096 if wire else 0  # drivers send four channels too, and headers
         count = max(4 * len(contract.cameras), (self.config.memory_mb << 20) // largest)
@@ -211,24 +222,15 @@ class Recorder:
             self._start()
         facts = {"mode": "deploy", "session": self._session, **self._facts}
         self._facts = {}
-        info = make_info(
-            self.contract,
-            task,
-            instruction,
-            calibrations=self._calibrations,
-            clock_offset=time.time() - now,
-            stream=self.config.stream,
-            decisions=self.config.decisions or "",
-            wire=sorted(self._wire),
-            **facts,
-        )
+        facts |= {"task": task, "instruction": instruction, "clock_offset": time.time() - now}
+        facts["created"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._lock:
             for recent in self._recent.values():
                 recent.clear()
             self._numbers.clear()
             self._episode += 1
             self._before = Counter(self._dropped)
-            body = {"kind": "begin", "info": json.dumps(dataclasses.asdict(info)), "number": self._episode}
+            body = {"kind": "begin", "same": self._same, "facts": json.dumps(facts), "number": self._episode}
             self._send({**body, "last_stage": self._last_stage, "wire": self._wire}, must=True)
             self._recording = True
 

@@ -259,7 +259,7 @@ class RecorderProcess:
         if self._low():
             self._receiver.say({"number": record["number"], "finished": "", "error": self._error})
             return
-        info = EpisodeInfo(**json.loads(record["info"]))
+        info = EpisodeInfo(**{**json.loads(record["same"]), **json.loads(record["facts"])})
         folder = self._store.folder(info.session)
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{self._count:04d}{fmt.SUFFIX}"
         self._count += 1

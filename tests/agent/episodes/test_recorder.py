@@ -27,7 +27,7 @@ from mcap.reader import make_reader
 from agent.episodes import handoff, recorder_process
 from agent.episodes import recorder as recorder_side
 from agent.episodes.disk import GrowingFile
-from agent.episodes.handoff import Receiver
+from agent.episodes.handoff import Receiver, Sender
 from agent.episodes.reader import EpisodeReader
 from agent.episodes.recorder import Recorder, RecorderConfig
 from agent.episodes.recorder_process import RecorderProcess
@@ -388,6 +388,22 @@ def test_a_dead_control_process_leaves_a_finished_file(tmp_path: Path) -> None:
     wait_for(lambda: not Path(f"/proc/{done.stdout.decode().strip()}/fd/0").exists())
     (card,) = EpisodeStore(tmp_path).cards().values()
     assert (card.reason, card.ticks, card.success) == ("control_died", 5, None)
+
+
+def test_what_was_sent_before_a_death_is_read_to_its_end() -> None:
+    """A process that dies with answers unread resets the connection; what it had handed over lies behind that."""
+    sender = Sender(64, 4, queue=1 << 16, reserved=0)
+    theirs = sender.connect()
+    receiver = Receiver(theirs, os.dup(sender.memory_fd), 64, 4)
+    receiver.say({"state": "recording"})  # nobody polls it
+    for number in range(5):
+        assert sender.send({"kind": "tick", "index": number})
+    sender.close()
+    read = []
+    while not receiver.ended:
+        record = receiver.receive(0.1, asleep=False)
+        read += [record["index"]] if record is not None else []
+    assert read == [0, 1, 2, 3, 4]
 
 
 def test_bad_frames_are_counted_not_raised(started: Callable[..., Recorder]) -> None:
