@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from agent.adapters.identity import Adapter
+from agent.adapters.identity import Adapter, Binding
 
 BASE = "base"
 """The base model without an adapter: usable as a reference like an id, and as a tag's target. It has no card."""
@@ -55,6 +55,11 @@ class Card:
     created: str
     software: str
     bytes: int
+
+    @property
+    def binding(self) -> Binding:
+        """What the adapter was made for."""
+        return Binding(self.base_hash, self.statistics, self.action_space)
 
 
 @dataclass(frozen=True)

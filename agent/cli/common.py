@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.adapters.hotswap import HotSwapper, SwapReport
+from agent.adapters.identity import Binding, binding_of
 from agent.adapters.lora import Lora, attach, lora_config, room_for
 from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
@@ -95,14 +96,25 @@ def policy_folder(suite: str, given: Path | None) -> Path:
 
 
 def open_policy(
-    folder: Path, contract: RobotContract, options: LoraOptions, where: torch.device | str = ""
+    folder: Path,
+    contract: RobotContract,
+    options: LoraOptions,
+    where: torch.device | str = "",
+    made_for: Binding | None = None,
 ) -> tuple[AnyPolicy, Lora]:
     """Load a base, check it against the robot, attach an empty adapter.
 
     where: a device, or its name; "" for the one that RATCHET_DEVICE names, see `agent.policy.device.choose`.
+    made_for: of the adapter that `options` are the shape of: another base may not even have its layers.
+
+    Raises:
+        RatchetError: adapter.wrong_base, adapter.wrong_statistics, adapter.wrong_action_space, and what loading, the
+            compatibility check and `attach` raise.
     """
     policy = adopted.load(folder, where if isinstance(where, torch.device) else device.choose(where))
     require_compatible(policy.spec, contract)
+    if made_for is not None:
+        binding_of(policy).require(made_for, where=str(folder))
     return policy, attach(policy.module, lora_config(options.rank, options.alpha, options.targets), seed=options.seed)
 
 
@@ -114,14 +126,20 @@ def lora_of(store: FolderStore, reference: str) -> LoraOptions:
     return LoraOptions(rank=config.r, alpha=float(config.lora_alpha), targets=str(config.target_modules))
 
 
+def made_for(store: FolderStore, reference: str) -> Binding | None:
+    """What a stored adapter is bound to; None for the base."""
+    return None if store.resolve(reference) == BASE else store.card(reference).binding
+
+
 def open_running(
     folder: Path,
     contract: RobotContract,
     options: LoraOptions,
     store: FolderStore | None,
     where: torch.device | str = "",
+    made_for: Binding | None = None,
 ) -> Running:
-    policy, lora = open_policy(folder, contract, options, where)
+    policy, lora = open_policy(folder, contract, options, where, made_for)
     return Running(policy, HotSwapper(policy, lora, store=store), [])
 
 

@@ -76,7 +76,8 @@ class Eval(ComputingOptions):
         folder = common.policy_folder(self.suite, self.policy)
         store = FolderStore(self.store) if self.adapter else None
         lora = common.lora_of(store, self.adapter) if store else common.LoraOptions()
-        running = common.open_running(folder, contract, lora, store)
+        made_for = common.made_for(store, self.adapter) if store else None
+        running = common.open_running(folder, contract, lora, store, made_for=made_for)
         common.print_contract(console, contract)
         if store is not None:
             for warning in running.swapper.swap(store.resolve(self.adapter)).warnings:

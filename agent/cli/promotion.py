@@ -125,7 +125,8 @@ class Promote:
         contract = registry.contract_for(self.suite)
         tasks = common.find_tasks(self.suite, names)
         lora = common.lora_of(store, candidate)
-        running = common.open_running(common.policy_folder(self.suite, self.policy), contract, lora, store)
+        folder, made_for = common.policy_folder(self.suite, self.policy), common.made_for(store, candidate)
+        running = common.open_running(folder, contract, lora, store, made_for=made_for)
         common.print_contract(console, contract)
         return tasks, common.make_vector(running.policy, self.suite, contract, self.workers, self.slots), running
 

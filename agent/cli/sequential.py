@@ -105,7 +105,8 @@ def run(
     origin, first = (None, "") if first == BASE else (origin, first)
     if origin is not None:
         lora = dataclasses.replace(common.lora_of(origin, first), seed=lora.seed)
-    policy, adapter = common.open_policy(policy_folder, contract, lora, device)
+    made_for = common.made_for(origin, first) if origin is not None else None
+    policy, adapter = common.open_policy(policy_folder, contract, lora, device, made_for)
     store = FolderStore(folder / "adapters", create=True)
     if origin is not None:
         common.take_over(store, origin, first)
@@ -174,7 +175,7 @@ def run(
         source = folder / "state" / name
         if source.exists():
             (folder / name).write_bytes(source.read_bytes())
-    common.write_json(folder / "adapters.json", adapter_rows(store, sequence.adapter_ids[1:]))
+    common.write_json(folder / "adapters.json", adapter_rows(store, sequence.adapter_ids[1:], config.tasks))
     swaps = swap_rows(running)
     seconds = time.perf_counter() - started
     facts |= {
@@ -190,23 +191,22 @@ def run(
     return Result(suite, folder, matrix, swaps, seconds, report, sequence.unlearned)
 
 
-def adapter_rows(store: FolderStore, identities: Sequence[str]) -> list[dict[str, Any]]:
-    """adapters.json: what the report's table says of those that are stored."""
+def adapter_rows(store: FolderStore, identities: Sequence[str], learned: Sequence[str]) -> list[dict[str, Any]]:
+    """adapters.json: what the report's table says of those that are stored, and of stages that left the base as it is.
+    identities: one for each of the tasks that were `learned`, "" for the base."""
     tags: dict[str, list[str]] = {}
     for tag, identity in store.tags().items():
         tags.setdefault(identity, []).append(tag)
-    there = store.ids()
-    return [
-        {
-            "stage": c.provenance.stage,
-            "task": c.provenance.task,
-            "id": c.id,
-            "parent": c.provenance.parent,
-            "effect": c.provenance.effect,
-            "tags": tags.get(c.id, []),
-        }
-        for c in (store.card(i) for i in identities if i in there)
-    ]
+    there, rows = store.ids(), []
+    for stage, (identity, task) in enumerate(zip(identities, learned, strict=True), 1):
+        row: dict[str, Any] = {"stage": stage, "task": task, "id": "", "parent": None, "effect": 0.0, "tags": []}
+        if identity in there:
+            made = store.card(identity).provenance
+            row |= {"stage": made.stage, "task": made.task, "parent": made.parent, "effect": made.effect}
+            row |= {"id": identity, "tags": tags.get(identity, [])}
+        if identity in there or not identity:
+            rows.append(row)
+    return rows
 
 
 def swap_rows(running: common.Running | None) -> list[dict[str, Any]]:

@@ -63,9 +63,10 @@ def run(
     store = FolderStore(options.store or folder / "adapters", create=True)
     parent = store.resolve(options.start) if options.start else None
     parent = None if parent == BASE else parent
-    policy, adapter = common.open_policy(
-        policy_folder, contract, common.lora_of(store, parent) if parent is not None else lora
-    )
+    made_for = None
+    if parent is not None:
+        lora, made_for = common.lora_of(store, parent), common.made_for(store, parent)
+    policy, adapter = common.open_policy(policy_folder, contract, lora, made_for=made_for)
     learned = [t for t in (store.card(i).provenance.task for i in store.lineage(parent)) if t] if parent else []
     earlier = list(dict.fromkeys([*reversed(learned), *options.replay]))
     if parent is not None:
@@ -90,16 +91,18 @@ def run(
             others = [t for t in earlier if t != task]
             warm_start(policy, adapter, samples, task, others, options.learner, folder / f"stage{stage}", show)
         effect = adapter.effect().overall
-        provenance = Provenance(parent, task, stage, effect=effect, notes="supervised warm start from demonstrations")
-        card = store.put(adapter.adapter(binding_of(policy)), provenance)
-        text = f"candidate {card.id[:12]}: {task}, replay of {len(others)} tasks, changes the base by {effect:.2%}"
-        if card.id == parent or not effect:
-            text = f"nothing was learned on {task}: no candidate is left"
+        made = adapter.adapter(binding_of(policy))
+        if made.id == parent or not effect:
+            console.print(f"nothing was learned on {task}: no adapter is left")
         else:
-            store.tag("candidate", card.id, reason=f"warm start on {task}")
-        console.print(text)
-        results.append({"task": task, "adapter_id": card.id, "parent": parent, "replayed": others, "effect": effect})
-        parent, earlier = card.id, [*others, task]
+            notes = "supervised warm start from demonstrations"
+            store.put(made, Provenance(parent, task, stage, effect=effect, notes=notes))
+            store.tag("candidate", made.id, reason=f"warm start on {task}")
+            text = f"candidate {made.id[:12]}: {task}, replay of {len(others)} tasks, changes the base by {effect:.2%}"
+            console.print(text)
+        kept = made.id if effect else ""
+        results.append({"task": task, "adapter_id": kept, "parent": parent, "replayed": others, "effect": effect})
+        parent, earlier = kept or None, [*others, task]
     facts = {
         "command": common.command_line(),
         "suite": suite,

@@ -87,7 +87,7 @@ class SequentialRun:
         policy: the learner's policy, its module carrying `lora`.
         env: where episodes run.
         tasks: by name, at least those of the configuration.
-        store: receives one adapter per stage.
+        store: receives one adapter per stage that has changed the base.
         serve: given an adapter id (or "" for the base), returns the policy that runs it; this is where the caller hot
             swaps, and what is evaluated is what it returns.
         on_event: called with ("evaluated" | "update" | "stage", facts).
@@ -242,11 +242,13 @@ class SequentialRun:
         notes = f"{self.method.name}: {self.origin}" if self.origin else self.method.name
         stage = self._stages_before + self.stage + 1
         provenance = Provenance(parent=parent, task=task, stage=stage, effect=effect, notes=notes)
-        adapter_id = self.method.publish(self.store, provenance) if self._writes else ""
+        # An adapter without effect acts as the base does, under another name: nothing that a store should hold.
+        keeps = effect > 0.0 or self.method.whole_model
+        adapter_id = self.method.publish(self.store, provenance) if self._writes and keeps else ""
         if self.ranks is not None:
             # The others wait here until the adapter is in the store, from which they serve it.
             adapter_id = self.ranks.broadcast(adapter_id.encode()).decode()
-        learned = self.moved and adapter_id != parent and (effect > 0.0 or self.method.whole_model)
+        learned = self.moved and keeps and adapter_id != parent
         if not learned:
             self.unlearned[task] = self.skipped or "no update changed a weight"
         elif self._writes and not self.method.whole_model:

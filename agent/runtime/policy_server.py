@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from agent.adapters.hotswap import HotSwapper
+from agent.adapters.identity import binding_of
 from agent.adapters.lora import attach, lora_config, room_for
 from agent.adapters.protocol import BASE
 from agent.adapters.store import FolderStore
@@ -195,7 +196,7 @@ def open_prismatic(options: dict[str, Any], contract: RobotContract) -> ChunkSer
     if options.get("store"):
         store = FolderStore(Path(options["store"]))
         swapper = HotSwapper(
-            policy, attach(policy.module, _lora(options, store)), store=store, mode="copy" if copies else "flip"
+            policy, attach(policy.module, _lora(options, store, policy)), store=store, mode="copy" if copies else "flip"
         )
         if options.get("adapter"):
             swapper.swap(
@@ -217,14 +218,17 @@ def _one_by_one(policy: AnyPolicy) -> bool:
     return isinstance(policy, PrismaticPolicy) and policy.config.decoding == "autoregressive"
 
 
-def _lora(options: dict[str, Any], store: FolderStore) -> Any:
-    """The shape of the adapter layers: that of the adapter to run, else of any stored one, else as the options say."""
+def _lora(options: dict[str, Any], store: FolderStore, policy: AnyPolicy) -> Any:
+    """The shape of the adapter layers: that of the adapter to run, else of a stored one of this base, else as the
+    options say. An adapter to run that was made for another base is refused as that: its layers may not be here."""
     ids = store.ids()
     chosen = options.get("adapter", "")
     if chosen and chosen in {*ids, *store.tags()} and store.resolve(chosen) != BASE:
+        binding_of(policy).require(store.card(chosen).binding, where=str(options["policy"]))
         return room_for(store.get(chosen).config)
-    if ids:
-        return room_for(store.get(ids[0]).config)
+    mine = next((i for i in ids if store.card(i).base_hash == policy.base_hash), None)
+    if mine is not None:
+        return room_for(store.get(mine).config)
     return lora_config(
         int(options.get("rank", 32)), float(options.get("alpha", 32.0)), options.get("targets", "all-linear")
     )

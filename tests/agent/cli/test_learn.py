@@ -21,11 +21,14 @@ from safetensors.numpy import save_file
 from agent.adapters.identity import binding_of
 from agent.adapters.lora import attach, lora_config
 from agent.adapters.store import FolderStore
+from agent.cli import common
 from agent.cli.main import main
 from agent.episodes.store import EpisodeStore
 from agent.learner.sequence import SequentialRun, Stop
 from agent.learner.update import UpdateConfig
 from agent.policy import adopted, checkpoint
+from agent.runtime.policy_server import open_prismatic
+from sim import registry
 from sim.demonstrations import Demonstrations
 from tests.agent.learner.runs import CONFIG, start
 from tests.agent.policy import samples
@@ -60,7 +63,8 @@ def test_a_run_that_learned_nothing_leaves_no_candidate(tmp_path: Path) -> None:
     ]
     assert set(run.unlearned) == set(CONFIG.tasks)
     assert all(run.unlearned.values())
-    assert FolderStore(tmp_path / "adapters").tags() == {}
+    store = FolderStore(tmp_path / "adapters")
+    assert (store.tags(), store.ids(), run.adapter_ids) == ({}, [], ["", "", ""])
 
 
 def test_what_did_learn_keeps_its_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +91,10 @@ def test_the_command_says_so_and_exits_1(tmp_path: Path, capsys: pytest.CaptureF
     told = " ".join(capsys.readouterr().out.split())
     assert "nothing was learned on faucet-open" in told
     assert "no candidate was left" in told
-    assert FolderStore(tmp_path / "adapters").tags() == {}
+    store = FolderStore(tmp_path / "adapters")
+    assert (store.tags(), store.ids()) == ({}, [])
+    (row,) = json.loads((tmp_path / "adapters.json").read_text())
+    assert (row["stage"], row["task"], row["id"], row["effect"]) == (1, "faucet-open", "", 0.0)
     assert main(["adapters", "promote", "--store", str(tmp_path / "adapters"), "--override", "why not"]) == 2
     assert "adapter.unknown" in capsys.readouterr().err
 
@@ -159,6 +166,26 @@ def test_the_wrong_base_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main([*verb, "--store", str(tmp_path), "--adapter", "active", "--json"]) == 2
         error = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["error"]
         assert (error["code"], "--policy" in error["fix"]) == ("adapter.wrong_base", True)
+
+
+def test_a_base_of_another_architecture_is_called_a_wrong_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers have other names, so that the adapter could not even be laid on it; both bases are named."""
+    other, flow = samples.policy(), common.ROOT / "models" / "small-metaworld-flow"
+    lora = attach(other.module, lora_config(4, 4, r"projector\.fc[12]"))
+    store = FolderStore(tmp_path, create=True)
+    store.promote(store.put(noise(lora, other, 1)).id)
+    given = ["--policy", str(flow), "--store", str(tmp_path), "--adapter", "active", "--json"]
+    for verb in (["run", "--task", "door-open"], ["eval", "--tasks", "door-open"]):
+        assert main([*verb, *given]) == 2
+        error = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["error"]
+        assert error["code"] == "adapter.wrong_base"
+        assert other.base_hash[:12] in error["what"]
+        assert adopted.load(flow, "cpu").base_hash[:12] in error["what"]
+        assert "small-metaworld-flow" in error["where"]
+    # The base alone runs beside such a store.
+    assert open_prismatic({"policy": str(flow), "store": str(tmp_path)}, registry.contract_for("metaworld")).adapter_id
 
 
 def test_ones_own_base_is_planned(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
