@@ -3,13 +3,15 @@
 Check first with `ratchet doctor --contract …`. Without the launch package, `ratchet up real` starts the same graph.
 """
 
-from launch.actions import DeclareLaunchArgument, SetEnvironmentVariable
+from launch.actions import DeclareLaunchArgument, SetEnvironmentVariable, Shutdown
 from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import LifecycleNode
 from launch_ros.substitutions import FindPackageShare
 
 from launch import LaunchDescription
+
+VITAL = ("safety_node", "policy_node")  # without these there is nothing to launch
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -51,6 +53,7 @@ def generate_launch_description() -> LaunchDescription:
             name=executable,
             namespace=LaunchConfiguration("namespace"),
             output="both",
+            on_exit=Shutdown(reason=f"{executable} ended") if executable in VITAL else None,
             arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],
             parameters=[{"autostart": True, "contract": contract}, *parameters],
             **options,

@@ -3,7 +3,7 @@
 Without the launch package, `ratchet up sim` starts the same graph.
 """
 
-from launch.actions import DeclareLaunchArgument
+from launch.actions import DeclareLaunchArgument, Shutdown
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
 
@@ -41,6 +41,7 @@ def generate_launch_description() -> LaunchDescription:
             name=executable,
             namespace=LaunchConfiguration("namespace"),
             output="both",
+            on_exit=Shutdown(reason=f"{executable} ended"),
             parameters=[{"autostart": True, "contract": contract}, *parameters],
             **options,
         )

@@ -5,10 +5,12 @@ Knows processes and parameter files. Knows no ROS beyond its command line; needs
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,10 +24,9 @@ from agent.errors import RatchetError
 from agent.paths import REPOSITORY, python_path
 
 GRACE = 10.0  # s that a node has to come to rest after an interrupt
-# Refusals of what was given: a node that has not come up yet says these again for ever. Others pass by themselves, as a
-# driver that is not there yet, or a policy process that died and is started again.
-PASSING = "crashed|hung|start_timeout|stopped|not_ready|failed|out_of_memory"
-LASTING = re.compile(rf"\[((?:compat|contract|adapter|policy)\.(?!{PASSING})\w+)\] ")
+CODED = re.compile(r"\[(\w+\.\w+)\] ")  # how a node's refusal begins
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_LIBC = ctypes.CDLL(None)
 AGAIN = 2.0  # s until what runs beside the nodes is started again
 
 
@@ -55,13 +56,13 @@ class Graph:
     everything, last started first."""
 
     def __init__(self, folder: Path, namespace: str = "", environment: dict[str, str] | None = None) -> None:
-        self.folder, self._namespace = folder, namespace
+        self.folder, self._namespace = folder.resolve(), namespace  # the nodes run in a folder of their own
         self._environment = ros.environment(environment)
         self._running: dict[str, _Running] = {}
         self._read: dict[str, int] = {}
         self._told: set[str] = set()
         self._up: set[str] = set()  # nodes that were active
-        self._refused: RatchetError | None = None
+        self._refused: dict[str, RatchetError] = {}  # what a node that has not been up refused last
 
     def start(self, spec: NodeSpec) -> None:
         """Start one node; it configures and activates itself."""
@@ -94,33 +95,39 @@ class Graph:
                 env=environment,
                 cwd=folder,
                 start_new_session=True,  # an interrupt from the terminal reaches the nodes through `stop`, in order
+                preexec_fn=_ending_with(os.getpid()),
             )
 
     def watch(self, until: Callable[[], bool] = lambda: False, tell: Callable[[str], None] = lambda line: None) -> None:
         """Wait until a vital node ends or `until` says so. tell: given every new error of a node, each once.
 
         Raises:
-            RatchetError: up.node_ended with the end of its log; a node's own refusal of what it was given, where it has
-                not come up yet: waiting does not mend that.
+            RatchetError: a node's own refusal of what it was given, which it ended with; else up.node_ended with the
+                end of its log.
         """
         while not until():
             for name, running in self._running.items():
                 if running.process.poll() is None:
                     continue
                 if running.vital:
-                    raise RatchetError(
-                        "up.node_ended",
-                        f"{name} ended with status {running.process.returncode}: {self.tail(name)}",
-                        where=str(self.folder / f"{name}.log"),
-                        fix="correct what it says, then start again",
-                    )
+                    raise self._ended(name, running.process.returncode)
                 if running.command is not None:
                     self._revive(name, running, tell)
             for line in self.errors():
                 tell(line)
-            if self._refused is not None:
-                raise self._refused
             time.sleep(0.2)  # how soon a dead node is noticed; the arm's hold does not depend on it
+
+    def _ended(self, name: str, status: int) -> RatchetError:
+        """Why the graph ends: the node's last word."""
+        self.errors()
+        if name in self._refused:
+            return self._refused[name]
+        return RatchetError(
+            "up.node_ended",
+            f"{name} ended with status {status}: {self.tail(name)}",
+            where=str(self.folder / f"{name}.log"),
+            fix="correct what it says, then start again",
+        )
 
     def _revive(self, name: str, running: _Running, tell: Callable[[str], None]) -> None:
         """Start what runs beside the nodes again, a moment after it ended."""
@@ -154,10 +161,10 @@ class Graph:
         return found
 
     def _note(self, name: str, said: str) -> None:
-        running, lasting = self._running[name], LASTING.match(said)
-        if lasting and running.vital and name not in self._up and self._refused is None:
+        coded = CODED.match(said)
+        if coded and name not in self._up:
             where = f"{name}, see {self.folder / f'{name}.log'}"
-            self._refused = RatchetError(lasting[1], said[lasting.end() :], where=where)
+            self._refused[name] = RatchetError(coded[1], said[coded.end() :], where=where)
 
     def tail(self, name: str) -> str:
         """The last line of a node's log."""
@@ -177,6 +184,20 @@ class Graph:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+
+
+def _ending_with(parent: int) -> Callable[[], None] | None:
+    """What a new process does first: should its parent be killed, it is interrupted, so that the arm comes to rest and
+    no nodes that nobody watches stand in the way of the next graph. Nothing where the system has no such signal."""
+    if sys.platform != "linux":
+        return None
+
+    def ask_for_the_signal() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+        if os.getppid() != parent:  # it was killed before this call
+            os._exit(1)
+
+    return ask_for_the_signal
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:

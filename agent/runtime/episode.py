@@ -5,6 +5,7 @@ Knows a loop's ticks and its safety stage. Knows neither how a tick works nor wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -37,8 +38,12 @@ def until_end(
     Arguments as in `ControlLoop.run_episode`. A verdict goes before everything else that happens in the same tick.
     """
     held_since: float | None = None
-    for _ in range(horizon):
+    deadline, ticks, standing = -math.inf, 0, 0
+    while ticks < horizon:
         tick = loop.tick()
+        # The same deadline once more: the clock stands still, and ticks alone tell how long.
+        standing = standing + 1 if tick.deadline == deadline else 0
+        deadline, ticks = tick.deadline, ticks + (standing == 0)
         if on_tick is not None:
             on_tick(tick)
         verdict = None if judge is None else judge.verdict()
@@ -53,6 +58,6 @@ def until_end(
             held_since = None
         elif held_since is None:
             held_since = tick.stamp
-        elif tick.stamp - held_since > hold_timeout:
+        elif tick.stamp - held_since + standing * loop.safety.period > hold_timeout:
             return Termination.HOLD_TIMEOUT
     return Termination.HORIZON

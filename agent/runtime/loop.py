@@ -181,10 +181,12 @@ class ControlLoop:
     # -- one period ----------------------------------------------------------------------------------------------
 
     def tick(self) -> ControlTick:
-        """Wait for the deadline, then run one period; returns what was done."""
+        """Wait for the deadline, then run one period; returns what was done. Where a clock that may
+        pause stands still, the arm brakes and is held, with every call once more for the same deadline."""
         deadline = self._deadline
-        if not self.clock.sleep_until(deadline):
-            self.safety.fail("safety.clock", f"the clock stands still before {deadline:.3f} s")
+        time_goes_on = self.clock.sleep_until(deadline)
+        if not time_goes_on:
+            self.safety.fail(self.safety.config.standing_clock, f"the clock stands still before {deadline:.3f} s")
         now = self.clock.now()
         if self._lock_step:
             seen = self._ask_and_wait(now)
@@ -197,10 +199,11 @@ class ControlLoop:
         sent = self._send(verdict)
         after = self.clock.now()
         tick = self._account(proposal, verdict, sent, seen, after, deadline)
-        if not self._lock_step:
+        if not self._lock_step and time_goes_on:
             self._ask(deadline, now)
         self._settle()
-        self._advance(deadline, after)
+        if time_goes_on or not self.safety.config.clock_may_pause:
+            self._advance(deadline, after)
         return tick
 
     def _propose(self, human: tuple[Float32, float] | None, deadline: float, now: float) -> Proposal | None:

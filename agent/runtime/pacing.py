@@ -17,12 +17,13 @@ STUCK_TICKS = 3  # readings of one and the same instant after which the clock co
 class Pace:
     """dt: seconds to reckon with, 0..period. gap: seconds since the last command where that was too long, else 0.
 
-    problem: what is wrong with the clock; empty where nothing is.
+    problem: what is wrong with the clock; empty where nothing is. stands: that it stands still.
     """
 
     dt: float
     gap: float = 0.0
     problem: str = ""
+    stands: bool = False
 
 
 class Pacer:
@@ -52,7 +53,7 @@ class Pacer:
             return Pace(0.0, problem=f"the clock went from {self.now:.6f} to {now:.6f} s")
         self._stuck = self._stuck + 1 if now == self.now else 0
         if self._stuck >= STUCK_TICKS:
-            return Pace(0.0, problem=f"the clock stands still at {now:.6f} s")
+            return Pace(0.0, problem=f"the clock stands still at {now:.6f} s", stands=True)
         passed, self.now = now - self.now, now
         due = self._effective + self.period
         effective = now if now >= due else min(due, now + SLACK * self.period)

@@ -189,7 +189,8 @@ class SafetyFilter:
         events: list[SafetyEvent] = []
         pace = self._pacer.step(now)
         if pace.problem:
-            self._pending.append(("safety.clock", pace.problem))
+            code = self.config.standing_clock if pace.stands else "safety.clock"
+            self._pending.append((code, pace.problem))
         elif pace.gap and not self.limiter.resting:
             text = "commands paused, the arm counts as standing; seconds"
             events.append(self._event(now, "safety.gap", text, value=pace.gap, limit=self._pacer.allowed_gap))
@@ -305,7 +306,7 @@ class SafetyFilter:
         self._stop_steps += 1
         allowed = self.contract.watchdog.stop_time + 2 * self.period
         overdue = now - self._stopping_since > allowed or self._stop_steps * self.period > allowed
-        if self._cause == "safety.clock":
+        if self._cause in ("safety.clock", "safety.clock_paused"):
             dt = self.period  # the clock cannot be asked; braking must go on
         if self.limiter.resting or overdue:
             self.limiter.halt()

@@ -57,6 +57,8 @@ class SafetyConfig:
     tracking_factor: in absolute modes the measured pose may lag the command by this many times what the arm covers at
         full speed in the contract's `observation_max_age`; inf to switch the check off.
     jump_factor: between two measurements a position may change by this many times what full speed allows.
+    clock_may_pause: time is a simulation's that runs by itself. Where it stands nothing moves, so that a clock that
+        stands holds the arm (`safety.clock_paused`) and is waited for; any other one is a fault.
     """
 
     latch_on: frozenset[str] = LATCHING
@@ -65,6 +67,12 @@ class SafetyConfig:
     dead_man_timeout: float = 0.2
     tracking_factor: float = 1.5
     jump_factor: float = 3.0
+    clock_may_pause: bool = False
+
+    @property
+    def standing_clock(self) -> str:
+        """The code for a clock that stands still."""
+        return "safety.clock_paused" if self.clock_may_pause else "safety.clock"
 
 
 @dataclass(frozen=True)

@@ -246,9 +246,12 @@ def test_a_person_records_by_hand(running: Running) -> None:
     """A lock-step simulation stands still meanwhile, so there are no ticks; frames and a discarding label are there."""
     running.reset()
     kind, name = srv.RecordEpisode.Request, "/policy_node/record"
+    for words, code in (({}, "goal.no_task"), ({"task": "wave"}, "goal.no_instruction")):
+        assert running.watcher.call(srv.RecordEpisode, name, kind(request=kind.START, **words)).code == code
     started = running.watcher.call(srv.RecordEpisode, name, kind(request=kind.START, task="wave", instruction="wave"))
     assert started.success, started.message
-    assert running.watcher.call(srv.RecordEpisode, name, kind(request=kind.START)).code == "recorder.busy"
+    again = kind(request=kind.START, task="wave", instruction="wave")
+    assert running.watcher.call(srv.RecordEpisode, name, again).code == "recorder.busy"
     refused = running.watcher.result(running.run()).result
     assert (refused.termination, refused.code) == ("refused", "recorder.busy")
     running.reset()
@@ -403,7 +406,16 @@ def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
     code, told = ratchet("ctl", "clear", "Ada")
     assert (code, told["error"]["code"]) == (2, "safety.e_stop")
     assert ratchet("ctl", "stop", "--release")[0] == 0
-    assert ratchet("ctl", "clear", "Ada")[0] == 0
+    # One service clears what a person was told about, in both stages; a second time there is nothing to clear.
+    ask, clear = srv.ClearFault.Request(person="Ada"), "/policy_node/clear_fault"
+    assert running.watcher.call(srv.ClearFault, clear, srv.ClearFault.Request()).code == "safety.no_person"
+    answer = running.watcher.call(srv.ClearFault, clear, ask)
+    assert (answer.success, "safety.e_stop" in answer.cleared) == (True, True), answer.message
+    assert running.watcher.call(srv.ClearFault, clear, ask).code == "safety.not_latched"
+    code, told = ratchet("ctl", "clear", "Ada")
+    assert (code, told) == (0, {"cleared": "nothing was latched"})
+    running.reset()
+    assert running.watcher.result(running.run()).result.termination == "success"
 
 
 def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Running) -> None:

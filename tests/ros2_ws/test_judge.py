@@ -14,6 +14,7 @@ from ratchet_msgs import msg
 from ratchet_ros.judge import RosJudge
 from ratchet_ros.times import to_time
 
+from agent.records import ControlTick, Mark
 from agent.runtime.judging import Attempt, Judgement
 from agent.runtime.outcome import Termination
 
@@ -93,3 +94,15 @@ def test_the_news_of_a_reset_is_waited_for() -> None:
     judge.scene(scene(1.1, solved=True))
     judge.settle("door-open", "open the door", 0.01)  # nothing comes: it goes on, and the goal is refused
     assert judge.refusal("door-open", "open the door") is not None
+
+
+def test_no_news_is_waited_for_where_nothing_was_sent() -> None:
+    """In lock-step only a command makes the simulation go on: after a second hold it has nothing to tell."""
+    judge = RosJudge("scene", PERIOD, 60.0)
+    judge.begin(1.0)
+    judge.scene(scene(1.05))
+    judge.ticked(ControlTick(1.1, 1.1, 3, None, None, Mark.HELD, -1, -1, "", {}))
+    asking = threading.Thread(target=judge.verdict, daemon=True)
+    asking.start()
+    asking.join(30.0)
+    assert not asking.is_alive()

@@ -22,7 +22,13 @@ from tests.ros2_ws.graph import ROOT
 PACKAGE = ROOT / "ros2_ws" / "src" / "ratchet_ros"
 NAMES = {
     "launch": ("LaunchDescription", "LaunchContext"),
-    "launch.actions": ("DeclareLaunchArgument", "SetEnvironmentVariable", "ExecuteProcess", "OpaqueFunction"),
+    "launch.actions": (
+        "DeclareLaunchArgument",
+        "SetEnvironmentVariable",
+        "ExecuteProcess",
+        "OpaqueFunction",
+        "Shutdown",
+    ),
     "launch.conditions": ("IfCondition",),
     "launch.substitutions": ("LaunchConfiguration", "PathJoinSubstitution"),
     "launch_ros": (),

@@ -208,5 +208,11 @@ def test_a_killed_policy_node_and_a_clock_that_stops_leave_the_arm_at_rest(free:
     watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(task="move", instruction="move", horizon=100_000))
     watcher.until(lambda: sum(bool(a.action) for a in applied) > 20, "motion again")
     graph.processes["sim_robot_node"].send_signal(signal.SIGSTOP)
-    watcher.until(lambda: status[-1].cause in ("safety.clock", "safety.command_lost"), "the lost clock")
-    watcher.until(lambda: status[-1].state in ("latched", "holding"), "rest")
+    watcher.until(lambda: status[-1].cause in ("safety.clock_paused", "safety.command_lost"), "the clock that stands")
+    watcher.until(lambda: status[-1].state == "holding", "rest")
+    assert not status[-1].latched
+    # Nothing moved meanwhile: where the simulation goes on, so does the task, and nobody has to clear anything.
+    applied.clear()
+    graph.processes["sim_robot_node"].send_signal(signal.SIGCONT)
+    watcher.until(lambda: sum(bool(a.action) for a in applied) > 20, "motion once more")
+    watcher.until(lambda: status[-1].state == "running", "the end of the ramp")

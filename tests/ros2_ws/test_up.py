@@ -21,7 +21,7 @@ import pytest
 from agent.cli import graph as graphs
 from agent.cli.main import main
 from agent.runtime.session import Session
-from tests.ros2_ws.graph import ROOT, Watcher, active
+from tests.ros2_ws.graph import ROOT, Graph, Watcher, active
 
 FAKE = ["--policy-module", "agent.testing.fake_policy_worker", "--policy-options", '{"image_size": 96}']
 
@@ -48,9 +48,8 @@ def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-        assert (
-            "policy_node: [ros.no_data]" in errors or "nothing received" not in (logs / "policy_node.log").read_text()
-        )
+        for node in told["nodes"]:  # who waits for the others says so, and it is no error
+            assert not [line for line in (logs / f"{node}.log").read_text().splitlines() if line.startswith("[ERROR]")]
     finally:
         if process.poll() is None:
             process.kill()
@@ -134,28 +133,30 @@ def say(folder: Path, *lines: str) -> None:
     ("lines", "code"),
     [
         (["[ERROR] [1.2] [policy_node]: [compat.refused] policy does not fit (ur5e); use another"], "compat.refused"),
-        (["[ERROR] [1.2] [policy_node]: [adapter.unknown] no adapter 'x'"], "adapter.unknown"),
-        (["[ERROR] [1.2] [policy_node]: [policy.bad_checkpoint] no config.json"], "policy.bad_checkpoint"),
-        (["[ERROR] [1.2] [policy_node]: [ros.no_data] nothing received yet"], ""),
-        (["[ERROR] [1.2] [policy_node]: [policy.start_timeout] no 'ready' within 120 s"], ""),
-        (["[INFO] [1.1] [policy_node]: active", "[ERROR] [1.2] [policy_node]: [adapter.unknown] no adapter 'x'"], ""),
+        (["[ERROR] [1.2] [policy_node]: [ros.no_data] a", "[ERROR] [1.2] [policy_node]: [adapter.unknown] b"],
+         "adapter.unknown"),
+        (["[INFO] [1.1] [policy_node]: active", "[ERROR] [1.2] [policy_node]: [adapter.unknown] b"], "up.node_ended"),
     ],
-)
-def test_what_waiting_does_not_mend_ends_the_graph_with_its_code(lines: list[str], code: str, tmp_path: Path) -> None:
-    looks = iter([False, False, True])
+)  # fmt: skip
+def test_what_a_node_ended_with_is_what_the_graph_ends_with(lines: list[str], code: str, tmp_path: Path) -> None:
     with graphs.Graph(tmp_path) as graph:
-        graph.start(graphs.NodeSpec("nonsense_node", "policy_node", vital=True))
-        # The process stands for a node that goes on trying: only what it says is looked at.
-        graph._running["policy_node"].process.poll = lambda: None  # type: ignore[method-assign]
+        graph.start(graphs.NodeSpec("nonsense_node", "policy_node"))  # ends by itself
         say(tmp_path, *lines)
-        if not code:
-            graph.watch(lambda: next(looks))
-            return
         with pytest.raises(graphs.RatchetError) as refused:
-            graph.watch(lambda: next(looks))
+            graph.watch()
     assert refused.value.code == code
     assert str(refused.value).count(f"[{code}]") == 1
     assert "policy_node.log" in str(refused.value)
+
+
+def test_what_waiting_does_not_mend_is_told_once_and_ends_the_node(ros: None, tmp_path: Path) -> None:
+    """The real node, started as a launch file does, without the graph that watches it."""
+    graph = Graph(tmp_path)
+    node = graph.start("safety_node", contract=str(tmp_path / "none.yaml"))
+    assert node.wait(60.0) == 2
+    errors = [line for line in graph.log("safety_node").splitlines() if line.startswith("[ERROR]")]
+    assert len(errors) == 1, errors
+    assert "[contract.missing_file]" in errors[0]
 
 
 def test_a_policy_that_does_not_fit_ends_up_with_that_code(ros: None, tmp_path: Path) -> None:

@@ -324,12 +324,15 @@ def test_an_error_in_mid_motion_leaves_the_arm_held() -> None:
     assert rig.sink.episodes[-1][:2] == ("end", "fault")
 
 
-def test_a_told_clock_that_stops_ends_in_a_latched_hold() -> None:
+@pytest.mark.parametrize("may_pause", [False, True])
+def test_a_told_clock_that_stops_holds_the_arm(may_pause: bool) -> None:
+    """A fault, unless it is that of a simulation, in which nothing moves where time stands: then the task goes on with
+    it by itself."""
     clock = ExternalClock(stall_timeout=0.01)
     clock.update(100.0)
     robot = FakeArm(CONTRACT, clock)
     robot.connect()
-    safety = SafetyFilter(CONTRACT)
+    safety = SafetyFilter(CONTRACT, SafetyConfig(clock_may_pause=may_pause))
     loop = ControlLoop(
         robot, FakeSource(clock, numbered), safety, CollectExecutor(CONTRACT), sink=MemorySink(), clock=clock
     )
@@ -338,10 +341,31 @@ def test_a_told_clock_that_stops_ends_in_a_latched_hold() -> None:
         clock.update(100.0 + k * T)
         loop.tick()
     assert safety.state is SafetyState.RUNNING
-    for _ in range(12):  # nobody tells the time any more
-        loop.tick()
-    assert (safety.state, safety.cause) == (SafetyState.LATCHED, "safety.clock")
+    missed = loop.timing.missed
+    ticks = [loop.tick() for _ in range(12)]  # nobody tells the time any more
     assert robot.commands[-1][1] is None
+    if not may_pause:
+        assert (safety.state, safety.cause) == (SafetyState.LATCHED, "safety.clock")
+        return
+    assert (safety.state, safety.cause) == (SafetyState.HOLDING, "safety.clock_paused")
+    assert len({tick.deadline for tick in ticks}) == 1  # its deadlines wait as well
+    for k in range(6, 20):
+        clock.update(100.0 + k * T)
+        loop.tick()
+    assert safety.state in (SafetyState.RAMPING, SafetyState.RUNNING)
+    assert robot.commands[-1][1] is not None
+    assert loop.timing.missed == missed
+
+
+def test_a_clock_that_stands_for_good_ends_the_episode_after_the_longest_hold() -> None:
+    clock = ExternalClock(stall_timeout=0.01)
+    clock.update(100.0)
+    robot = FakeArm(CONTRACT, clock)
+    robot.connect()
+    executor, safety = CollectExecutor(CONTRACT), SafetyFilter(CONTRACT, SafetyConfig(clock_may_pause=True))
+    loop = ControlLoop(robot, FakeSource(clock, numbered), safety, executor, clock=clock)
+    end = loop.run_episode("t", "move", horizon=3, hold_timeout=5 * T)
+    assert (end.termination, end.reason) == (Termination.HOLD_TIMEOUT, "safety.clock_paused")
 
 
 def test_episodes_end_for_a_reason_apart_from_success() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ratchet_msgs import msg, srv
 
+from agent.episodes.earned import require_goal
 from agent.episodes.labels import BESIDE_THE_ARM
 from agent.episodes.store import EpisodeStore
 from agent.episodes.verification import Label, Seen, Verdict, Verification
@@ -95,9 +96,10 @@ class EpisodeServices:
             raise RatchetError("ros.busy", f"task {self._busy()!r} is being recorded", fix="wait for its end")
         if self.by_hand:
             raise RatchetError("recorder.busy", f"{self.by_hand} is being recorded", fix="stop it first")
+        require_goal(task, instruction)
         name = self._name()
         recording.prepare(name, mode="demonstration")
-        recording.begin(task, instruction or task, self._clock.now())
+        recording.begin(task, instruction, self._clock.now())
         self.by_hand, self._index, self._sent = name, 0, None
         self._timer = self._node.create_timer(1.0 / self._intake.contract.control_hz, self._tick)
         return name

@@ -110,7 +110,7 @@ class RosJudge:
             return self._scene is not None and self._scene.success
         after = tick.deadline + 0.75 * self._period
         with self._changed:
-            if self._wait > 0.0:
+            if self._wait > 0.0 and tick.command is not None:  # a hold need not make the simulation go on
                 self._changed.wait_for(lambda: self._told_at() >= after, self._wait)
             return self._told_at() > self._begin and self._scene is not None and self._scene.success
 

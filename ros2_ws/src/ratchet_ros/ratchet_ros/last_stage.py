@@ -185,7 +185,7 @@ class LastStage:
             return
         if order is None:
             if self._clock.stalled and self.filter.state in MOVING:
-                self.filter.fail("safety.clock", "the simulated clock stands still")
+                self.filter.fail(self.filter.config.standing_clock, "the simulated clock stands still")
             self._silence()
             self._act(None)
             return

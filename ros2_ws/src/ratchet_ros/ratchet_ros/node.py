@@ -22,8 +22,12 @@ from rclpy.parameter import Parameter
 from rclpy.signals import SignalHandlerOptions
 
 from agent.errors import RatchetError
+from agent.runtime.refusals import passes, waits
 from ratchet_ros import dds, params
 
+REFUSED = 2  # exit status of a node that was given what it cannot run with
+AGAIN = 0.5  # s between two attempts to come up
+REMIND = 5.0  # s between two lines on the same wait
 OK, WARN, ERROR, STALE = (DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR, DiagnosticStatus.STALE)
 SWITCH_INTERVAL = 0.0005  # s; with Python's 5 ms a busy callback delays the command thread visibly
 
@@ -41,6 +45,7 @@ class RatchetNode(LifecycleNode):
         params.declare(self, self.Parameters)
         self.settings: Any = None
         self.refused: RatchetError | None = None
+        self.given_up = False  # what it was given cannot work, however long it waits
         self._active = False
         self.add_on_set_parameters_callback(self._on_parameters)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
@@ -127,10 +132,17 @@ class RatchetNode(LifecycleNode):
             self.get_logger().error(traceback.format_exc())
             error = RatchetError("ros.internal", f"{type(error).__name__}: {error}", where=self.get_name())
         self.refused = error
-        self.get_logger().error(str(error))
+        log = self.get_logger()
+        if not self.get_parameter("autostart").value or not passes(error.code):
+            log.error(str(error))
+        elif waits(error.code):
+            log.info(f"waiting: {error}", throttle_duration_sec=REMIND)
+        else:
+            log.error(str(error), throttle_duration_sec=REMIND)
 
     def _autostart(self) -> None:
-        """One step per call, until active; a refusal is tried again every half second: drivers may come up later."""
+        """One step per call, until active. A refusal that may pass is tried again, as drivers may come up later; after
+        any other the process ends."""
         self._kick.cancel()
         self.destroy_timer(self._kick)
         self._kick = None
@@ -141,7 +153,10 @@ class RatchetNode(LifecycleNode):
             done = self.trigger_activate() == TransitionCallbackReturn.SUCCESS
         else:
             return
-        self._kick = self.create_timer(0.0 if done else 0.5, self._autostart, clock=rclpy.clock.Clock())
+        if not done and self.refused is not None and not passes(self.refused.code):
+            self.given_up = True
+            return
+        self._kick = self.create_timer(0.0 if done else AGAIN, self._autostart, clock=rclpy.clock.Clock())
 
     def _on_parameters(self, changed: list[Parameter]) -> SetParametersResult:
         configured = self.settings is not None
@@ -177,7 +192,7 @@ class RatchetNode(LifecycleNode):
 
 
 def spin(make: Callable[[], RatchetNode], *, loopback: bool = False) -> int:
-    """Run one node until SIGINT, SIGTERM or rclpy's shutdown; the process's exit status."""
+    """Run one node until SIGINT, SIGTERM, rclpy's shutdown or a refusal for good; the process's exit status."""
     dds.load_profile(loopback)
     sys.setswitchinterval(SWITCH_INTERVAL)
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
@@ -194,7 +209,7 @@ def spin(make: Callable[[], RatchetNode], *, loopback: bool = False) -> int:
     node = make()
     executor.add_node(node)
     try:
-        while rclpy.ok() and not stopped:
+        while rclpy.ok() and not stopped and not node.given_up:
             executor.spin_once(timeout_sec=1.0)
     except ExternalShutdownException:
         pass  # somebody else shut ROS down; the node comes to rest below all the same
@@ -205,4 +220,4 @@ def spin(make: Callable[[], RatchetNode], *, loopback: bool = False) -> int:
         executor.shutdown(timeout_sec=2.0)
         node.destroy_node()
         rclpy.try_shutdown()
-    return 0
+    return REFUSED if node.given_up else 0

@@ -15,6 +15,7 @@ import numpy as np
 from ratchet_msgs import msg, srv
 from ratchet_msgs.action import RunTask
 from rclpy.action import ActionServer, CancelResponse
+from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rosgraph_msgs.msg import Clock as ClockMessage
 from std_msgs.msg import Bool
@@ -39,12 +40,14 @@ from ratchet_ros.node import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.recording import EpisodeRecording
 from ratchet_ros.robot import LockStepRosRobot, NotingSafety, RosRobot, StampedRosRobot
 from ratchet_ros.times import SimulatedTime, SteadyTime, TimeBase, seconds
-from ratchet_ros.waiting import in_thread, settled
+from ratchet_ros.waiting import answered, in_thread, settled
 
 STEADY = Clock(clock_type=ClockType.STEADY_TIME)
 STATUS_PERIOD, FEEDBACK_PERIOD = 0.5, 0.2
 UNSAID = -1.0  # a goal's temperature that is left to the learner's order, or to acting greedily
 SCENE_PATIENCE = 0.5  # s in which the scene's status after a reset must arrive
+NOT_LATCHED = "safety.not_latched"
+ANSWER = 5.0  # s that the safety node has to answer
 RECENT = 1000  # ticks that the published jitter is taken over
 
 
@@ -80,7 +83,7 @@ class PolicyNode(RatchetNode):
         if simulated:
             profile = qos.LOCK_STEP if lock_step else qos.CLOCK
             self._keep(self.create_subscription(ClockMessage, "/clock", self._on_clock, profile))
-        self.safety = NotingSafety(self.contract, policy_params.safety_config(settings))
+        self.safety = NotingSafety(self.contract, policy_params.safety_config(settings, simulated))
         self.client = PolicyClient(self.contract, policy_params.launch(settings))
         spec = self.client.start()
         policy_params.executor(settings, settings.mode, self.contract, spec.chunk)
@@ -233,7 +236,11 @@ class PolicyNode(RatchetNode):
             keep(self.create_subscription(msg.SceneStatus, "scene_status", self.judge.scene, qos.STATUS))
         keep(self.create_service(srv.SwapAdapter, "~/swap_adapter", self._serve_swap))
         keep(self.create_service(srv.ListAdapters, "~/list_adapters", self._serve_list))
-        keep(self.create_service(srv.ClearFault, "~/clear_fault", self._serve_clear))
+        apart = ReentrantCallbackGroup()  # a callback that awaits another node holds up its group, its answer too
+        self._clear_last_stage = keep(
+            self.create_client(srv.ClearFault, "safety_node/clear_fault", callback_group=apart)
+        )
+        keep(self.create_service(srv.ClearFault, "~/clear_fault", self._serve_clear, callback_group=apart))
         keep(self.create_service(Trigger, "~/resume", self._serve_resume))
         keep(ActionServer(self, RunTask, "~/run_task", self._run_task, cancel_callback=self._on_cancel))
 
@@ -308,14 +315,29 @@ class PolicyNode(RatchetNode):
         response.adapters = [msg.AdapterInfo(**row) for row in rows]
         return response
 
-    def _serve_clear(self, request: srv.ClearFault.Request, response: srv.ClearFault.Response) -> Any:
+    async def _serve_clear(self, request: srv.ClearFault.Request, response: srv.ClearFault.Response) -> Any:
+        """Both stages of the arm, the last one first, so that nothing moves while it is still latched."""
+        cleared, said = [], []
         try:
-            response.cleared = self.safety.cause
-            event = self.safety.clear(request.person)
+            last = await answered(self, self._clear_last_stage, request, ANSWER)
+            if last.success:
+                cleared, said = [last.cleared], [last.message]
+            elif last.code != NOT_LATCHED:
+                return last
+            cause = self.safety.cause
+            try:
+                event = self.safety.clear(request.person)
+            except RatchetError as error:
+                if error.code != NOT_LATCHED or not cleared:
+                    raise
+            else:
+                self._on_event(event)
+                cleared, said = [*cleared, cause], [*said, event.message]
         except RatchetError as error:
             return convert.refused(response, error)
-        self._on_event(event)
-        response.success, response.message = True, event.message
+        response.success, response.cleared = True, ", ".join(dict.fromkeys(cleared))
+        response.message = "; ".join(dict.fromkeys(said))
+        self._publish_status()
         return response
 
     def _serve_resume(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -427,7 +449,7 @@ class PolicyNode(RatchetNode):
         misfit = self.judge.refusal(goal.task, goal.instruction)
         if misfit is not None:
             raise misfit
-        if self._last_stage is None or not self.count_subscribers("command"):
+        if self._last_stage is None or not self._commands.get_subscription_count():
             raise RatchetError("ros.no_safety_node", "no safety node listens", fix="start safety_node and activate it")
         if self._last_stage.latched:
             cause = self._last_stage.cause

@@ -72,7 +72,7 @@ class Parameters:
     )
     lock_step: bool = parameter(False, "Simulation only: time stands still while the policy thinks.")
     clock_timeout: float = parameter(
-        1.0, "Simulation only: real seconds without /clock after which it counts as lost.", low=0.1, high=600.0
+        1.0, "Simulation only: real seconds without /clock after which the arm is held.", low=0.1, high=600.0
     )
     patience: float = parameter(
         30.0, "Lock-step only: real seconds to wait for an answer or an observation.", low=0.1, high=3600.0
@@ -131,13 +131,14 @@ def launch(settings: Parameters) -> PolicyLaunch:
     )
 
 
-def safety_config(settings: Parameters) -> SafetyConfig:
-    """The node's own stage; a latched last stage latches it too."""
+def safety_config(settings: Parameters, simulated: bool) -> SafetyConfig:
+    """The node's own stage; a latched last stage latches it too. simulated: time is a simulation's."""
     return SafetyConfig(
         latch_on=LATCHING | {"safety.last_stage"},
         resume="manual" if settings.resume == "manual" else "automatic",
         dead_man=settings.dead_man,
         dead_man_timeout=settings.dead_man_timeout,
+        clock_may_pause=simulated and not settings.lock_step,
     )
 
 

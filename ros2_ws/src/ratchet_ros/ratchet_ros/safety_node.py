@@ -51,7 +51,7 @@ class Parameters:
     )
     lock_step: bool = parameter(False, "Simulation only: time stands still while commands travel.")
     clock_timeout: float = parameter(
-        1.0, "Simulation only: real seconds without /clock after which it counts as lost.", low=0.1, high=600.0
+        1.0, "Simulation only: real seconds without /clock after which the arm is held.", low=0.1, high=600.0
     )
 
 
@@ -95,6 +95,7 @@ class SafetyNode(RatchetNode):
             resume=self.settings.resume,
             dead_man=self.settings.dead_man,
             dead_man_timeout=self.settings.dead_man_timeout,
+            clock_may_pause=simulated and not lock_step,
         )
         self.stage = LastStage(
             self.contract,
@@ -108,7 +109,7 @@ class SafetyNode(RatchetNode):
             wake=(lambda: None) if simulated else self._hurry,
         )
         gauge = self.stage.filter.limiter.gauge
-        self._sinks = []
+        self._sinks, self._to_arm = [], []
         names = [d.name for d in self.contract.action.dims]
         for sink in wiring.commands:
             encoder = encode.make_encoder(self.contract, sink, gauge.position_field, gauge.rotation_field)
@@ -130,6 +131,8 @@ class SafetyNode(RatchetNode):
     def start(self) -> None:
         for sink, _, _, _ in self._sinks:
             self._require_alone(sink.topic)
+        if self.settings.lock_step:
+            self._require_arm()
         assert self.stage is not None
         if self._e_stop_pressed:
             self.stage.e_stop(True)
@@ -320,7 +323,16 @@ class SafetyNode(RatchetNode):
         if sink.kind == "gripper_command":
             client = self._keep(ActionClient(self, encode.gripper_action(), sink.topic))
             return client.send_goal_async
-        return self._keep(self.create_publisher(encode.COMMAND_TYPES[sink.kind], sink.topic, qos.COMMANDS)).publish
+        publisher = self._keep(self.create_publisher(encode.COMMAND_TYPES[sink.kind], sink.topic, qos.COMMANDS))
+        self._to_arm.append(publisher)
+        return publisher.publish
+
+    def _require_arm(self) -> None:
+        """A command that is sent before this node and the arm have found each other is lost. A simulation in lock-step
+        would wait for it, and everybody for the simulation."""
+        deaf = [p.topic_name for p in self._to_arm if not p.get_subscription_count()]
+        if deaf:
+            raise RatchetError("ros.no_arm", "nobody takes commands yet", where=", ".join(deaf), fix="start the arm")
 
     def _require_alone(self, topic: str) -> None:
         """Two publishers on one command topic fight over the arm."""

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from concurrent.futures import Future as ThreadFuture
 from typing import Any, TypeVar
 
+from rclpy.client import Client
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.task import Future
+
+from agent.errors import RatchetError
 
 T = TypeVar("T")
 
@@ -28,6 +32,34 @@ async def settled(node: Node, future: ThreadFuture[T]) -> T:
     future.add_done_callback(done)
     await mirror
     return future.result()
+
+
+async def answered(node: Node, client: Client, request: Any, limit: float) -> Any:
+    """A service's answer, without holding the executor up. limit: seconds. client: of a reentrant callback group, as
+    the callback that awaits this.
+
+    Raises:
+        RatchetError: ros.no_answer where nobody serves it, or the answer does not come in time.
+    """
+    nobody = RatchetError(
+        "ros.no_answer", "nobody answers", where=client.srv_name, fix="`ratchet ctl status` says which nodes are up"
+    )
+    if not client.service_is_ready():
+        raise nobody
+    over: Future = Future()
+    timer = node.create_timer(
+        limit, lambda: over.set_result(None), client.callback_group, Clock(clock_type=ClockType.STEADY_TIME)
+    )
+    asked = client.call_async(request)
+    asked.add_done_callback(lambda _: over.set_result(None))
+    try:
+        await over
+    finally:
+        node.destroy_timer(timer)
+    if not asked.done():
+        client.remove_pending_request(asked)
+        raise nobody
+    return asked.result()
 
 
 def in_thread(work: Callable[[], T], name: str) -> ThreadFuture[T]:
