@@ -36,3 +36,10 @@ def test_every_dependency_has_its_reason() -> None:
     names = {re.split(r"[<>=\[]", w)[0].strip().lower() for w in wanted}
     table = README[README.index("## Dependencies") :].lower()
     assert {n for n in names if n not in table} == set()
+
+
+def test_the_picture_of_the_way_round_names_files_that_are_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text().replace("ros2_ws/…/", "ros2_ws/src/ratchet_ros/ratchet_ros/")
+    named = set(re.findall(r"[\w/]+/\w+\.py", page))
+    assert len(named) > 30
+    assert {name for name in named if not (ROOT / name).is_file()} == set()

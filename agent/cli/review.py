@@ -79,6 +79,7 @@ class Review:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((self.host, self.port))
+            listening.listen()  # whoever opens the address as soon as it is printed is let in
         except OSError as error:
             listening.close()
             raise RatchetError(
