@@ -67,7 +67,7 @@ def main() -> int:
             if options.quick:
                 continue
             command = [sys.executable, "-m", "agent.cli.main", "demo", "--seed", str(seed), "--out", str(folder)]
-            subprocess.run([*command, "--no-videos", "--no-libero"], check=True, cwd=ROOT)
+            subprocess.run([*command, "--no-videos", "--part", "learn"], check=True, cwd=ROOT)
         rows.append(read(folder, seed))
     if not rows:
         print("no finished run; leave out --quick to make them", file=sys.stderr)

@@ -6,11 +6,13 @@ Knows one environment and how to draw it larger. Knows no learning.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
+from torch import Tensor
 
 from agent.contract import CameraSpec, RobotContract
 from agent.policy.commands import robot_actions
@@ -29,11 +31,21 @@ def with_viewer(contract: RobotContract, size: int) -> RobotContract:
     return dataclasses.replace(contract, cameras=(*contract.cameras, camera))
 
 
-def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, size: int = 192, every: int = 2) -> bool:
-    """Run one greedy episode and write it as a GIF in real time; returns success.
+def record(
+    policy: Policy,
+    task: TaskInfo,
+    initial_state: int,
+    path: Path,
+    *,
+    size: int = 192,
+    every: int = 2,
+    act: Callable[[PolicyInput], Tensor] | None = None,
+) -> bool:
+    """Run one episode and write it as a GIF in real time; returns success.
 
     Args:
         every: control steps per frame.
+        act: actions (1, K, D) in physical units for an observation; the policy's greedy ones if absent.
     """
     contract = with_viewer(registry.contract_for(task.suite), size)
     env = registry.make_env(task.suite, task.name, contract)
@@ -49,7 +61,8 @@ def record(policy: Policy, task: TaskInfo, initial_state: int, path: Path, *, si
                 state_vector = np.concatenate([state_fields[field_name] for field_name in policy.spec.state])
                 state_bs = torch.from_numpy(state_vector)[None]
             batch = PolicyInput(images=images, state=state_bs, instructions=[task.instruction])
-            chunk = policy.predict(batch).actions[0].float().cpu().numpy()
+            actions_bkd = policy.predict(batch).actions if act is None else act(batch)
+            chunk = actions_bkd[0].float().cpu().numpy()
             for action in robot_actions(chunk, policy.spec, contract):
                 if steps % every == 0:
                     frames.append(env.render(VIEWER))

@@ -5,6 +5,7 @@ Knows tasks by their states and seeds by what they are for. Knows no environment
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -73,20 +74,34 @@ def training_specs(
 
 
 def evaluation_specs(
-    task: Task, count: int, seed: int, horizon: int = 0, purpose: str = "evaluation"
+    task: Task, count: int, seed: int, horizon: int = 0, purpose: str = "evaluation", draws: int = 1
 ) -> list[EpisodeSpec]:
-    """One episode from each of the first `count` evaluation states, none of which is ever trained on.
+    """`draws` episodes from each of the first `count` evaluation states, none of which is ever trained on.
 
     seed: of the run; episodes of equal seed, task and state get equal noise, so that evaluations can be compared in
     pairs. horizon: control steps, 0 takes the task's own. purpose: other noise for other purposes.
     """
     steps = horizon or task.horizon
-    return [
-        EpisodeSpec(task.name, task.instruction, s, steps, derive_seed(seed, purpose, task.name, s))
-        for s in task.evaluation_states[:count]
-    ]
+    specs = []
+    for draw in range(draws):
+        for state in task.evaluation_states[:count]:
+            # The first draw is the one that evaluations with a single draw have.
+            path = (purpose, task.name, state, draw) if draw else (purpose, task.name, state)
+            specs.append(EpisodeSpec(task.name, task.instruction, state, steps, derive_seed(seed, *path)))
+    return specs
+
+
+def episode_keys(specs: Sequence[EpisodeSpec]) -> list[str]:
+    """One key per episode of `evaluation_specs`: its initial state, and after the first its draw."""
+    keys = []
+    drawn: Counter[int] = Counter()
+    for spec in specs:
+        draw = drawn[spec.initial_state]
+        drawn[spec.initial_state] += 1
+        keys.append(f"state-{spec.initial_state}" + (f"/draw-{draw}" if draw else ""))
+    return keys
 
 
 def evaluated(specs: Sequence[EpisodeSpec], success: Iterable[bool]) -> Cell:
-    """The outcomes of `evaluation_specs`, keyed by initial state."""
-    return Cell.of({f"state-{s.initial_state}": bool(ok) for s, ok in zip(specs, success, strict=True)})
+    """The outcomes of `evaluation_specs`, by `episode_keys`."""
+    return Cell.of(dict(zip(episode_keys(specs), map(bool, success), strict=True)))

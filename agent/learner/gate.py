@@ -28,7 +28,10 @@ class GateConfig:
     """What a candidate must show."""
 
     episodes: int = 50
-    """Episodes per task and adapter, the same ones for both; tasks with fewer evaluation states use all they have."""
+    """Initial states per task, the same ones for both; tasks with fewer evaluation states use all they have."""
+    draws: int = 1
+    """Episodes per initial state, each with noise of its own; more than one needs a temperature. The intervals then
+    hold for these states: episodes from one state are more alike than from two."""
     min_episodes: int = 20
     """With fewer episodes on any task the gate holds: a drop could not be seen."""
     allowed_drop: float = 0.05
@@ -53,8 +56,14 @@ class GateConfig:
                 raise RatchetError("gate.bad_config", f"{name} {getattr(self, name)} is not in [{low}, {high}]")
         if self.horizon < 0:
             raise RatchetError("gate.bad_config", f"horizon {self.horizon} is negative", fix="0 takes each task's own")
-        if self.episodes < 1 or self.min_episodes < 1:
-            raise RatchetError("gate.bad_config", "episodes and min_episodes must be at least 1")
+        if self.episodes < 1 or self.min_episodes < 1 or self.draws < 1:
+            raise RatchetError("gate.bad_config", "episodes, draws and min_episodes must be at least 1")
+        if self.draws > 1 and self.temperature == 0:
+            raise RatchetError(
+                "gate.bad_config",
+                f"{self.draws} draws of greedy episodes are the same episode {self.draws} times",
+                fix="set a temperature, or draws to 1",
+            )
 
 
 @dataclass(frozen=True)
@@ -258,8 +267,8 @@ def decision_of(
         return None
     if any(reason["code"] == CANNOT for reason in stored.get("reasons", ())):
         return None
-    # Cards from before there was a horizon stand for 0.
-    if config is not None and {"horizon": 0, **stored.get("config", {})} != asdict(config):
+    # Cards from before there was a horizon stand for 0, those from before there were draws for 1.
+    if config is not None and {"horizon": 0, "draws": 1, **stored.get("config", {})} != asdict(config):
         return None
     if not {*held_out} <= {row["task"] for row in stored.get("tasks", ())}:
         return None

@@ -119,7 +119,7 @@ class Gatekeeper:
     def _evaluate(self, adapter_id: str, name: str) -> Cell:
         assert self.env is not None
         task, config = self.tasks[name], self.config
-        specs = evaluation_specs(task, config.episodes, config.seed, config.horizon, purpose="gate")
+        specs = evaluation_specs(task, config.episodes, config.seed, config.horizon, purpose="gate", draws=config.draws)
         outcomes, _ = run_episodes(
             self.serve(adapter_id),
             self.env,
@@ -139,8 +139,11 @@ class Gatekeeper:
         """One journal per base, configuration and set of episodes: outcomes of others are never taken for these."""
         tasks = {n: list(t.evaluation_states[: self.config.episodes]) for n, t in sorted(self.tasks.items())}
         config = asdict(self.config)
+        # So that journals from before there were such settings are found.
         if not self.config.horizon:
-            del config["horizon"]  # so that journals from before there was such a setting are found
+            del config["horizon"]
+        if self.config.draws == 1:
+            del config["draws"]
         facts = json.dumps([base, config, tasks], sort_keys=True)
         return self.folder / f"gate-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
 

@@ -11,6 +11,8 @@ The run folder (every file may be absent; the page then says so):
                     "approx_kl", "entropy", "clip_fraction", "seconds_rollout", "seconds_update"}; further keys ignored
     videos/*.gif    named by `video_name`: NAME__before.gif and NAME__after.gif stand side by side
     adapters.json   list of {"stage", "task", "id", "parent", "tags"}, oldest first; further keys are shown too
+    comparison.json of a stored adapter against its base, see report_comparison; most runs have none. The page is then
+                    about it: a run that has it needs no matrix
 """
 
 from __future__ import annotations
@@ -30,13 +32,15 @@ from rich.table import Table
 from rich.text import Text
 
 from agent.errors import RatchetError
+from agent.learner import report_comparison
 from agent.learner.intervals import Interval
 from agent.learner.metrics import Measures, SuccessMatrix, measures
 from agent.learner.report_charts import diagnostic_curves, number, segments, success_curve
-from agent.learner.report_template import FACTS, TEMPLATE
+from agent.learner.report_template import MACROS, TEMPLATE
 from agent.storage.documents import write_text
 
 HEADER = ("command", "method", "seed", "contract", "base_hash", "started", "finished")
+MOMENTS = (("before", "after"), ("base", "adapter"))  # what stands side by side
 MEANING = {
     "avg": ("AVG", "mean success over the learned tasks"),
     "nbt": ("NBT", "negative backward transfer: loss on earlier tasks since they were learned; lower is better"),
@@ -47,7 +51,8 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. missing: one line per file or part that is absent or unreadable."""
+    """What a run folder holds. comparison: as `report_comparison.shown` tells it, {} for most runs. missing: one line
+    per file or part that is absent or unreadable."""
 
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
@@ -56,10 +61,11 @@ class Run:
     videos: list[Path] = field(default_factory=list)
     adapters: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    comparison: dict[str, Any] = field(default_factory=dict)
 
 
 def video_name(task: str, moment: str) -> str:
-    """File name for a rollout's GIF. moment: "before" or "after"."""
+    """File name for a rollout's GIF. moment: one of `MOMENTS`, such as "before" or "after"."""
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', task)}__{moment}.gif"
 
 
@@ -75,13 +81,19 @@ def load_run(folder: Path) -> Run:
 
     facts = _read_json(folder / "run.json", dict, missing)
     adapters = [a for a in _read_json(folder / "adapters.json", list, missing) if isinstance(a, dict)]
+    comparison: dict[str, Any] = {}
+    if (folder / "comparison.json").is_file():
+        try:
+            comparison = report_comparison.shown(_read_json(folder / "comparison.json", dict, missing))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            missing.append(f"comparison.json: not one of ours ({error!r})")
     matrix = None
     if (folder / "matrix.json").is_file():
         try:
             matrix = SuccessMatrix.load(folder / "matrix.json")
         except RatchetError as error:
             missing.append(f"matrix.json: {error}")
-    else:
+    elif not comparison:
         missing.append("matrix.json: not there")
 
     updates: list[dict[str, Any]] = []
@@ -102,7 +114,7 @@ def load_run(folder: Path) -> Run:
     videos = sorted((folder / "videos").glob("*.gif"))
     if not videos:
         missing.append("videos: no GIF there")
-    return Run(folder, facts, matrix, updates, videos, adapters, missing)
+    return Run(folder, facts, matrix, updates, videos, adapters, missing, comparison)
 
 
 def render(run: Run) -> str:
@@ -117,7 +129,8 @@ def render(run: Run) -> str:
     keys = list(dict.fromkeys(key for adapter in run.adapters for key in adapter))
     charts = (success_curve(run.updates), diagnostic_curves(run.updates)) if run.updates else ()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(FACTS + TEMPLATE).render(
+    return environment.from_string(MACROS + TEMPLATE).render(
+        comparison=run.comparison,
         title=str(run.facts.get("title", run.folder.resolve().name)),
         missing=run.missing,
         header=header + _flat(rest),
@@ -246,8 +259,8 @@ def _videos(run: Run) -> list[dict[str, Any]]:
     shown = []
     for name in names:
         found = by_name[name]
-        moments = [m for m in ("before", "after") if {"before", "after"} & found.keys()]
-        moments += sorted(found.keys() - {"before", "after"})
+        moments = [m for pair in MOMENTS if {*pair} & found.keys() for m in pair]
+        moments += sorted(found.keys() - {*moments})
         sides = [
             {
                 "label": moment or "rollout",

@@ -4,7 +4,10 @@ Knows how the report looks. Knows no file and computes no number. The content se
 nothing from anywhere: images are embedded.
 """
 
-TEMPLATE = """<!DOCTYPE html>
+from agent.learner import report_comparison
+
+TEMPLATE = (
+    """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -16,7 +19,7 @@ TEMPLATE = """<!DOCTYPE html>
 body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; color: var(--ink); background: #fff;
   max-width: 1080px; margin: 0 auto; padding: 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p { margin: .3rem 0 .8rem; } .soft { color: var(--soft); font-size: .88rem; }
+p { margin: .3rem 0 .8rem; overflow-wrap: anywhere; } .soft { color: var(--soft); font-size: .88rem; }
 code { font: .85em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 table { border-collapse: collapse; } .wide { overflow-x: auto; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -36,7 +39,13 @@ figure { margin: 0; } figure img { width: 100%; height: auto; image-rendering: a
 figcaption { font-size: .85rem; color: var(--soft); }
 .missing { border-left: 4px solid #c77700; background: #fff7e8; padding: .6rem 1rem; }
 details summary { cursor: pointer; }
-</style>
+@media (max-width: 40rem) {
+  body { padding: 1rem; } table.facts, table.facts tbody, table.facts tr { display: block; }
+  table.facts th, table.facts td { display: block; padding: .1rem 0; border: 0; white-space: normal; }
+  table.facts tr { border-bottom: 1px solid var(--line); padding: .3rem 0; } .pair { gap: .5rem; }
+}"""
+    + report_comparison.STYLE
+    + """</style>
 </head>
 <body>
 <header>
@@ -50,6 +59,12 @@ details summary { cursor: pointer; }
 {% endfor %}</ul></section>
 {% endif %}
 
+{% if comparison %}"""
+    + report_comparison.TEMPLATE
+    + """
+<h2>What was run</h2>
+{{ facts(header) }}
+{% else %}
 <h2>What was run</h2>
 {{ facts(header) }}
 
@@ -92,15 +107,7 @@ learning task k; a frame marks the evaluation right after a task was learned. H:
 {% else %}<p>No updates were recorded.</p>{% endif %}
 
 <h2>Rollouts before and after</h2>
-{% for video in videos %}
-<h3 class="soft">{{ video.name }}</h3>
-<div class="pair">
-{% for side in video.sides %}<figure>{% if side.source %}<img alt="{{ video.name }}, {{ side.label }}"
- src="{{ side.source }}">{% endif %}<figcaption>{{ side.label }}
-{{- "" if side.source else ": not recorded" }}</figcaption></figure>
-{% endfor %}</div>
-{% else %}<p>No videos were recorded.</p>
-{% endfor %}
+{{ pairs(videos) }}
 
 <h2>Time spent</h2>
 {% if times %}
@@ -112,6 +119,7 @@ learning task k; a frame marks the evaluation right after a task was learned. H:
 <td class="n">{{ t.total }}</td></tr>
 {% endfor %}</tbody></table></div>
 {% else %}<p>No updates were recorded.</p>{% endif %}
+{% endif %}
 
 <h2>Adapters</h2>
 {% if adapters %}
@@ -130,7 +138,17 @@ learning task k; a frame marks the evaluation right after a task was learned. H:
 </body>
 </html>
 """
+)
 
-FACTS = """{% macro facts(table) %}{% if table %}<div class="wide"><table class="facts"><tbody>
+MACROS = """{% macro facts(table) %}{% if table %}<div class="wide"><table class="facts"><tbody>
 {% for key, value in table %}<tr><th scope="row">{{ key }}</th><td><code>{{ value }}</code></td></tr>
-{% endfor %}</tbody></table></div>{% else %}<p>Not recorded.</p>{% endif %}{% endmacro %}"""
+{% endfor %}</tbody></table></div>{% else %}<p>Not recorded.</p>{% endif %}{% endmacro -%}
+{% macro pairs(videos) %}{% for video in videos %}
+<h3 class="soft">{{ video.name }}</h3>
+<div class="pair">
+{% for side in video.sides %}<figure>{% if side.source %}<img alt="{{ video.name }}, {{ side.label }}"
+ src="{{ side.source }}">{% endif %}<figcaption>{{ side.label }}
+{{- "" if side.source else ": not recorded" }}</figcaption></figure>
+{% endfor %}</div>
+{% else %}<p>No videos were recorded.</p>
+{% endfor %}{% endmacro %}"""

@@ -1,13 +1,17 @@
-"""A synthetic run folder with every file that the report reads; seeded, no simulator."""
+"""Synthetic run folders with every file that the report reads; seeded, no simulator."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 
+from agent.learner.gate import Comparison, GateConfig, judge
+from agent.learner.intervals import mean
 from agent.learner.metrics import Cell, SuccessMatrix
 from agent.learner.report import video_name
 
@@ -80,3 +84,35 @@ def write_sample_run(folder: Path) -> None:
         for i in range(4):
             frames[i, 10 * i : 10 * i + 10, :, n % 3] = 255
         iio.imwrite(folder / "videos" / video_name(task, moment), frames, duration=100, loop=0)
+
+
+def sample_comparison() -> dict[str, Any]:
+    """Two learned tasks and a held-out one of 20 states; the adapter wins on the first, loses on the held-out one."""
+    wins = {"new": (9, 19), "earlier": (15, 18), "held_out": (12, 4)}
+    pairs = []
+    for (role, counts), task in zip(wins.items(), (TASKS[0], TASKS[1], HELD_OUT[0]), strict=True):
+        base, adapter = ({f"state-{30 + i}": i < won for i in range(20)} for won in counts)
+        pairs.append(Comparison(task, role, Cell.of(base), Cell.of(adapter)))  # type: ignore[arg-type]
+    config = GateConfig(episodes=20, temperature=1.0, horizon=200)
+    learned = pairs[:2]
+    return {
+        "adapter": {
+            "id": "5a" * 32,
+            "made by": "seq_ft: ratchet demo --suite x",
+            "tasks learned": [TASKS[1], TASKS[0]],
+        },
+        "verdict": judge("5a" * 32, "", learned, config).as_dict(),
+        "change": dataclasses.asdict(mean([c.change for c in learned])),
+        "outcomes": {c.task: {"base": dict(c.active.episodes), "adapter": dict(c.candidate.episodes)} for c in learned},
+        "when_made": judge("5a" * 32, "", pairs, config).as_dict(),
+        "video": {"task": TASKS[0], "episode": "state-39", "why": "the first that only the adapter solved"},
+        "update": {
+            "task": HELD_OUT[1],
+            "episodes": 16,
+            "successes": 3,
+            "approx_kl": 0.0123,
+            "seconds_rollout": 31.0,
+            "adapter_id": "5a" * 32,
+            "to": "6b" * 32,
+        },
+    }

@@ -134,6 +134,9 @@ def test_unpaired_results_are_refused() -> None:
     with pytest.raises(RatchetError) as refused:
         GateConfig(allowed_drop=-0.1)
     assert refused.value.code == "gate.bad_config"
+    with pytest.raises(RatchetError, match="the same episode 3 times") as refused:
+        GateConfig(draws=3)
+    assert refused.value.code == "gate.bad_config"
 
 
 def test_a_stored_verdict_counts_only_against_the_adapter_it_was_reached_against() -> None:
@@ -149,8 +152,9 @@ def test_a_stored_verdict_counts_only_for_the_question_that_is_asked() -> None:
     assert decision_of(stored, "a", GateConfig(), ["another"]) is None
     assert decision_of(stored, "a", GateConfig(allowed_drop=0.0)) is None
     assert decision_of(stored, "a", GateConfig(horizon=200)) is None
-    # Cards written before the gate knew horizons mean each task's own.
-    old = {**stored, "config": {k: v for k, v in stored["config"].items() if k != "horizon"}}
+    assert decision_of(stored, "a", GateConfig(draws=2, temperature=1.0)) is None
+    # Cards written before the gate knew horizons and draws mean each task's own, and one.
+    old = {**stored, "config": {k: v for k, v in stored["config"].items() if k not in ("horizon", "draws")}}
     assert decision_of(old, "a", GateConfig()) == "promote"
     assert decision_of(old, "a", GateConfig(horizon=200)) is None
     # What was missing may be there by now: a hold for that reason is measured again.

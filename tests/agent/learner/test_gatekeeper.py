@@ -21,6 +21,7 @@ from agent.adapters.identity import binding_of
 from agent.adapters.protocol import Provenance
 from agent.adapters.store import FolderStore
 from agent.errors import RatchetError
+from agent.learner.episode_specs import episode_keys, evaluation_specs
 from agent.learner.gate import GateConfig
 from agent.learner.gatekeeper import Gatekeeper, earlier_tasks
 from agent.learner.rollouts import run_episodes
@@ -170,3 +171,21 @@ def test_refusals(world: World, env: ChunkVectorEnv, tmp_path: Path) -> None:
     with pytest.raises(RatchetError) as refused:
         gate.run(nameless, world.first)
     assert refused.value.code == "gate.no_task"
+
+
+def test_several_draws_start_from_the_same_states_with_other_noise(
+    world: World, env: ChunkVectorEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TASKS["door-open"]
+    one = evaluation_specs(task, 6, CONFIG.seed, purpose="gate")
+    three = evaluation_specs(task, 6, CONFIG.seed, purpose="gate", draws=3)
+    assert three[:6] == one, "the first draw is the one of a gate with a single draw"
+    assert [s.initial_state for s in three] == [s.initial_state for s in one] * 3
+    assert len({s.seed for s in three}) == 18
+
+    single = keeper(world, env, tmp_path).run(world.first, "").comparisons[0]
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, draws=3))
+    drawn = keeper(world, env, tmp_path).run(world.first, "").comparisons[0]
+    assert list(drawn.candidate.episodes) == episode_keys(three)
+    assert drawn.candidate.trials == 18
+    assert dict(list(drawn.active.episodes.items())[:6]) == dict(single.active.episodes)

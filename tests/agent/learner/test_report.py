@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,7 +21,13 @@ from agent.errors import RatchetError
 from agent.learner.metrics import Cell, SuccessMatrix, measures
 from agent.learner.report import load_run, print_matrix, render, video_name, write_report
 from agent.learner.report_charts import diagnostic_curves, segments, success_curve
-from tests.agent.learner.sample_run import HELD_OUT, TASKS, sample_matrix, write_sample_run
+from tests.agent.learner.sample_run import (
+    HELD_OUT,
+    TASKS,
+    sample_comparison,
+    sample_matrix,
+    write_sample_run,
+)
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -119,6 +126,56 @@ def test_a_missing_part_is_named_and_the_rest_is_shown(folder: Path, absent: str
     assert "Missing from this run" in page.text
     assert absent in page.text
     assert HELD_OUT[0] in page.text or absent == "matrix.json"
+
+
+def test_a_shipped_adapter_is_shown_against_its_base_with_what_it_cost(folder: Path) -> None:
+    data = sample_comparison()
+    (folder / "comparison.json").write_text(json.dumps(data))
+    (folder / "matrix.json").unlink()
+    for path in (folder / "videos").iterdir():
+        path.rename(path.with_name(path.name.replace("__after", "__adapter").replace("__before", "__base")))
+    text = render(load_run(folder))
+    page = Page(text)
+    words = " ".join(page.text.split())
+    assert "Missing from this run" not in words
+    change = data["change"]
+    bounds = f"[{100 * change['low']:+.0f}, {100 * change['high']:+.0f}]"
+    assert f"{100 * change['estimate']:+.0f} points {bounds}" in words
+    assert "larger than its interval" in words
+    assert "NOT larger" not in words
+    # A mark per state, in the same order for both: 9 and 19 of 20, then 15 and 18.
+    marks = text.split('class="marks">')[1:]
+    assert [m.split("</td>")[0].count("●") for m in marks] == [9, 19, 15, 18]
+    assert [m.split("</td>")[0].count("●") + m.split("</td>")[0].count("○") for m in marks] == [20] * 4
+    assert marks[0].index("state-30") < marks[0].index("state-49")
+    # What was lost on a task that it never learned is there, and that it was not measured now.
+    assert HELD_OUT[0] in words
+    row = text[text.rindex(HELD_OUT[0], 0, text.index("Not measured in this run")) :].split("</tr>")[0]
+    for cell in ("60 %", "20 %", "8 / 0 of 20"):
+        assert f'<td class="n">{cell}</td>' in row
+    assert "-40 [" in row
+    assert "Not measured in this run" in words
+    assert "3 of 16" in words
+    assert "5a5a5a5a5a5a -> 6b6b6b6b6b6b" in words
+    assert "seq_ft: ratchet demo --suite x" in words
+    sides = [str(i["alt"]).rpartition(", ")[2] for i in page.images if str(i["src"]).startswith("data:image/gif")]
+    assert sides == ["adapter", "base", "adapter"], "of the first task only one was recorded"
+    assert "Continual learning" not in words.replace("Ratchet: continual learning", "")
+
+
+def test_no_gain_is_called_no_gain(folder: Path) -> None:
+    data = sample_comparison()
+    data["change"]["low"] = -0.01
+    (folder / "comparison.json").write_text(json.dumps(data))
+    assert "NOT larger than its interval" in " ".join(Page(render(load_run(folder))).text.split())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"verdict": {}}', '{"verdict": 3, "change": null}'])
+def test_a_damaged_comparison_is_named(folder: Path, text: str) -> None:
+    (folder / "comparison.json").write_text(text)
+    page = Page(render(load_run(folder)))
+    assert "comparison.json" in page.text
+    assert "Continual learning after stage" in " ".join(page.text.split())
 
 
 def test_an_empty_folder_gives_a_page_that_says_so(tmp_path: Path) -> None:
