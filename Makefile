@@ -11,6 +11,8 @@ DEBIAN := libegl1 libgl1 libosmesa6 libgl1-mesa-dri
 ROS_DEBIAN := cmake gcc g++ make
 export MUJOCO_GL ?= egl
 export PYOPENGL_PLATFORM ?= $(MUJOCO_GL)
+# Many tests wait for processes of their own; more than four at once start to wait for each other.
+TEST_PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 # Worker processes use the cores; threads inside each would fight over them.
 export OMP_NUM_THREADS ?= 1
 export LP_NUM_THREADS ?= 1
@@ -70,9 +72,9 @@ lint: setup
 	@$(VENV)/bin/mypy agent
 
 test: setup $(ROS_VENV)/.ready $(JAZZY_VENV)/.ready
-	@$(PY) -m tests.time_left
+	@$(PY) -m tests.time_left $(TEST_PROCESSES)
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 	@$(ROS_PY) -m pytest tests/ros2_ws
 
 clean:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from agent.runtime import priority
+
 HAS_ROS = importlib.util.find_spec("rclpy") is not None
 if not HAS_ROS:
     collect_ignore_glob = ["test_*.py"]
@@ -49,3 +51,10 @@ def ros() -> Iterator[None]:
     rclpy.init()
     yield
     rclpy.try_shutdown()
+
+
+@pytest.fixture(autouse=True)
+def ordinary_priority() -> Iterator[None]:
+    """A node in the test's own process asks for real-time scheduling: what runs after it must not inherit that."""
+    yield
+    priority.normal()

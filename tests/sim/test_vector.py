@@ -68,7 +68,9 @@ def test_workers_take_one_thread_whatever_the_parent_does(
     """Outside the Makefile nobody sets these, and a user may give the policy more: workers share the cores anyway."""
     monkeypatch.delenv("LP_NUM_THREADS", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    process = make(workers=1, slots_per_worker=1)._workers[0].process
+    env = make(workers=1, slots_per_worker=4)
+    play(env)  # a process that answers has its own environment: between fork and exec it is still the parent's
+    process = env._workers[0].process
     environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")  # type: ignore[attr-defined]
     for name in (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS", b"LP_NUM_THREADS"):
         assert name + b"=1" in environment
