@@ -80,7 +80,7 @@ class Spine(Week):
         self.rng = rng
         self.guard = threading.RLock()  # who is at work is changed by one at a time
         self.told: list[str] = []  # names of episodes that results named
-        self.goals = 0
+        self.goals = self.judged = 0
         self.rounds: list[dict[str, float]] = []  # what happened when after the last judgement, in seconds
         self.kills: Counter[str] = Counter()
         self.restarts = 0  # of the nodes, where the policy's process had died too often
@@ -132,7 +132,8 @@ class Spine(Week):
         while (card := self.page.next()) is not None:
             if card["reason"] in WHOLE and counted < wanted:
                 # Of each pair one was a success: what the arm did decides nothing here, a person's word does.
-                self.page.judge(card["id"], "success" if counted % 2 == 0 else "failure")
+                self.page.judge(card["id"], "success" if self.judged % 2 == 0 else "failure")
+                self.judged += 1
                 counted += 1
             else:
                 self.page.judge(card["id"], "discard")
