@@ -111,17 +111,31 @@ class Spine(Week):
     def mend(self, error: dict[str, Any]) -> None:
         """What a person does about a refusal that does not pass by itself."""
         if self.beside.status.get("state") == "failed":
-            with self.guard:
-                assert self.up is not None
-                self.up.end()
-                before = self.beside.statuses
-                self.up = self.start("ratchet up")
-                self.restarts += 1
-            self.beside.wait_for(lambda: self.beside.statuses > before, "the new nodes' status")
+            self.start_nodes_again()
         elif error["code"] == "safety.latched":
             self.beside.do("clear", person="ada", patience=LIMIT)
         elif error["code"] not in ("policy.not_ready", "ros.no_data", "ros.not_active", "ros.no_safety_node"):
             raise RuntimeError(f"a goal was refused: {error}")
+
+    def start_nodes_again(self) -> None:
+        """A policy process that died while it was started again is not tried once more: its nodes are."""
+        with self.guard:
+            assert self.up is not None
+            self.up.end()
+            before = self.beside.statuses
+            self.up = self.start("ratchet up")
+            self.restarts += 1
+        self.beside.wait_for(lambda: self.beside.statuses > before, "the new nodes' status")
+
+    def runs(self, adapter: str) -> None:
+        """Wait until the arm has it, whoever dies meanwhile."""
+        while True:
+            seen = self.beside.see(
+                lambda s: s["adapter_id"] == adapter or s["state"] == "failed", "the promoted adapter at the arm"
+            )
+            if seen["state"] != "failed":
+                return
+            self.start_nodes_again()
 
     def judge(self, wanted: int) -> int:
         """Everything that waits on the page: attempts that came to their end as they went, the rest is discarded;
@@ -154,10 +168,17 @@ class Spine(Week):
         code, out = self.say("ratchet adapters promote")
         assert code == 0, out
         moments["promoted"] = time.monotonic() - began
-        self.beside.see(lambda s: s["adapter_id"] == candidate, "the promoted adapter at the arm")
+        self.runs(candidate)
         moments["swapped"] = self.beside.status_at - began
         self.rounds.append(moments)
-        self.in_force(candidate)
+        while True:
+            try:
+                self.in_force(candidate)
+                break
+            except TimeoutError:
+                if self.beside.status.get("state") != "failed":
+                    raise
+                self.start_nodes_again()
 
     def _held(self) -> str:
         ledger = self.ledger()
