@@ -125,7 +125,7 @@ class Spine(Week):
             before = self.beside.statuses
             self.up = self.start("ratchet up")
             self.restarts += 1
-        self.beside.wait_for(lambda: self.beside.statuses > before, "the new nodes' status")
+            self.beside.wait_for(lambda: self.beside.statuses > before, "the new nodes' status")
 
     def runs(self, adapter: str) -> None:
         """Wait until the arm has it, whoever dies meanwhile."""
