@@ -49,8 +49,8 @@ def test_the_shipped_store_is_sound_and_says_where_it_comes_from(tmp_path: Path)
     verdict = card.provenance.gate
     assert verdict["decision"] == "promote"
     assert verdict["active"] == "", "measured against the base"
-    # More draws and other noise than a demo has time for. One held-out task fell, which the card tells.
-    measured = dataclasses.replace(SHIP.gate, draws=3, seed=1, held_out="report")
+    # With noise of its own, which the demo's is not. One held-out task fell, which the card tells.
+    measured = dataclasses.replace(SHIP.gate, seed=1, held_out="report")
     assert verdict["config"] == dataclasses.asdict(measured)
     assert all(row["episodes"] == 60 for row in verdict["tasks"])
     told = {row["task"]: row["role"] for row in verdict["tasks"]}
