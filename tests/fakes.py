@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 
-from agent.contract import RobotContract
-from agent.errors import RatchetError
-from agent.records import Float32, UInt8
-from sim.base import TaskEnv, TaskInfo
+from ratchet_sim.base import TaskEnv, TaskInfo
+from ratchet_vla.contract import RobotContract
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.records import Float32, UInt8
 
 
 class FakeTaskEnv(TaskEnv):

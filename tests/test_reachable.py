@@ -20,14 +20,14 @@ CORRECTIONS = "corrections as training data: no verb trains from stored episodes
 DEVICES = "devices of a real arm: no verb or node opens these yet"
 
 WAITING_MODULES = {
-    "agent.episodes.warmstart": CORRECTIONS,
-    "agent.runtime.teleop": DEVICES,
-    "agent.runtime.teleop_devices": DEVICES,
+    "ratchet_vla.episodes.exchange.samples": CORRECTIONS,
+    "ratchet_vla.runtime.teleop.operator": DEVICES,
+    "ratchet_vla.runtime.teleop.devices": DEVICES,
 }
 WAITING_NAMES = {
-    "calibration/action_checks.py paced": DEVICES,
-    "calibration/camera_checks.py depth_scale": DEVICES,
-    "sim/vector.py close_extras": "gymnasium calls it",
+    "calibration/ratchet_calibration/arms/action_checks.py paced": DEVICES,
+    "calibration/ratchet_calibration/cameras/checks.py depth_scale": DEVICES,
+    "sim/ratchet_sim/workers/vector.py close_extras": "gymnasium calls it",
 }
 
 
@@ -50,7 +50,8 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def named_in(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules that a module imports, at any depth, or names in a string such as "agent.runtime.policy_worker"."""
+    """Modules that a module imports, at any depth, or names in a string such as
+    "ratchet_vla.runtime.inference.worker"."""
     reached: set[str] = set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(parsed(path)):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from agent.cli import estimate
+from ratchet_vla.cli import estimate
 
 DURATIONS = Path(__file__).with_name("durations.json")
 UNKNOWN = 0.5  # s, of a test in a file that nobody has timed

@@ -12,7 +12,7 @@ for lock in "$@"; do requirements+=(-r "$lock"); done
 "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-deps "${requirements[@]}"
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 theirs=$("$main/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-printf '%s\n' "$theirs" "$root" "$root/ros2_ws/src/ratchet_ros" > "$site/ratchet.pth"
+printf '%s\n' "$theirs" "$root/agent" "$root/sim" "$root/calibration" "$root/ros2_ws/src/ratchet_ros" > "$site/ratchet.pth"
 # No optimisation: messages are moved, not computed, and the compiler is what takes the time.
 export PATH="$venv/bin:$PATH" AMENT_PREFIX_PATH="$venv"
 for package in "$root"/ros2_ws/src/ratchet_msgs "$root"/tests/ros2_ws/stand_ins/control_msgs; do

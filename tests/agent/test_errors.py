@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import RatchetError
+from ratchet_vla.errors import RatchetError
 
 words = st.text(max_size=40)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.records import ActionChunk, Episode, Observation, Step
+from ratchet_vla.records import ActionChunk, Episode, Observation, Step
 
 
 def observation() -> Observation:

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from calibration.boards import Board
-from calibration.camera_model import CameraModel
-from calibration.detection import Detection
-from calibration.geometry import Float, inverse, small, transform
+from ratchet_calibration.boards.board import Board
+from ratchet_calibration.boards.detection import Detection
+from ratchet_calibration.cameras.model import CameraModel
+from ratchet_calibration.geometry import Float, inverse, small, transform
 
 BOARD = Board()
 CAMERA = CameraModel(640, 480, 610.0, 612.0, 325.0, 236.0)

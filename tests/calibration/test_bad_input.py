@@ -17,14 +17,16 @@ import numpy as np
 import pytest
 import yaml
 
-from agent.errors import RatchetError
-from calibration import drift, export, handeye, intrinsics
-from calibration.boards import Board
-from calibration.camera_model import CameraModel
-from calibration.detection import Detection, detect
-from calibration.geometry import inverse, small
-from calibration.record import Calibration
-from calibration.store import FILE, CalibrationStore
+from ratchet_calibration.boards.board import Board
+from ratchet_calibration.boards.detection import Detection, detect
+from ratchet_calibration.cameras import drift, intrinsics
+from ratchet_calibration.cameras.model import CameraModel
+from ratchet_calibration.geometry import inverse, small
+from ratchet_calibration.handeye import estimate as handeye
+from ratchet_calibration.store import export
+from ratchet_calibration.store.folder import FILE, CalibrationStore
+from ratchet_calibration.store.record import Calibration
+from ratchet_vla.errors import RatchetError
 from tests.calibration import scenes
 from tests.calibration.scenes import BOARD, CAMERA, drawn, pose, seen
 

@@ -11,9 +11,6 @@ import numpy as np
 from control_msgs.action import GripperCommand
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from ratchet_msgs import msg
-from ratchet_ros import qos
-from ratchet_ros.safety_node import SafetyNode
-from ratchet_ros.times import to_time
 from rclpy.action import ActionServer
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -22,7 +19,10 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
-from agent.contract import RobotContract
+from ratchet_ros.messages import qos
+from ratchet_ros.messages.times import to_time
+from ratchet_ros.safety.node import SafetyNode
+from ratchet_vla.contract import RobotContract
 from tests.ros2_ws.graph import ROOT, Watcher
 
 TYPES = {

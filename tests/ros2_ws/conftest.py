@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.runtime import priority
+from ratchet_vla.runtime.control import priority
 
 HAS_ROS = importlib.util.find_spec("rclpy") is not None
 if not HAS_ROS:
@@ -36,7 +36,7 @@ def _take_domain() -> int:
 
 
 if HAS_ROS:
-    from ratchet_ros import dds
+    from ratchet_ros.messages import dds
 
     os.environ["ROS_DOMAIN_ID"] = str(_take_domain())
     for name in dds.VARIABLES:

@@ -20,7 +20,7 @@ from rclpy.action import ActionClient
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 
-from agent.cli.main import main
+from ratchet_vla.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60.0

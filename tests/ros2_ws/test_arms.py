@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from geometry_msgs.msg import TwistStamped
 from ratchet_msgs import msg
-from ratchet_ros import qos
-from ratchet_ros.checks import GraphCheck, worst
 from std_msgs.msg import Float64MultiArray
 
-from agent.contract import RobotContract
+from ratchet_ros.messages import qos
+from ratchet_ros.tools.checks import GraphCheck, worst
+from ratchet_vla.contract import RobotContract
 from tests.ros2_ws.arm import MockArm, Rig, small_action
 from tests.ros2_ws.graph import ROOT, Watcher
 

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from ratchet_msgs import msg
 from ratchet_msgs.action import RunTask
-from ratchet_ros import qos
 
-from agent.episodes.store import EpisodeStore
-from agent.episodes.verification import Label, Verification
-from agent.runtime import orders
-from agent.runtime.session import Session
+from ratchet_ros.messages import qos
+from ratchet_vla.episodes.library.store import EpisodeStore
+from ratchet_vla.episodes.library.verification import Label, Verification
+from ratchet_vla.runtime.session import orders
+from ratchet_vla.runtime.session.manifest import Session
 from tests.ros2_ws.graph import ROOT, Graph, Watcher, active, ratchet
 
 CONTRACT = str(ROOT / "robots" / "metaworld.yaml")
@@ -44,7 +44,7 @@ class Arm:
             "policy_node",
             **timed,
             policy_python=str(ROOT / ".venv" / "bin" / "python"),
-            policy_module="agent.testing.fake_policy_worker",
+            policy_module="ratchet_vla.testing.fake_policy_worker",
             policy_options='{"image_size": 96, "chunk": 8}',
             judge="operator",
             mode="collect",

@@ -19,20 +19,20 @@ import numpy as np
 import pytest
 import yaml
 from ratchet_msgs import msg
-from ratchet_ros import decode, qos
-from ratchet_ros.camera_node import CameraNode
-from ratchet_ros.node import RatchetNode
-from ratchet_ros.teleop_node import TeleopNode
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CameraInfo, Image, Joy
 
-from agent.contract import RobotContract
-from calibration.boards import Board
-from calibration.camera_model import CameraModel
-from calibration.record import Calibration
-from calibration.store import CalibrationStore
+from ratchet_calibration.boards.board import Board
+from ratchet_calibration.cameras.model import CameraModel
+from ratchet_calibration.store.folder import CalibrationStore
+from ratchet_calibration.store.record import Calibration
+from ratchet_ros.devices.camera import CameraNode
+from ratchet_ros.devices.teleop import TeleopNode
+from ratchet_ros.messages import decode, qos
+from ratchet_ros.nodes.base import RatchetNode
+from ratchet_vla.contract import RobotContract
 from tests.ros2_ws.graph import ROOT, Watcher
 
 Start = Callable[..., Any]

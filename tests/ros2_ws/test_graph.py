@@ -24,21 +24,21 @@ import torch
 from action_msgs.msg import GoalStatus
 from ratchet_msgs import msg, srv
 from ratchet_msgs.action import RunTask
-from ratchet_ros import qos
 from rclpy.serialization import deserialize_message
 from rosbags.rosbag2 import Reader
 
-from agent.adapters.lora import attach, lora_config
-from agent.adapters.store import FolderStore
-from agent.episodes.store import EpisodeStore
-from agent.episodes.verification import Verification
-from agent.learner.rollout_batch import RolloutBatch
-from agent.learner.samples import log_prob_gap, to_batch
-from agent.learner.update import UpdateConfig, Updater
-from agent.policy import checkpoint
-from agent.policy.protocol import PolicyInput
-from sim.robot import SimRobot
-from tests.conformance.swap_suite import noise
+from ratchet_ros.messages import qos
+from ratchet_sim.robot import SimRobot
+from ratchet_vla.adapters.lora.layers import attach, lora_config
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.episodes.library.store import EpisodeStore
+from ratchet_vla.episodes.library.verification import Verification
+from ratchet_vla.learner.rollouts.batch import RolloutBatch
+from ratchet_vla.learner.rollouts.samples import log_prob_gap, to_batch
+from ratchet_vla.learner.update.step import UpdateConfig, Updater
+from ratchet_vla.policy.checkpoints import own as checkpoint
+from ratchet_vla.policy.protocol import PolicyInput
+from ratchet_vla.testing.conformance.swap import noise
 from tests.ros2_ws.graph import ROOT, Graph, Watcher, active, ratchet
 
 POLICY = ROOT / "models" / "small-metaworld"
@@ -421,7 +421,7 @@ def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
 def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Running) -> None:
     handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 10, "motion")
-    child(running, "policy_worker").send_signal(signal.SIGKILL)
+    child(running, "inference.worker").send_signal(signal.SIGKILL)
     result = running.watcher.result(handle)
     assert (result.result.termination, result.result.code) == ("fault", "policy.crashed")
     running.watcher.until(running.at_rest, "the hold after the crash")
@@ -437,7 +437,7 @@ def test_a_killed_recorder_costs_one_file_and_no_motion(running: Running) -> Non
     kept = set(EpisodeStore(running.episodes).cards())
     handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 30, "motion")
-    child(running, "recorder_process").send_signal(signal.SIGKILL)
+    child(running, "recorder.process").send_signal(signal.SIGKILL)
     before = len(running.applied)
     running.watcher.until(lambda: len(running.applied) > before + 20, "motion without a recorder")
     handle.cancel_goal_async()

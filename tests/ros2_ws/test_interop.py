@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ratchet_msgs import msg
-from ratchet_ros import qos
 
+from ratchet_ros.messages import qos
 from tests.ros2_ws.graph import INHERITED, ROOT, Graph, Watcher, active
 
 JAZZY = str(ROOT / ".venv-jazzy" / "bin" / "python")
@@ -39,7 +39,7 @@ def test_a_graph_of_two_distributions(ros: None, tmp_path: Path) -> None:
             "policy_node",
             **timed,
             policy_python=str(ROOT / ".venv" / "bin" / "python"),
-            policy_module="agent.testing.fake_policy_worker",
+            policy_module="ratchet_vla.testing.fake_policy_worker",
             policy_options='{"image_size": 96, "chunk": 8}',
             judge="scene",
             mode="collect",

@@ -11,12 +11,12 @@ import threading
 
 import pytest
 from ratchet_msgs import msg
-from ratchet_ros.judge import RosJudge
-from ratchet_ros.times import to_time
 
-from agent.records import ControlTick, Mark
-from agent.runtime.judging import Attempt, Judgement
-from agent.runtime.outcome import Termination
+from ratchet_ros.messages.times import to_time
+from ratchet_ros.policy.judge import RosJudge
+from ratchet_vla.records import ControlTick, Mark
+from ratchet_vla.runtime.control.judging import Attempt, Judgement
+from ratchet_vla.runtime.control.outcome import Termination
 
 PERIOD = 0.05
 STOPPED = Attempt(Termination.FAILURE, 4, 0)

@@ -4,7 +4,7 @@ It is the reason for a last stage of its own. Pinned: silence brakes and then ho
 back with the ramp; a state that stops arriving holds; an emergency stop, a value that is not finite and a second sender
 latch until a named person clears them, and never while the stop is pressed; a dead-man switch that is not held stops; a
 policy node killed with SIGKILL and a simulation that stands still leave the arm at rest. Determinism: only the order of
-events is asserted, never how fast this machine is; how fast it is stands in benchmarks/fault_to_hold.py.
+events is asserted, never how fast this machine is; how fast it is stands in benchmarks/runtime/fault_to_hold.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from ratchet_msgs import msg, srv
 from ratchet_msgs.action import RunTask
-from ratchet_ros import qos
-from ratchet_ros.times import to_time
 from std_msgs.msg import Bool
 
-from agent.records import Mark
+from ratchet_ros.messages import qos
+from ratchet_ros.messages.times import to_time
+from ratchet_vla.records import Mark
 from tests.ros2_ws.arm import Rig, small_action
 from tests.ros2_ws.graph import ROOT, Graph, Watcher, active
 
@@ -168,7 +168,7 @@ def start_policy(graph: Graph) -> None:
         use_sim_time=True,
         clock_timeout=2.0,
         policy_python=str(ROOT / ".venv" / "bin" / "python"),
-        policy_module="agent.testing.fake_policy_worker",
+        policy_module="ratchet_vla.testing.fake_policy_worker",
         policy_options='{"image_size": 96, "chunk": 20}',
         judge="none",
     )

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.store import FolderStore
-from agent.episodes.store import EpisodeStore
-from agent.episodes.verification import Verification
-from benchmarks.week import AT_THE_ARM, ROOT, Beside, Week, eventually
+from benchmarks.product.week import AT_THE_ARM, ROOT, Beside, Week, eventually
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.episodes.library.store import EpisodeStore
+from ratchet_vla.episodes.library.verification import Verification
 
 JAZZY = str(ROOT / ".venv-jazzy" / "bin" / "python")
 ENDLESS = 100_000  # control periods of a motion that ends when somebody ends it

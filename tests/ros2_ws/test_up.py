@@ -18,19 +18,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.cli import graph as graphs
-from agent.cli.main import main
-from agent.runtime.session import Session
+from ratchet_vla.cli.main import main
+from ratchet_vla.cli.nodes import graph as graphs
+from ratchet_vla.paths import python_path
+from ratchet_vla.runtime.session.manifest import Session
 from tests.ros2_ws.graph import ROOT, Graph, Watcher, active
 
-FAKE = ["--policy-module", "agent.testing.fake_policy_worker", "--policy-options", '{"image_size": 96}']
+FAKE = ["--policy-module", "ratchet_vla.testing.fake_policy_worker", "--policy-options", '{"image_size": 96}']
 
 
 def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
     logs, robot = tmp_path / "logs", tmp_path / "robot"
-    command = [sys.executable, "-m", "agent.cli.main", "up", "sim", "--logs", str(logs), "--json", *FAKE]
+    command = [sys.executable, "-m", "ratchet_vla.cli.main", "up", "sim", "--logs", str(logs), "--json", *FAKE]
     command += ["--robot", str(robot), "--learner", "tcp://127.0.0.1:9", "--plain", "--speed", "0.5"]
-    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ) | {"PYTHONPATH": python_path(inherited=False)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )
@@ -161,9 +162,9 @@ def test_what_waiting_does_not_mend_is_told_once_and_ends_the_node(ros: None, tm
 
 def test_a_policy_that_does_not_fit_ends_up_with_that_code(ros: None, tmp_path: Path) -> None:
     """The real node, given a base of another robot."""
-    command = [sys.executable, "-m", "agent.cli.main", "up", "sim", "--logs", str(tmp_path / "logs"), "--json"]
+    command = [sys.executable, "-m", "ratchet_vla.cli.main", "up", "sim", "--logs", str(tmp_path / "logs"), "--json"]
     command += ["--policy", str(ROOT / "models/small-libero-object"), "--robot", str(tmp_path / "robot")]
-    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ) | {"PYTHONPATH": python_path(inherited=False)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
     assert done.returncode == 2, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["error"]["code"] == "compat.refused"

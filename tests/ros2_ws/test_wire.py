@@ -21,14 +21,14 @@ from geometry_msgs.msg import PoseStamped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from ratchet_ros import arm_side, decode, encode
-from ratchet_ros.times import seconds, to_time
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
-from agent.contract import CameraSpec, RobotContract
-from agent.contract.topics import CommandSink
-from agent.errors import RatchetError
-from agent.runtime import rotation
+from ratchet_ros.messages import arm_side, decode, encode
+from ratchet_ros.messages.times import seconds, to_time
+from ratchet_vla.contract import CameraSpec, RobotContract
+from ratchet_vla.contract.topics import CommandSink
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.runtime import rotation
 from tests.ros2_ws.graph import ROOT
 
 METAWORLD = RobotContract.load(ROOT / "robots" / "metaworld.yaml")

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.contract import ActionDim, GripperSpec, RobotContract
-from agent.errors import RatchetError
-from agent.records import Float32
-from sim import registry
-from sim.base import Expert, TaskEnv
-from sim.demonstrations import Demonstrations, NoiseConfig, collect, demonstrate
+from ratchet_sim import registry
+from ratchet_sim.base import Expert, TaskEnv
+from ratchet_sim.demonstrations import Demonstrations, NoiseConfig, collect, demonstrate
+from ratchet_vla.contract import ActionDim, GripperSpec, RobotContract
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.records import Float32
 from tests.fakes import FakeTaskEnv
 
 CHUNK = 4

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.errors import RatchetError
-from sim import registry
-from sim.perturbations import BASE_SHIFT, KINDS, LIGHT_FACTOR
+from ratchet_sim import registry
+from ratchet_sim.perturbations import BASE_SHIFT, KINDS, LIGHT_FACTOR
+from ratchet_vla.errors import RatchetError
 
 TASK = "button-press"
 

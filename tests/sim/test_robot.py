@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from agent.errors import RatchetError
-from sim.registry import make_expert
-from sim.robot import SimRobot
-from tests.conformance.robot_suite import RobotConformance
+from ratchet_sim.registry import make_expert
+from ratchet_sim.robot import SimRobot
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.testing.conformance.robot import RobotConformance
 
 
 @pytest.fixture

@@ -1,22 +1,22 @@
-"""The ament_python package of the nodes. `agent` and `sim` come from the ratchet-vla package of the same version."""
+"""The ament_python package of the nodes. What they run comes from the ratchet-vla package of the same version."""
 
 from glob import glob
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 NODES = {
-    "policy_node": "ratchet_ros.policy_node",
-    "safety_node": "ratchet_ros.safety_node",
-    "camera_node": "ratchet_ros.camera_node",
-    "teleop_node": "ratchet_ros.teleop_node",
-    "sim_robot_node": "ratchet_ros.sim_robot_node",
-    "robot_driver_check": "ratchet_ros.robot_driver_check",
+    "policy_node": "ratchet_ros.policy.node",
+    "safety_node": "ratchet_ros.safety.node",
+    "camera_node": "ratchet_ros.devices.camera",
+    "teleop_node": "ratchet_ros.devices.teleop",
+    "sim_robot_node": "ratchet_ros.devices.sim_robot",
+    "robot_driver_check": "ratchet_ros.tools.robot_driver_check",
 }
 
 setup(
     name="ratchet_ros",
     version="0.1.0",
-    packages=["ratchet_ros"],
+    packages=find_packages(include=["ratchet_ros", "ratchet_ros.*"]),
     data_files=[
         ("share/ament_index/resource_index/packages", ["resource/ratchet_ros"]),
         ("share/ratchet_ros", ["package.xml"]),

@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agent.adapters.difference import change
-from agent.adapters.identity import Adapter, Binding
-from agent.adapters.lora import scaled, scaling_of, split_name
-from agent.errors import RatchetError
+from ratchet_vla.adapters.difference import change
+from ratchet_vla.adapters.identity import Adapter, Binding
+from ratchet_vla.adapters.lora.layers import scaled, scaling_of, split_name
+from ratchet_vla.errors import RatchetError
 from tests.agent.adapters.tiny import made
 
 

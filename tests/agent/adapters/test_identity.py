@@ -14,16 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.adapters.identity import (
-    Adapter,
-    Binding,
-    action_space_of,
-    adapter_id,
-    binding_of,
-    canonical_config,
-)
-from agent.errors import RatchetError
-from agent.storage.canonical import canonical_json
+from ratchet_vla.adapters.identity import Adapter, Binding, action_space_of, adapter_id, binding_of, canonical_config
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.storage.canonical import canonical_json
 from tests.agent.adapters.tiny import SPEC, TinyPolicy
 
 A = "base_model.model.x.lora_A.weight"

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agent.adapters.identity import binding_of
-from agent.adapters.lora import attach, lora_config, peft_config
-from agent.adapters.peft_format import CONFIG, WEIGHTS, export_folder, import_folder
-from agent.adapters.store import FolderStore
+from ratchet_vla.adapters.identity import binding_of
+from ratchet_vla.adapters.lora.layers import attach, lora_config, peft_config
+from ratchet_vla.adapters.peft_format import CONFIG, WEIGHTS, export_folder, import_folder
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.testing.conformance.store import refused
 from tests.agent.adapters.tiny import TinyPolicy, batch, randomised, tiny
-from tests.conformance.store_suite import refused
 
 
 def peft_folder(folder: Path, seed: int = 3, **options: object) -> tuple[torch.Tensor, Path]:

@@ -7,10 +7,10 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from agent.adapters.identity import Adapter, Binding, binding_of
-from agent.adapters.lora import Lora, attach, lora_config
-from agent.contract import PolicySpec
-from agent.policy.protocol import Chunks, PolicyInput
+from ratchet_vla.adapters.identity import Adapter, Binding, binding_of
+from ratchet_vla.adapters.lora.layers import Lora, attach, lora_config
+from ratchet_vla.contract import PolicySpec
+from ratchet_vla.policy.protocol import Chunks, PolicyInput
 
 CHUNK = 2
 DIMS = 3

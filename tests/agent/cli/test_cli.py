@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.store import FolderStore
-from agent.cli.main import main
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -57,7 +57,7 @@ def test_help_has_a_command_to_copy(verb: str, capsys: pytest.CaptureFixture[str
 def test_beside_an_arm_a_verb_loads_only_what_it_needs(verb: str, heavy: str) -> None:
     """Seconds of a robot's processor at every start."""
     script = (
-        "import sys\nfrom agent.cli.main import main\n"
+        "import sys\nfrom ratchet_vla.cli.main import main\n"
         f"try:\n    main(['{verb}', '--help'])\nexcept SystemExit:\n    pass\n"
         f"sys.exit('{heavy}' in sys.modules)"
     )
@@ -110,7 +110,7 @@ def test_an_empty_store_lists_and_verifies(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    command = f"set -o pipefail; {sys.executable} -m agent.cli.main study run --help | true"
+    command = f"set -o pipefail; {sys.executable} -m ratchet_vla.cli.main study run --help | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode in (0, 141)  # 0 where all of it was written before the reader left
     assert "Traceback" not in done.stderr

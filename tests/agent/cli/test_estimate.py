@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.cli import estimate
+from ratchet_vla.cli import estimate
 
 
 def test_a_machine_of_half_the_speed_takes_twice_as_long() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.contract import RobotContract
-from agent.records import ActionChunk, ControlTick, Episode, Mark, Observation, SafetyEvent, Step
+from ratchet_vla.contract import RobotContract
+from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observation, SafetyEvent, Step
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.episodes.earned import doubt, machine_word, require_goal, require_same, require_temperature
-from agent.errors import RatchetError
-from agent.records import ActionChunk, ControlTick, Episode, Mark, Observation, Step
-from agent.runtime.outcome import Termination
+from ratchet_vla.episodes.earned import doubt, machine_word, require_goal, require_same, require_temperature
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observation, Step
+from ratchet_vla.runtime.control.outcome import Termination
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from agent.adapters.hotswap import HotSwapper
-from agent.adapters.lora import Lora, attach, lora_config
-from agent.adapters.store import FolderStore
-from agent.contract import RobotContract
-from agent.learner.distributed import Ranks
-from agent.learner.evaluations import KnownEvaluations
-from agent.learner.methods.base import SeqFT
-from agent.learner.sequence import SequenceConfig, SequentialRun
-from agent.learner.update import UpdateConfig
-from agent.policy import presets
-from agent.policy.action_tokens import Statistics
-from agent.policy.prismatic import PrismaticPolicy
-from agent.policy.text import train_tokenizer
-from sim.base import TaskInfo
-from sim.vector import ChunkVectorEnv
+from ratchet_sim.base import TaskInfo
+from ratchet_sim.workers.vector import ChunkVectorEnv
+from ratchet_vla.adapters.lora.layers import Lora, attach, lora_config
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.adapters.swap.hotswap import HotSwapper
+from ratchet_vla.contract import RobotContract
+from ratchet_vla.learner.methods.base import SeqFT
+from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations
+from ratchet_vla.learner.sequence import SequenceConfig, SequentialRun
+from ratchet_vla.learner.update.ranks import Ranks
+from ratchet_vla.learner.update.step import UpdateConfig
+from ratchet_vla.policy import presets
+from ratchet_vla.policy.discrete.action_tokens import Statistics
+from ratchet_vla.policy.discrete.policy import PrismaticPolicy
+from ratchet_vla.policy.discrete.text import train_tokenizer
 from tests import fakes
 
 ROOT = Path(__file__).resolve().parents[3]

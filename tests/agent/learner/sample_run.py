@@ -10,10 +10,10 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 
-from agent.learner.gate import Comparison, GateConfig, judge
-from agent.learner.intervals import mean
-from agent.learner.metrics import Cell, SuccessMatrix
-from agent.learner.report import video_name
+from ratchet_vla.learner.gate.verdict import Comparison, GateConfig, judge
+from ratchet_vla.learner.measures.intervals import mean
+from ratchet_vla.learner.measures.metrics import Cell, SuccessMatrix
+from ratchet_vla.learner.report.page import video_name
 
 TASKS = ("pick_up_the_alphabet_soup_and_place_it_in_the_basket", "open <the> [top] drawer & wait", "push-v3")
 HELD_OUT = ("close_the_microwave", "button-press-v3")

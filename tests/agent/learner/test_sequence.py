@@ -21,17 +21,17 @@ import psutil
 import pytest
 import torch
 
-from agent.adapters.identity import binding_of
-from agent.adapters.lora import Lora
-from agent.adapters.protocol import Provenance
-from agent.adapters.store import FolderStore
-from agent.errors import RatchetError
-from agent.learner.methods.ewc import EWC
-from agent.learner.metrics import SuccessMatrix
-from agent.learner.sequence import SequentialRun, Stop
-from agent.learner.update import Updater
-from agent.policy.noise import derive_seed
-from agent.policy.prismatic import PrismaticPolicy
+from ratchet_vla.adapters.identity import binding_of
+from ratchet_vla.adapters.lora.layers import Lora
+from ratchet_vla.adapters.protocol import Provenance
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.measures.metrics import SuccessMatrix
+from ratchet_vla.learner.methods.ewc import EWC
+from ratchet_vla.learner.sequence import SequentialRun, Stop
+from ratchet_vla.learner.update.step import Updater
+from ratchet_vla.policy.discrete.policy import PrismaticPolicy
+from ratchet_vla.policy.noise import derive_seed
 from tests.agent.learner import runs
 from tests.agent.learner.runs import CONFIG, ROOT, start, tiny_with_adapter
 

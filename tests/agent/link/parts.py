@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agent.adapters.files import Files
-from agent.adapters.store import FolderStore
-from agent.link import keys
-from agent.link.client import LinkClient
-from agent.link.fetch import Fetcher
-from agent.link.inbox import Inbox
-from agent.link.journal import Journal
-from agent.link.outbox import Outbox
-from agent.link.server import LinkServer
-from agent.link.shelf import AdapterShelf
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.link import keys
+from ratchet_vla.link.learner.inbox import Inbox
+from ratchet_vla.link.learner.server import LinkServer
+from ratchet_vla.link.learner.shelf import AdapterShelf
+from ratchet_vla.link.robot.client import LinkClient
+from ratchet_vla.link.robot.fetch import Fetcher
+from ratchet_vla.link.robot.outbox import Outbox
+from ratchet_vla.storage.files import Files
+from ratchet_vla.storage.journal import Journal
 
 
 class LearnerEnd:

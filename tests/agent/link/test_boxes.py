@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.files import Files
-from agent.errors import RatchetError
-from agent.link.inbox import Inbox, Parcel
-from agent.link.journal import Journal
-from agent.link.outbox import Outbox, history
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.link.learner.inbox import Inbox, Parcel
+from ratchet_vla.link.robot.outbox import Outbox, history
+from ratchet_vla.storage.files import Files
+from ratchet_vla.storage.journal import Journal
 
 
 class Killed(BaseException):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import RatchetError
-from agent.link import keys
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.link import keys
 
 
 def test_a_pair_is_private_and_can_be_read(tmp_path: Path) -> None:

@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 import zmq
 
-from agent.adapters.files import Files
-from agent.adapters.peft_format import WEIGHTS
-from agent.adapters.protocol import BASE, Provenance
-from agent.adapters.store import FolderStore
-from agent.errors import RatchetError
-from agent.link import keys, wire
-from agent.link.client import LinkClient
-from agent.link.follow import Follower
-from agent.link.outbox import Outbox
-from agent.link.server import LinkServer
+from ratchet_vla.adapters.peft_format import WEIGHTS
+from ratchet_vla.adapters.protocol import BASE, Provenance
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.link import keys, wire
+from ratchet_vla.link.learner.server import LinkServer
+from ratchet_vla.link.robot.client import LinkClient
+from ratchet_vla.link.robot.follow import Follower
+from ratchet_vla.link.robot.outbox import Outbox
+from ratchet_vla.storage.files import Files
 from tests.agent.adapters.tiny import made
 from tests.agent.link.parts import LearnerEnd, RobotEnd, both
 

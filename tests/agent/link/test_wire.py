@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.errors import RatchetError
-from agent.link import wire
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.link import wire
 
 HASH = "ab" * 32
 EXAMPLES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Policies and observations for the tests of agent.policy: small, seeded, made from the repository's own contracts."""
+"""Policies and observations for the tests of ratchet_vla.policy: small, seeded, from the repository's own contracts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from agent.contract import PolicySpec, RobotContract
-from agent.policy.action_tokens import Statistics
-from agent.policy.flow import FlowPolicy, FlowStatistics
-from agent.policy.presets import small, small_flow, spec_for
-from agent.policy.prismatic import PrismaticConfig, PrismaticPolicy
-from agent.policy.protocol import Policy, PolicyInput
-from agent.policy.text import train_tokenizer
+from ratchet_vla.contract import PolicySpec, RobotContract
+from ratchet_vla.policy.discrete.action_tokens import Statistics
+from ratchet_vla.policy.discrete.policy import PrismaticConfig, PrismaticPolicy
+from ratchet_vla.policy.discrete.text import train_tokenizer
+from ratchet_vla.policy.flow.policy import FlowPolicy, FlowStatistics
+from ratchet_vla.policy.presets import small, small_flow, spec_for
+from ratchet_vla.policy.protocol import Policy, PolicyInput
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "oft_one_image"

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from agent.contract import GripperSpec, RobotContract
-from agent.errors import RatchetError
-from agent.policy import presets
-from agent.policy.commands import policy_actions, robot_actions
+from ratchet_vla.contract import GripperSpec, RobotContract
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy import presets
+from ratchet_vla.policy.commands import policy_actions, robot_actions
 
 LIBERO = RobotContract.load(Path(__file__).resolve().parents[3] / "robots" / "libero.yaml")
 SPEC = presets.spec_for(LIBERO, cameras=["agentview"], state=[], chunk=2, statistics_key="libero")

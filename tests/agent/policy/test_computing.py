@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from agent.errors import RatchetError
-from agent.policy import computing
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy import computing
 from tests.agent.policy import samples
 
 CPU = torch.device("cpu")

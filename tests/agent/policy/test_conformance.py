@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import pytest
 
-from agent.policy.prismatic import PrismaticPolicy
-from agent.policy.protocol import Policy, PolicyInput
-from benchmarks import parity_oft
+from benchmarks.science import parity_oft
+from ratchet_vla.policy.discrete.policy import PrismaticPolicy
+from ratchet_vla.policy.protocol import Policy, PolicyInput
+from ratchet_vla.testing.conformance.policy import PolicyConformance
 from tests.agent.policy import samples
-from tests.conformance.policy_suite import PolicyConformance
 
 
 class TestSmall(PolicyConformance):

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agent.errors import RatchetError
-from agent.policy import device
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy import device
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

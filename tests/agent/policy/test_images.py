@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agent.errors import RatchetError
-from agent.policy.images import OPENVLA, PLAIN_BICUBIC, Preparation, prepare
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy.images import OPENVLA, PLAIN_BICUBIC, Preparation, prepare
 from tests.agent.policy import samples
 
 GOLDEN = samples.ROOT / "tests/golden/images/tensorflow.safetensors"

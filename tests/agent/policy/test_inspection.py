@@ -19,20 +19,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agent.adapters.identity import binding_of
-from agent.adapters.lora import attach, lora_config
-from agent.adapters.peft_format import export_folder, import_folder
-from agent.cli.main import main
-from agent.contract import RobotContract
-from agent.errors import RatchetError
-from agent.policy import checkpoint, weights
-from agent.policy.images import Preparation
-from agent.policy.inspection import Report, Stated, inspect
+from ratchet_vla.adapters.identity import binding_of
+from ratchet_vla.adapters.lora.layers import attach, lora_config
+from ratchet_vla.adapters.peft_format import export_folder, import_folder
+from ratchet_vla.cli.main import main
+from ratchet_vla.contract import RobotContract
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy.checkpoints import own as checkpoint
+from ratchet_vla.policy.checkpoints import weights
+from ratchet_vla.policy.images import Preparation
+from ratchet_vla.policy.inspection import Report, Stated, inspect
 from tests.agent.policy import samples
-from tests.agent.policy.test_lerobot import contract as lerobot_contract
-from tests.agent.policy.test_lerobot import folders as folders
-from tests.agent.policy.test_openvla import LIBERO, with_parts
-from tests.agent.policy.test_openvla import folder as folder
+from tests.agent.policy.checkpoints.test_lerobot import contract as lerobot_contract
+from tests.agent.policy.checkpoints.test_lerobot import folders as folders
+from tests.agent.policy.checkpoints.test_openvla import LIBERO, with_parts
+from tests.agent.policy.checkpoints.test_openvla import folder as folder
 
 METAWORLD = samples.ROOT / "robots/metaworld.yaml"
 OPENVLA = Stated(cameras=("agentview",), attention="causal", images=Preparation("lanczos3"))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from agent.policy import threads
+from ratchet_vla.policy import threads
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.runtime.refusals import passes, waits
+from ratchet_vla.runtime.refusals import passes, waits
 
 
 @pytest.mark.parametrize(

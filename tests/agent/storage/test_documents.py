@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.storage import documents
+from ratchet_vla.storage import documents
 
 
 @pytest.fixture

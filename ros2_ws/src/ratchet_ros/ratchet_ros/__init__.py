@@ -1,4 +1,8 @@
-"""Ratchet's ROS 2 nodes: thin over agent.runtime, which knows no ROS."""
+"""Ratchet's ROS 2 nodes: thin over ratchet_vla.runtime, which knows no ROS.
+
+Knows topics, lifecycles and messages. Decides nothing that the runtime decides.
+Begin with `policy.node` and `safety.node`.
+"""
 
 import os
 

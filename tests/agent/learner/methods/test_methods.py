@@ -15,26 +15,26 @@ from typing import Any
 import pytest
 import torch
 
-from agent.adapters.identity import binding_of
-from agent.adapters.lora import scaling_of, split_name
-from agent.errors import RatchetError
-from agent.learner.methods.cnn import SmallCNN
-from agent.learner.methods.ewc import EWC
-from agent.learner.methods.full import FullFineTuning
-from agent.learner.methods.oracle import Oracle
-from agent.learner.methods.registry import METHODS, method_named
-from agent.learner.methods.replay import DarkReplay, ExpertReplay
-from agent.learner.methods.retain import Retain, joined
-from agent.learner.methods.slca import SLCA, component
-from agent.learner.methods.supervised import Supervised
-from agent.learner.metrics import measures
-from agent.learner.sequence import SequentialRun, Stop
-from agent.learner.update import UpdateConfig
-from agent.policy.protocol import PolicyInput
-from sim.demonstrations import Demonstrations
+from ratchet_sim.demonstrations import Demonstrations
+from ratchet_vla.adapters.identity import binding_of
+from ratchet_vla.adapters.lora.layers import scaling_of, split_name
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.measures.metrics import measures
+from ratchet_vla.learner.methods.cnn import SmallCNN
+from ratchet_vla.learner.methods.ewc import EWC
+from ratchet_vla.learner.methods.full import FullFineTuning
+from ratchet_vla.learner.methods.oracle import Oracle
+from ratchet_vla.learner.methods.registry import METHODS, method_named
+from ratchet_vla.learner.methods.replay import DarkReplay, ExpertReplay
+from ratchet_vla.learner.methods.retain import Retain, joined
+from ratchet_vla.learner.methods.slca import SLCA, component
+from ratchet_vla.learner.methods.supervised import Supervised
+from ratchet_vla.learner.sequence import SequentialRun, Stop
+from ratchet_vla.learner.update.step import UpdateConfig
+from ratchet_vla.policy.protocol import PolicyInput
 from tests.agent.learner.runs import CONFIG, start, tiny_with_adapter
+from tests.agent.learner.supervised.test_warmstart import samples
 from tests.agent.learner.test_sequence import TIMES, quiet
-from tests.agent.learner.test_warmstart import samples
 
 TASKS = CONFIG.tasks
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from agent.cli.study import Run
-from agent.errors import RatchetError
-from agent.learner.methods.replay import ExpertReplay
-from agent.learner.methods.variants import COMMON, SEQUENCE, parse
+from ratchet_vla.cli.study.verb import Run
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.methods.replay import ExpertReplay
+from ratchet_vla.learner.methods.variants import COMMON, SEQUENCE, parse
 
 TASKS = ("a", "b", "c", "d", "e")
 

@@ -1,0 +1,173 @@
+"""`ratchet calibrate …`: boards, cameras, arms and the calibrations that are stored of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ratchet_calibration import report
+from ratchet_calibration.boards.board import Board as BoardDescription
+from ratchet_calibration.store import export
+from ratchet_calibration.store.folder import CalibrationStore
+from ratchet_vla.cli.calibrate.arm import Actions, HandEye
+from ratchet_vla.cli.calibrate.camera import Cameras, Capture, Intrinsics
+from ratchet_vla.cli.calibrate.drift import Drift
+from ratchet_vla.cli.calibrate.use import Use
+
+STORE = Path("calibrations")
+
+
+@dataclass
+class Board:
+    """Write a board to print: a PDF at true size with a ruler to check the printer, and its description beside it."""
+
+    out: Annotated[Path, tyro.conf.Positional] = Path("board.pdf")
+    """PDF file; the description goes into the same name with .json."""
+    paper: Literal["a4", "a3", "a2", "letter"] = "a4"
+    """Page."""
+    board: BoardDescription = field(default_factory=lambda: BoardDescription(columns=9, rows=6, square=0.03))
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        data = self.board.pdf(self.paper)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_bytes(data)
+        description = self.out.with_suffix(".json")
+        description.write_text(json.dumps(self.board.to_dict(), indent=1) + "\n")
+        if self.json:
+            print(json.dumps({"pdf": str(self.out), "board": self.board.to_dict()}))
+        else:
+            Console().print(
+                f"{self.out}: print at 100 %, measure the ruler, glue it flat on a stiff plate. "
+                f"Give {description} as --board to the other commands."
+            )
+        return 0
+
+
+@dataclass
+class ListCalibrations:
+    """Stored calibrations, newest last."""
+
+    store: Path = STORE
+    """Folder of calibrations."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        store = CalibrationStore(self.store)
+        found = sorted(map(store.load, store.ids()), key=lambda c: c.date)
+        if self.json:
+            print(json.dumps([{"id": c.id} | c.to_dict() for c in found]))
+            return 0
+        table = Table()
+        for column in ("id", "camera", "date", "size", "held-out px", "mounting", "verdict"):
+            table.add_column(column)
+        for c in found:
+            good, _ = report.judge(c)
+            mounting = c.mount.mounting if c.mount else "intrinsics only"
+            size = f"{c.model.width}x{c.model.height}"
+            table.add_row(c.id[:12], c.camera, c.date[:16], size, f"{c.held_out_rms:.3f}", mounting,
+                          "good" if good else "not good")  # fmt: skip
+        Console(width=100).print(table)
+        return 0
+
+
+@dataclass
+class Export:
+    """Write a calibration for other programs: ROS CameraInfo (YAML), static transform (JSON), URDF."""
+
+    calibration: Annotated[str, tyro.conf.Positional]
+    """Id, its beginning, or the camera's name for its newest."""
+    form: Literal["camera_info", "transform", "urdf"] = "camera_info"
+    """What to write."""
+    store: Path = STORE
+    """Folder of calibrations."""
+    out: Path | None = None
+    """File; the screen if absent."""
+
+    def run(self) -> int:
+        store = CalibrationStore(self.store)
+        c = store.load(store.resolve(self.calibration))
+        if self.form == "camera_info":
+            text = export.camera_info_yaml(c)
+        elif self.form == "urdf":
+            text = export.urdf(c)
+        else:
+            text = json.dumps(export.static_transform(c), indent=1) + "\n"
+        if self.out is None:
+            print(text, end="")
+        else:
+            self.out.write_text(text)
+        return 0
+
+
+@dataclass
+class Report:
+    """Write a stored calibration's page again, and say where it is."""
+
+    calibration: Annotated[str, tyro.conf.Positional]
+    """Id, its beginning, or the camera's name for its newest."""
+    store: Path = STORE
+    """Folder of calibrations."""
+
+    def run(self) -> int:
+        store = CalibrationStore(self.store)
+        identity = store.resolve(self.calibration)
+        page = self.store / identity / "report.html"
+        c = store.load(identity)
+        if not page.is_file():
+            page.write_text(report.write(c))
+        good, verdict = report.judge(c)
+        Console(soft_wrap=True).print(f"{verdict}\n{page}", highlight=False)
+        return 0 if good else 1
+
+
+@dataclass
+class Calibrate:
+    """Calibrate cameras and check an arm, with uncertainty; every result is a folder under the id of its content.
+
+    Commands to copy:
+
+        ratchet calibrate board board.pdf --paper a4
+
+        ratchet calibrate capture pictures --device uvc --source 0 --board board.json
+
+        ratchet calibrate intrinsics pictures --camera front --serial 12345 --board board.json
+
+        ratchet calibrate handeye hand --camera front --mounting eye_in_hand --board board.json
+
+        ratchet calibrate cameras --contract robots/so101.yaml --device uvc
+
+        ratchet calibrate actions --suite libero_object
+
+        ratchet calibrate use front --contract robots/so101.yaml
+
+        ratchet calibrate drift front --picture now.png
+
+        ratchet calibrate list
+    """
+
+    command: Annotated[
+        Annotated[Board, tyro.conf.subcommand("board")]
+        | Annotated[Capture, tyro.conf.subcommand("capture")]
+        | Annotated[Intrinsics, tyro.conf.subcommand("intrinsics")]
+        | Annotated[HandEye, tyro.conf.subcommand("handeye")]
+        | Annotated[Cameras, tyro.conf.subcommand("cameras")]
+        | Annotated[Actions, tyro.conf.subcommand("actions")]
+        | Annotated[Use, tyro.conf.subcommand("use")]
+        | Annotated[Drift, tyro.conf.subcommand("drift")]
+        | Annotated[ListCalibrations, tyro.conf.subcommand("list")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Export, tyro.conf.subcommand("export")],
+        tyro.conf.OmitSubcommandPrefixes,
+    ]
+
+    def run(self) -> int:
+        return self.command.run()

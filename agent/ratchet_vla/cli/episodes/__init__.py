@@ -1,0 +1,5 @@
+"""`ratchet episodes` and `ratchet review`: list, show, judge, export, import.
+
+Knows a store of episodes. Knows no learner.
+Begin with `verbs`.
+"""

@@ -1,0 +1,188 @@
+"""The command `ratchet`: one verb per file; this one only picks the verb and words refusals.
+
+Knows argument parsing and exit codes: 0 done, 1 a measured goal or check failed, 2 refused with a coded reason, 130
+interrupted, 141 where nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from ratchet_vla.cli.computing import ComputingOptions
+from ratchet_vla.errors import RatchetError
+
+VERBS = (
+    "demo",
+    "eval",
+    "inspect",
+    "adopt",
+    "learn",
+    "pretrain",
+    "plan",
+    "adapters",
+    "report",
+    "episodes",
+    "review",
+    "run",
+    "keys",
+    "learner",
+    "courier",
+    "robot",
+    "session",
+    "status",
+    "study",
+    "calibrate",
+    "doctor",
+    "up",
+    "ctl",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command = _parsed(given)
+        for part in (command, getattr(command, "command", None)):
+            if isinstance(part, ComputingOptions):
+                part.apply()
+        return int(command.run())
+    except RatchetError as error:
+        if "--json" in given:
+            print(json.dumps({"error": error.as_dict()}))
+        else:
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]refused[/] {_escape(str(error))}", highlight=False)
+        return 2
+    except BrokenPipeError:  # `ratchet … | head`: nobody reads on, and nobody needs to hear of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command goes on from the last checkpoint")
+        return 130
+
+
+def _parsed(given: list[str]) -> Any:
+    """The verb's command with its options. All verbs are loaded only where none is named: for the list of them."""
+    how = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+    if given and given[0] in VERBS:
+        return tyro.cli(_loaded(given[0]), prog=f"ratchet {given[0]}", args=given[1:], config=how)
+    return tyro.extras.subcommand_cli_from_dict(
+        {verb: _loaded(verb) for verb in VERBS},
+        prog="ratchet",
+        description="Run a VLA on an arm and let it get better between sessions without losing what it could do.",
+        args=given,
+        config=how,
+    )
+
+
+def _loaded(verb: str) -> Any:
+    """A verb's class, imported when it is asked for: what only hands files over waits for no simulator and no plot."""
+    match verb:
+        case "demo":
+            from ratchet_vla.cli.learn import demo
+
+            return demo.Demo
+        case "eval":
+            from ratchet_vla.cli.policy import evaluate
+
+            return evaluate.Eval
+        case "inspect":
+            from ratchet_vla.cli.policy import inspection
+
+            return inspection.Inspect
+        case "adopt":
+            from ratchet_vla.cli.policy import inspection
+
+            return inspection.Adopt
+        case "learn":
+            from ratchet_vla.cli.learn import verb as learn
+
+            return learn.Learn
+        case "pretrain":
+            from ratchet_vla.cli.learn import pretrain
+
+            return pretrain.Pretrain
+        case "plan":
+            from ratchet_vla.cli.policy import plan
+
+            return plan.PlanCommand
+        case "adapters":
+            from ratchet_vla.cli.adapters import verbs as adapters
+
+            return adapters.Adapters
+        case "report":
+            from ratchet_vla.cli.learn import report
+
+            return report.Report
+        case "episodes":
+            from ratchet_vla.cli.episodes import verbs as episodes
+
+            return episodes.Episodes
+        case "review":
+            from ratchet_vla.cli.episodes import review
+
+            return review.Review
+        case "run":
+            from ratchet_vla.cli.policy import run
+
+            return run.Run
+        case "keys":
+            from ratchet_vla.cli.remote import keys
+
+            return keys.Keys
+        case "learner":
+            from ratchet_vla.cli.remote import learner
+
+            return learner.Learner
+        case "courier":
+            from ratchet_vla.cli.remote import courier
+
+            return courier.Courier
+        case "robot":
+            from ratchet_vla.cli.remote import robot
+
+            return robot.Robot
+        case "session":
+            from ratchet_vla.cli.remote import session
+
+            return session.SessionCommand
+        case "status":
+            from ratchet_vla.cli.remote import status
+
+            return status.Status
+        case "study":
+            from ratchet_vla.cli.study import verb as study
+
+            return study.Study
+        case "calibrate":
+            from ratchet_vla.cli.calibrate import verbs as calibrate
+
+            return calibrate.Calibrate
+        case "doctor":
+            from ratchet_vla.cli.nodes import doctor
+
+            return doctor.Doctor
+        case "up":
+            from ratchet_vla.cli.nodes import up
+
+            return up.Up
+        case "ctl":
+            from ratchet_vla.cli.nodes import ctl
+
+            return ctl.Ctl
+    raise KeyError(verb)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

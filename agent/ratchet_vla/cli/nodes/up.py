@@ -1,0 +1,273 @@
+"""`ratchet up sim|real`: start the nodes of one arm without the launch package, and stop them cleanly."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from ratchet_calibration.store import last_check
+from ratchet_vla.cli.computing import ComputingOptions
+from ratchet_vla.cli.nodes import ros
+from ratchet_vla.cli.nodes.graph import Graph, NodeSpec
+from ratchet_vla.cli.remote import options as remote
+from ratchet_vla.contract import RobotContract
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.paths import ROBOTS
+from ratchet_vla.runtime.session.manifest import utc
+
+
+@dataclass
+class _Shared(remote.LearnerOptions, ComputingOptions):
+    policy: Path | None = None
+    """Folder of the policy checkpoint."""
+    store: Path | None = None
+    """Folder of the adapter store; with --learner <robot>/adapters if absent."""
+    adapter: str = ""
+    """Adapter id or tag to start with."""
+    follow: str = ""
+    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once. With
+    --learner `active` if absent."""
+    mode: Literal["", "deploy", "collect"] = ""
+    """Chunk execution; if absent collect with --learner, deploy without."""
+    episodes: Path | None = None
+    """Record every task into this episode store; with --learner <robot>/episodes if absent."""
+    record_wire: Literal["none", "messages", "all"] = "none"
+    """Keep topics in the episodes' files as they are on the wire too: none, all but images, or all."""
+    robot: Path = remote.FOLDER
+    """The robot's folder: its sessions, and with --learner outbox, adapters and episodes; one robot per folder."""
+    session: Literal["auto", "manual"] = "auto"
+    """auto: a session lasts as long as the nodes. manual: collect only between `ratchet session start|stop`."""
+    learner: str = ""
+    """Address of a learner: a courier is started beside the nodes, the policy follows `active`, and in collect mode the
+    learner's order says task, temperature and noise."""
+    namespace: str = ""
+    """Namespace, such as /left for one of two arms."""
+    logs: Path | None = None
+    """Log folder; runs/up/<time> if absent."""
+    loopback: bool = False
+    """Keep all traffic on this machine."""
+    policy_module: str = "ratchet_vla.runtime.inference.worker"
+    """Python module that serves the policy."""
+    policy_options: str = "{}"
+    """Further options of the policy module, JSON."""
+    max_seconds: float = 0.0
+    """Stop after so many seconds; 0 runs until interrupted."""
+    json: bool = False
+    """Print one JSON line when everything was started."""
+
+    def _policy(self, contract: Path, **parameters: Any) -> NodeSpec:
+        values = {
+            "contract": ros.absolute(contract),
+            "policy": ros.absolute(self.policy),
+            "store": ros.absolute(self._store()),
+            "adapter": self.adapter,
+            "mode": self.mode or ("collect" if self.learner else "deploy"),
+            "policy_python": ros.policy_python(),
+            "policy_module": self.policy_module,
+            "policy_options": self._options(),
+            "episodes": ros.absolute(self._episodes()),
+            "record_wire": self.record_wire,
+            "robot": ros.absolute(self.robot),
+            "session": self.session,
+            "ordered": bool(self.learner),
+            **parameters,
+        }
+        return NodeSpec("policy_node", "policy_node", values)
+
+    def _store(self) -> Path | None:
+        return self.store or (self.robot / "adapters" if self.learner else None)
+
+    def _episodes(self) -> Path | None:
+        return self.episodes or (self.robot / "episodes" if self.learner else None)
+
+    def _options(self) -> str:
+        follow = self.follow or ("active" if self.learner else "")
+        if not follow:
+            return self.policy_options
+        try:
+            return json.dumps({**json.loads(self.policy_options), "follow": follow})
+        except (ValueError, TypeError) as error:
+            raise RatchetError(
+                "up.bad_options", str(error), where="--policy-options", fix="give a JSON object"
+            ) from None
+
+    def _courier(self) -> list[str]:
+        """The command of the courier, none without a learner; what the nodes need of it is there when it returns.
+
+        Raises:
+            RatchetError: link.no_key and others, before anything is started.
+        """
+        store, episodes = self._store(), self._episodes()
+        if not self.learner or store is None or episodes is None:
+            return []
+        self.check_keys()
+        from ratchet_vla.adapters.store.folder import (
+            FolderStore,  # loads what adapters are made of: only where they come
+        )
+
+        FolderStore(store, create=True)
+        return remote.courier(self, self.learner, self.robot, episodes, store)
+
+    def _up(self, specs: list[NodeSpec]) -> int:
+        folder = self.logs or Path("runs/up") / utc().replace(":", "").replace("-", "")
+        console = Console(stderr=self.json, soft_wrap=True)
+        profile = ros.PACKAGE / "config" / ("fastdds_loopback.xml" if self.loopback else "fastdds.xml")
+        variables = {n: str(profile) for n in ("FASTDDS_DEFAULT_PROFILES_FILE",)} if self.loopback else {}
+        courier, names = self._courier(), [s.name for s in specs]
+        stopped = _Stopper(self.max_seconds)
+        with Graph(folder, self.namespace, variables) as graph:
+            if courier:
+                graph.beside("courier", courier)  # first, so that it ends last: the session's end goes out with it
+            for spec in specs:
+                graph.start(spec)
+            if self.json:
+                print(json.dumps({"logs": str(folder), "nodes": names, "courier": bool(courier)}), flush=True)
+            started = ", ".join([*names, *(["courier"] if courier else [])])
+            console.print(f"started {started}; logs in {folder}; stop with Ctrl-C")
+            if courier:
+                told = f"learner {self.learner}: `ratchet ctl run` collects what it orders into {self._episodes()}"
+                console.print(f"{told}; `ratchet status --robot {self.robot}` says how it stands", highlight=False)
+            graph.watch(stopped, lambda line: console.print(line, style="yellow", markup=False, highlight=False))
+            codes = graph.stop()
+        bad = {name: code for name, code in codes.items() if code}
+        console.print("stopped" if not bad else f"stopped; not clean: {bad}")
+        return 1 if bad else 0
+
+
+class _Stopper:
+    """True once a signal came or time is up."""
+
+    def __init__(self, limit: float) -> None:
+        self._asked = False
+        self._checks_left = limit / 0.2 if limit else float("inf")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = True
+
+    def __call__(self) -> bool:
+        self._checks_left -= 1
+        return self._asked or self._checks_left <= 0
+
+
+@dataclass
+class Sim(_Shared):
+    """A simulated arm behind the same topics as a real one.
+
+    Commands to copy:
+
+        ratchet up sim --task door-open --policy models/small-metaworld
+
+        ratchet up sim --task door-open --policy models/small-metaworld --lock-step
+
+        ratchet up sim --task button-press --policy models/small-metaworld --learner tcp://192.0.2.7:5544
+    """
+
+    suite: str = "metaworld"
+    """Suite of the task."""
+    task: str = "door-open"
+    """Name of the task."""
+    initial_state: int = -1
+    """Id of the initial state; -1 for the first training state."""
+    contract: Path | None = None
+    """Robot contract; the suite's own if absent."""
+    speed: float = 1.0
+    """Simulated seconds per real second."""
+    lock_step: bool = False
+    """Time stands still while the policy thinks."""
+    judge: Literal["scene", "operator", "none"] = "scene"
+    """Who says that a task is solved: the scene's own predicate, a person's buttons, or nobody until a review."""
+
+    def run(self) -> int:
+        name = "metaworld" if self.suite == "metaworld" else "libero"
+        contract = self.contract or ROBOTS / f"{name}.yaml"
+        RobotContract.load(contract)
+        timed = {"use_sim_time": True, "lock_step": self.lock_step}
+        scene = {
+            "contract": ros.absolute(contract),
+            "suite": self.suite,
+            "task": self.task,
+            "initial_state": self.initial_state,
+            "speed": self.speed,
+            "lock_step": self.lock_step,
+        }
+        return self._up(
+            [
+                NodeSpec("sim_robot_node", "sim_robot_node", scene),
+                NodeSpec("safety_node", "safety_node", {"contract": ros.absolute(contract), **timed}),
+                self._policy(contract, judge=self.judge, **timed),
+            ]
+        )
+
+
+@dataclass
+class Real(_Shared):
+    """A real arm whose own driver runs already; `ratchet doctor --contract …` first.
+
+    Commands to copy:
+
+        ratchet up real --contract robots/ur5e.yaml --policy models/mine --store runs/adapters --adapter active
+
+        ratchet up real --contract robots/so101.yaml --policy models/mine --cameras front=uvc:/dev/video0
+
+        ratchet up real --contract robots/ur5e.yaml --policy models/mine --learner tcp://192.0.2.7:5544 --session manual
+    """
+
+    contract: Path = Path("robots/ur5e.yaml")
+    """Robot contract."""
+    cameras: list[str] = field(default_factory=list)
+    """Cameras that we open: name=realsense:SERIAL, name=uvc:/dev/video0, name=recorded:FILE."""
+    joy: list[str] = field(default_factory=list)
+    """Take-over by gamepad: dimension=axis pairs; the joy driver runs already."""
+    person: str = ""
+    """Who holds the gamepad and judges with it; needed with --joy."""
+    resume: Literal["automatic", "manual"] = "manual"
+    """After a hold: go on by itself, or wait for a person."""
+    dead_man: bool = False
+    """Motion needs the dead-man switch."""
+    calibrations: Path = Path("calibrations")
+    """Folder of calibrations; cameras that the contract ties to one must have been checked with `calibrate drift`."""
+
+    def run(self) -> int:
+        loaded = RobotContract.load(self.contract)
+        checks = last_check.require(self.calibrations, loaded)
+        path = ros.absolute(self.contract)
+        if self.joy and not self.person.strip():
+            raise RatchetError("up.no_person", "whoever holds the gamepad judges with it", fix="--person NAME")
+        specs = [_camera(loaded, path, line) for line in self.cameras]
+        ids = [f"{c.name}={c.calibration_id}" for c in loaded.cameras if c.calibration_id]
+        tied = {"calibrations": ids} if ids else {}  # an empty list has no type on the way to a node
+        safe = {"resume": self.resume, "dead_man": self.dead_man}
+        specs.append(NodeSpec("safety_node", "safety_node", {"contract": path, **safe}))
+        specs.append(self._policy(self.contract, checks=json.dumps(checks), **tied, **safe))
+        if self.joy:
+            joy = {"contract": path, "axes": self.joy, "person": self.person}
+            specs.append(NodeSpec("teleop_node", "teleop_node", joy, vital=False))
+        return self._up(specs)
+
+
+def _camera(contract: RobotContract, path: str, line: str) -> NodeSpec:
+    name, equals, rest = line.partition("=")
+    kind, colon, source = rest.partition(":")
+    if not equals or kind not in ("realsense", "uvc", "recorded"):
+        raise RatchetError("up.bad_camera", f"{line!r} is not name=kind:source", fix="kinds: realsense, uvc, recorded")
+    contract.camera(name)
+    values = {"contract": path, "camera": name, "device": kind, "source": source if colon else ""}
+    return NodeSpec("camera_node", f"camera_{name}", values)
+
+
+@dataclass
+class Up:
+    """Start all nodes of one arm, real or simulated; Ctrl-C brings the arm to rest and ends them in order."""
+
+    command: Annotated[Sim, tyro.conf.subcommand("sim")] | Annotated[Real, tyro.conf.subcommand("real")]
+
+    def run(self) -> int:
+        return self.command.run()

@@ -1,0 +1,306 @@
+"""`ratchet run`: a policy drives a simulated robot through the runtime that drives an arm."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from ratchet_sim import registry
+from ratchet_sim.base import TaskInfo
+from ratchet_sim.robot import SimRobot
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.cli import common
+from ratchet_vla.cli.computing import ComputingOptions
+from ratchet_vla.cli.policy.run_report import kept, print_times, report, table_of
+from ratchet_vla.cli.remote import options as remote
+from ratchet_vla.contract import RobotContract
+from ratchet_vla.episodes.earned import require_goal
+from ratchet_vla.episodes.recorder.client import Recorder
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy.noise import derive_seed
+from ratchet_vla.runtime.clock import ManualClock, MonotonicClock
+from ratchet_vla.runtime.control.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
+from ratchet_vla.runtime.control.judging import SceneJudge
+from ratchet_vla.runtime.control.loop import ControlLoop
+from ratchet_vla.runtime.control.priority import normal, real_time
+from ratchet_vla.runtime.control.sink import MemorySink, Tee
+from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch
+from ratchet_vla.runtime.robots.restamped import Restamped
+from ratchet_vla.runtime.safety.filter import SafetyConfig, SafetyFilter
+from ratchet_vla.runtime.session import orders
+from ratchet_vla.runtime.session.desk import SessionDesk
+from ratchet_vla.runtime.session.dispatch import recorded
+
+LOOK = 0.2  # seconds between two looks for an order
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One episode to run: what, from which initial state, and the name that it is recorded under."""
+
+    info: TaskInfo
+    state: int
+    goal: orders.Goal
+    name: str
+
+
+@dataclass
+class Run(remote.LearnerOptions, ComputingOptions):
+    """Run a policy on a simulated robot through policy process, chunk execution and safety stage.
+
+    Commands to copy:
+
+        ratchet run --task door-open
+
+        ratchet run --task door-open --execute deploy --realtime
+
+        ratchet run --task door-open --record runs/episodes --temperature 1
+
+        ratchet run --task faucet-open --adapter active --store runs/demo/adapters --episodes 5 --json
+
+        ratchet run --task button-press --store runs/robot/adapters --follow active --realtime --episodes 20
+
+        ratchet run --learner tcp://192.0.2.7:5544 --episodes 24
+    """
+
+    task: str = ""
+    """Task name; with --learner what it orders."""
+    suite: str = "metaworld"
+    """Suite of the task."""
+    policy: Path | None = None
+    """Folder of the base policy; the built-in one of the suite if absent."""
+    adapter: str = ""
+    """Id, id prefix or tag of an adapter; the base alone if absent."""
+    store: Path | None = None
+    """Adapter store; needed with --adapter and --follow. With --learner <robot>/adapters if absent."""
+    follow: str = ""
+    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once. With
+    --learner `active` if absent."""
+    episodes: int = 1
+    """Episodes: from the first so many evaluation states; with --learner from training states."""
+    horizon: int = 0
+    """Control periods after which an episode ends; 0 for the task's own number."""
+    record: Path | None = None
+    """Episode store to record into; nothing is kept if absent. With --learner <robot>/episodes."""
+    execute: Literal["collect", "deploy"] = "collect"
+    """collect: exactly what was sampled. deploy: inference overlaps motion, stale actions skipped, seams blended."""
+    use: int = 0
+    """With deploy: actions of each chunk before the next takes over; 0 for three quarters of the chunk."""
+    realtime: bool = False
+    """Run at the contract's rate on the machine's clock; otherwise in lock-step, where simulated time waits."""
+    temperature: float | None = None
+    """Sampling temperature; 0 acts greedily, as it does if absent. With --learner it is what the learner ordered."""
+    seed: int = 0
+    """Seed of sampled actions."""
+    resume: Literal["automatic", "manual"] = "automatic"
+    """After a hold that is not latched: go on by itself, or end the episode for want of a person."""
+    priority: int = 0
+    """With --realtime: SCHED_FIFO level (1..99) asked for the loop's thread; 0 leaves the scheduler alone."""
+    python: str = ""
+    """Interpreter of the policy process; this one if absent."""
+    threads: int = 1
+    """Threads for the policy."""
+    robot: Path | None = None
+    """The robot's folder, with this session's manifest; no session if absent. With --learner runs/robot."""
+    learner: str = ""
+    """Address of a learner: a courier is started, and what it orders is collected, under the adapter that it names."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        console = Console(stderr=self.json)
+        if self.learner:
+            self._take_learner()
+        else:
+            require_goal(self.task, "told by the suite")
+        contract = registry.contract_for(self.suite)
+        safety = SafetyFilter(contract, SafetyConfig(resume=self.resume))
+        common.print_contract(console, contract)
+        print_times(console, contract)
+        options = {
+            "policy": str(common.policy_folder(self.suite, self.policy)),
+            "store": str(self.store) if self.store else "",
+            "adapter": self.adapter,
+            "follow": self.follow,
+            "threads": self.threads,
+        }
+        rows: list[dict[str, Any]] = []
+        with ExitStack() as opened:
+            if self.learner and self.robot and self.record and self.store:
+                command = remote.courier(self, self.learner, self.robot, self.record, self.store)
+                opened.enter_context(remote.beside(command, self.robot / "courier.log"))
+            with console.status("starting the policy process"):
+                client = opened.enter_context(PolicyClient(contract, PolicyLaunch(options=options, python=self.python)))
+            if client.computing:
+                console.print(f"the policy computes in {client.computing}", markup=False, highlight=False)
+            for warning in client.warnings:
+                console.print(f"[yellow]{warning}[/]")
+            desk = self._desk(contract, client, opened)
+            recorder = None if self.record is None else opened.enter_context(Recorder(self.record, contract))
+            robots = Robots(self.suite, contract)
+            opened.callback(robots.close)
+            for attempt in self._ordered(client, desk, console) if self.learner else self._asked():
+                rows.append(self._episode(robots.at(attempt), client, safety, attempt, recorder, desk))
+                if desk is not None:
+                    desk.look()
+            adapter_id = client.adapter_id
+            tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
+        if self.json:
+            print(json.dumps({"task": tasks, "adapter": adapter_id, "episodes": rows}))
+        else:
+            console.print(table_of(rows, f"{self.suite} {tasks}, {self.execute}, adapter {adapter_id[:12]}"))
+        return 0 if all(row["success"] is not None and not row["not_recorded"] for row in rows) else 1
+
+    def _take_learner(self) -> None:
+        """What follows from a learner. Raises RatchetError run.not_collected, link.no_key and others."""
+        if self.execute != "collect":
+            raise RatchetError("run.not_collected", "a learner needs --execute collect", fix="leave --execute out")
+        self.check_keys()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the session is ended and the courier, too
+        self.robot = self.robot or remote.FOLDER
+        self.store = self.store or self.robot / "adapters"
+        self.record = self.record or self.robot / "episodes"
+        self.follow = self.follow or "active"
+        self.robot.mkdir(parents=True, exist_ok=True)
+        FolderStore(self.store, create=True)
+
+    def _asked(self) -> Iterator[Attempt]:
+        info = common.find_tasks(self.suite, [self.task])[self.task]
+        for state in info.evaluation_states[: self.episodes]:
+            seed = derive_seed(self.seed, "evaluation", info.name, state)
+            horizon = self.horizon or info.horizon
+            goal = orders.Goal(info.name, info.instruction, horizon, self.temperature or 0.0, seed)
+            yield Attempt(info, state, goal, uuid.uuid4().hex[:12])
+
+    def _ordered(self, client: PolicyClient, desk: SessionDesk | None, console: Console) -> Iterator[Attempt]:
+        """Episodes as the learner wants them, each asked for when the one before is over."""
+        assert self.robot is not None
+        started = uuid.uuid4().hex[:8]
+        for number in range(self.episodes):
+            name = f"{desk.id if desk else ''}-{started}-{number + 1:04d}"
+            with console.status("waiting for the learner's order"):
+                goal = self._next_goal(client, desk, name)
+            info = common.find_tasks(self.suite, [goal.task])[goal.task]
+            state = info.train_states[derive_seed("state", name) % len(info.train_states)]
+            yield Attempt(info, state, goal, name)
+
+    def _next_goal(self, client: PolicyClient, desk: SessionDesk | None, name: str) -> orders.Goal:
+        """What the learner wants now; waited for where it wants nothing, or where its adapter is still on its way."""
+        assert self.robot is not None
+        while True:
+            try:
+                return orders.ordered(
+                    orders.read(self.robot),
+                    task=self.task,
+                    horizon=self.horizon,
+                    temperature=self.temperature,
+                    seed=self.seed,
+                    active=client.adapter_id,
+                    episode=name,
+                )
+            except RatchetError as error:
+                if error.code not in ("order.no_word", "order.none", "order.other_adapter"):
+                    raise
+            if desk is not None:
+                desk.look()
+            time.sleep(LOOK)
+
+    def _episode(
+        self,
+        robot: SimRobot,
+        client: PolicyClient,
+        safety: SafetyFilter,
+        attempt: Attempt,
+        recorder: Recorder | None,
+        desk: SessionDesk | None,
+    ) -> dict[str, Any]:
+        robot.reset(attempt.state)
+        robot.observe()  # the first frame compiles shaders; that must not happen in the first control period
+        sink, goal = MemorySink(), attempt.goal
+        clock = MonotonicClock() if self.realtime else ManualClock()
+        assert client.spec is not None
+        executor: ChunkExecutor = CollectExecutor(robot.contract)
+        if self.execute == "deploy":
+            executor = DeployExecutor(robot.contract, use=self.use or max(1, client.spec.chunk * 3 // 4))
+        client.sample(goal.temperature, goal.seed, goal.noise)
+        if recorder is not None:
+            recorder.revive()
+            recorder.require_ready()
+            recorder.describe(
+                name=attempt.name,
+                session=desk.id if desk is not None else "",
+                adapter_id=client.adapter_id,
+                mode=self.execute,
+                seed=goal.seed,
+                initial_state=attempt.state,
+                meta={"order": goal.order} if goal.order else {},
+            )
+        loop = ControlLoop(
+            Restamped(robot, clock) if self.realtime else robot,
+            client,
+            safety,
+            executor,
+            sink=sink if recorder is None else Tee(sink, recorder),
+            clock=clock,
+            lock_step=not self.realtime,
+        )
+        try:
+            if self.realtime and self.priority:
+                Console(stderr=True).print(real_time(self.priority))
+            judge = SceneJudge(robot.success)
+            end = loop.run_episode(goal.task, goal.instruction, horizon=goal.horizon, judge=judge)
+        finally:
+            if self.realtime and self.priority:
+                normal()
+        return {"task": goal.task, **report(attempt.state, end, sink, loop), **kept(recorder)}
+
+    def _desk(self, contract: RobotContract, client: PolicyClient, opened: ExitStack) -> SessionDesk | None:
+        """The robot's sessions; one is open until this verb ends."""
+        if self.robot is None:
+            return None
+        store = "" if self.record is None else str(self.record.resolve())
+        desk = SessionDesk(
+            self.robot,
+            "run",
+            contract,
+            client.base_hash,
+            lambda: client.adapter_id,
+            episodes=lambda session: recorded(store, session),
+            store=store,
+        )
+        opened.callback(desk.close)
+        desk.start({"command": common.command_line(), "simulated": True})
+        opened.callback(lambda: desk.stop("done"))
+        return desk
+
+
+class Robots:
+    """A simulated robot per task, made when it is first wanted; one at a time is kept."""
+
+    def __init__(self, suite: str, contract: RobotContract) -> None:
+        self._suite, self._contract = suite, contract
+        self._task = ""
+        self._robot: SimRobot | None = None
+
+    def at(self, attempt: Attempt) -> SimRobot:
+        if self._robot is None or self._task != attempt.info.name:
+            self.close()
+            self._task = attempt.info.name
+            self._robot = SimRobot(self._suite, self._task, attempt.state, self._contract)
+            self._robot.connect()
+        return self._robot
+
+    def close(self) -> None:
+        if self._robot is not None:
+            self._robot.close()
+            self._robot = None

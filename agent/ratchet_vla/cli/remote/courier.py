@@ -1,0 +1,104 @@
+"""`ratchet courier`: the link for a robot: verified episodes out, adapters and orders in, beside what runs the arm."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.cli.remote import options as remote
+from ratchet_vla.cli.remote.robot_link import Link
+from ratchet_vla.episodes.library.store import EpisodeStore
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.runtime.session import robot_folder
+from ratchet_vla.runtime.session.dispatch import Dispatcher
+
+log = logging.getLogger("ratchet.courier")
+
+
+@dataclass
+class Courier(remote.LearnerOptions):
+    """Send verified episodes and ended sessions to the learner; bring its adapters and its order to the robot.
+
+    Commands to copy:
+
+        ratchet courier --robot runs/robot --learner tcp://192.0.2.7:5544
+
+        ratchet review --store runs/robot/episodes        (in another terminal: only what a person judged is sent)
+
+    `ratchet up --learner` and `ratchet run --learner` start one by themselves; alone it sends what is judged while the
+    robot is off. Holds no model and touches no robot: what runs the arm follows the store's tag `active`. Works on
+    without the learner; killed at any moment, the same command goes on.
+    """
+
+    robot: Path = remote.FOLDER
+    """The robot's folder: outbox, sessions, the learner's last word; one courier per folder."""
+    episodes: Path | None = None
+    """Episode store that the robot records into; <robot>/episodes if absent."""
+    adapters: Path | None = None
+    """Adapter store that the robot's policy reads; <robot>/adapters if absent."""
+    learner: str = remote.ADDRESS
+    """The learner's address."""
+    every: float = 2.0
+    """Seconds between two looks at the episode store."""
+    drain: float = 5.0
+    """Seconds to go on when it is ended, for what still waits for the learner."""
+
+    parent: int = 0
+    """Number of a process with which this one ends too; 0 for none."""
+
+    def run(self) -> int:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+        self.check_keys()
+        kept = self.episodes or self.robot / "episodes"
+        episodes = EpisodeStore(kept, create=True)
+        episodes.require_some(waits=True)  # the recorder may start later; what lies there is not passed over
+        store = FolderStore(self.adapters or self.robot / "adapters", create=True)
+        outbox = self.outbox(self.robot)
+        dispatcher = Dispatcher(episodes, outbox, self.robot / robot_folder.SESSIONS)
+        stopping: list[int] = []
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, lambda number, _: stopping.append(number))
+        try:
+            with Link(self, self.learner, self.robot, outbox, store) as link:
+                Console().print(f"courier {self.name}: {kept} -> {self.learner}, outbox {len(outbox)} files")
+                while not (stopping or self._orphaned()):
+                    self._round(link, episodes, dispatcher, store)
+                    link.client.wait(lambda: bool(stopping), self.every)
+                self._round(link, episodes, dispatcher, store)  # the end of the session came while it was told to stop
+                link.client.wait(lambda: not len(outbox), self.drain)
+        finally:
+            outbox.close()
+        return 0
+
+    def _orphaned(self) -> bool:
+        """Whether the process that started this one is gone, killed without a word."""
+        return self.parent > 0 and os.getppid() != self.parent
+
+    def _round(self, link: Link, episodes: EpisodeStore, dispatcher: Dispatcher, store: FolderStore) -> None:
+        """Look once, and say how it stands."""
+        error = ""
+        try:
+            episodes.require_some(waits=True)
+            sent = dispatcher.look()
+            if sent:
+                log.info("%d files handed over", sent)
+        except RatchetError as caught:
+            error = str(caught)
+            log.warning("%s", caught)
+        current = robot_folder.read(self.robot / robot_folder.CURRENT)
+        link.show(
+            doing="courier",
+            error=error,
+            adapter=store.tags().get("active", ""),
+            session="" if current is None else str(current["session"]),
+            pid=os.getpid(),
+        )
+        status = link.client.status()
+        report = {"doing": "courier", "waiting": status.waiting, "waiting_bytes": status.waiting_bytes}
+        link.client.report({**report, "error": error[:300]})

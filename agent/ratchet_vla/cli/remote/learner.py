@@ -1,0 +1,267 @@
+"""`ratchet learner`: the remote learner as a long-running service."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ratchet_sim import registry
+from ratchet_sim.base import TaskInfo
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.cli import common
+from ratchet_vla.cli.computing import ComputingOptions
+from ratchet_vla.cli.recipes import DEMO
+from ratchet_vla.episodes.file.reader import EpisodeReader
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.gate.keeper import Gatekeeper
+from ratchet_vla.learner.gate.verdict import GateConfig, Verdict
+from ratchet_vla.learner.service.config import CHANGES, ServiceConfig, real_robot
+from ratchet_vla.learner.service.host import LearnerHost
+from ratchet_vla.learner.service.learner import Gate
+from ratchet_vla.learner.service.telemetry import Story
+from ratchet_vla.learner.service.trainer import Trainer
+from ratchet_vla.learner.update import ranks as distributed
+from ratchet_vla.learner.update.step import UpdateConfig
+from ratchet_vla.link import keys as link_keys
+from ratchet_vla.policy import device
+from ratchet_vla.records import Episode
+
+KEYS = Path("keys/learner/learner.key_secret")
+
+
+@dataclass
+class Learner(ComputingOptions):
+    """Take episodes from robots, update one adapter, and promote what passes the gate. Runs until it is stopped.
+
+    Commands to copy:
+
+        ratchet learner --tasks button-press handle-press --out runs/learner --keys keys/learner/learner.key_secret
+
+        ratchet learner --mode robot --tasks stack-cups --suite metaworld --batch 24
+
+        ratchet learner --tasks button-press --address tcp://127.0.0.1:5544 --plain      (one machine, no keys)
+
+        torchrun --nproc-per-node 4 -m ratchet_vla.cli.main learner --device cuda --tasks ...     (updates on four GPUs)
+
+    Killed at any moment, the same command goes on where it was. Robots keep running meanwhile. A second terminal:
+    `ratchet status --learner runs/learner`.
+    """
+
+    tasks: tuple[str, ...]
+    """The queue: task names in the order in which they are learned."""
+    suite: str = "metaworld"
+    """Suite of the tasks: their instructions, and the simulator that the gate uses."""
+    out: Path = Path("runs/learner")
+    """The learner's folder; one learner per folder."""
+    address: str = "tcp://0.0.0.0:5544"
+    """Where robots connect."""
+    keys: Path = KEYS
+    """The learner's secret key; the allow list is the folder `allowed` beside it."""
+    plain: bool = False
+    """No keys and no encryption; only with an address on 127.0.0.1."""
+    policy: Path | None = None
+    """Folder of the base policy; the built-in one of the suite if absent."""
+    held_out: tuple[str, ...] = ()
+    """Tasks that are never trained and that the gate compares."""
+    mode: Literal["simulation", "robot"] = "simulation"
+    """simulation: exact episodes are ordered. robot: small-budget settings for an arm (see `--explain`)."""
+    explain: bool = False
+    """Print what the robot mode changes against the paper, and exit."""
+    recipe: Literal["none", "demo"] = "none"
+    """demo: the measured recipe of `ratchet demo` for the suite, instead of the settings below."""
+    updates: int = 10
+    """Updates per task."""
+    groups: int = 32
+    """Initial states per update (simulation)."""
+    group_size: int = 8
+    """Episodes from each initial state (simulation)."""
+    batch: int = 24
+    """Least verified on-policy episodes of an update (robot)."""
+    batch_when: Literal["full", "session"] = "full"
+    """Update as soon as the batch is full, or when a session has ended with at least so many (robot)."""
+    temperature: float = 1.0
+    """Sampling temperature of training episodes."""
+    noise_correlation: float = 0.0
+    """Correlation of the sampling noise within a chunk; small policies explore better with 0.9."""
+    attempts: int = 2
+    """How often a task is tried before the learner goes on without it (simulation)."""
+    keep_batches: int = 0
+    """Batches whose files are kept after their update; 0 keeps all."""
+    seed: int = 0
+    """Root of all random numbers."""
+    lora: common.LoraOptions = field(default_factory=common.LoraOptions)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    reserve_gib: float = 2.0
+    """GiB of disk that stay free; beyond it episodes are refused and wait on the robot."""
+    workers: int = 2
+    """Simulator processes of the gate; 0 has no simulator: the gate then holds and a person decides."""
+    slots: int = 12
+    """Episodes at once per simulator process."""
+    threads: int = 1
+    """Threads for the policy."""
+    device: str = ""
+    """Where the policy is: cpu, cuda or auto; what RATCHET_DEVICE says if absent. Of several processes each takes a GPU
+    of its own."""
+    shard: bool = False
+    """With several processes: each keeps only a part of the frozen base (FSDP)."""
+    until_done: bool = False
+    """End when all tasks are over, instead of waiting for more."""
+    verbose: bool = False
+    """Log everything."""
+
+    def run(self) -> int:
+        console = Console()
+        if self.explain:
+            print_changes(console)
+            return 0
+        common.threads(self.threads)
+        ranks = distributed.join(device.choose(self.device).type)
+        try:
+            return self._run(console, ranks)
+        finally:
+            if ranks is not None:
+                ranks.leave()
+
+    def _run(self, console: Console, ranks: distributed.Ranks | None) -> int:
+        logging.basicConfig(
+            level=logging.DEBUG if self.verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s"
+        )
+        contract = registry.contract_for(self.suite)
+        tasks = common.find_tasks(self.suite, [*self.tasks, *self.held_out])
+        folder = common.policy_folder(self.suite, self.policy)
+        config, lora = self.config()
+        where = device.choose(self.device) if ranks is None else ranks.device
+        policy, adapter = common.open_policy(folder, contract, lora, where)
+        if ranks is not None and self.shard:
+            ranks.shard(policy, adapter)
+        trainer = Trainer(policy, adapter, config, ranks=ranks)
+        if ranks is not None and not ranks.main:
+            for sign in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(sign, signal.SIG_IGN)  # rank 0 finishes its step and says when to end
+            trainer.assist()
+            return 0
+        try:
+            self._serve(console, trainer, tasks, where)
+        except RatchetError:
+            trainer.dismiss()
+            raise
+        trainer.dismiss()
+        return 0
+
+    def _serve(self, console: Console, trainer: Trainer, tasks: dict[str, TaskInfo], where: torch.device) -> None:
+        """Run the service to its end."""
+        config, contract = trainer.config, registry.contract_for(self.suite)
+        folder, lora = common.policy_folder(self.suite, self.policy), self.config()[1]
+        if config.mode == "robot":
+            print_changes(console)
+        pair = None if self.plain else link_keys.load(self.keys)
+        closing: list[Callable[[], Any]] = []
+
+        def make_gate(store: FolderStore) -> Gate:
+            # The simulator and a second policy are built when the gate is first asked, not while robots only collect.
+            built: list[Gatekeeper] = []
+
+            def ask(candidate: str, active: str, held_out: tuple[str, ...]) -> Verdict:
+                if not built:
+                    running = common.open_running(folder, contract, lora, store, where)
+                    env = None
+                    if self.workers:
+                        env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
+                        closing.append(env.close)
+                    built.append(Gatekeeper(running.serve, env, tasks, store, self.gate, self.out / "gate"))
+                return built[0].run(candidate, active, held_out)
+
+            return ask
+
+        shown, teller = 0, Story()
+
+        def tell(host: LearnerHost) -> None:
+            nonlocal shown
+            events = host.journal.events
+            for event in events[shown:]:
+                if line := teller.tell(event):
+                    console.print(line, highlight=False, soft_wrap=True)
+            shown = len(events)
+
+        host = LearnerHost(
+            self.out,
+            config,
+            trainer,
+            read_episode,
+            make_gate,
+            tasks,
+            address=self.address,
+            keys=pair,
+            allow=None if self.plain else self.keys.parent,
+            reserve=int(self.reserve_gib * 1024**3),
+            on_step=tell,
+        )
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, lambda *_: host.stop())
+        console.print(f"learner in {self.out}, policy {trainer.policy.base_hash[:12]}, listening on {self.address}")
+        try:
+            host.run(lambda: self.until_done and host.service.ledger.phase == "done" and host.told())
+        finally:
+            for close in closing:
+                close()
+
+    def config(self) -> tuple[ServiceConfig, common.LoraOptions]:
+        """The service's settings and the adapter's shape."""
+        if self.mode == "robot":
+            config = real_robot(
+                self.tasks,
+                held_out=self.held_out,
+                batch=self.batch,
+                batch_when=self.batch_when,
+                updates=self.updates,
+                temperature=self.temperature,
+                seed=self.seed,
+                keep_batches=self.keep_batches,
+            )
+            return config, self.lora
+        shared: dict[str, Any] = {
+            "tasks": self.tasks,
+            "held_out": self.held_out,
+            "attempts": self.attempts,
+            "seed": self.seed,
+            "keep_batches": self.keep_batches,
+        }
+        if self.recipe == "demo":
+            recipe = DEMO[self.suite]
+            settings = {"updates": recipe.updates, "groups": recipe.groups, "group_size": recipe.group_size}
+            noise = {"temperature": recipe.temperature, "noise_correlation": recipe.noise_correlation}
+            return ServiceConfig(**shared, **settings, **noise, update=recipe.update), recipe.lora  # type: ignore[arg-type]
+        config = ServiceConfig(
+            **shared,
+            updates=self.updates,
+            groups=self.groups,
+            group_size=self.group_size,
+            temperature=self.temperature,
+            noise_correlation=self.noise_correlation,
+            update=self.update,
+        )
+        return config, self.lora
+
+
+def read_episode(path: Path) -> Episode:
+    """An episode's file as records. Raises RatchetError episode.damaged and others."""
+    return EpisodeReader(path).episode()
+
+
+def print_changes(console: Console) -> None:
+    """What learning on a real robot changes against the paper."""
+    table = Table(title="robot mode against the paper (arXiv 2603.11653)", box=None)
+    for column in ("what", "paper", "here", "why"):
+        table.add_column(column)
+    for row in CHANGES:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,94 @@
+"""A robot's end of the link in one folder: files out, adapters in, the learner's word kept, the status file written.
+
+Knows the client and the robot's folder. Knows no robot: `robot` and `courier` say what runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.cli.remote import options as remote
+from ratchet_vla.link.robot.client import LinkClient
+from ratchet_vla.link.robot.fetch import Fetcher
+from ratchet_vla.link.robot.follow import Follower
+from ratchet_vla.link.robot.outbox import Outbox
+from ratchet_vla.runtime.session import orders
+from ratchet_vla.storage.documents import write_json
+
+STATUS = "status.json"
+log = logging.getLogger("ratchet.remote")
+
+
+class Link:
+    """A robot's end of the link in one folder: its client, with adapters coming in and the learner's word kept.
+
+    Use as a context manager, or `start` and `stop`.
+    """
+
+    def __init__(
+        self, options: remote.LearnerOptions, address: str, folder: Path, outbox: Outbox, store: FolderStore
+    ) -> None:
+        """folder: the robot's. Raises RatchetError link.no_key and others."""
+        self._options, self._folder = options, folder
+        self._follower = Follower(store, store.resolve)
+        fetcher = Fetcher(store, folder / "incoming", on_adapter=self._follower.on_adapter, reserve=options.reserve)
+        try:
+            self.client = LinkClient(
+                address,
+                options.name,
+                outbox,
+                keys=options.pair(),
+                learner=options.public(),
+                fetcher=fetcher,
+                on_state=self._on_state,
+            )
+        except BaseException:
+            self._follower.stop()
+            raise
+
+    def start(self) -> None:
+        self.client.start()
+
+    def stop(self) -> None:
+        self.client.stop()
+        self._follower.stop()
+
+    def __enter__(self) -> Link:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def show(self, **facts: Any) -> None:
+        """The status file, for `ratchet status --robot`; losing it loses nothing. facts: doing, error, adapter, session
+        and more."""
+        status, client = self.client.status(), self.client
+        shown = {
+            "robot": self._options.name,
+            "error": "",
+            "link": {"up": status.up, "heard": status.heard if status.heard < 1e9 else None, "error": status.error},
+            "outbox": {"waiting": status.waiting, "bytes": status.waiting_bytes, "delivered": status.delivered},
+            "refused": status.refused,
+            "fetching": status.fetching,
+            "order": client.state.get("order"),
+            "written": time.time(),
+            **facts,
+        }
+        shown["error"] = shown["error"] or status.error
+        try:
+            write_json(self._folder / STATUS, shown, durable=False)
+        except OSError as error:
+            log.warning("no status file: %s", error)
+
+    def _on_state(self, state: Mapping[str, Any]) -> None:
+        self._follower.on_state(state)
+        try:
+            orders.write(self._folder, state)
+        except OSError as error:  # the collecting process keeps to the word before
+            log.warning("the learner's word could not be kept: %s", error)

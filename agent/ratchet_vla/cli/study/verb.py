@@ -1,0 +1,273 @@
+"""`ratchet study`: methods times seeds over one sequence of tasks, resumable, with one report.
+
+Knows the grid and its folders. Each trial is an ordinary sequential run in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from ratchet_sim import perturbations, registry
+from ratchet_sim.demonstrations import Demonstrations, collect
+from ratchet_vla.cli import common
+from ratchet_vla.cli.computing import ComputingOptions
+from ratchet_vla.cli.learn import sequential
+from ratchet_vla.cli.learn.pretrain import demonstration_states
+from ratchet_vla.cli.study.analysis import Analyse
+from ratchet_vla.cli.study.evaluate import Evaluate
+from ratchet_vla.cli.study.folder import claim, finished, write
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.methods import variants
+from ratchet_vla.learner.methods.variants import Variant
+from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations
+from ratchet_vla.learner.sequence import SequenceConfig
+from ratchet_vla.learner.study.results import load_trial, require_same
+from ratchet_vla.learner.update.ppo import PpoConfig
+from ratchet_vla.learner.update.step import UpdateConfig
+from ratchet_vla.storage.files import Files
+
+
+@dataclass
+class Run(ComputingOptions):
+    """Run (or go on with) the grid, then write study.json, study.md and study.html.
+
+    The defaults are the small VLA's recipe: PPO with a value head, rank 4, noise correlated within a chunk.
+    """
+
+    tasks: tuple[str, ...]
+    """Tasks in the order in which they are learned."""
+    methods: tuple[str, ...] = ("seq_ft",)
+    """Rows of the table: seq_ft, ewc, expert_replay, dark_replay, retain, slca, expansion, oracle, full_ft, small_cnn,
+    supervised. Parameters follow a colon: retain:coefficient=0.5, ewc:strength=1e5; any method takes rank, alpha,
+    learning_rate, updates, groups, until, temperature and order (reversed, or a number that seeds a shuffle):
+    seq_ft:alpha=8,order=reversed."""
+    seeds: tuple[int, ...] = (0,)
+    """One trial per method and seed."""
+    suite: str = "metaworld"
+    """Suite of the tasks."""
+    held_out: tuple[str, ...] = ()
+    """Tasks that are evaluated and never trained; also `task@perturbation`, and `suite/task` of the same robot."""
+    perturb: tuple[str, ...] = ()
+    """Hold out every learned task under these changes of its world too: camera, light, base."""
+    policy: Path | None = None
+    """Folder of the base policy; the built-in one of the suite if absent."""
+    out: Path = Path("runs/study")
+    """Study folder."""
+    updates: int = 12
+    """Updates per task."""
+    until: float = 0.0
+    """A task is over once this share of an update's episodes succeeded; 0 makes all updates."""
+    groups: int = 32
+    """Initial states per update."""
+    group_size: int = 8
+    """Episodes from each initial state."""
+    temperature: float = 1.0
+    """Sampling temperature of training episodes."""
+    noise_correlation: float = 0.9
+    """Correlation of the sampling noise within a chunk."""
+    evaluation_episodes: int = 50
+    """Episodes per task and evaluation."""
+    evaluation_temperature: float = 0.0
+    """Sampling temperature of evaluations; 0 acts greedily. The published study evaluates as it samples, at 1.6."""
+    horizon: int = 0
+    """Longest episode in control steps; 0 takes each task's own."""
+    lora: common.LoraOptions = field(default_factory=lambda: common.LoraOptions(rank=4, alpha=4.0))
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(
+            algorithm="ppo", learning_rate=6e-3, minibatches=2, warmup_steps=4, ppo=PpoConfig(lam=0.9)
+        )
+    )
+    full_learning_rate: float = 2e-4
+    """Learning rate of full_ft and small_cnn, whose weights need smaller steps than an adapter's."""
+    demonstrations: Path | None = None
+    """Demonstrations for replay and supervision; the scripted experts record them if absent."""
+    demonstration_episodes: int = 20
+    """Demonstrations per task where they are recorded."""
+    rollouts: str = "local"
+    """Where the simulators run: "local", "local-ray", or the address of a Ray cluster such as ray://head:10001."""
+    workers: int = 2
+    """Simulator processes."""
+    slots: int = 12
+    """Episodes at once per simulator process."""
+    threads: int = 1
+    """Threads for the policy."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        common.threads(self.threads)
+        console = Console(stderr=self.json)
+        chosen = [variants.parse(text) for text in self.methods]
+        held_out = (*self.held_out, *(f"{t}{perturbations.MARK}{kind}" for kind in self.perturb for t in self.tasks))
+        common.find_tasks(self.suite, [*self.tasks, *held_out])
+        folder = common.policy_folder(self.suite, self.policy)
+        plans = [(seed, v, self._config(v, held_out, seed), self._lora(v)) for seed in self.seeds for v in chosen]
+        for seed, variant, config, lora in plans:  # before hours are spent
+            facts: dict[str, Any] = {
+                "config": {"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)}
+            }
+            facts |= {"suite": self.suite, "settings": variant.make_settings()}
+            require_same(self.out / variant.label / f"seed{seed}", facts)
+        data = self._demonstrations(console) if any(v.kind.needs_demonstrations for v in chosen) else None
+        known = KnownEvaluations(self.out / "evaluations")
+        elsewhere = 0
+        for seed, variant, config, lora in plans:
+            place = self.out / variant.label / f"seed{seed}"
+            with claim(place) as mine:
+                elsewhere += not mine
+                if not mine or load_trial(variant.label, seed, place) is not None:
+                    continue
+                console.rule(f"{variant.label}, seed {seed}")
+                sequential.run(
+                    title=f"{variant.label}, seed {seed}",
+                    suite=self.suite,
+                    policy_folder=folder,
+                    config=config,
+                    lora=lora,
+                    folder=place,
+                    workers=self.workers,
+                    slots=self.slots,
+                    videos=False,
+                    console=console,
+                    rollouts=self.rollouts,
+                    method=variant.make(data),
+                    known=known,
+                )
+            write(self.out, self._facts(), console)
+        if elsewhere:
+            console.print(f"{elsewhere} of {len(plans)} trials run in other processes; theirs is the last table")
+            if not finished(self.out):
+                return 0
+        result = write(self.out, self._facts(), console)
+        if self.json:
+            print(json.dumps(result))
+        return 0
+
+    def _config(self, variant: Variant, held_out: tuple[str, ...], seed: int) -> SequenceConfig:
+        update = self.update
+        if variant.kind.whole_model:
+            update = dataclasses.replace(update, learning_rate=self.full_learning_rate)
+        if variant.learning_rate is not None:
+            update = dataclasses.replace(update, learning_rate=variant.learning_rate)
+        config = SequenceConfig(
+            tasks=variant.arranged(self.tasks),
+            held_out=held_out,
+            updates=self.updates,
+            until=self.until,
+            groups=self.groups,
+            group_size=self.group_size,
+            temperature=self.temperature,
+            noise_correlation=self.noise_correlation,
+            evaluation_episodes=self.evaluation_episodes,
+            evaluation_temperature=self.evaluation_temperature,
+            horizon=self.horizon,
+            seed=seed,
+            update=update,
+        )
+        return dataclasses.replace(config, **variant.sequence)
+
+    def _lora(self, variant: Variant) -> common.LoraOptions:
+        rank, alpha = variant.lora(self.lora.rank, self.lora.alpha)
+        return dataclasses.replace(self.lora, rank=rank, alpha=alpha)
+
+    def _demonstrations(self, console: Console) -> Demonstrations:
+        path = self.demonstrations or self.out / "demonstrations.safetensors"
+        if self.demonstrations is not None and not path.is_file():
+            raise RatchetError("learn.no_demonstrations", "no such file", where=str(path), fix="name a file, or record")
+        self.out.mkdir(parents=True, exist_ok=True)
+        with Files().lock(self.out / "demonstrations.lock"):  # one process records, others wait for it
+            return Demonstrations.load(path) if path.is_file() else self._record(path, console)
+
+    def _record(self, path: Path, console: Console) -> Demonstrations:
+        from ratchet_vla.policy.checkpoints import adopted
+
+        spec = adopted.load(common.policy_folder(self.suite, self.policy)).spec
+        console.print("recording demonstrations")
+        found = collect(
+            self.suite,
+            self._recorded(),
+            demonstration_states(self.suite, self.demonstration_episodes, -1),
+            cameras=spec.cameras,
+            state_fields=spec.state,
+            chunk=spec.chunk,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.save(path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+        return found
+
+    def _recorded(self) -> tuple[str, ...]:
+        """The sequence's tasks, and one more for replay during the first of them."""
+        others = [i.name for i in registry.tasks(self.suite) if i.name not in (*self.tasks, *self.held_out)]
+        return (*self.tasks, *others[:1])
+
+    def _facts(self) -> dict[str, Any]:
+        return common.describe_run(
+            f"Study on {self.suite}",
+            common.command_line(),
+            suite=self.suite,
+            tasks=list(self.tasks),
+            held_out=list(self.held_out),
+            perturbed={kind: perturbations.KINDS[kind] for kind in self.perturb},
+            updates=self.updates,
+            episodes_per_update=self.groups * self.group_size,
+            temperature=self.temperature,
+            evaluation_temperature=self.evaluation_temperature,
+            lora=dataclasses.asdict(self.lora),
+            update=dataclasses.asdict(self.update),
+        )
+
+
+@dataclass
+class Report:
+    """Write study.json, study.md and study.html again from the trials that are finished."""
+
+    out: Annotated[Path, tyro.conf.Positional] = Path("runs/study")
+    """Study folder."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        result = write(self.out, {"title": "Study", "command": common.command_line()}, Console(stderr=self.json))
+        if self.json:
+            print(json.dumps(result))
+        return 0
+
+
+@dataclass
+class Study:
+    """Compare Seq. FT with other methods on your own tasks.
+
+    Commands to copy:
+
+        ratchet study run --tasks button-press handle-press --methods seq_ft ewc --seeds 0 1 --out runs/study
+
+        ratchet study run --tasks button-press handle-press --methods seq_ft seq_ft:alpha=8 --perturb camera light
+
+        ratchet study report runs/study
+
+        ratchet study evaluate runs/study --perturb camera --out runs/study_camera
+
+        ratchet study analyse runs/study
+
+    A study that was stopped goes on when the same command is given again; methods and seeds may be added to it. The
+    same command in a second terminal runs trials beside the first: each takes those that nobody has taken.
+    """
+
+    command: Annotated[
+        Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Analyse, tyro.conf.subcommand("analyse")],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self) -> int:
+        return self.command.run()

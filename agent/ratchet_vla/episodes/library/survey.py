@@ -1,0 +1,187 @@
+"""What lies in a folder where episodes were looked for and not found: whose files, and the command that mends it.
+
+Knows how recordings, data sets and stores look from outside. Reads files up to their first message; changes nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mcap.records import Chunk, Message, Metadata
+from mcap.stream_reader import StreamReader
+
+from ratchet_vla.episodes.file import format as fmt
+from ratchet_vla.episodes.file.reader import RECORD_LIMIT, TORN
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.storage.growing import in_use
+
+Kind = Literal["episode", "unfinished", "recording", "nodes", "foreign", "broken"]
+INDEX = "index.jsonl"
+NODES = {"episode", "contract"}  # what the ROS nodes' former recorder said about a file before its first message
+MOST = 20_000  # files to look at; a folder of more is told of as far as that
+
+
+@dataclass(frozen=True)
+class Found:
+    """One kind of thing. what: how many and whose, in words. fix: the command that mends it, or what to do instead.
+
+    passes: it becomes an episode by itself, once its recorder is done with it or starts again.
+    """
+
+    what: str
+    fix: str
+    passes: bool = False
+
+
+def kind_of(path: Path) -> tuple[Kind, str]:
+    """What an MCAP file is, and of which robot where it tells.
+
+    "episode": an episode of this project. "unfinished", "recording": one that was cut off, or is being written now.
+    "nodes": of the ROS nodes' former recorder. "foreign": an MCAP of another program. "broken": no MCAP at all.
+    """
+    if path.name.endswith(fmt.OPEN_SUFFIX):
+        return ("recording" if in_use(path) else "unfinished"), ""
+    names: set[str] = set()
+    try:
+        with path.open("rb") as file:
+            for record in StreamReader(file, emit_chunks=True, record_size_limit=RECORD_LIMIT).records:
+                if isinstance(record, Metadata):
+                    names.add(record.name)
+                    if record.name == fmt.BEGIN_RECORD:
+                        return "episode", _robot(record, str(path))
+                elif isinstance(record, Chunk | Message):
+                    break
+    except (OSError, *TORN):
+        return "broken", ""
+    return ("nodes" if names >= NODES else "foreign"), ""
+
+
+def mcap_files(root: Path) -> Iterator[Path]:
+    """Every MCAP file below a folder, finished or not, in order; what is hidden is somebody's unfinished work."""
+    return (path for path in _visible(root) if path.name.endswith((fmt.SUFFIX, fmt.OPEN_SUFFIX, ".mcap.part")))
+
+
+def look(root: Path, known: Iterable[str] = ()) -> list[Found]:
+    """What is below `root` and not among the `known` files (relative to it), kind by kind; empty for nothing."""
+    if not root.exists():
+        return []
+    if root.is_file():
+        return [_one_file(root)]
+    entered = set(known)
+    kinds: Counter[Kind] = Counter()
+    robots: Counter[str] = Counter()
+    for path in mcap_files(root):
+        if str(path.relative_to(root)) not in entered:
+            kind, robot = kind_of(path)
+            kinds[kind] += 1
+            robots.update([robot] if robot else [])
+    found = [words(kinds[kind], root, robots) for kind, words in _WORDS.items() if kinds[kind]]
+    found += _others(root)
+    if not found and not entered:
+        rest = [p for p in _visible(root) if p.name != INDEX]
+        if rest:
+            names = ", ".join(p.name for p in rest[:3]) + (" …" if len(rest) > 3 else "")
+            found.append(Found(f"{_count(len(rest), 'other file')} ({names})", "name the folder of a store"))
+    return found
+
+
+def nothing_here(code: str, what: str, root: Path, found: list[Found]) -> RatchetError:
+    """The refusal of a verb that found no episode."""
+    fix = "name the folder that the recorder writes to"
+    if found:
+        what = f"{what}, but {'; '.join(f.what for f in found)}"
+        fix = "; ".join(dict.fromkeys(f.fix for f in found))
+    return RatchetError(code, what, where=str(root), fix=fix)
+
+
+def _visible(root: Path) -> list[Path]:
+    """Files below a folder in order, hidden ones and those in hidden folders left out."""
+    found = sorted(itertools.islice(root.rglob("*"), MOST))
+    return [p for p in found if not any(n.startswith(".") for n in p.relative_to(root).parts) and p.is_file()]
+
+
+# -- words -------------------------------------------------------------------------------------------------------
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _episodes(number: int, root: Path, robots: Counter[str]) -> Found:
+    whose = ", ".join(f"{n} of robot '{robot}'" for robot, n in sorted(robots.items()))
+    text = _count(number, "finished episode") + f" that no index names ({whose})"
+    return Found(text, f"`ratchet episodes verify --recover --store {root}` enters them")
+
+
+def _unfinished(number: int, root: Path, robots: Counter[str]) -> Found:
+    return Found(
+        _count(number, "episode that was cut off", "episodes that were cut off"),
+        f"`ratchet episodes verify --recover --store {root}` finishes them",
+        passes=True,
+    )
+
+
+def _recording(number: int, root: Path, robots: Counter[str]) -> Found:
+    return Found(_count(number, "episode") + " being recorded now", "wait until it is over", passes=True)
+
+
+def _nodes(number: int, root: Path, robots: Counter[str]) -> Found:
+    return Found(
+        _count(number, "recording") + " of the ROS nodes' former recorder",
+        f"`ratchet episodes import {root} --store FOLDER` makes episodes of them",
+    )
+
+
+def _foreign(number: int, root: Path, robots: Counter[str]) -> Found:
+    return Found(
+        _count(number, "MCAP file") + " of another program",
+        "bags hold no decisions: bring such data as a LeRobot data set, with `ratchet episodes import`",
+    )
+
+
+def _broken(number: int, root: Path, robots: Counter[str]) -> Found:
+    return Found(_count(number, "file") + " named .mcap that can't be read as one", "move them away or copy them again")
+
+
+_WORDS: dict[Kind, Callable[[int, Path, Counter[str]], Found]] = {
+    "episode": _episodes,
+    "unfinished": _unfinished,
+    "recording": _recording,
+    "nodes": _nodes,
+    "foreign": _foreign,
+    "broken": _broken,
+}
+
+
+def _others(root: Path) -> list[Found]:
+    """Data sets and stores, in the folder itself and one level down."""
+    found = []
+    for place in (root, *sorted(p for p in itertools.islice(root.iterdir(), MOST) if p.is_dir())):
+        if (place / "meta/info.json").is_file():
+            found.append(Found(f"a LeRobot data set in {place}", f"`ratchet episodes import {place}`"))
+        if place != root and (place / INDEX).is_file():
+            found.append(Found(f"a store of episodes in {place}", f"name that one: {place}"))
+        if (place / "objects").is_dir() and (place / "tags").is_dir():
+            found.append(Found(f"a store of adapters in {place}", f"`ratchet adapters list --store {place}`"))
+    files = [p for ext in ("hdf5", "h5") for p in sorted(root.glob(f"*.{ext}"))]
+    if files:
+        found.append(Found(_count(len(files), "HDF5 file"), f"`ratchet episodes import {files[0]}`"))
+    return found
+
+
+def _one_file(path: Path) -> Found:
+    if path.suffix in (".hdf5", ".h5"):
+        return Found("it is an HDF5 file", f"`ratchet episodes import {path}`")
+    return Found("it is a file", "name the folder of a store")
+
+
+def _robot(record: Metadata, where: str) -> str:
+    try:
+        return str(fmt.EpisodeInfo.from_record(record.metadata, where).contract.get("name", "")) or "unnamed"
+    except RatchetError:
+        return "of another version"

@@ -1,0 +1,373 @@
+"""Recorder: what a control loop and camera drivers hand over is written to the disk by another process.
+
+Knows the control process's side: copies frames into shared slots, packs records, counts what found no room. Nothing
+here waits for the disk, for the other process, or for anything; it never raises once it runs. It has the methods of
+`ratchet_vla.runtime.control.sink.TickSink`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ratchet_vla.contract import RobotContract
+from ratchet_vla.episodes.file.format import check_meta
+from ratchet_vla.episodes.file.recording import make_info
+from ratchet_vla.episodes.recorder.handoff import Sender
+from ratchet_vla.episodes.recorder.types import Outcome, RecorderConfig, RecorderStatus
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.paths import python_path
+from ratchet_vla.records import ActionChunk, Applied, ControlTick, Observation, SafetyEvent, UInt8
+
+__all__ = ["Recorder", "RecorderConfig", "RecorderStatus"]
+
+INLINE = 1 << 15  # bytes of a message on the wire that travel in a packet; larger ones take a slot, as frames do
+REMEMBER = 16  # newest frames per camera that an observation may share
+
+
+class Recorder:
+    """Records one robot's episodes into a store. `frame` from camera drivers, the sink's methods from the loop.
+
+    Where frames of the drivers and of observations are the same arrays, they are stored once; such arrays must not be
+    changed after they were handed over.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        contract: RobotContract,
+        config: RecorderConfig | None = None,
+        *,
+        session: str = "",
+        calibrations: dict[str, str] | None = None,
+        last_stage: bool = False,
+        wire: Mapping[str, tuple[str, str]] | None = None,
+        ready_timeout: float = 60.0,
+    ) -> None:
+        """Start the recorder process; files that an earlier one left unfinished are recovered first.
+
+        wire: topics that are kept as they are on the wire -> type, and its definition in words; see `wire`.
+        last_stage: another safety stage stands behind the loop, and `applied` will tell what it made of each command.
+
+        Raises:
+            RatchetError: recorder.bad_config, recorder.not_started, and what opening the store raises.
+        """
+        self.root, self.contract, self.config = Path(root), contract, config or RecorderConfig()
+        self.config.check(str(self.root))
+        self._session, self._last_stage, self._wire = session, last_stage, dict(wire or {})
+        # What every episode begins with, made once: the contract as text takes longer than a tick may.
+        same = make_info(
+            contract,
+            "",
+            "",
+            calibrations=calibrations or {},
+            stream=self.config.stream,
+            decisions=self.config.decisions or "",
+            wire=sorted(self._wire),
+        )
+        self._same = json.dumps(dataclasses.asdict(same))
+        largest = max((c.height * c.width * 3 for c in contract.cameras), default=1)
+        largest += largest // 3 + 4096 if wire else 0  # drivers send four channels too, and headers
+        count = max(4 * len(contract.cameras), (self.config.memory_mb << 20) // largest)
+        self._sender = Sender(largest, count, queue=16 << 20, reserved=count // 8)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._recent: dict[str, deque[tuple[UInt8, int]]] = {c.name: deque(maxlen=REMEMBER) for c in contract.cameras}
+        self._shapes = {c.name: (c.height, c.width, 3) for c in contract.cameras}
+        self._numbers: Counter[str] = Counter()  # frames of each camera handed over in this episode
+        self._dropped: Counter[str] = Counter()
+        self._before: Counter[str] = Counter()  # what was dropped before this episode
+        self._facts: dict[str, Any] = {}
+        self._recording = False
+        self._told: dict[str, Any] = {"state": "idle"}
+        self._finished: list[str] = []
+        self._episode = 0  # counts `begin`
+        self._ended: dict[int, tuple[str, str]] = {}  # episode -> its id, or empty and why there is none
+        self._start()
+        self._wait_until_ready(ready_timeout)
+
+    # -- what a session says ------------------------------------------------------------------------------------
+
+    def describe(self, **facts: Any) -> None:
+        """Facts of the next episode: name, session, adapter_id, mode, seed, initial_state, meta (plain JSON data).
+
+        Raises:
+            RatchetError: recorder.bad_fact, episode.bad_meta.
+        """
+        unknown = set(facts) - {"name", "session", "adapter_id", "mode", "seed", "initial_state", "meta"}
+        if unknown:
+            raise RatchetError("recorder.bad_fact", f"an episode has no {sorted(unknown)[0]}", fix="see the docstring")
+        check_meta(facts.get("meta", {}), "meta")
+        self._facts = facts
+
+    def revive(self) -> None:
+        """Start the recorder process again where it died; takes a moment, so not from a control loop."""
+        self._listen()
+        if not self._sender.alive:
+            self._start()
+
+    def require_ready(self) -> None:
+        """Before a session or an episode that must be recorded.
+
+        Raises:
+            RatchetError: recorder.disk_low, recorder.failed, recorder.dead.
+        """
+        status = self.status()
+        if status.state in ("disk_low", "failed", "dead"):
+            fix = {"disk_low": "free space, or lower min_free_gb", "dead": "the next episode starts it again"}
+            raise RatchetError(
+                f"recorder.{status.state}", status.error or "not recording", fix=fix.get(status.state, "see the error")
+            )
+
+    def status(self) -> RecorderStatus:
+        """How it is doing; cheap enough for every tick."""
+        self._listen()
+        dropped = dict(self._dropped)
+        for name, count in self._told.get("dropped", {}).items():
+            dropped[name] = dropped.get(name, 0) + count
+        alive = self._sender.alive
+        return RecorderStatus(
+            state=self._told["state"] if alive else "dead",
+            error=self._told.get("error", "") if alive else "the recorder process is gone",
+            dropped=dropped,
+            waiting=self._sender.slots_used / self._sender.count,
+            written=self._told.get("written", 0),
+            rate=self._told.get("rate", 0.0),
+            free_gb=self._told.get("free_gb", 0.0),
+            finished=tuple(self._finished),
+        )
+
+    def wait_ended(self, timeout: float) -> str:
+        """The id of the episode that `end` was called for last, once its file is whole; not for the loop.
+
+        Raises:
+            RatchetError: recorder.lost where there is no finished file of it, with the reason.
+        """
+        limit = time.monotonic() + timeout
+        while True:
+            alive = self._sender.alive
+            self._listen()
+            if self._episode in self._ended or not alive or time.monotonic() > limit:
+                break
+            time.sleep(0.005)
+        late = "still being finished" if alive else "the recorder process is gone; the next start recovers the file"
+        digest, why = self._ended.get(self._episode, ("", late))
+        if not digest:
+            fix = "see `ratchet episodes verify`"
+            what = f"the episode has no finished file: {why}"
+            raise RatchetError("recorder.lost", what, where=str(self.root), fix=fix)
+        return digest
+
+    def close(self, timeout: float = 30.0) -> RecorderStatus:
+        """Finish what is open and end the process; safe to call more than once."""
+        if self._process is None:
+            return self.status()
+        self._sender.send({"kind": "close"}, must=True)
+        limit = time.monotonic() + timeout
+        while self._process.poll() is None and time.monotonic() < limit:
+            self._listen()
+            time.sleep(0.005)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._listen()
+        status = dataclasses.replace(self.status(), state="closed", error="")
+        self._process = None
+        return status
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- what drivers and the loop hand over: returns at once, never raises ---------------------------------------
+
+    def frame(self, camera: str, image: UInt8, stamp: float) -> None:
+        """A camera delivered. image: (H, W, 3) uint8 RGB upright, as the contract says. stamp: s, robot's clock."""
+        if self._recording:
+            self._hand_over(camera, image, stamp, decision=False)
+
+    def wire(self, topic: str, data: bytes, received: int) -> None:
+        """A message of one of the topics that were named at the start. data: serialised; received: ns, UTC."""
+        if not self._recording:
+            return
+        body = {"kind": "wire", "topic": topic, "received": received}
+        if len(data) <= INLINE:
+            self._send({**body, "data": data})
+            return
+        slot = self._sender.take_slot(False) if len(data) <= self._sender.slot else None
+        if slot is None:
+            self._dropped[f"messages: {topic}"] += 1
+            return
+        self._sender.fill(slot, np.frombuffer(data, np.uint8))
+        if not self._sender.send({**body, "slot": slot, "shape": [len(data)]}):
+            self._sender.give_back(slot)
+            self._dropped[f"messages: {topic}"] += 1
+
+    def begin(self, task: str, instruction: str, now: float) -> None:
+        if not self._sender.alive:
+            self._start()
+        facts = {"mode": "deploy", "session": self._session, **self._facts}
+        self._facts = {}
+        facts |= {"task": task, "instruction": instruction, "clock_offset": time.time() - now}
+        facts["created"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+        with self._lock:
+            for recent in self._recent.values():
+                recent.clear()
+            self._numbers.clear()
+            self._episode += 1
+            self._before = Counter(self._dropped)
+            body = {"kind": "begin", "same": self._same, "facts": json.dumps(facts), "number": self._episode}
+            self._send({**body, "last_stage": self._last_stage, "wire": self._wire}, must=True)
+            self._recording = True
+
+    def observation(self, observation: Observation) -> None:
+        if not self._recording:
+            return
+        numbers = {}
+        for camera, image in observation.images.items():
+            number = self._known(camera, image)
+            if number is None:
+                number = self._hand_over(camera, image, observation.stamp, decision=True)
+            numbers[camera] = number
+        body = {
+            "kind": "observation",
+            "numbers": numbers,
+            "state": {name: values.tobytes() for name, values in observation.state.items()},
+            "instruction": observation.instruction,
+            "stamp": observation.stamp,
+            "sequence": observation.sequence,
+        }
+        self._send(body)
+
+    def chunk(self, chunk: ActionChunk) -> None:
+        if self._recording:
+            body = {"kind": "chunk", **_plain(chunk), "shape": list(chunk.actions.shape)}
+            if chunk.tokens is not None:
+                body |= {"tokens_type": chunk.tokens.dtype.name, "tokens_shape": list(chunk.tokens.shape)}
+            self._send(body)
+
+    def tick(self, tick: ControlTick, number: int = -1) -> None:
+        """number: of the tick's command, as in `Applied`; -1 where none went out."""
+        if self._recording:
+            body = {"kind": "tick", **_plain(tick), "marks": int(tick.marks), "number": number}
+            body["state"] = {name: values.tobytes() for name, values in tick.state.items()}
+            body["applied_marks"] = None if tick.applied_marks is None else int(tick.applied_marks)
+            self._send(body)
+
+    def applied(self, applied: Applied) -> None:
+        """What the last stage made of a command; in any order with the tick of that command."""
+        if self._recording:
+            self._send({"kind": "applied", **_plain(applied), "marks": int(applied.marks)})
+
+    def event(self, event: SafetyEvent) -> None:
+        if self._recording:
+            self._send({"kind": "event", **_plain(event)})
+
+    def outcome(self, outcome: Outcome) -> None:
+        if self._recording:
+            marks = np.asarray(outcome.marks, np.int64)
+            self._send({"kind": "outcome", "sequence": outcome.sequence, "marks": marks.tobytes()})
+
+    def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
+        if self._recording:
+            self._recording = False
+            body = {"kind": "end", "reason": reason, "success": success, "source": source}
+            self._send({**body, "dropped": dict(self._dropped - self._before)}, must=True)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, camera: str, image: UInt8, stamp: float, *, decision: bool) -> int:
+        """The number of the frame within its camera, -1 where it was dropped."""
+        if self._shapes.get(camera) != image.shape or image.dtype != np.uint8:
+            self._dropped[f"frames of a wrong shape: {camera}"] += 1
+            return -1
+        slot = self._sender.take_slot(decision)
+        if slot is None:
+            self._dropped[f"{'decision frames' if decision else 'frames'}: {camera}"] += 1
+            return -1
+        self._sender.fill(slot, image)
+        with self._lock:  # numbers must rise in the order of the packets
+            number = self._numbers[camera]
+            body = {"kind": "frame", "camera": camera, "slot": slot, "shape": list(image.shape), "stamp": stamp}
+            if not self._sender.send({**body, "number": number, "decision": decision}):
+                self._sender.give_back(slot)
+                self._dropped[f"frames: {camera}"] += 1
+                return -1
+            self._numbers[camera] += 1
+            self._recent[camera].append((image, number))
+        return number
+
+    def _known(self, camera: str, image: UInt8) -> int | None:
+        with self._lock:
+            for known, number in reversed(self._recent.get(camera, ())):
+                if known is image:
+                    return number
+        return None
+
+    def _send(self, record: dict[str, Any], *, must: bool = False) -> None:
+        if not self._sender.send(record, must=must):
+            self._dropped[f"records: {record['kind']}"] += 1
+
+    def _listen(self) -> None:
+        for told in self._sender.poll():
+            if "number" in told:
+                self._ended[told["number"]] = (told["finished"], told["error"])
+                self._finished += [told["finished"]] if told["finished"] else []
+            else:
+                self._told = told
+
+    def _start(self) -> None:
+        theirs = self._sender.connect()
+        given = {
+            "root": str(self.root),
+            "socket": theirs.fileno(),
+            "memory": self._sender.memory_fd,
+            "slot": self._sender.slot,
+            "count": self._sender.count,
+            "config": dataclasses.asdict(self.config),
+        }
+        command = [sys.executable, "-m", "ratchet_vla.episodes.recorder.process", json.dumps(given)]
+        descriptors = (theirs.fileno(), self._sender.memory_fd)
+        if self._process is not None:
+            self._process.poll()
+            for name, count in self._told.get("dropped", {}).items():
+                self._dropped[name] += count
+        self._told = {"state": "idle"}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
+        self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment)
+        theirs.close()
+
+    def _wait_until_ready(self, timeout: float) -> None:
+        assert self._process is not None
+        limit = time.monotonic() + timeout
+        while not self._told.get("ready"):
+            self._listen()
+            if self._process.poll() is not None or time.monotonic() > limit:
+                self.close(timeout=0.0)
+                raise RatchetError(
+                    "recorder.not_started",
+                    "the recorder process did not come up",
+                    where=str(self.root),
+                    fix="its own message is above; check that the folder is writable",
+                )
+            time.sleep(0.005)
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    """A record's fields with arrays as bytes, without those that are dictionaries."""
+    fields = record.__dict__.items()
+    return {n: v.tobytes() if isinstance(v, np.ndarray) else v for n, v in fields if not isinstance(v, dict)}

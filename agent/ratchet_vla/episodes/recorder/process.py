@@ -1,0 +1,383 @@
+"""The recorder process: takes what the control process hands over, encodes, writes and flushes.
+
+Knows episodes being recorded, their flushes, the disk and its watermark. When the control process dies, it finishes
+the open episode; when it is killed itself, the file is readable up to the last flush.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from ratchet_vla.episodes.file import format as fmt
+from ratchet_vla.episodes.file.format import EpisodeEnding, EpisodeInfo
+from ratchet_vla.episodes.file.recording import EpisodeWriter
+from ratchet_vla.episodes.library.store import EpisodeStore
+from ratchet_vla.episodes.recorder.client import REMEMBER, RecorderConfig
+from ratchet_vla.episodes.recorder.handoff import Receiver
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.records import ActionChunk, Applied, ControlTick, Float32, Mark, Observation, SafetyEvent, UInt8
+
+STATUS_EVERY = 0.25
+LATE = 5  # ticks that wait for what became of the oldest of them; it usually comes within one period
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a chunk in the control loop. marks: one `records.Mark` value per action."""
+
+    sequence: int
+    marks: list[int]
+
+
+class Recording:
+    """One episode being recorded. begin: the record that it began with. number: the sender's own of it."""
+
+    def __init__(self, writer: EpisodeWriter, config: RecorderConfig, begin: dict[str, Any]) -> None:
+        self.writer, self._config = writer, config
+        self.number, self._last_stage, self._wire = begin["number"], begin["last_stage"], begin["wire"]
+        self.dropped: Counter[str] = Counter()
+        self._raw: dict[str, OrderedDict[int, UInt8]] = {}  # newest frames, for decisions that share them
+        self._written: dict[str, OrderedDict[int, int]] = {}  # camera -> number -> index in the stream
+        self._observations: dict[int, int] = {}
+        self._chunks: dict[int, tuple[int, int]] = {}  # sequence -> (index, K)
+        self._ticks: Counter[int] = Counter()
+        self._marks: dict[tuple[int, int], int] = {}  # (chunk, offset) -> the marks of its tick, all stages'
+        self._queue: deque[tuple[int, ControlTick] | Outcome] = deque()  # in the order in which they came
+        self._applied: dict[int, Applied] = {}  # by number, of commands whose tick has not come yet
+        self._newest = -1  # number of the newest command that was applied
+        self._pending: Outcome | None = None
+        self._stamp = 0.0
+
+    def frame(self, record: dict[str, Any], image: UInt8) -> None:
+        camera, number = record["camera"], record["number"]
+        if not (record["decision"] and self._config.decisions):
+            index = self.writer.frame(camera, image, record["stamp"])
+            _remember(self._written.setdefault(camera, OrderedDict()), number, index)
+        if self._config.decisions:
+            _remember(self._raw.setdefault(camera, OrderedDict()), number, image.copy())
+
+    def observation(self, record: dict[str, Any]) -> None:
+        state = _state(record["state"])
+        cameras, topics, frames = [], [], []
+        for camera, number in record["numbers"].items():
+            group, index = ("decisions" if self._config.decisions else "stream"), -1
+            if self._config.decisions:
+                image = self._raw.get(camera, {}).get(number)
+                if image is not None:
+                    index = self.writer.frame(camera, image, record["stamp"], group)
+            else:
+                index = self._written.get(camera, {}).get(number, -1)
+            if index < 0:
+                self.dropped[f"frames of decisions: {camera}"] += 1
+            cameras.append(camera)
+            topics.append(self.writer.info.topics[group][camera])
+            frames.append(index)
+        seen = Observation({}, state, record["instruction"], record["stamp"], record["sequence"])
+        self._observations[seen.sequence] = self.writer.observation_record(seen, cameras, topics, frames)
+
+    def chunk(self, record: dict[str, Any]) -> None:
+        shape = record["shape"]
+        tokens, log_prob = record["tokens"], record["log_prob"]
+        chunk = ActionChunk(
+            actions=np.frombuffer(record["actions"], np.float32).reshape(shape),
+            tokens=None
+            if tokens is None
+            else np.frombuffer(tokens, record["tokens_type"]).reshape(record["tokens_shape"]),
+            log_prob=None if log_prob is None else np.frombuffer(log_prob, np.float32).reshape(shape),
+            adapter_id=record["adapter_id"],
+            temperature=record["temperature"],
+            observation_stamp=record["observation_stamp"],
+            observation_sequence=record["observation_sequence"],
+            compute_dtype=record["compute_dtype"],
+        )
+        self._chunks[chunk.observation_sequence] = (self.writer.chunk(chunk), shape[0])
+
+    def tick(self, record: dict[str, Any]) -> None:
+        sampled, command = record["sampled"], record["command"]
+        tick = ControlTick(
+            stamp=record["stamp"],
+            deadline=record["deadline"],
+            index=record["index"],
+            sampled=None if sampled is None else np.frombuffer(sampled, np.float32),
+            command=None if command is None else np.frombuffer(command, np.float32),
+            marks=Mark(record["marks"]),
+            chunk_sequence=record["chunk_sequence"],
+            chunk_offset=record["chunk_offset"],
+            adapter_id=record["adapter_id"],
+            state=_state(record["state"]),
+        )
+        self._queue.append((record["number"], tick))
+        self._settle(LATE)
+
+    def applied(self, record: dict[str, Any]) -> None:
+        action = record["action"]
+        told = Applied(
+            number=record["number"],
+            action=None if action is None else np.frombuffer(action, np.float32),
+            marks=Mark(record["marks"]),
+        )
+        self._applied[told.number] = told
+        self._newest = max(self._newest, told.number)
+        self._settle(LATE)
+
+    def wire(self, record: dict[str, Any], data: bytes) -> None:
+        topic = record["topic"]
+        self.writer.wire(topic, (self._wire[topic][0], self._wire[topic][1]), data, record["received"])
+
+    def event(self, record: dict[str, Any]) -> None:
+        fields = ("stamp", "code", "message", "dim", "value", "limit", "latched")
+        self.writer.event(SafetyEvent(**{name: record[name] for name in fields}))
+
+    def outcome(self, record: dict[str, Any]) -> None:
+        self._queue.append(Outcome(record["sequence"], np.frombuffer(record["marks"], np.int64).tolist()))
+        self._settle(LATE)
+
+    def finish(
+        self, success: bool | None, source: str, reason: str, dropped: Counter[str]
+    ) -> tuple[str, EpisodeEnding]:
+        self._settle(0)
+        self._write_pending(reward=1.0 if success else 0.0, done=True)
+        every = dict(self.dropped + dropped)
+        return self.writer.finish(success, source, reason, dropped=every)
+
+    def _settle(self, late: int) -> None:
+        """Write what waited, in order, up to the first tick of whose command the last stage may still tell. late: how
+        many may wait."""
+        while self._queue:
+            first = self._queue[0]
+            if isinstance(first, Outcome):
+                # Written when the next one comes, as only then it is known that the episode did not end with it.
+                self._write_pending(reward=0.0, done=False)
+                self._pending = first
+            else:
+                number, tick = first
+                if self._last_stage and number >= 0:
+                    told = self._applied.pop(number, None)
+                    if told is None and self._newest < number and len(self._queue) <= late:
+                        return
+                    marks = Mark.SKIPPED if told is None else told.marks
+                    self.dropped["told of commands"] += told is None
+                    tick = dataclasses.replace(tick, applied=told.action if told else None, applied_marks=marks)
+                self._write_tick(tick)
+            self._queue.popleft()
+
+    def _write_tick(self, tick: ControlTick) -> None:
+        self._ticks[tick.chunk_sequence] += 1
+        self._marks[tick.chunk_sequence, tick.chunk_offset] = int(tick.fate)
+        self._stamp = tick.stamp
+        self.writer.tick(tick)
+
+    def _write_pending(self, reward: float, done: bool) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        sequence = pending.sequence
+        marks = [own | self._marks.pop((sequence, offset), 0) for offset, own in enumerate(pending.marks)]
+        if sequence not in self._observations or sequence not in self._chunks:
+            self.dropped["steps"] += 1
+            return
+        index, length = self._chunks[sequence]
+        executed = [m == 0 for m in marks]
+        run = min(self._ticks[sequence], length)
+        self.writer.step(self._observations[sequence], index, executed, marks, reward, done, run, self._stamp)
+
+
+class RecorderProcess:
+    """Everything this process does, one record after the other."""
+
+    def __init__(self, receiver: Receiver, root: Path, config: RecorderConfig) -> None:
+        self._receiver, self._config = receiver, config
+        self._store = EpisodeStore(root, create=True)
+        self._recording: Recording | None = None
+        self._state, self._error = "idle", ""
+        self._ready = False
+        self._count, self._written = 0, 0
+        self._flushed = self._told = self._rated = time.monotonic()
+        self._rate, self._rate_from = 0.0, 0
+        self._dropped: Counter[str] = Counter()
+
+    def run(self) -> None:
+        """Until the control process says so or is gone; what is open is finished then."""
+        self._store.take_stock()
+        self._ready = True
+        self._tell()
+        while True:
+            record = self._receiver.receive(self._wait(), asleep=self._recording is not None)
+            if record is None and self._receiver.ended:
+                self._end("control_died", None, "")
+                return
+            if record is not None:
+                if record["kind"] == "close":
+                    self._end("closed", None, "")
+                    return
+                self._handle(record)
+            self._periodic()
+
+    def _handle(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        try:
+            if kind == "begin":
+                self._begin(record)
+            elif kind == "end":
+                self._end(record["reason"], record["success"], record["source"], record["dropped"])
+            elif kind == "frame":
+                if self._recording is not None:
+                    self._recording.frame(record, self._receiver.image(record["slot"], record["shape"]))
+            elif kind == "wire" and self._recording is not None:
+                slot = record.get("slot")
+                data = record["data"] if slot is None else self._receiver.image(slot, record["shape"]).tobytes()
+                self._recording.wire(record, data)
+            elif self._recording is not None:
+                getattr(self._recording, kind)(record)
+            else:
+                self._dropped[f"records: {kind}"] += 1
+        except RatchetError as error:
+            self._refused(error)
+        finally:
+            if "slot" in record:
+                self._receiver.release(record["slot"])
+
+    def _begin(self, record: dict[str, Any]) -> None:
+        if self._recording is not None:
+            self._end("not_ended", None, "")
+        if self._low():
+            self._receiver.say({"number": record["number"], "finished": "", "error": self._error})
+            return
+        info = EpisodeInfo(**{**json.loads(record["same"]), **json.loads(record["facts"])})
+        folder = self._store.folder(info.session)
+        name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{self._count:04d}{fmt.SUFFIX}"
+        self._count += 1
+        raw = "raw" in (self._config.stream, self._config.decisions)
+        writer = EpisodeWriter(
+            folder / (name + ".open"), folder / name, info, quality=self._config.quality, compress=raw
+        )
+        self._recording = Recording(writer, self._config, record)
+        self._state, self._error = "recording", ""
+        self._flush()
+        self._tell()
+
+    def _end(
+        self, reason: str, success: bool | None, source: str, dropped: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """dropped: what the control process could not hand over -> how often."""
+        if self._recording is None:
+            return
+        recording, self._recording = self._recording, None
+        try:
+            digest, ending = recording.finish(success, source, reason, self._dropped + Counter(dropped))
+            self._store.add(recording.writer.path, digest, ending)
+        except RatchetError as error:
+            self._recording = recording
+            self._refused(error)
+            return
+        self._written += recording.writer.size
+        self._dropped.clear()
+        if self._state == "recording":
+            self._state = "idle"
+        self._receiver.say({"number": recording.number, "finished": digest, "error": ""})
+        self._tell()
+
+    def _refused(self, error: RatchetError) -> None:
+        """The disk, or a record that does not fit: this episode ends here; what was flushed is recovered later."""
+        self._state, self._error = "failed", str(error)
+        if self._recording is not None:
+            self._recording.writer.abandon()
+            self._receiver.say({"number": self._recording.number, "finished": "", "error": str(error)})
+            self._recording = None
+        self._tell()
+
+    def _low(self) -> bool:
+        free = shutil.disk_usage(self._store.root).free / 1e9
+        if free >= self._config.min_free_gb:
+            return False
+        self._state = "disk_low"
+        self._error = f"{free:.2f} GB free on the disk, recording stops below {self._config.min_free_gb:g} GB"
+        self._tell()
+        return True
+
+    def _periodic(self) -> None:
+        now = time.monotonic()
+        if self._recording is not None and now - self._flushed >= self._config.flush_seconds:
+            try:
+                self._flush()
+                if self._low():
+                    self._end("disk_low", None, "")
+                    self._state = "disk_low"
+            except RatchetError as error:
+                self._refused(error)
+        if now - self._told >= STATUS_EVERY:
+            self._tell()
+
+    def _flush(self) -> None:
+        assert self._recording is not None
+        self._recording.writer.flush()
+        self._flushed = time.monotonic()
+
+    def _wait(self) -> float:
+        if self._recording is None:
+            return STATUS_EVERY
+        return self._flushed + self._config.flush_seconds - time.monotonic()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        written = self._written + (self._recording.writer.size if self._recording else 0)
+        if self._told - self._rated >= 2.0:
+            self._rate = (written - self._rate_from) / (self._told - self._rated) / 1e6
+            self._rated, self._rate_from = self._told, written
+        dropped = self._dropped + (self._recording.dropped if self._recording else Counter())
+        self._receiver.say(
+            {
+                "ready": self._ready,
+                "state": self._state,
+                "error": self._error,
+                "dropped": dict(dropped),
+                "written": written,
+                "rate": self._rate,
+                "free_gb": shutil.disk_usage(self._store.root).free / 1e9,
+            }
+        )
+
+
+def _remember(kept: OrderedDict[int, Any], number: int, value: Any) -> None:
+    kept[number] = value
+    while len(kept) > REMEMBER + 2:
+        kept.popitem(last=False)
+
+
+def _state(raw: dict[str, bytes]) -> dict[str, Float32]:
+    return {name: np.frombuffer(values, np.float32) for name, values in raw.items()}
+
+
+def main(argument: str) -> int:
+    given = json.loads(argument)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the control process; it closes us
+    config = RecorderConfig(**given["config"])
+    with contextlib.suppress(OSError):
+        os.nice(config.nice)
+    receiver = Receiver(socket.socket(fileno=given["socket"]), given["memory"], given["slot"], given["count"])
+    try:
+        RecorderProcess(receiver, Path(given["root"]), config).run()
+    except RatchetError as error:
+        print(f"recorder: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

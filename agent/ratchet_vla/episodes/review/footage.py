@@ -1,0 +1,152 @@
+"""What a viewer needs of an episode: frames as JPEG, plots, marks and events; kept in memory for the next look.
+
+Knows recordings and a bounded cache. Knows no HTTP and no judgement.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from ratchet_vla.episodes.file import format as fmt
+from ratchet_vla.episodes.file.assembly import tick_of
+from ratchet_vla.episodes.file.frames import Encoder
+from ratchet_vla.episodes.file.reader import EpisodeReader
+from ratchet_vla.episodes.library.store import Card, EpisodeStore
+from ratchet_vla.records import Mark
+
+CACHE_BYTES = 256 << 20
+POINTS = 600  # of a plot
+QUALITY = 80
+
+
+class Footage:
+    """Packed frames and facts of the episodes looked at last. Thread-safe."""
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self._limit = limit
+        self._packs: OrderedDict[tuple[str, str, float], bytes] = OrderedDict()
+        self._size = 0
+        self._facts: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def facts(self, store: EpisodeStore, card: Card) -> dict[str, Any]:
+        """Plots and marks: `times` (s from the start), `series` (name -> values), `spans` (mark -> [from, to]),
+        `events`, `length` in seconds, and `frames` per camera."""
+        with self._lock:
+            if card.id in self._facts:
+                return self._facts[card.id]
+        made = _facts(store.open(card.id), card)
+        with self._lock:
+            self._facts[card.id] = made
+            while len(self._facts) > 200:
+                self._facts.popitem(last=False)
+        return made
+
+    def pack(self, store: EpisodeStore, card: Card, camera: str, fps: float) -> bytes:
+        """Frames of one camera, at most `fps` per second: for each, float64 seconds from the start, uint32 length and
+        the JPEG, little-endian.
+
+        Raises:
+            RatchetError: episode.no_camera.
+        """
+        key = (card.id, camera, fps)
+        with self._lock:
+            if key in self._packs:
+                self._packs.move_to_end(key)
+                return self._packs[key]
+        data = _pack(store.open(card.id), camera, fps)
+        with self._lock:
+            if key not in self._packs:
+                self._packs[key] = data
+                self._size += len(data)
+            while self._size > self._limit and len(self._packs) > 1:
+                self._size -= len(self._packs.popitem(last=False)[1])
+        return data
+
+
+def group_of(reader: EpisodeReader, card_frames: dict[str, int], camera: str) -> str:
+    """Where a camera's frames are: in its stream, or, if nothing was streamed, beside the decisions."""
+    reader.topic(camera)
+    streamed = card_frames.get(reader.info.topics["stream"][camera], 0)
+    decided = card_frames.get(reader.info.topics.get("decisions", {}).get(camera, ""), 0)
+    return "stream" if streamed >= decided else "decisions"
+
+
+def start_of(reader: EpisodeReader) -> float:
+    """Stamp of the first message: second 0 of the viewer."""
+    return next((reader.stamp(item) for item in reader.items()), 0.0)
+
+
+def _pack(reader: EpisodeReader, camera: str, fps: float) -> bytes:
+    ending = reader.ending()
+    group = group_of(reader, ending.frames if ending else {}, camera)
+    start, apart, last = start_of(reader), 1.0 / fps, -1e9
+    encoder = Encoder("jpeg", QUALITY)
+    parts = []
+    encoded = reader.codec(group) == "jpeg"
+    source: Any = reader.encoded_frames(camera, group) if encoded else reader.frames(camera, group)
+    for stamp, frame in source:
+        if stamp - last < apart * 0.9:
+            continue
+        last = stamp
+        data = frame if encoded else encoder.encode(frame)
+        parts.append(struct.pack("<dI", stamp - start, len(data)) + data)
+    return b"".join(parts)
+
+
+def _facts(reader: EpisodeReader, card: Card) -> dict[str, Any]:
+    start = start_of(reader)
+    times: list[float] = []
+    values: dict[str, list[float]] = {}
+    marks: list[int] = []
+    events = []
+    dims = [d["name"] for d in reader.info.contract["action"]["dims"]]
+    for item in reader.items([fmt.TICK, fmt.EVENT, *([] if card.ticks else [fmt.OBSERVATION])]):
+        if item.topic == fmt.EVENT:
+            events.append({"time": item.body.stamp - start, "code": item.body.code, "text": item.body.message})
+            continue
+        times.append(item.body.stamp - start)
+        flat = iter(item.body.state)
+        for name, size in zip(item.body.state_names, item.body.state_sizes, strict=True):
+            for i in range(size):
+                values.setdefault(f"{name}.{i}" if size > 1 else name, []).append(next(flat))
+        if item.topic == fmt.TICK:
+            tick = tick_of(item.body)
+            marks.append(int(tick.fate))
+            command = [float("nan")] * len(dims) if tick.reached is None else tick.reached.tolist()
+            for name, value in zip(dims, command, strict=True):
+                values.setdefault(f"command {name}", []).append(value)
+    keep: list[int] = np.unique(np.linspace(0, len(times) - 1, min(POINTS, len(times))).round()).astype(int).tolist()
+    series = {
+        name: [None if np.isnan(v[i]) else round(v[i], 6) for i in keep]
+        for name, v in values.items()
+        if len(v) == len(times)
+    }
+    return {
+        "times": [round(times[i], 4) for i in keep],
+        "series": series,
+        "spans": {mark.name: _spans(times, marks, mark) for mark in Mark if mark.name and mark},
+        "events": events[:200],
+        "length": max(card.seconds, times[-1] if times else 0.0),
+        "dims": dims,
+    }
+
+
+def _spans(times: list[float], marks: list[int], mark: Mark) -> list[tuple[float, float]]:
+    """From when to when ticks carried a mark."""
+    found: list[tuple[float, float]] = []
+    begin: float | None = None
+    for time, given in zip(times, marks, strict=False):
+        if given & mark and begin is None:
+            begin = time
+        elif not given & mark and begin is not None:
+            found.append((round(begin, 3), round(time, 3)))
+            begin = None
+    if begin is not None:
+        found.append((round(begin, 3), round(times[-1], 3)))
+    return found

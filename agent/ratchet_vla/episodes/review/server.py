@@ -1,0 +1,212 @@
+"""The review page's server: episodes to watch and judge, for a browser on this machine or a phone beside the robot.
+
+Knows HTTP, tokens and who watches what at the moment. Judging itself is `verification`'s. Needs no network: the page's
+files lie beside this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hmac
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from pydantic import BaseModel, Field
+
+from ratchet_vla.episodes.library.store import Card
+from ratchet_vla.episodes.library.verification import Label, Seen, Standing, Verification, latest_of
+from ratchet_vla.episodes.review.footage import Footage
+from ratchet_vla.errors import RatchetError
+
+PAGE = Path(__file__).parent / "page"
+COOKIE = "ratchet_token"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LEASE = 120.0  # s for which an episode that somebody watches is not offered to somebody else
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+OPEN = ("unjudged", "second_reader", "disputed")
+
+
+class Judgement(BaseModel):
+    """What the page sends."""
+
+    person: str = Field(max_length=80)
+    verdict: str = Field(max_length=20)
+    note: str = Field("", max_length=2000)
+    share: float = Field(0.0, ge=0.0, le=1.0)
+    seconds: float = Field(0.0, ge=0.0)
+    settles: bool = False
+
+
+class Filters(BaseModel):
+    """Which episodes; empty fields let everything pass. state: a standing's, or "open" for what waits for readers."""
+
+    task: str = ""
+    adapter: str = ""
+    session: str = ""
+    state: str = "open"
+
+    def pass_(self, card: Card, standing: Standing) -> bool:
+        wanted = standing.state in OPEN if self.state == "open" else self.state in ("", standing.state)
+        return (
+            wanted
+            and self.task in ("", card.task)
+            and (not self.adapter or card.adapter_id.startswith(self.adapter))
+            and self.session in ("", card.session)
+        )
+
+
+class Desk:
+    """Who watches which episode right now, so that two readers are not given the same one."""
+
+    def __init__(self) -> None:
+        self._leases: dict[str, tuple[str, float]] = {}
+        self._lock = threading.Lock()
+
+    def next(self, waiting: list[str], person: str, skip: frozenset[str]) -> str | None:
+        """The oldest of these episodes; one that nobody else watches, if there is any."""
+        now = time.monotonic()
+        with self._lock:
+            watched = {e for e, (who, until) in self._leases.items() if who != person and until > now}
+            wanted = [e for e in waiting if e not in skip]
+            free = next((e for e in wanted if e not in watched), None)
+            if free is not None:
+                self._leases[free] = (person, now + LEASE)
+            return free if free is not None else next(iter(wanted), None)
+
+
+def waiting_for(said: Verification, person: str, filters: Filters) -> list[str]:
+    """Episodes that this person has not judged and the filters let pass, oldest first."""
+    found = []
+    for card in said.store.cards().values():
+        if person not in latest_of(said.labels(card.id)) and filters.pass_(card, said.standing(card.id)):
+            found.append(card.id)
+    return found
+
+
+def check_address(host: str, token: str) -> None:
+    """Raises RatchetError review.no_token for an address that others reach without a token."""
+    if host not in LOOPBACK and not token:
+        raise RatchetError(
+            "review.no_token", f"{host} can be reached by others", fix="leave the token on, or bind to 127.0.0.1"
+        )
+
+
+def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) -> FastAPI:
+    """The page and its interface. token: demanded of every request, empty for none. hosts: names it answers to."""
+    app = FastAPI(title="Ratchet review", docs_url=None, redoc_url=None, openapi_url=None)
+    desk, footage = Desk(), Footage()
+
+    @app.middleware("http")
+    async def guard(request: Request, follow: Any) -> Response:
+        name = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]")
+        if "*" not in hosts and name not in hosts:
+            return JSONResponse({"error": {"code": "review.other_host", "what": name}}, 421)
+        asked = request.query_params.get("token", "")
+        if token and request.url.path == "/" and same(asked, token):
+            answer: Response = RedirectResponse("/", 303)  # the token leaves the address bar and the history
+            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=30 * 86400)
+            return answer
+        given = request.cookies.get(COOKIE) or request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token and not same(given, token):
+            what = "open the address that `ratchet review` printed"
+            return JSONResponse({"error": {"code": "review.no_access", "what": what}}, 401)
+        answer = await follow(request)
+        answer.headers.update(HEADERS)
+        return answer
+
+    @app.exception_handler(RatchetError)
+    async def refused(request: Request, error: RatchetError) -> JSONResponse:
+        return JSONResponse({"error": error.as_dict()}, 404 if error.code == "episode.unknown" else 409)
+
+    @app.get("/")
+    def index() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    @app.get("/page/{name}")
+    def asset(name: str) -> FileResponse:
+        if name not in ("app.js", "plot.js", "style.css"):
+            raise HTTPException(404)
+        return FileResponse(PAGE / name, headers={"Cache-Control": "no-cache"})
+
+    @app.get("/api/summary")
+    def summary() -> dict[str, Any]:
+        cards, standings = said.store.cards(), said.standings()
+        states: dict[str, int] = {}
+        for standing in standings.values():
+            states[standing.state] = states.get(standing.state, 0) + 1
+        same, pairs = said.agreement()
+        return {
+            "states": states,
+            "tasks": sorted({c.task for c in cards.values()}),
+            "adapters": sorted({c.adapter_id[:12] for c in cards.values() if c.adapter_id}),
+            "sessions": sorted({c.session for c in cards.values() if c.session}),
+            "agreement": {"same": same, "pairs": pairs},
+        }
+
+    @app.get("/api/next")
+    def following(
+        person: str, filters: Annotated[Filters, Depends()], skip: Annotated[list[str] | None, Query()] = None
+    ) -> dict[str, Any]:
+        waiting = waiting_for(said, " ".join(person.split()), filters)
+        return {"episode": desk.next(waiting, person, frozenset(skip or ())), "left": len(waiting)}
+
+    @app.get("/api/episodes/{reference}")
+    def show(reference: str, person: str = "") -> dict[str, Any]:
+        card = said.store.card(reference)
+        standing = said.standing(card.id)
+        proposal = said.proposal(card)
+        labels = said.labels(card.id)
+        judged = " ".join(person.split()) in latest_of(labels)
+        return {
+            "card": dataclasses.asdict(card),
+            "standing": dataclasses.asdict(standing),
+            "proposal": dataclasses.asdict(proposal) if proposal else None,
+            # A second reader must not know the first one's opinion; once opinions differ, or one is given, all may.
+            "labels": [_label(x) for x in labels] if judged or standing.state == "disputed" else [],
+            "readers": standing.readers,
+            **footage.facts(said.store, card),
+        }
+
+    @app.get("/api/episodes/{reference}/frames/{camera}")
+    def frames(reference: str, camera: str, fps: float = 30.0) -> Response:
+        card = said.store.card(reference)
+        data = footage.pack(said.store, card, camera, min(max(fps, 1.0), 120.0))
+        return Response(data, media_type="application/octet-stream", headers={"Cache-Control": "max-age=3600"})
+
+    @app.post("/api/episodes/{reference}/label")
+    def judge(reference: str, given: Judgement, filters: Annotated[Filters, Depends()]) -> dict[str, Any]:
+        card = said.store.card(reference)
+        seen = Seen(given.share, given.seconds, card.cameras, "page")
+        label = said.judge(card.id, given.verdict, given.person, note=given.note, seen=seen, settles=given.settles)
+        left = len(waiting_for(said, label.person, filters))
+        return {"label": _label(label), "standing": dataclasses.asdict(said.standing(card.id)), "left": left}
+
+    @app.get("/api/disagreements")
+    def disagreements() -> list[dict[str, Any]]:
+        return [
+            {"episode": card.id, "task": card.task, "opinions": opinions} for card, opinions in said.disagreements()
+        ]
+
+    return app
+
+
+def same(given: str, wanted: str) -> bool:
+    """Compared in a time that does not tell how much is right."""
+    return hmac.compare_digest(given.encode(), wanted.encode())
+
+
+def new_token() -> str:
+    return secrets.token_urlsafe(24)
+
+
+def _label(label: Label) -> dict[str, Any]:
+    return dataclasses.asdict(label)

@@ -1,0 +1,5 @@
+"""The gate: candidate against active adapter on the same episodes; nothing is promoted unmeasured.
+
+Knows outcomes and bounds. Knows no training.
+Begin with `verdict`; `keeper` runs the episodes.
+"""

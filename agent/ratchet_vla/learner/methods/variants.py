@@ -1,0 +1,103 @@
+"""Entries of a study's grid: a method, and what differs in this entry from the study's common settings.
+
+Knows the written form, `method[:key=value,...]`, such as `retain:coefficient=0.5` or `seq_ft:alpha=8,order=reversed`.
+Knows no run. Keys are the method's own parameters, and of any method those of `COMMON`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.methods.base import SeqFT
+from ratchet_vla.learner.methods.registry import method_named
+from ratchet_vla.learner.supervised.training import Samples
+
+SEQUENCE: dict[str, type] = {"updates": int, "groups": int, "until": float, "temperature": float}
+COMMON: dict[str, type] = {"rank": int, "alpha": float, "learning_rate": float, "order": str} | SEQUENCE
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the grid.
+
+    label: as it was written; names folder and row. settings: of the method. rank, alpha: of the adapter, None for the
+    study's; a rank alone keeps the scale alpha / rank. learning_rate: None for the study's. order: "given", "reversed",
+    or a number that seeds a shuffle of the tasks. sequence: of `SequenceConfig`, what is not the study's.
+    """
+
+    label: str
+    kind: type[SeqFT]
+    settings: dict[str, Any] = field(default_factory=dict)
+    rank: int | None = None
+    alpha: float | None = None
+    learning_rate: float | None = None
+    order: str = "given"
+    sequence: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, demonstrations: Samples | None) -> SeqFT:
+        """A fresh method. Raises RatchetError learn.no_demonstrations."""
+        return self.kind(demonstrations if self.kind.needs_demonstrations else None, **self.settings)
+
+    def make_settings(self) -> dict[str, Any]:
+        """The method's own parameters that differ from their defaults, as a run of it would write them down."""
+        own = inspect.signature(self.kind.__init__).parameters
+        return {key: value for key, value in self.settings.items() if value != own[key].default}
+
+    def arranged(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        """The tasks in this entry's order."""
+        if self.order == "given":
+            return tasks
+        if self.order == "reversed":
+            return tasks[::-1]
+        return tuple(tasks[i] for i in np.random.default_rng(int(self.order)).permutation(len(tasks)))
+
+    def lora(self, rank: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha of the adapter, given the study's."""
+        mine = self.rank or rank
+        return mine, self.alpha if self.alpha is not None else alpha * mine / rank
+
+
+def parse(text: str) -> Variant:
+    """Read one entry.
+
+    Raises:
+        RatchetError: learn.unknown_method, learn.unknown_setting, learn.bad_setting.
+    """
+    name, _, rest = text.partition(":")
+    kind = method_named(name)
+    own = {p.name: p.default for p in inspect.signature(kind.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    settings: dict[str, Any] = {}
+    common: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if key in own:
+            settings[key] = _read(text, key, value if equals else "", type(own[key]))
+        elif key in COMMON:
+            common[key] = _read(text, key, value if equals else "", COMMON[key])
+        else:
+            known = ", ".join((*own, *COMMON))
+            raise RatchetError("learn.unknown_setting", f"{name} has no '{key}'", where=text, fix=f"keys: {known}")
+    order = common.get("order", "given")
+    if order not in ("given", "reversed") and not order.isdigit():
+        raise RatchetError("learn.bad_setting", f"order '{order}'", where=text, fix="given, reversed, or a number")
+    for key, value in common.items():
+        if key not in ("order", "until") and not value > 0:
+            raise RatchetError("learn.bad_setting", f"{key} {value} is not above 0", where=text)
+    sequence = {key: common.pop(key) for key in SEQUENCE if key in common}
+    return Variant(text, kind, settings, **common, sequence=sequence)
+
+
+def _read(text: str, key: str, value: str, wanted: type) -> Any:
+    try:
+        if not value:
+            raise ValueError("no value")
+        return wanted(value)
+    except ValueError:
+        raise RatchetError(
+            "learn.bad_setting", f"{key} '{value}' is not of type {wanted.__name__}", where=text
+        ) from None

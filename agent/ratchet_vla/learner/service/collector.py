@@ -1,0 +1,194 @@
+"""The robot's side in simulation: follows the learner's orders, under the adapter they name, and sends the episodes.
+
+Knows orders, rollouts and the outbox. Knows no simulator (environments are an argument) and never decides what is
+learned. An order is a list of exact episodes; one that was cut off is run again from its first, and what was sent of it
+is not sent twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.rollouts.collection import ChunkEnv, run_episodes
+from ratchet_vla.learner.rollouts.samples import to_episodes
+from ratchet_vla.learner.rollouts.specs import Task, training_specs
+from ratchet_vla.link.orders import Order
+from ratchet_vla.link.parcels import EPISODE
+from ratchet_vla.link.robot.client import LinkClient
+from ratchet_vla.link.robot.outbox import Outbox
+from ratchet_vla.policy.protocol import Policy
+from ratchet_vla.records import Episode
+from ratchet_vla.storage.disk import disk_errors
+from ratchet_vla.storage.files import Files
+
+log = logging.getLogger("ratchet.robot")
+LOOK = 1.0  # seconds between looks at wishes that arrive as files
+
+
+class Abandoned(Exception):
+    """The order that a rollout belonged to is not wanted any more, or the robot was stopped."""
+
+
+class Collector:
+    """Call `run`; `stop` from any thread ends it.
+
+    Args:
+        serve: given an adapter id, the policy that runs it; this is where hot swaps happen.
+        stored: whether an adapter is here already.
+        write: writes an episode's file.
+        spool: folder for episodes that are being written; on the outbox's file system.
+        meta: what to say with each episode, such as session and contract; asked anew for each order.
+        paused: whether nothing should be collected now, such as outside a session; asked between episodes.
+        pulse: called between orders, between episodes and about once a second where there is nothing to run.
+    """
+
+    def __init__(
+        self,
+        client: LinkClient,
+        outbox: Outbox,
+        serve: Callable[[str], Policy],
+        stored: Callable[[str], bool],
+        env: ChunkEnv,
+        tasks: Mapping[str, Task],
+        write: Callable[[Path, Episode], None],
+        spool: Path,
+        *,
+        meta: Callable[[], dict[str, Any]] = dict,
+        paused: Callable[[], bool] = lambda: False,
+        pulse: Callable[[], None] = lambda: None,
+        files: Files | None = None,
+    ) -> None:
+        self._client, self._outbox, self._serve, self._stored = client, outbox, serve, stored
+        self._env, self._tasks, self._write, self._spool = env, tasks, write, spool
+        self._meta, self._paused, self.pulse = meta, paused, pulse
+        self._files = files or Files()
+        self._stopping = False
+        self._over: set[str] = set()
+        self.doing = "starting"
+        self.error = ""
+        with disk_errors(spool):
+            self._files.folder(spool)
+            for path in spool.iterdir():
+                self._files.remove(path)  # written by a process that is gone, never accepted by the outbox
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Follow orders until `stop` is called or `until` holds between two of them."""
+        while not self._stopping and not until():
+            self.pulse()
+            order = self._next()
+            if order is None:
+                self._tell("paused" if self._paused() else "waiting for an order")
+                seen = self._client.status().version
+                self._client.wait(lambda seen=seen: self._stopping or self._news(seen), LOOK)  # type: ignore[misc]
+                continue
+            try:
+                self.work(order)
+                self.error = ""
+            except Abandoned:
+                log.info("order %s abandoned", order.id)
+            except RatchetError as error:
+                if not error.code.startswith(("link.", "adapter.", "episode.disk_full")):
+                    raise
+                log.warning("%s", error)
+                self.error = str(error)
+                self._tell("held up")
+                self._client.wait(lambda: self._stopping, LOOK)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._client.nudge()
+
+    def work(self, order: Order) -> None:
+        """Run one order and put its episodes into the outbox.
+
+        Raises:
+            Abandoned: where the learner wants something else meanwhile.
+            RatchetError: link.outbox_full, link.disk_full; the order is run again later then.
+        """
+        task = self._tasks.get(order.task)
+        if task is None:
+            raise RatchetError("robot.unknown_task", f"no task '{order.task}' here", fix="start with the task's suite")
+        specs = training_specs(
+            task,
+            seed=order.seed,
+            stage=order.stage,
+            update=order.update,
+            groups=order.groups,
+            group_size=order.group_size,
+            horizon=order.horizon,
+        )
+        keys = [f"{order.id}/{slot}" for slot in range(len(specs))]
+        if all(self._outbox.knows(key) for key in keys):
+            self._over.add(order.id)
+            return
+        policy = self._serve(order.adapter)
+        self._tell(f"running {order.task} under {order.adapter[:12]}")
+
+        def progress(done: int, success: bool) -> None:
+            self._files.step("phase", self._spool / "rollout")
+            self.pulse()
+            if self._stopping or self._paused() or not self._wanted(order):
+                raise Abandoned
+
+        _, batch = run_episodes(
+            policy,
+            self._env,
+            specs,
+            temperature=order.temperature,
+            noise_correlation=order.noise_correlation,
+            adapter_id=order.adapter,
+            progress=progress,
+        )
+        assert batch is not None
+        extra = self._meta()
+        for slot, episode in enumerate(to_episodes(batch, specs, policy, self._env.contract)):
+            if self._outbox.knows(keys[slot]):
+                continue
+            episode.meta.update(extra, order=order.id, slot=slot)
+            path = self._spool / f"{slot}.mcap"
+            with disk_errors(path):
+                self._files.remove(path)
+                self._write(path, episode)
+            meta = {**extra, "order": order.id, "slot": slot, "adapter": order.adapter, "task": order.task}
+            self._outbox.put(path, EPISODE, keys[slot], {**meta, "success": bool(episode.success)})
+        self._over.add(order.id)
+        rate = float(np.mean(batch.success))
+        log.info("order %s: %d episodes, success %.0f %%, %.0f s", order.id, len(specs), 100 * rate, batch.seconds)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _next(self) -> Order | None:
+        """The learner's order, if it is not done and its adapter is here."""
+        order = Order.of(self._client.state)
+        if order is None or order.id in self._over or self._paused():
+            return None
+        if not self._stored(order.adapter):
+            self._client.want([order.adapter])
+            return None
+        return order
+
+    def _news(self, version: str) -> bool:
+        return self._client.version != version or self._next() is not None
+
+    def _wanted(self, order: Order) -> bool:
+        """Whether the order still stands. While the learner is away, its last word does."""
+        raw = self._client.state.get("order")
+        return raw is None or raw.get("id") == order.id
+
+    def _tell(self, doing: str) -> None:
+        self.doing = doing
+        status = self._client.status()
+        self._client.report(
+            {
+                "doing": doing,
+                "waiting": status.waiting,
+                "waiting_bytes": status.waiting_bytes,
+                "error": self.error[:300],
+            }
+        )

@@ -1,0 +1,46 @@
+"""Records sent through the outbox beside episodes: the end of a session, a person's verdict.
+
+Knows their form. They are files, not messages, so that they are as durable as episodes and keep their place among them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ratchet_vla.errors import RatchetError
+
+SESSION = "session"
+LABEL = "label"
+EPISODE = "episode"
+
+
+def session_parcel(
+    session: str, ended: bool, manifest: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]]
+) -> bytes:
+    """Encode a session for the learner: its manifest and its episodes (key and SHA-256 each)."""
+    session_fields = {
+        "session": session,
+        "ended": ended,
+        "manifest": dict(manifest),
+        "episodes": [dict(episode) for episode in episodes],
+    }
+    return (json.dumps(session_fields) + "\n").encode()
+
+
+def label_parcel(episode: str, success: bool | None, person: str, note: str = "") -> bytes:
+    """Encode a person's verdict for the learner.
+
+    Args:
+        episode: SHA-256 of the episode's file.
+        success: what the person saw; None withdraws an earlier verdict, as when annotators disagree.
+        person: name of the person, not empty.
+
+    Raises:
+        RatchetError: link.no_person without a name: an unnamed verdict is none.
+    """
+    if not person.strip():
+        raise RatchetError("link.no_person", "a verdict needs a person's name", fix="say who watched the episode")
+    source = f"human:{person.strip()}"
+    return (json.dumps({"episode": episode, "success": success, "source": source, "note": note}) + "\n").encode()

@@ -1,0 +1,68 @@
+"""Who says whether a task is solved while the arm works on it, and what that word is worth once the attempt is over.
+
+Knows questions, answers and how an attempt ended. Knows no loop, no simulator and no topic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ratchet_vla.episodes.earned import machine_word
+from ratchet_vla.runtime.control.outcome import Termination
+
+SIMULATOR = "simulator"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a control loop knows of an attempt that is over.
+
+    decisions: answers of the policy of which at least one action was sent. human_ticks: control periods under a
+    person's command.
+    """
+
+    termination: Termination
+    decisions: int
+    human_ticks: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """success, source: as in `records.Episode`; None and empty where nobody may say."""
+
+    success: bool | None = None
+    source: str = ""
+
+
+class Judge(Protocol):
+    """Asked by a control loop, in its thread; must return at once (in lock-step it may wait for the scene)."""
+
+    def verdict(self) -> bool | None:
+        """Asked before the first period and after each: True where the task is solved, False where somebody ended the
+        attempt as failed, None while it goes on."""
+        ...
+
+    def judgement(self, attempt: Attempt) -> Judgement:
+        """Asked once, when the arm has come to rest."""
+        ...
+
+
+class SceneJudge:
+    """The simulated scene's own predicate."""
+
+    def __init__(self, solved: Callable[[], bool]) -> None:
+        self._solved = solved
+
+    def verdict(self) -> bool | None:
+        return True if self._solved() else None
+
+    def judgement(self, attempt: Attempt) -> Judgement:
+        return by_scene(attempt)
+
+
+def by_scene(attempt: Attempt) -> Judgement:
+    """The scene's word, where it counts; see `episodes.earned.machine_word`."""
+    success = machine_word(attempt.termination.value, attempt.decisions, attempt.human_ticks)
+    return Judgement(success, SIMULATOR if success is not None else "")

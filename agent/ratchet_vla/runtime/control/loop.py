@@ -1,0 +1,368 @@
+"""The fixed-rate control loop: observe, decide, check, command, once per period, on absolute deadlines.
+
+Knows the order of a tick and how time is kept. Knows no model, no process, no ROS: robot, chunk source, executor,
+safety stage, sink and clock are arguments. Requests to the policy never hold a tick up; in lock-step they do, on
+purpose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from ratchet_vla.episodes.earned import already_solved, require_goal
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent
+from ratchet_vla.runtime.clock import Clock, MonotonicClock
+from ratchet_vla.runtime.control.chunks import ChunkExecutor
+from ratchet_vla.runtime.control.episode import until_end
+from ratchet_vla.runtime.control.judging import Attempt, Judge, Judgement
+from ratchet_vla.runtime.control.outcome import EpisodeEnd, FrameStamped, Termination, Timing
+from ratchet_vla.runtime.control.priority import undisturbed
+from ratchet_vla.runtime.control.sink import GuardedSink, NoSink, TickSink
+from ratchet_vla.runtime.control.watchdog import Watchdog
+from ratchet_vla.runtime.inference.source import ChunkSource, PolicyFault
+from ratchet_vla.runtime.robots.protocol import Robot
+from ratchet_vla.runtime.safety.filter import MOVING, Proposal, SafetyFilter, SafetyState, Verdict
+
+__all__ = ["ControlLoop", "EpisodeEnd", "FrameStamped", "Termination", "Timing"]
+
+
+class ControlLoop:
+    """One arm under control. `run_episode` for a task, or `begin`, `tick` …, `end` where somebody else keeps the order.
+
+    lock_step: simulated time stands still while the policy thinks: the loop waits for each answer (at most `patience`
+        real seconds), the clock advances by periods only, and what is observed is by definition of this moment.
+    frozen_after: see `Watchdog`; seconds, 0 to not look for cameras that repeat themselves.
+    All methods belong to one thread, except `cancel` and `human`, which are safe from any.
+    """
+
+    def __init__(
+        self,
+        robot: Robot,
+        source: ChunkSource,
+        safety: SafetyFilter,
+        executor: ChunkExecutor,
+        *,
+        sink: TickSink | None = None,
+        clock: Clock | None = None,
+        lock_step: bool = False,
+        patience: float = 30.0,
+        frozen_after: float = 0.0,
+    ) -> None:
+        self.robot, self.source, self.safety, self.executor = robot, source, safety, executor
+        self.sink: TickSink = GuardedSink(sink) if sink is not None else NoSink()
+        self.clock: Clock = clock or MonotonicClock()
+        self.period = safety.period
+        self.watchdog = Watchdog(safety.contract.watchdog, frozen_after)
+        self.timing = Timing()
+        self._lock_step, self._patience = lock_step, patience
+        self._frames = robot if isinstance(robot, FrameStamped) else None
+        self._cancel = threading.Event()
+        self._human: tuple[Float32, float] | None = None
+        self._deadline = 0.0
+        self._index = 0
+        self._sequence = 0
+        self._moved_at = -np.inf
+        self._events = 0
+        self._decided: set[int] = set()  # observations whose answer reached the robot, at least in part
+        self._human_ticks = 0
+        self._was_moving = False
+        self._seen: Observation | None = None
+        self._blind = ""
+
+    # -- an episode ----------------------------------------------------------------------------------------------
+
+    def begin(self, task: str, instruction: str) -> None:
+        """Arm the safety stage at the measured pose and start counting ticks.
+
+        Raises:
+            RatchetError: safety.latched, safety.state, and what the robot raises.
+        """
+        seen = self._seen = self.robot.observe(cameras=False)
+        now = self.clock.now()
+        self.safety.start(seen.state, now)
+        self.executor.reset()
+        self.executor.retired()
+        self.source.forget()
+        self._cancel.clear()
+        self._human = None
+        self.watchdog.forget()
+        self._index = self._sequence = self._events = self._human_ticks = 0
+        self._decided.clear()
+        self._moved_at, self._was_moving = -np.inf, True
+        self._deadline = now
+        self.timing = Timing()
+        self.sink.begin(task, instruction, now)
+
+    def run_episode(
+        self,
+        task: str,
+        instruction: str,
+        *,
+        horizon: int,
+        judge: Judge | None = None,
+        hold_timeout: float = 10.0,
+        on_tick: Callable[[ControlTick], None] | None = None,
+    ) -> EpisodeEnd:
+        """Run until a verdict, `horizon` ticks, a cancel, a latched fault, or a hold of `hold_timeout` seconds.
+
+        judge: None where nobody can tell, and `EpisodeEnd.success` stays None.
+
+        Raises:
+            RatchetError: goal.no_task, goal.no_instruction, goal.already_solved, and what `begin` raises; nothing has
+                moved then.
+        """
+        require_goal(task, instruction)
+        if judge is not None and judge.verdict() is not None:
+            raise already_solved(task)
+        with undisturbed():  # before `begin`: from there on the first deadline runs
+            self.begin(task, instruction)
+            started = self.clock.now()
+            termination, said = Termination.FAULT, Judgement()
+            try:
+                termination = until_end(self, horizon, judge, hold_timeout, on_tick)
+            finally:
+                reason = self.safety.cause
+                self._stop_or_hold()
+                seconds = self.clock.now() - started
+                if judge is not None:
+                    said = judge.judgement(Attempt(termination, len(self._decided), self._human_ticks))
+                self.sink.end(termination.value, said.success, said.source, self.clock.now())
+        return EpisodeEnd(
+            termination,
+            said.success,
+            self._index,
+            seconds,
+            self._events,
+            reason,
+            said.source,
+            len(self._decided),
+            self._human_ticks,
+        )
+
+    def stop(self) -> None:
+        """Brake to standstill (a few ticks), hold, and drop what was planned."""
+        self.safety.stop()
+        while self.safety.state is SafetyState.STOPPING:
+            self.tick()
+        self.robot.hold()
+        self.executor.reset()
+        self._settle()
+        self.source.forget()
+        self.watchdog.forget()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancel.is_set()
+
+    def _stop_or_hold(self) -> None:
+        try:
+            self.stop()
+        except BaseException:
+            self.robot.hold()  # no controlled stop is possible any more
+            raise
+
+    def cancel(self) -> None:
+        """End `run_episode` after the current tick, with a controlled stop. Any thread."""
+        self._cancel.set()
+
+    def human(self, action: Float32 | None) -> None:
+        """A person's command for the coming ticks: (D,) float32, physical units; None hands back. Any thread.
+
+        It passes the safety stage like any other, is marked HUMAN, and is too old after `action_max_age`. After the
+        hand-back the policy starts from a new observation, with the ramp.
+        """
+        self._human = None if action is None else (np.array(action, np.float32), self.clock.now())
+
+    # -- one period ----------------------------------------------------------------------------------------------
+
+    def tick(self) -> ControlTick:
+        """Wait for the deadline, then run one period; returns what was done. Where a clock that may
+        pause stands still, the arm brakes and is held, with every call once more for the same deadline."""
+        deadline = self._deadline
+        time_goes_on = self.clock.sleep_until(deadline)
+        if not time_goes_on:
+            self.safety.fail(self.safety.config.standing_clock, f"the clock stands still before {deadline:.3f} s")
+        now = self.clock.now()
+        if self._lock_step:
+            seen = self._ask_and_wait(now)
+        else:
+            seen = self._state()
+            self._answers(self.source.poll(), now)
+        self._watch(now)
+        proposal = self._propose(self._human, deadline, now)
+        verdict = self.safety.step(proposal, seen.state, seen.stamp, now, expected=self.executor.expecting)
+        sent = self._send(verdict)
+        after = self.clock.now()
+        tick = self._account(proposal, verdict, sent, seen, after, deadline)
+        if not self._lock_step and time_goes_on:
+            self._ask(deadline, now)
+        self._settle()
+        if time_goes_on or not self.safety.config.clock_may_pause:
+            self._advance(deadline, after)
+        return tick
+
+    def _propose(self, human: tuple[Float32, float] | None, deadline: float, now: float) -> Proposal | None:
+        if human is not None:
+            if self.watchdog.asked or not self.executor.wants(now):
+                self._drop_plan()
+            return Proposal(human[0], None, human[1], -1, -1, "", Mark.HUMAN)
+        if self.safety.state in (SafetyState.STOPPING, SafetyState.LATCHED, SafetyState.IDLE):
+            return None
+        return self.executor.next(deadline)
+
+    def _send(self, verdict: Verdict) -> bool:
+        """Command the robot; a refusal is a fault, and the arm holds."""
+        try:
+            if verdict.command is None:
+                self.robot.hold()
+                return False
+            self.robot.act(verdict.command)
+        except RatchetError as error:
+            self.safety.fail("runtime.robot", f"{error.code}: {error.what}")
+            return False
+        return True
+
+    def _account(
+        self, proposal: Proposal | None, verdict: Verdict, sent: bool, seen: Observation, after: float, deadline: float
+    ) -> ControlTick:
+        marks = verdict.marks
+        taken = proposal if proposal is not None and verdict.accepted and sent else None
+        if taken is not None and not marks & Mark.HUMAN:
+            self.executor.sent(taken, marks)
+            self._decided.add(taken.chunk_sequence)
+        self._human_ticks += bool(marks & Mark.HUMAN)
+        if not self.safety.resting:
+            self._moved_at = after
+        moving = verdict.state in MOVING
+        self.watchdog.waiting(verdict.state is SafetyState.WAITING, deadline)
+        if self._was_moving and not moving:
+            self._drop_plan()
+        self._was_moving = moving
+        tick = ControlTick(
+            stamp=after,
+            deadline=deadline,
+            index=self._index,
+            sampled=proposal.sampled if proposal is not None else None,
+            command=verdict.command if sent else None,
+            marks=marks,
+            chunk_sequence=proposal.chunk_sequence if proposal is not None else -1,
+            chunk_offset=proposal.chunk_offset if proposal is not None else -1,
+            adapter_id=proposal.adapter_id if proposal is not None else "",
+            state=seen.state,
+        )
+        self._index += 1
+        self.sink.tick(tick)
+        for event in verdict.events:
+            self._tell(event)
+        return tick
+
+    def _advance(self, deadline: float, after: float) -> None:
+        """The next deadline on the grid that lies ahead; those already past are missed, not caught up with."""
+        self.timing.jitter.append(after - deadline)
+        done = self.clock.now()
+        self.timing.work.append(done - deadline)
+        late = int((done - deadline) / self.period) if not self._lock_step else 0
+        if late > 0:
+            self.timing.overruns += 1
+            self.timing.missed += late
+        self._deadline = deadline + (late + 1) * self.period
+
+    # -- the policy ----------------------------------------------------------------------------------------------
+
+    def _ask(self, deadline: float, now: float) -> Observation | None:
+        """Send a request when one is due and possible; the observation it was made on, else None."""
+        state = self.safety.state
+        allowed = state in MOVING or (state is SafetyState.HOLDING and self.safety.resting)
+        if not (allowed and self._human is None and self.source.ready and self.executor.wants(deadline)):
+            return None
+        try:
+            seen = self._observe(cameras=True)
+        except RatchetError as error:
+            if error.code != self._blind:  # told once; without observations the arm runs out of actions and holds
+                self._tell(SafetyEvent(now, error.code, f"{error.what} ({error.where})"))
+            self._blind = error.code
+            return None
+        self._blind = ""
+        problem = self.watchdog.frozen(seen.images, now, not self.safety.resting)
+        problem = problem or self.watchdog.old(seen.stamp, self.clock.now())
+        if problem is not None:
+            self.safety.fail(*problem)  # nothing is decided on such an observation
+            return None
+        seen = dataclasses.replace(seen, sequence=self._sequence)
+        self.source.request(seen, self.executor.ahead(seen.stamp))
+        self._sequence += 1
+        self.watchdog.request(now)
+        self.executor.asked(deadline)
+        self.sink.observation(seen)
+        return seen
+
+    def _ask_and_wait(self, now: float) -> Observation:
+        self._answers(self.source.poll(), now)
+        seen = self._ask(self._deadline, now)
+        if seen is None:
+            return self._state()
+        replies = self.source.wait(self._patience)
+        if not replies:
+            self.safety.fail("safety.policy_timeout", f"no chunk after {self._patience} real seconds")
+        self._answers(replies, now)
+        return seen
+
+    def _answers(self, replies: list[ActionChunk | PolicyFault], now: float) -> None:
+        for reply in replies:
+            if isinstance(reply, PolicyFault):
+                self.watchdog.answered()
+                self.safety.fail(reply.code, reply.message)
+                continue
+            asked = self.watchdog.asked
+            admitted, events = self.safety.admit(reply, now)
+            for event in events:
+                self._tell(event)
+            if not asked:
+                continue  # a repetition, or nobody waits for it any more
+            self.watchdog.answered()
+            if admitted:
+                self.sink.chunk(reply)
+                self.executor.offer(reply, self._deadline, self._moved_at < reply.observation_stamp)
+            else:
+                self._drop_plan()
+
+    def _watch(self, now: float) -> None:
+        problem = None if self._lock_step else self.watchdog.late(now)
+        if problem is None and self._frames is not None:
+            problem = self.watchdog.old(self._frames.frames_stamp(), now)
+        if problem is not None:
+            self.safety.fail(*problem)
+
+    def _drop_plan(self) -> None:
+        """Nothing that was planned or asked for fits any more."""
+        self.executor.reset()
+        if self.watchdog.asked:
+            self.source.forget()
+            self.watchdog.answered()
+
+    def _settle(self) -> None:
+        for outcome in self.executor.retired():
+            self.sink.outcome(outcome)
+
+    def _observe(self, cameras: bool) -> Observation:
+        seen = self.robot.observe(cameras)
+        return dataclasses.replace(seen, stamp=self.clock.now()) if self._lock_step else seen
+
+    def _state(self) -> Observation:
+        """The measured state; where the robot cannot tell, the last one, which grows too old, and a fault."""
+        try:
+            self._seen = self._observe(cameras=False)
+        except RatchetError as error:
+            if self._seen is None:
+                raise
+            self.safety.fail("safety.observation_age", f"no state: {error.code}: {error.what}")
+        return self._seen
+
+    def _tell(self, event: SafetyEvent) -> None:
+        self._events += 1
+        self.sink.event(event)

@@ -1,0 +1,348 @@
+"""The safety stage: the last thing an action passes before the robot, on by default.
+
+Knows the contract's limits and times, faults, holds and who may end them. Knows no policy, no camera driver and no ROS.
+It is not a safety-rated function; it works inside the robot's own limits. States and transitions: docs/safety.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+
+from ratchet_vla.contract import RobotContract
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.records import ActionChunk, Float32, Mark, SafetyEvent
+from ratchet_vla.runtime.safety import checks
+from ratchet_vla.runtime.safety.limits import Limiter
+from ratchet_vla.runtime.safety.measured import Measured
+from ratchet_vla.runtime.safety.pacing import Pacer
+from ratchet_vla.runtime.safety.types import Proposal, SafetyConfig, SafetyState, Verdict
+
+__all__ = ["MOVING", "Proposal", "SafetyConfig", "SafetyFilter", "SafetyState", "Verdict"]
+
+MOVING = (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
+
+
+class SafetyFilter:
+    """One per arm. Call `start`, then `step` once per control period; send what the verdict says and nothing else.
+
+    Time is what the caller passes as `now`: seconds on the clock that also stamps observations. Within any window of w
+    seconds no dimension is displaced by more than its velocity limit times (w + 1.25 periods). Not thread-safe; the
+    flags behind `e_stop`, `dead_man` and `fail` are, and act at the next step.
+
+    Raises (constructor):
+        RatchetError: safety.no_measured_pose, safety.cannot_stop, safety.unknown_action, safety.bad_box.
+    """
+
+    def __init__(
+        self, contract: RobotContract, config: SafetyConfig | None = None, *, period: float | None = None
+    ) -> None:
+        """period: seconds between commands; the contract's control period if absent."""
+        self.contract, self.config = contract, config or SafetyConfig()
+        self.period = period or 1.0 / contract.control_hz
+        self.limiter = Limiter(contract, self.period)
+        self._state = SafetyState.IDLE
+        self._cause = ""
+        self._after_stop = SafetyState.IDLE
+        self._e_stop = False
+        self._pending: deque[tuple[str, str]] = deque()  # (code, message) of faults, from any thread
+        self._dead_man_stamp = -math.inf
+        self._moving_since = 0.0
+        self._stopping_since, self._stop_steps = 0.0, 0
+        self._pacer = Pacer(self.period)
+        self._last_order = (-1, -1)
+        self._chunk_sequence = -1
+        self._measured: Measured | None = None
+        self._measured_stamp = -math.inf
+        self._resume_asked = self._blocked = self._by_human = False
+
+    # -- what a person and the surroundings say ------------------------------------------------------------------
+
+    @property
+    def state(self) -> SafetyState:
+        return self._state
+
+    @property
+    def cause(self) -> str:
+        """Code of what stopped the motion; empty while moving or idle."""
+        return self._cause
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was reported from outside that the next step will take up."""
+        return bool(self._pending)
+
+    @property
+    def resting(self) -> bool:
+        """Whether the last command left the arm without speed."""
+        return self.limiter.resting
+
+    def start(self, state: Mapping[str, Float32], now: float) -> None:
+        """Allow motion from the measured pose, standing still; sequence numbers begin anew.
+
+        Raises:
+            RatchetError: safety.latched while a fault or the e-stop is in force, safety.state for a bad measurement.
+        """
+        if self._state is SafetyState.LATCHED or self._e_stop:
+            raise RatchetError(
+                "safety.latched",
+                f"motion is stopped by {self._cause or 'safety.e_stop'}",
+                fix="remove the cause, release the e-stop, then clear",
+            )
+        if not self.limiter.resting and self._state is not SafetyState.IDLE:
+            raise RatchetError("safety.moving", "the arm is still moving", fix="stop first")
+        self._measured = self.limiter.measure(state)
+        self._measured_stamp = now
+        self.limiter.start(self._measured)
+        self._pending.clear()
+        self._last_order, self._chunk_sequence = (-1, -1), -1
+        self._pacer.start(now)
+        self._begin(now)
+
+    def stop(self) -> None:
+        """End the motion with bounded deceleration and go idle; faults stay latched."""
+        if self._state in MOVING or self._state is SafetyState.HOLDING:
+            self._brake_then(SafetyState.IDLE, "")
+        elif self._state is SafetyState.STOPPING and self._after_stop is SafetyState.HOLDING:
+            self._after_stop, self._cause = SafetyState.IDLE, ""
+
+    def resume(self) -> None:
+        """A person lets motion go on after a hold (where `SafetyConfig.resume` is "manual")."""
+        self._resume_asked = True
+
+    def clear(self, person: str) -> SafetyEvent:
+        """A person declares a latched fault removed; the state becomes idle and `start` is possible again.
+
+        Raises:
+            RatchetError: safety.no_person without a name, safety.not_latched, safety.e_stop while it is pressed.
+        """
+        if not person.strip():
+            raise RatchetError("safety.no_person", "a latched fault is cleared by a named person", fix="give a name")
+        if self._e_stop:
+            raise RatchetError("safety.e_stop", "the e-stop is pressed", fix="release it, then clear")
+        if self._state is not SafetyState.LATCHED:
+            raise RatchetError("safety.not_latched", f"nothing is latched, state is {self._state.value}")
+        event = SafetyEvent(self._pacer.now, "safety.cleared", f"{self._cause} cleared by {person.strip()}")
+        self._state, self._cause = SafetyState.IDLE, ""
+        self._pending.clear()
+        return event
+
+    def e_stop(self, pressed: bool) -> None:
+        """Emergency stop by software: latches at the next step; releasing it does not clear the latch. Any thread."""
+        self._e_stop = pressed
+        if pressed:
+            self._pending.append(("safety.e_stop", "emergency stop"))
+
+    def dead_man(self, pressed: bool, now: float) -> None:
+        """The dead-man switch, repeated while it is held. Any thread."""
+        self._dead_man_stamp = now if pressed else -math.inf
+
+    def fail(self, code: str, message: str) -> None:
+        """Something outside failed (policy lost, camera lost, robot refused): stop at the next step. Any thread."""
+        self._pending.append((code, message))
+
+    # -- chunks --------------------------------------------------------------------------------------------------
+
+    def admit(self, chunk: ActionChunk, now: float) -> tuple[bool, tuple[SafetyEvent, ...]]:
+        """Whether a chunk may be executed at all: shape, finite values, order and age of its observation.
+
+        A chunk that is not finite or of a wrong shape is a fault; one that is late, repeated or out of order is
+        dropped with an event.
+        """
+        fault = checks.chunk_fault(chunk, self.contract, self.period, now)
+        if fault:
+            self.fail(*fault)
+            return False, ()
+        if chunk.observation_sequence <= self._chunk_sequence:
+            code, text = "safety.chunk_sequence", "repeated or reordered chunk dropped"
+            value, limit = float(chunk.observation_sequence), float(self._chunk_sequence)
+            return False, (self._event(now, code, text, value=value, limit=limit),)
+        late = now - (chunk.observation_stamp + (len(chunk.actions) - 1) * self.period)
+        allowed = self.contract.watchdog.action_max_age
+        if late > allowed:
+            text = "chunk dropped: even its last action is too old, seconds"
+            return False, (self._event(now, "safety.chunk_age", text, value=late, limit=allowed),)
+        self._chunk_sequence = chunk.observation_sequence
+        return True, ()
+
+    # -- one tick ------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        proposal: Proposal | None,
+        state: Mapping[str, Float32],
+        stamp: float,
+        now: float,
+        *,
+        expected: bool = False,
+    ) -> Verdict:
+        """Decide what the robot is sent in this period.
+
+        proposal: the next action, None where there is none.
+        state, stamp: measured state and when it was measured. now: seconds.
+        expected: a missing proposal is part of the plan (`collect` waits for the next chunk); the arm brakes and waits
+            without an event. Otherwise it brakes and holds.
+        """
+        events: list[SafetyEvent] = []
+        pace = self._pacer.step(now)
+        if pace.problem:
+            code = self.config.standing_clock if pace.stands else "safety.clock"
+            self._pending.append((code, pace.problem))
+        elif pace.gap and not self.limiter.resting:
+            text = "commands paused, the arm counts as standing; seconds"
+            events.append(self._event(now, "safety.gap", text, value=pace.gap, limit=self._pacer.allowed_gap))
+            self.limiter.halt()
+        measured = self._check_state(state, stamp, now)
+        self._check_dead_man(now)
+        if self._e_stop and self._state is not SafetyState.LATCHED and self._cause != "safety.e_stop":
+            self._pending.append(("safety.e_stop", "emergency stop"))
+        if proposal is not None and self._state in (*MOVING, SafetyState.HOLDING) and not self._pending:
+            proposal = self._check_proposal(proposal, now)
+        elif proposal is None and not expected and self._state in MOVING and not self._pending:
+            self._pending.append(("safety.no_action", "no action to send"))
+        self._take_faults(now, events)
+        if self._state is SafetyState.HOLDING and proposal is not None and self._may_resume():
+            self.limiter.start(measured)
+            self._begin(now)
+        if self._state is SafetyState.STOPPING:
+            return self._brake(measured, pace.dt, now, events)
+        if self._state not in MOVING:
+            return Verdict(None, Mark.HELD, self._state, False, tuple(events))
+        if proposal is None:
+            return self._wait(measured, pace.dt, events)
+        return self._move(proposal, measured, pace.dt, now, events)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _begin(self, now: float) -> None:
+        self._cause, self._resume_asked = "", False
+        self._moving_since = now
+        self._state = SafetyState.RAMPING if self.contract.limits.ramp_time > 0 else SafetyState.RUNNING
+
+    def _brake_then(self, then: SafetyState, cause: str) -> None:
+        self._stopping_since, self._stop_steps = self._pacer.now, 0
+        self._state, self._after_stop, self._cause = SafetyState.STOPPING, then, cause
+        self._resume_asked = False
+
+    def _check_state(self, state: Mapping[str, Float32], stamp: float, now: float) -> Measured:
+        try:
+            measured = self.limiter.measure(state)
+        except RatchetError as error:
+            if self._state in (*MOVING, SafetyState.HOLDING):
+                self._pending.append((error.code, f"{error.what} ({error.where})"))
+            if self._measured is None:
+                size = len(self.limiter.target())
+                return Measured(np.full(size, np.nan), np.full(4, np.nan), math.nan)
+            return self._measured
+        if self._state in (*MOVING, SafetyState.HOLDING):
+            age, allowed = now - stamp, self.contract.watchdog.observation_max_age
+            if not age <= allowed:
+                self._pending.append(("safety.observation_age", f"the state is {age:.3g} s old, allowed {allowed} s"))
+            elif age < -self.period:
+                self._pending.append(("safety.clock", f"the state is stamped {-age:.3g} s ahead of the clock"))
+            if self._state is not SafetyState.HOLDING and self._measured is not None:
+                elapsed = max(stamp - self._measured_stamp, self.period)
+                factor = self.config.jump_factor
+                problem = checks.jump(self.limiter, self._measured, measured, elapsed, factor)
+                problem = problem or checks.lag(self.limiter, measured, self.config.tracking_factor)
+                if problem:
+                    self._pending.append(problem)
+        self._measured, self._measured_stamp = measured, stamp
+        return measured
+
+    def _check_dead_man(self, now: float) -> None:
+        if not self.config.dead_man or self._state not in (*MOVING, SafetyState.HOLDING):
+            return
+        if not now - self._dead_man_stamp <= self.config.dead_man_timeout:
+            self._pending.append(("safety.dead_man", "the dead-man switch is not held"))
+
+    def _check_proposal(self, proposal: Proposal, now: float) -> Proposal | None:
+        problem = checks.proposal_problem(proposal, self.contract, self.limiter, now)
+        if problem:
+            self._pending.append(problem)
+            return None
+        order = (proposal.chunk_sequence, proposal.chunk_offset)
+        if not proposal.marks & Mark.HUMAN:
+            if order <= self._last_order:
+                text = f"action {order} after {self._last_order}"
+                self._pending.append(("safety.sequence", text))
+                return None
+            self._last_order = order
+        return proposal
+
+    def _take_faults(self, now: float, events: list[SafetyEvent]) -> None:
+        """Every fault since the last step becomes an event; the first of the gravest kind decides the state."""
+        self._blocked = bool(self._pending)
+        while self._pending:
+            code, message = self._pending.popleft()
+            latching = code in self.config.latch_on
+            if self._state is SafetyState.LATCHED or (self._state is SafetyState.IDLE and code != "safety.e_stop"):
+                continue
+            if self._state is SafetyState.HOLDING and not latching and code == self._cause:
+                continue  # still the same cause: one event was enough
+            if self._state is SafetyState.STOPPING and code == self._cause:
+                continue
+            events.append(self._event(now, code, message, latched=latching))
+            if latching:
+                if self._state in (SafetyState.HOLDING, SafetyState.IDLE):
+                    self._state, self._cause = SafetyState.LATCHED, code
+                elif self._state is SafetyState.STOPPING:
+                    if self._after_stop is not SafetyState.LATCHED:
+                        self._after_stop, self._cause = SafetyState.LATCHED, code
+                else:
+                    self._brake_then(SafetyState.LATCHED, code)
+            elif self._state in MOVING:
+                self._brake_then(SafetyState.HOLDING, code)
+            elif self._state is SafetyState.HOLDING:
+                self._cause = code
+
+    def _may_resume(self) -> bool:
+        return not self._blocked and (self.config.resume == "automatic" or self._resume_asked)
+
+    def _brake(self, measured: Measured, dt: float, now: float, events: list[SafetyEvent]) -> Verdict:
+        self._stop_steps += 1
+        allowed = self.contract.watchdog.stop_time + 2 * self.period
+        overdue = now - self._stopping_since > allowed or self._stop_steps * self.period > allowed
+        if self._cause in ("safety.clock", "safety.clock_paused"):
+            dt = self.period  # the clock cannot be asked; braking must go on
+        if self.limiter.resting or overdue:
+            self.limiter.halt()
+            self._state = self._after_stop
+            return Verdict(None, Mark.HELD, self._state, False, tuple(events))
+        command = self.limiter.brake(measured, dt)
+        return Verdict(command, Mark.HELD, self._state, False, tuple(events))
+
+    def _wait(self, measured: Measured, dt: float, events: list[SafetyEvent]) -> Verdict:
+        self._state = SafetyState.WAITING
+        if self.limiter.resting:
+            self.limiter.halt()
+            return Verdict(None, Mark.HELD, self._state, False, tuple(events))
+        return Verdict(self.limiter.brake(measured, dt), Mark.HELD, self._state, False, tuple(events))
+
+    def _move(
+        self, proposal: Proposal, measured: Measured, dt: float, now: float, events: list[SafetyEvent]
+    ) -> Verdict:
+        human = bool(proposal.marks & Mark.HUMAN)
+        if self._by_human and not human:
+            self._moving_since = now  # handed back: the policy begins as after a start
+        self._by_human = human
+        ramp = self.contract.limits.ramp_time
+        moved = now - self._moving_since + self.period
+        ramping = moved < ramp
+        share = moved / ramp if ramping else 1.0
+        self._state = SafetyState.RAMPING if ramping else SafetyState.RUNNING
+        command, cuts = self.limiter.apply(proposal.action, measured, dt, share)
+        marks = proposal.marks
+        for name, cut in cuts:
+            slowed = ramping and cut.kind == "velocity"
+            marks |= Mark.RAMPED if slowed else Mark.CLIPPED
+            events.append(checks.cut_event(self.contract, now, name, cut, slowed))
+        return Verdict(command, marks, self._state, True, tuple(events))
+
+    def _event(
+        self, now: float, code: str, message: str, *, value: float = 0.0, limit: float = 0.0, latched: bool = False
+    ) -> SafetyEvent:
+        return SafetyEvent(now, code, message, "", float(value), float(limit), latched)

@@ -1,0 +1,24 @@
+"""Arm protocol: the part of the runtime's Robot that calibration uses, so that it depends on no robot.
+
+Knows a contract, observations and actions.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ratchet_vla.contract import RobotContract
+from ratchet_vla.records import Float32, Observation
+
+
+class Arm(Protocol):
+    """A Robot of ratchet_vla.runtime fulfils this, simulated or real."""
+
+    @property
+    def contract(self) -> RobotContract: ...
+
+    def observe(self, cameras: bool = True) -> Observation: ...
+
+    def act(self, action: Float32) -> None: ...
+
+    def hold(self) -> None: ...

@@ -1,0 +1,145 @@
+"""One RunTask goal, from the checks before motion to the result, in the thread that keeps the control loop's deadlines.
+
+Knows the control loop and its judge. Knows no ROS node: what it publishes goes through the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ratchet_msgs import msg
+from ratchet_msgs.action import RunTask
+
+from ratchet_ros.policy.judge import RosJudge
+from ratchet_ros.policy.recording import EpisodeRecording
+from ratchet_ros.policy.robot import RosRobot
+from ratchet_vla.errors import RatchetError
+from ratchet_vla.records import ActionChunk, ControlTick, Observation, SafetyEvent
+from ratchet_vla.runtime.control.loop import ControlLoop, EpisodeEnd, Termination
+from ratchet_vla.runtime.control.sink import ChunkOutcome
+from ratchet_vla.runtime.inference.source import Noise
+
+
+@dataclass
+class Goal:
+    """A RunTask goal with the learner's order or the node's defaults filled in. temperature 0 acts greedily.
+
+    noise: of the sampling, independent numbers if absent. order: the learner's, empty for none.
+    """
+
+    task: str
+    instruction: str
+    horizon: int
+    mode: str
+    temperature: float
+    seed: int
+    expected_adapter: str
+    episode: str
+    noise: Noise | None = None
+    order: str = ""
+
+
+@dataclass
+class Progress:
+    """What status and feedback tell; written by the loop's thread, read by the node's."""
+
+    tick: ControlTick | None = None
+    ticks: int = 0
+    adapter_id: str = ""
+
+
+@dataclass
+class NodeSink:
+    """The loop's TickSink: chunks and events go out as messages, the newest tick is kept for feedback."""
+
+    on_chunk: Callable[[ActionChunk], None]
+    on_event: Callable[[SafetyEvent], None]
+    progress: Progress = field(default_factory=Progress)
+
+    def begin(self, task: str, instruction: str, now: float) -> None:
+        self.progress = Progress()
+
+    def observation(self, observation: Observation) -> None:
+        return
+
+    def chunk(self, chunk: ActionChunk) -> None:
+        self.on_chunk(chunk)
+
+    def tick(self, tick: ControlTick) -> None:
+        self.progress.tick, self.progress.ticks = tick, tick.index + 1
+        self.progress.adapter_id = tick.adapter_id or self.progress.adapter_id
+
+    def event(self, event: SafetyEvent) -> None:
+        self.on_event(event)
+
+    def outcome(self, outcome: ChunkOutcome) -> None:
+        return
+
+    def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
+        return
+
+
+def run(
+    loop: ControlLoop,
+    robot: RosRobot,
+    judge: RosJudge,
+    goal: Goal,
+    hold_timeout: float,
+    mark: Callable[[int, RunTask.Result | None], None],
+    recording: EpisodeRecording | None = None,
+) -> RunTask.Result:
+    """Run the goal to its end; then the last stage is told that nothing more comes. mark: told begin and end."""
+    robot.instruction = goal.instruction
+    judge.begin(loop.clock.now())
+    mark(msg.EpisodeMark.BEGIN, None)
+    try:
+        end = loop.run_episode(
+            goal.task,
+            goal.instruction,
+            horizon=goal.horizon,
+            judge=None if judge.kind == "none" else judge,
+            hold_timeout=hold_timeout,
+            on_tick=judge.ticked,
+        )
+        result = finished(end, loop)
+    except RatchetError as error:
+        result = refusal(error)
+    finally:
+        robot.release()
+    if recording is not None:
+        try:
+            result.episode = recording.finish()
+        except RatchetError as error:
+            result.message += f"; {error}"
+    mark(msg.EpisodeMark.END, result)
+    return result
+
+
+OUTCOMES = {
+    None: RunTask.Result.OUTCOME_UNJUDGED,
+    True: RunTask.Result.OUTCOME_SUCCESS,
+    False: RunTask.Result.OUTCOME_FAILURE,
+}
+
+
+def finished(end: EpisodeEnd, loop: ControlLoop) -> RunTask.Result:
+    result = RunTask.Result()
+    result.outcome, result.outcome_source = OUTCOMES[end.success], end.source
+    result.termination = end.termination.value
+    if end.termination in (Termination.FAULT, Termination.HOLD_TIMEOUT):
+        result.code = end.reason
+    result.message = f"{result.termination} after {end.ticks} ticks"
+    if end.termination in (Termination.SUCCESS, Termination.FAILURE) and end.success is None:
+        result.message += ", judged by nobody: no decision of the policy, a take-over, or no person's name"
+    result.ticks, result.seconds, result.events = end.ticks, float(end.seconds), end.events
+    result.missed = loop.timing.missed
+    return result
+
+
+def refusal(error: RatchetError) -> RunTask.Result:
+    """Nothing moved, and why."""
+    result: Any = RunTask.Result()
+    result.termination, result.code, result.message = RunTask.Result.END_REFUSED, error.code, str(error)
+    return result

@@ -1,1 +1,0 @@
-"""Scripted experts that stand in for a teleoperator in simulation."""
