@@ -5,7 +5,7 @@ adapter and flips between forwards; PEFT's `load_adapter` + `set_adapter` and `h
 model, so a lock must keep forwards out for as long as they take. Then: what a forward costs with no adapter, with one,
 and merged.
 
-    python benchmarks/adapters/hotswap.py [--quick]
+    python -m benchmarks.adapters.hotswap [--quick]
 
 Exit 1 where the goal is missed: unavailable below 1 ms at the 99th percentile. Flips in whose middle another process
 took the core (counted by the operating system) tell of the host's load and are not judged; their number and the
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     judged, preempted = mine["from disk"]["unavailable, not preempted"], mine["from disk"]["preempted"]
     p99 = judged["p99_ms"]
     result = {
-        "command": ["python", "benchmarks/adapters/hotswap.py", *(sys.argv[1:] if argv is None else argv)],
+        "command": ["python", "-m", "benchmarks.adapters.hotswap", *(sys.argv[1:] if argv is None else argv)],
         "machine": {
             "platform": platform.machine(),
             "cores": os.cpu_count(),

@@ -5,7 +5,7 @@ episodes of a minute. Judged is the time that a tick spends inside the recorder'
 operating system gave the core to somebody else are counted apart (they tell of the host's load). The same loop without
 a recorder gives the jitter to compare with. Afterwards every episode is read: what was handed over must be there.
 
-    python benchmarks/episodes/recorder.py [--quick]
+    python -m benchmarks.episodes.recorder [--quick]
 
 Exit 1 where the goal is missed: below 0.2 ms at the 99th percentile, and 0 dropped.
 """
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     p99 = rows["inside the recorder"]["p99_ms"]
     result = {
-        "command": ["python", "benchmarks/episodes/recorder.py", *(sys.argv[1:] if argv is None else argv)],
+        "command": ["python", "-m", "benchmarks.episodes.recorder", *(sys.argv[1:] if argv is None else argv)],
         "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
         "repeats": len(times.inside),
         "headline": {"p99_ms": p99, "dropped": dropped},

@@ -4,7 +4,7 @@ A victim process records short episodes without a pause and says which are finis
 recorder process or the whole process group is killed; the next start recovers. In the end every episode that was ever
 said to be finished must be there with its hash, and every unfinished one must be readable up to its last flush.
 
-    python benchmarks/episodes/recorder_kills.py [--quick]
+    python -m benchmarks.episodes.recorder_kills [--quick]
 
 Exit 1 where the goal is missed: 0 finished episodes lost, 0 unreadable. What was lost of the open episodes and how long
 recovery took is printed.
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         shutil.rmtree(folder)
     result = {
-        "command": ["python", "benchmarks/episodes/recorder_kills.py", *(sys.argv[1:] if argv is None else argv)],
+        "command": ["python", "-m", "benchmarks.episodes.recorder_kills", *(sys.argv[1:] if argv is None else argv)],
         "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
         "repeats": kills,
         "headline": {"finished": len(finished), "finished_lost": len(gone), "unreadable": unreadable},

@@ -7,7 +7,7 @@ slipped in. The end must equal that of a run without faults: the same adapter id
 in every batch, the same verdicts. Then 10,000 malformed messages and a client with a wrong key against a running
 learner's link.
 
-    python benchmarks/learner/faults.py [--quick] [--faults N] [--seed N]
+    python -m benchmarks.learner.faults [--quick] [--faults N] [--seed N]
 
 Exit 1 where anything is lost, doubled, off-policy, different, accepted or crashed.
 """

@@ -7,7 +7,7 @@ encrypted and in plain, which on two cores leaves no processor time for a disk o
 printed. Then an adapter of 100 MB from `publish` to checked and staged on the robot, beside copying the file; then a
 robot that makes 1,000 episodes while the learner is away.
 
-    python benchmarks/learner/link.py [--quick]
+    python -m benchmarks.learner.link [--quick]
 
 Exit 1 where a goal is missed: episodes at 80 % of raw ZeroMQ's files or more, memory growth below 64 MB, a rollback in
 force within one control period of 50 ms.

@@ -3,7 +3,7 @@
 Reads a folder with `grpo.json` and `grpo.safetensors` (rewards, dones, log-probabilities, and what the published code
 made of them), computes the same quantities, and prints the largest relative error of each.
 
-    python benchmarks/learner/parity_grpo.py [FOLDER] [--quick]
+    python -m benchmarks.learner.parity_grpo [FOLDER] [--quick]
 
 The check takes about a second, so `--quick` changes nothing. Exit 1 where a quantity misses the goal.
 """
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
     worst = max(errors.values())
     result = {
-        "command": ["python", "benchmarks/learner/parity_grpo.py", *(sys.argv[1:] if argv is None else argv)],
+        "command": ["python", "-m", "benchmarks.learner.parity_grpo", *(sys.argv[1:] if argv is None else argv)],
         "machine": {"platform": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
         "repeats": 1,
         "spread": 0.0,

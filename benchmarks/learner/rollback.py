@@ -4,7 +4,7 @@ A real policy in its own process answers one observation after the other and fol
 store. In turns, `active` is moved forward and back as the link does it when the learner's message has arrived (looked
 up, written durably, renamed); measured until the policy process says that the other adapter is in force.
 
-    python benchmarks/learner/rollback.py [--quick]
+    python -m benchmarks.learner.rollback [--quick]
 
 Exit 1 where the median is not below one control period of the contract.
 """

@@ -5,7 +5,7 @@ environment each. The naive side does what published evaluation loops do: `reset
 settling, both cameras rendered at every step. Ratchet's side resets without recompiling and renders both cameras once
 per chunk. Because the two are bitwise equal, the episodes must end after the same number of steps, in the same state.
 
-    python benchmarks/learner/rollouts.py [--suite libero_object] [--task NAME] [--workers 2] [--quick]
+    python -m benchmarks.learner.rollouts [--suite libero_object] [--task NAME] [--workers 2] [--quick]
 
 Compiling the model at start-up is not timed on either side. Exit 1 where Ratchet is less than 6 times as fast or an
 episode differs. `--quick` takes one round of one episode per worker, cut after four chunks.
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     Console(width=110).print(table)
     result = {
-        "command": ["python", "benchmarks/learner/rollouts.py", *(sys.argv[1:] if argv is None else argv)],
+        "command": ["python", "-m", "benchmarks.learner.rollouts", *(sys.argv[1:] if argv is None else argv)],
         "machine": {
             "platform": platform.machine(),
             "python": platform.python_version(),

@@ -4,7 +4,7 @@ Starts `ratchet learner` and `ratchet robot` with keys over CURVE on this machin
 moments, starts it again, and waits until the learner says that all tasks are over. Then all is judged from files:
 the journal's chain, every episode of every batch, the store, the gate's verdicts. The story is printed.
 
-    python benchmarks/product/unattended.py [--quick] [--seed N] [--out runs/unattended]
+    python -m benchmarks.product.unattended [--quick] [--seed N] [--out runs/unattended]
 
 Stopped, the same command goes on. Exit 1 where a task was not promoted, an earlier task lies below the gate's allowed
 drop, an episode was lost, doubled or off-policy, or the store is damaged.

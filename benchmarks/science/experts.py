@@ -1,6 +1,6 @@
 """How often the scripted experts succeed, per task, clean and under executed noise; nothing is rendered.
 
-    python benchmarks/science/experts.py --suite libero_object [--states 12] [--quick]
+    python -m benchmarks.science.experts --suite libero_object [--states 12] [--quick]
 
 Half of the initial states are training states, half evaluation states. Exit 1 where fewer than 8 of 10 tasks reach
 80 % without noise. `--quick` takes two states per task of the first five tasks.
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     total = sum(bool(s) for r in rows for s in r["clean"])
     overall = wilson(total, count * len(rows))
     result = {
-        "command": ["python", "benchmarks/science/experts.py", *(sys.argv[1:] if argv is None else argv)],
+        "command": ["python", "-m", "benchmarks.science.experts", *(sys.argv[1:] if argv is None else argv)],
         "machine": {"platform": platform.machine(), "python": platform.python_version()},
         "repeats": count,
         "spread": [overall.low, overall.high],

@@ -3,7 +3,7 @@
 For every task, Ratchet's environment is reset to several initial states in random order, each time after a stretch of
 another episode, and compared at every step with a freshly constructed `OffScreenRenderEnv`.
 
-    python benchmarks/science/parity_libero.py [--tasks 8] [--steps 60] [--quick]
+    python -m benchmarks.science.parity_libero [--tasks 8] [--steps 60] [--quick]
 
 Tasks are drawn from all suites that can be run, LIBERO-PRO's included. Exit 1 at the first difference in any of them.
 `--quick` takes one task of one suite.
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     differ = sum(int(str(r["steps_differ"])) + int(str(r["frames_differ"])) for r in rows)
     total = sum(int(str(r["steps"])) + int(str(r["frames"])) for r in rows)
     result = {
-        "command": ["python", "benchmarks/science/parity_libero.py", *(sys.argv[1:] if argv is None else argv)],
+        "command": ["python", "-m", "benchmarks.science.parity_libero", *(sys.argv[1:] if argv is None else argv)],
         "machine": {"platform": platform.machine(), "python": platform.python_version()},
         "repeats": episodes,
         "spread": 0.0,

@@ -5,7 +5,7 @@ them: `io.safetensors` with attention in both directions, `io_causal.safetensors
 float32: final hidden states, logits over temperature, greedy tokens and actions, log-probability and entropy of given
 tokens. Error: norm of the difference over the norm of the published values.
 
-    python benchmarks/science/parity_oft.py [FOLDER...] [--quick]
+    python -m benchmarks.science.parity_oft [FOLDER...] [--quick]
 
 The check takes seconds, so `--quick` changes nothing. Exit 1 where a quantity misses the goal or a greedy token
 differs.
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     worst = max(max(row["errors"].values()) for row in rows)
     different = sum(row["different_tokens"] for row in rows)
     result = {
-        "command": ["python", "benchmarks/science/parity_oft.py", *[f.name for f in folders]],
+        "command": ["python", "-m", "benchmarks.science.parity_oft", *[f.name for f in folders]],
         "machine": {"platform": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
         "repeats": 1,
         "spread": 0.0,
