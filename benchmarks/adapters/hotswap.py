@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import threading
@@ -36,6 +34,7 @@ from peft.utils.hotswap import hotswap_adapter
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness.results import machine
 from ratchet_vla.adapters.identity import Adapter, Binding, binding_of
 from ratchet_vla.adapters.lora.layers import Lora, attach, lora_config
 from ratchet_vla.adapters.store.folder import FolderStore
@@ -267,13 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     p99 = judged["p99_ms"]
     result = {
         "command": ["python", "-m", "benchmarks.adapters.hotswap", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {
-            "platform": platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "peft": peft.__version__,
-        },
+        "machine": machine(peft=peft.__version__),
         "repeats": repeats,
         "headline": {"unavailable_p99_ms": p99, "spread_ms": judged, "preempted": preempted},
         "adapter": {"rank": RANK, "layers": len(lora.layers), "bytes": lora.arena.bytes},

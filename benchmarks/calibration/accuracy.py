@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -33,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.spatial.transform import Rotation
 
+from benchmarks.harness.results import machine
 from ratchet_calibration.boards.board import Board
 from ratchet_calibration.boards.detection import Detection, detect
 from ratchet_calibration.cameras import intrinsics
@@ -233,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
                     "benchmarks.calibration.accuracy",
                     *(argv if argv is not None else sys.argv[1:]),
                 ],
-                "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "opencv": cv2.__version__},
+                "machine": machine(opencv=cv2.__version__),
                 "intrinsics": rendered,
                 "handeye": arms,
                 "goals": goals,

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -29,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.spatial.transform import Rotation
 
+from benchmarks.harness.results import machine
 from ratchet_calibration.cameras import drift
 from ratchet_sim import registry
 from ratchet_sim.libero.env import with_image_size
@@ -132,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
                     "benchmarks.calibration.drift",
                     *(argv if argv is not None else sys.argv[1:]),
                 ],
-                "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "opencv": cv2.__version__},
+                "machine": machine(opencv=cv2.__version__),
                 "trials": len(rows),
                 "caught": caught,
                 "caught_moves": shares["move"],

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.episodes.recorded import TASKS, fill, rollout, two_cameras
+from benchmarks.harness.results import machine
 from ratchet_vla.episodes.exchange.hdf5 import export_hdf5
 from ratchet_vla.episodes.exchange.lerobot_export import ExportOptions, export_lerobot
 from ratchet_vla.episodes.exchange.rows import rows, state_vector
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table)
     result = {
         "command": ["python", "-m", "benchmarks.episodes.export", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "repeats": episodes,
         "headline": {"opens_in_lerobot": bool(loaded), "unequal_values": loaded["unequal"] if loaded else None},
         "export": dataclasses.asdict(report) | {"target": ""},

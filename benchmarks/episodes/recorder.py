@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import resource
 import shutil
 import sys
@@ -30,6 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness.results import machine
 from ratchet_vla.contract import CameraSpec, RobotContract
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.recorder.client import Recorder, RecorderConfig
@@ -222,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     p99 = rows["inside the recorder"]["p99_ms"]
     result = {
         "command": ["python", "-m", "benchmarks.episodes.recorder", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "repeats": len(times.inside),
         "headline": {"p99_ms": p99, "dropped": dropped},
         "spread": rows,

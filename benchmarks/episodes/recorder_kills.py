@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -30,6 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.harness.results import machine
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.library.store import Damage, EpisodeStore
 from ratchet_vla.episodes.recorder.client import Recorder, RecorderConfig
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": python_path(inherited=False)},
+                env={**os.environ, "PYTHONPATH": python_path(ROOT, inherited=False)},
             )
             assert process.stdout is not None
             recorder = int(process.stdout.readline().split()[1])
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(folder)
     result = {
         "command": ["python", "-m", "benchmarks.episodes.recorder_kills", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "repeats": kills,
         "headline": {"finished": len(finished), "finished_lost": len(gone), "unreadable": unreadable},
         "episodes_in_the_end": entered,

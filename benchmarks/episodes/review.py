@@ -16,7 +16,6 @@ import argparse
 import base64
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.episodes.recorded import TASKS, fill, rollout, two_cameras
+from benchmarks.harness.results import machine
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.paths import python_path
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table)
     result = {
         "command": ["python", "-m", "benchmarks.episodes.review", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "repeats": len(overhead),
         "headline": {"median_s": float(p50), "labels_lost": lost},
         "spread": {"p50_s": float(p50), "p99_s": float(p99), "max_s": max(overhead)},

@@ -6,8 +6,6 @@ be twenty times slower: then it does a share of the work per repeat, and its row
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -113,16 +111,3 @@ def in_turn(
             sides[name].units = work(emulated[name])
             sides[name].seconds.append((time.perf_counter() - began) / sides[name].units)
     return sides
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on, for the results file."""
-    return {
-        "processor": computing.processor(),
-        "platform": platform.machine(),
-        "cores": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }

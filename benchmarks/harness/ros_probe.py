@@ -6,13 +6,12 @@ Knows processes and JSON. Imports no ROS.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.results import machine
 from ratchet_vla.cli.nodes import ros
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,13 +30,7 @@ def probe(module: str, *arguments: str) -> Any:
 
 def write(path: Path, name: str, arguments: list[str], facts: dict[str, Any]) -> None:
     """The result with command and machine."""
-    machine = {
-        "platform": platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-    }
-    head = {"command": ["python", "-m", f"benchmarks.runtime.{name}", *arguments], "machine": machine}
+    head = {"command": ["python", "-m", f"benchmarks.runtime.{name}", *arguments], "machine": machine()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**head, **facts}, indent=2) + "\n")
 

@@ -30,9 +30,10 @@ from typing import Any
 
 import zmq
 
+from benchmarks.harness.results import machine
 from benchmarks.learner.breakage import Fault, FaultyFiles, foreign_episode
 from benchmarks.learner.malformed import attack
-from benchmarks.learner.small_world import World, forked, machine, read_episode, summary, write_episode
+from benchmarks.learner.small_world import World, forked, read_episode, summary, write_episode
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.journal import read
 

@@ -34,7 +34,7 @@ import torch
 import zmq
 
 from benchmarks.adapters.large_adapter import large_adapter, wide
-from benchmarks.learner.small_world import machine
+from benchmarks.harness.results import machine
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.adapters.swap.hotswap import HotSwapper
 from ratchet_vla.link import keys as link_keys

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.harness.results import machine
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.update import grpo
 from ratchet_vla.learner.update.minibatch import flatten
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     worst = max(errors.values())
     result = {
         "command": ["python", "-m", "benchmarks.learner.parity_grpo", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {"platform": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
+        "machine": machine(),
         "repeats": 1,
         "spread": 0.0,
         "relative_error": errors,

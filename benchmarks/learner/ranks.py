@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.learner.small_world import forked, machine
+from benchmarks.harness.results import machine
+from benchmarks.learner.small_world import forked
 from benchmarks.learner.update import large_policy
 from benchmarks.runtime.inference import ROOT
 from ratchet_vla.adapters.lora.layers import attach, lora_config

@@ -22,7 +22,7 @@ from statistics import median
 
 import numpy as np
 
-from benchmarks.learner.small_world import machine
+from benchmarks.harness.results import machine
 from ratchet_sim import registry
 from ratchet_vla.adapters.identity import Adapter, binding_of
 from ratchet_vla.adapters.store.folder import FolderStore

@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.harness.results import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 GOAL = 6.0
@@ -237,12 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     Console(width=110).print(table)
     result = {
         "command": ["python", "-m", "benchmarks.learner.rollouts", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {
-            "platform": platform.machine(),
-            "python": platform.python_version(),
-            "cores": len(os.sched_getaffinity(0)),
-            "gl": os.environ.get("MUJOCO_GL", "egl"),
-        },
+        "machine": machine(gl=os.environ.get("MUJOCO_GL", "egl")),
         "repeats": rounds,
         "spread": [min(ratios), max(ratios)],
         "suite": suite,

@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import os
-import platform
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zmq
 
 from ratchet_sim.base import TaskInfo
 from ratchet_vla.adapters.lora.layers import Lora, attach, lora_config
@@ -326,16 +324,4 @@ def summary(journal: Sequence[Any]) -> dict[str, Any]:
         "verdicts": [(e.data["candidate"], e.data["decision"]) for e in journal if e.kind == "gated"],
         "promoted": [e.data["adapter"] for e in journal if e.kind == "promoted"],
         "finished": [(e.data["task"], e.data["learned"]) for e in journal if e.kind == "finished"],
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on, for the results file."""
-    return {
-        "platform": platform.machine(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "zmq": zmq.zmq_version(),
     }

@@ -32,7 +32,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.dtypes import REPEATS, Verdict, in_turn, machine, pair
+from benchmarks.harness.dtypes import REPEATS, Verdict, in_turn, pair
+from benchmarks.harness.results import machine
 from ratchet_sim import registry
 from ratchet_sim.base import TaskEnv
 from ratchet_sim.workers.vector import ChunkVectorEnv

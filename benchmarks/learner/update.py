@@ -33,7 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness.dtypes import EMULATED, REPEATS, Verdict, in_turn, machine, pair
+from benchmarks.harness.dtypes import EMULATED, REPEATS, Verdict, in_turn, pair
+from benchmarks.harness.results import machine
 from benchmarks.runtime.inference import ROOT, WORDS, observations, random_policy
 from benchmarks.runtime.plain import Plain
 from ratchet_sim import registry

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learner.small_world import machine
+from benchmarks.harness.results import machine
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.episodes.file.reader import EpisodeReader
 from ratchet_vla.learner.service.telemetry import story

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import resource
 import shutil
 import sys
@@ -30,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness.results import machine
 from ratchet_vla.adapters.identity import Adapter, binding_of
 from ratchet_vla.adapters.lora.layers import attach, lora_config
 from ratchet_vla.adapters.store.folder import FolderStore
@@ -177,13 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     Console(width=100).print(table)
     result = {
         "command": ["python", "-m", "benchmarks.runtime.control_loop", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {
-            "platform": platform.machine(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": machine(),
         "took_seconds": time.time() - began,
         "rates": rows,
         "goal": {"missed_share": MISSED, "missed_during_swaps": 0},

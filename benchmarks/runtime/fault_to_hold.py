@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness.results import machine
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.runtime.clock import ExternalClock, MonotonicClock
 from ratchet_vla.runtime.control.chunks import DeployExecutor
@@ -257,13 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     Console(width=100).print(table)
     result = {
         "command": ["python", "-m", "benchmarks.runtime.fault_to_hold", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {
-            "platform": platform.machine(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "scheduling": scheduling,
-        },
+        "machine": machine(scheduling=scheduling),
         "repeats": repeats,
         "contract": {"hz": HZ, "times": contract.to_dict()["watchdog"]},
         "faults": rows,

@@ -33,7 +33,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.dtypes import EMULATED, REPEATS, Side, Verdict, machine, pair
+from benchmarks.harness.dtypes import EMULATED, REPEATS, Side, Verdict, pair
+from benchmarks.harness.results import machine
 from benchmarks.runtime.plain import Plain
 from ratchet_sim import registry
 from ratchet_vla.adapters.lora.layers import attach, lora_config

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import sys
 import time
 from collections import Counter
@@ -28,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.spatial.transform import Rotation
 
+from benchmarks.harness.results import machine
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.records import ActionChunk
 from ratchet_vla.runtime.safety.filter import Proposal, SafetyConfig, SafetyFilter, SafetyState
@@ -311,13 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     p50, p99 = np.percentile(spent, [50, 99])
     result = {
         "command": ["python", "-m", "benchmarks.runtime.safety", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {
-            "platform": platform.machine(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        },
+        "machine": machine(numpy=np.__version__),
         "chunks": episodes * CHUNKS_PER_EPISODE * len(robots),
         "actions": len(spent),
         "violations": violations,

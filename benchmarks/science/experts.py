@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness.results import machine
 from ratchet_sim import registry
 from ratchet_sim.base import Expert, TaskEnv, TaskInfo
 from ratchet_sim.demonstrations import NoiseConfig
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     overall = wilson(total, count * len(rows))
     result = {
         "command": ["python", "-m", "benchmarks.science.experts", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {"platform": platform.machine(), "python": platform.python_version()},
+        "machine": machine(),
         "repeats": count,
         "spread": [overall.low, overall.high],
         "suite": arguments.suite,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness.results import machine
 from ratchet_sim.libero.env import LiberoTaskEnv, libero_suites, libero_task_infos
 from ratchet_sim.testing.libero_reference import ReferenceLibero
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     total = sum(int(str(r["steps"])) + int(str(r["frames"])) for r in rows)
     result = {
         "command": ["python", "-m", "benchmarks.science.parity_libero", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {"platform": platform.machine(), "python": platform.python_version()},
+        "machine": machine(),
         "repeats": episodes,
         "spread": 0.0,
         "tasks": rows,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Literal
@@ -26,6 +25,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.harness.results import machine
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.checkpoints import openvla as published
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     different = sum(row["different_tokens"] for row in rows)
     result = {
         "command": ["python", "-m", "benchmarks.science.parity_oft", *[f.name for f in folders]],
-        "machine": {"platform": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
+        "machine": machine(),
         "repeats": 1,
         "spread": 0.0,
         "cases": rows,

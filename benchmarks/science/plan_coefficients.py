@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.results import machine
 from ratchet_vla.adapters.lora.layers import attach, lora_config
 from ratchet_vla.plan import flow as plan_flow
 from ratchet_vla.plan import requirements as plan
@@ -173,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     in_use = {"width": plan.KEPT_WIDTH, "hidden": plan.KEPT_HIDDEN, "rank": plan.KEPT_RANK, "vision": plan.KEPT_VISION}
     result = {
         "command": ["python", "-m", "benchmarks.science.plan_coefficients", *(sys.argv[1:] if argv is None else argv)],
-        "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__},
+        "machine": machine(),
         "repeats": 1,
         "spread": 0.0,
         "bytes_per_token_and_layer": measured,
