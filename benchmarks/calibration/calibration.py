@@ -7,7 +7,7 @@ hand and half beside the arm, corners with 0.3 px of noise and robot poses with 
 axis), three usual cameras in turn; the noise is not told to the estimate. Errors are root mean squares over the trials
 in mm and degrees. A solver of OpenCV gets the poses of the board that least squares finds in every view, as usual.
 
-    python -m benchmarks.calibration.accuracy [--quick]
+    python -m benchmarks.calibration.calibration [--quick]
 
 Exit 1 where a goal is missed: focal length within 0.1 %, principal point within 0.5 px, held-out error below 0.2 px;
 hand-eye 1e-6 without noise; within 1 mm and 0.1 degree with it (root mean square), the truth inside the 95 % ellipsoid
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
                 "command": [
                     "python",
                     "-m",
-                    "benchmarks.calibration.accuracy",
+                    "benchmarks.calibration.calibration",
                     *(argv if argv is not None else sys.argv[1:]),
                 ],
                 "machine": machine(opencv=cv2.__version__),
