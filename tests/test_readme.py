@@ -51,3 +51,13 @@ def test_the_picture_of_the_way_round_names_files_that_are_there() -> None:
     homes = (ROOT, ROOT / "agent" / "ratchet_vla", ROOT / "ros2_ws" / "src" / "ratchet_ros", ROOT / "sim")
     assert len(named) > 30
     assert {name for name in named if not any((home / name).is_file() for home in homes)} == set()
+
+
+def test_pages_for_extensions_name_what_is_there() -> None:
+    """`policy/protocol.py`, `ratchet_sim/base.py`, `robots/`: below the repository, a source root or a package."""
+    homes = [ROOT, *(ROOT / root for root in ("agent", "sim", "calibration", "ros2_ws/src/ratchet_ros"))]
+    homes += [ROOT / "agent" / "ratchet_vla"]
+    for page in sorted((ROOT / "docs" / "extend").glob("*.md")):
+        named = set(re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", page.read_text()))
+        assert named, page.name
+        assert {name for name in named if not any((home / name).exists() for home in homes)} == set(), page.name
