@@ -1,7 +1,7 @@
 """Drift check: has the camera moved since it was calibrated? The current view against the reference image.
 
 Run before any motion. Knows two ways: the board's pose where the board is in both views, else features of the static
-scene. Knows no session; whoever starts one refuses on a drift, or lets a person override it with a reason.
+scene. Knows no session: `store.last_check` refuses one on a drift, unless a person overrides it with a reason there.
 
 Features: corners of the reference picture followed into the present one to a fraction of a pixel (Lucas-Kanade), there
 and back. The picture is divided into cells; each has the median displacement of its features. A camera that moved by

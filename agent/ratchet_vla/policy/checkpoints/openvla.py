@@ -1,8 +1,8 @@
 """Checkpoints in the published OpenVLA and OpenVLA-OFT form: what their files say, in this project's terms.
 
 Knows the published configuration's fields, sizes that it leaves to its libraries, statistics per suite, and the parts
-that lie beside the weights (regression head, state projector). Knows no network code. A published file names neither
-units nor cameras nor the attention mask: the caller states them.
+that lie beside the weights (regression head, state projector). Knows no network code: the published names of tensors
+are those of `own`. A published file names neither units nor cameras nor the attention mask: the caller states them.
 """
 
 from __future__ import annotations

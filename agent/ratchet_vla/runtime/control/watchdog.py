@@ -1,6 +1,6 @@
-"""What must keep arriving while an arm moves: answers of the policy, frames, and frames that change.
+"""Stale, frozen or missing inputs: the policy's answers, frames, and frames that must change while an arm moves.
 
-Knows the contract's times. Decides nothing: a finding goes to the safety stage, which knows whether to hold.
+Knows the contract's times. Decides nothing: a finding goes to `safety.filter`, which knows whether to hold.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Checks of what reaches the safety stage: chunks, single actions, measurements. Each tells what is wrong, or nothing.
 
-Knows contract, limits and times. Changes nothing; what follows from a finding is decided in filter.py.
+Ages and sequence numbers of chunks and states are checked here, those of frames in `control.watchdog`. Knows contract,
+limits and times. Changes nothing; what follows from a finding is decided in filter.py.
 """
 
 from __future__ import annotations

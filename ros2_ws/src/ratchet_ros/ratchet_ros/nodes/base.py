@@ -24,7 +24,7 @@ from rclpy.signals import SignalHandlerOptions
 from ratchet_ros.messages import dds
 from ratchet_ros.nodes import params
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.runtime.refusals import passes, waits
+from ratchet_vla.runtime.startup_retries import passes, waits
 
 REFUSED = 2  # exit status of a node that was given what it cannot run with
 AGAIN = 0.5  # s between two attempts to come up

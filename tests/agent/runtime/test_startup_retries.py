@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from ratchet_vla.runtime.refusals import passes, waits
+from ratchet_vla.runtime.startup_retries import passes, waits
 
 
 @pytest.mark.parametrize(
