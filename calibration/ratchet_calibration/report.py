@@ -96,10 +96,9 @@ def write(
     solvers = []
     if hand is not None:
         for name, solver_pose in hand.solvers.items():
-            deviation = difference(hand.camera, solver_pose)
-            solvers.append(
-                (name, f"{1e3 * np.linalg.norm(deviation[3:]):.2f}", f"{np.degrees(np.linalg.norm(deviation[:3])):.3f}")
-            )
+            disagreement = difference(hand.camera, solver_pose)  # (6,): rotation vector in rad, translation in m
+            degrees = np.degrees(np.linalg.norm(disagreement[:3]))
+            solvers.append((name, f"{1e3 * np.linalg.norm(disagreement[3:]):.2f}", f"{degrees:.3f}"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(PAGE).render(
         c=calibration,
