@@ -20,10 +20,10 @@ from safetensors.numpy import save_file
 
 from ratchet_sim import registry
 from ratchet_sim.demonstrations import Demonstrations
+from ratchet_vla import paths
 from ratchet_vla.adapters.identity import binding_of
 from ratchet_vla.adapters.lora.layers import attach, lora_config
 from ratchet_vla.adapters.store.folder import FolderStore
-from ratchet_vla.cli import common
 from ratchet_vla.cli.main import main
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.learner.sequence import SequentialRun, Stop
@@ -173,7 +173,7 @@ def test_a_base_of_another_architecture_is_called_a_wrong_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its layers have other names, so that the adapter could not even be laid on it; both bases are named."""
-    other, flow = samples.policy(), common.ROOT / "models" / "small-metaworld-flow"
+    other, flow = samples.policy(), paths.MODELS / "small-metaworld-flow"
     lora = attach(other.module, lora_config(4, 4, r"projector\.fc[12]"))
     store = FolderStore(tmp_path, create=True)
     store.promote(store.put(noise(lora, other, 1)).id)

@@ -15,6 +15,7 @@ import pytest
 from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.verification import Verification
+from ratchet_vla.learner.service.ledger import Unruled
 from ratchet_vla.learner.service.reception import note_of
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.runtime.session.dispatch import Dispatcher
@@ -52,7 +53,8 @@ class Place:
 
     def labels(self) -> list[dict[str, Any]]:
         items = [i for i in self.outbox.waiting() if i.type == "label"]
-        return [note_of("label", self.outbox.path(i))["label"] for i in items]
+        notes = [note_of(Unruled("label", i.sha), self.outbox.path(i)) for i in items]
+        return [dict(note.label) for note in notes if note.label is not None]
 
 
 @pytest.fixture
