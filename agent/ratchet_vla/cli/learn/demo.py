@@ -97,17 +97,19 @@ class Demo(ComputingOptions):
     def _learn(self, console: Console, expected: float) -> sequential.Result:
         recipe = DEMO[self.suite]
         result = sequential.run(
-            title=f"Ratchet demo on {self.suite}",
-            suite=self.suite,
-            policy_folder=common.policy_folder(self.suite, None),
-            config=recipe.sequence(self.seed),
-            lora=recipe.lora,
-            folder=self.out,
-            workers=self.workers,
-            slots=recipe.slots,
-            videos=self.videos,
-            console=console,
-            expected=expected,
+            sequential.RunPlan(
+                title=f"Ratchet demo on {self.suite}",
+                suite=self.suite,
+                policy_folder=common.policy_folder(self.suite, None),
+                config=recipe.sequence(self.seed),
+                lora=recipe.lora,
+                folder=self.out,
+                workers=self.workers,
+                slots=recipe.slots,
+                videos=self.videos,
+                expected=expected,
+            ),
+            console,
         )
         for stage, task in enumerate(result.matrix.tasks, 1):
             before, after = result.matrix.get(0, task), result.matrix.get(stage, task)

@@ -28,6 +28,7 @@ from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli import common, estimate
 from ratchet_vla.cli.adapters.promotion import print_verdict
 from ratchet_vla.cli.learn import sequential
+from ratchet_vla.cli.learn.progress import Ticker, progress_bars
 from ratchet_vla.cli.recipes import Shipped
 from ratchet_vla.learner.gate.keeper import Gatekeeper, earlier_tasks
 from ratchet_vla.learner.gate.verdict import Comparison, GateConfig, Verdict
@@ -96,7 +97,7 @@ def run(
     part.describe()
     env = common.make_vector(part.running.policy, suite, part.contract, workers, shipped.update.slots)
     try:
-        with sequential.progress_bars(console) as progress, sequential.Ticker(part.running) as ticking:
+        with progress_bars(console) as progress, Ticker(part.running) as ticking:
             part.bars = _Bars(progress, part.weight(videos), expected)
             verdict = part.measure(env)
             video = part.film(verdict) if videos else None

@@ -1,4 +1,4 @@
-"""One sequential run from the command line: progress, hot swaps, videos, report.
+"""One sequential run from the command line: what it opens, learns, swaps, films and writes.
 
 Knows how `learn` and `demo` present a run. The run itself is `ratchet_vla.learner.sequence`.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +14,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
 
 from ratchet_sim import registry
+from ratchet_sim.base import TaskInfo
 from ratchet_sim.video import record
 from ratchet_vla.adapters.identity import binding_of
 from ratchet_vla.adapters.lora.layers import Lora
 from ratchet_vla.adapters.protocol import BASE
 from ratchet_vla.adapters.store.folder import FolderStore
-from ratchet_vla.cli import common, estimate
+from ratchet_vla.cli import common
+from ratchet_vla.cli.learn.progress import Ticker, View, progress_bars
+from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.metrics import SuccessMatrix, difference, measures
 from ratchet_vla.learner.methods.base import SeqFT
@@ -33,8 +33,6 @@ from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations
 from ratchet_vla.learner.sequence import SequenceConfig, SequentialRun
 from ratchet_vla.learner.update.ranks import Ranks
 from ratchet_vla.policy.checkpoints.own import AnyPolicy
-
-TRAINED = 3.0  # what an episode that is learned from costs, in episodes that are only evaluated; two cores
 
 
 @dataclasses.dataclass
@@ -68,127 +66,175 @@ class Result:
         }
 
 
-def run(
-    *,
-    title: str,
-    suite: str,
-    policy_folder: Path,
-    config: SequenceConfig,
-    lora: common.LoraOptions,
-    folder: Path,
-    workers: int,
-    slots: int,
-    videos: bool,
-    console: Console,
-    rollouts: str = "local",
-    method: SeqFT | None = None,
-    device: torch.device | str = "",
-    ranks: Ranks | None = None,
-    shard: bool = False,
-    known: KnownEvaluations | None = None,
-    expected: float = 0.0,
-    start: str = "",
-    origin: FolderStore | None = None,
-) -> Result:
-    """Run (or go on with) a sequential fine-tuning in `folder` and write its report.
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What is run, from what, with what, and where it is kept.
 
     device: where both policies are. ranks: the processes that run this together, each with `workers` simulators of its
     own; rank 0 alone writes and shows. shard: each rank keeps a part of the frozen base while it updates. known:
     evaluations that other runs made already. expected: seconds that it should take here, 0 where nobody measured it.
     start: adapter that the run goes on from, stored in `origin`.
     """
+
+    title: str
+    suite: str
+    policy_folder: Path
+    config: SequenceConfig
+    lora: common.LoraOptions
+    folder: Path
+    workers: int
+    slots: int
+    videos: bool
+    rollouts: str = "local"
+    method: SeqFT = dataclasses.field(default_factory=SeqFT)
+    device: torch.device | str = ""
+    ranks: Ranks | None = None
+    shard: bool = False
+    known: KnownEvaluations | None = None
+    expected: float = 0.0
+    start: str = ""
+    origin: FolderStore | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes and shows."""
+        return self.ranks is None or self.ranks.main
+
+    @property
+    def names(self) -> list[str]:
+        """All tasks that are evaluated."""
+        return [*self.config.tasks, *self.config.held_out]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a run has open. first: id of the stored adapter that it goes on from, "" for a fresh one. lora: the shape of
+    the adapter's layers. running: the policy in use; None where what is trained is evaluated itself."""
+
+    policy: AnyPolicy
+    adapter: Lora
+    running: common.Running | None
+    store: FolderStore
+    contract: RobotContract
+    tasks: dict[str, TaskInfo]
+    lora: common.LoraOptions
+    first: str
+
+
+def run(plan: RunPlan, console: Console) -> Result:
+    """Run (or go on with) a sequential fine-tuning in the plan's folder and write its report."""
     started = time.perf_counter()
-    main = ranks is None or ranks.main
-    contract = registry.contract_for(suite)
-    tasks = common.find_tasks(suite, [*config.tasks, *config.held_out])
-    first = origin.resolve(start) if origin is not None else ""
-    origin, first = (None, "") if first == BASE else (origin, first)
-    if origin is not None:
-        lora = dataclasses.replace(common.lora_of(origin, first), seed=lora.seed)
-    made_for = common.made_for(origin, first) if origin is not None else None
-    policy, adapter = common.open_policy(policy_folder, contract, lora, device, made_for)
-    store = FolderStore(folder / "adapters", create=True)
-    if origin is not None:
-        common.take_over(store, origin, first)
-    method = method or SeqFT()
-    room = method.serving_rank(lora.rank, len(config.tasks))
-    served = dataclasses.replace(lora, rank=room, alpha=lora.alpha * room / lora.rank)
-    running: common.Running | None = None
-    if shard and ranks is not None:
-        # A second policy would be whole on every rank: what is trained is evaluated itself, and no videos are made.
-        ranks.shard(policy, adapter)
-    else:
-        running = common.open_running(policy_folder, contract, served, store, device)
-        if type(method) is SeqFT:
-            common.share_base(running.policy, policy)  # other methods may change the weights of the one they train
-    common.print_contract(console, contract)
-    facts = common.describe_run(
-        title,
-        common.command_line(),
-        suite=suite,
-        method=f"{method.name}, {config.update.algorithm}" if method.needs_rollouts else method.name,
-        settings=method.settings,
-        seed=config.seed,
-        contract=f"{contract.name} {contract.id}",
-        policy=str(policy_folder),
-        base_hash=policy.base_hash,
-        config={"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)},
-        **({"start": first} if first else {}),
-        **({} if ranks is None else {"processes": ranks.world, "sharded": shard}),
-    )
-    if main:
-        common.write_json(folder / "run.json", facts)
-    if videos and main and running is not None:
-        _videos(running, first, [*config.tasks, *config.held_out], tasks, folder, "before", console)
-    env = common.make_vector(policy, suite, contract, workers, slots, rollouts)
-    ticking = Ticker(running) if running is not None else None
-    try:
-        with progress_bars(console) as progress:
-            view = View(progress, console, config, expected)
-            serve = running.serve if running is not None else lambda wanted: _trained(wanted, policy, adapter)
-            sequence = SequentialRun(
-                policy,
-                adapter,
-                env,
-                tasks,
-                store,
-                serve,
-                config,
-                folder / "state",
-                view.event,
-                method,
-                ranks,
-                known,
-                origin=common.command_line(),
-                start=first,
-            )
-            with ticking or contextlib.nullcontext():
-                matrix = sequence.run()
-    finally:
-        env.close()
-    if not main:
+    opened = _open(plan)
+    common.print_contract(console, opened.contract)
+    facts = _facts(plan, opened)
+    if plan.writes:
+        common.write_json(plan.folder / "run.json", facts)
+        _videos(plan, opened, opened.first, "before", console)
+    sequence, forwards = _learn(plan, opened, console)
+    if not plan.writes:
         seconds = time.perf_counter() - started
-        return Result(suite, folder, matrix, [], seconds, folder / "report.html", sequence.unlearned)
-    if videos and running is not None:
-        _videos(running, sequence.adapter_ids[-1], [*config.tasks, *config.held_out], tasks, folder, "after", console)
+        report = plan.folder / "report.html"
+        return Result(plan.suite, plan.folder, sequence.matrix, [], seconds, report, sequence.unlearned)
+    _videos(plan, opened, sequence.adapter_ids[-1], "after", console)
     for name in ("matrix.json", "updates.jsonl"):
-        source = folder / "state" / name
+        source = plan.folder / "state" / name
         if source.exists():
-            (folder / name).write_bytes(source.read_bytes())
-    common.write_json(folder / "adapters.json", adapter_rows(store, sequence.adapter_ids[1:], config.tasks))
-    swaps = swap_rows(running)
+            (plan.folder / name).write_bytes(source.read_bytes())
+    rows = adapter_rows(opened.store, sequence.adapter_ids[1:], plan.config.tasks)
+    common.write_json(plan.folder / "adapters.json", rows)
+    swaps = swap_rows(opened.running)
     seconds = time.perf_counter() - started
     facts |= {
         "finished": common.now(),
         "seconds": round(seconds, 1),
         "hot swaps": "; ".join(map(swap_line, swaps)),
-        "forwards of the running policy meanwhile": ticking.count if ticking is not None else 0,
+        "forwards of the running policy meanwhile": forwards,
     }
-    common.write_json(folder / "run.json", facts)
-    report = write_report(folder)
-    if matrix.cells:
-        print_matrix(matrix, console)
-    return Result(suite, folder, matrix, swaps, seconds, report, sequence.unlearned)
+    common.write_json(plan.folder / "run.json", facts)
+    report = write_report(plan.folder)
+    if sequence.matrix.cells:
+        print_matrix(sequence.matrix, console)
+    return Result(plan.suite, plan.folder, sequence.matrix, swaps, seconds, report, sequence.unlearned)
+
+
+def _open(plan: RunPlan) -> Opened:
+    """Policies, store and tasks of a run."""
+    contract = registry.contract_for(plan.suite)
+    tasks = common.find_tasks(plan.suite, plan.names)
+    first = plan.origin.resolve(plan.start) if plan.origin is not None else ""
+    origin, first = (None, "") if first == BASE else (plan.origin, first)
+    lora = plan.lora
+    if origin is not None:
+        lora = dataclasses.replace(common.lora_of(origin, first), seed=lora.seed)
+    made_for = common.made_for(origin, first) if origin is not None else None
+    policy, adapter = common.open_policy(plan.policy_folder, contract, lora, plan.device, made_for)
+    store = FolderStore(plan.folder / "adapters", create=True)
+    if origin is not None:
+        common.take_over(store, origin, first)
+    running: common.Running | None = None
+    if plan.shard and plan.ranks is not None:
+        # A second policy would be whole on every rank: what is trained is evaluated itself, and no videos are made.
+        plan.ranks.shard(policy, adapter)
+    else:
+        room = plan.method.serving_rank(lora.rank, len(plan.config.tasks))
+        served = dataclasses.replace(lora, rank=room, alpha=lora.alpha * room / lora.rank)
+        running = common.open_running(plan.policy_folder, contract, served, store, plan.device)
+        if type(plan.method) is SeqFT:
+            common.share_base(running.policy, policy)  # other methods may change the weights of the one they train
+    return Opened(policy, adapter, running, store, contract, tasks, lora, first)
+
+
+def _facts(plan: RunPlan, opened: Opened) -> dict[str, Any]:
+    """run.json: what was run, for the report and for whoever goes on with it."""
+    method = plan.method
+    return common.describe_run(
+        plan.title,
+        common.command_line(),
+        suite=plan.suite,
+        method=f"{method.name}, {plan.config.update.algorithm}" if method.needs_rollouts else method.name,
+        settings=method.settings,
+        seed=plan.config.seed,
+        contract=f"{opened.contract.name} {opened.contract.id}",
+        policy=str(plan.policy_folder),
+        base_hash=opened.policy.base_hash,
+        config={"sequence": dataclasses.asdict(plan.config), "lora": dataclasses.asdict(opened.lora)},
+        **({"start": opened.first} if opened.first else {}),
+        **({} if plan.ranks is None else {"processes": plan.ranks.world, "sharded": plan.shard}),
+    )
+
+
+def _learn(plan: RunPlan, opened: Opened, console: Console) -> tuple[SequentialRun, int]:
+    """The run itself, with its progress; and how often the running policy was asked meanwhile."""
+    running = opened.running
+    env = common.make_vector(opened.policy, plan.suite, opened.contract, plan.workers, plan.slots, plan.rollouts)
+    ticking = Ticker(running) if running is not None else None
+
+    def serve(wanted: str) -> AnyPolicy:
+        return running.serve(wanted) if running is not None else _trained(wanted, opened.policy, opened.adapter)
+
+    try:
+        with progress_bars(console) as progress:
+            sequence = SequentialRun(
+                opened.policy,
+                opened.adapter,
+                env,
+                opened.tasks,
+                opened.store,
+                serve,
+                plan.config,
+                plan.folder / "state",
+                View(progress, console, plan.config, plan.expected).event,
+                plan.method,
+                plan.ranks,
+                plan.known,
+                origin=common.command_line(),
+                start=opened.first,
+            )
+            with ticking or contextlib.nullcontext():
+                sequence.run()
+    finally:
+        env.close()
+    return sequence, ticking.count if ticking is not None else 0
 
 
 def adapter_rows(store: FolderStore, identities: Sequence[str], learned: Sequence[str]) -> list[dict[str, Any]]:
@@ -247,114 +293,13 @@ def _trained(wanted: str, policy: AnyPolicy, adapter: Lora) -> AnyPolicy:
     return policy
 
 
-class Ticker:
-    """Keeps asking the running policy for chunks at 1 Hz, so that every swap happens on a policy in use."""
-
-    def __init__(self, running: common.Running) -> None:
-        self.running = running
-        self.count = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Ticker:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        from ratchet_vla.adapters.swap.canary import canary_input
-
-        batch = canary_input(self.running.policy.spec)
-        while not self._stop.wait(1.0):
-            with self.running.swapper.running():
-                self.running.policy.predict(batch)
-            self.count += 1
-
-
-def progress_bars(console: Console) -> Progress:
-    return Progress(
-        # LIBERO's task names are longer than a terminal is wide; the bar and the counts must stay.
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-        TimeElapsedColumn(),
-        console=console,
-        expand=True,
-    )
-
-
-class View:
-    """Turns events of the run into progress bars and lines."""
-
-    def __init__(self, progress: Progress, console: Console, config: SequenceConfig, expected: float) -> None:
-        self.progress, self.console, self.config = progress, console, config
-        training = len(config.tasks) * config.updates * config.groups * config.group_size
-        stages, columns = len(config.tasks) + 1, len(config.tasks) + len(config.held_out)
-        evaluation = stages * columns * config.evaluation_episodes
-        self.left = estimate.Remaining(TRAINED * training + evaluation, expected)
-        self.whole = progress.add_task("in all", total=int(self.left.total), note="")
-        total = len(config.tasks) * config.updates
-        self.bar = progress.add_task("learning", total=total, note="")
-        self.episodes = progress.add_task("episodes", total=1, note="")
-
-    def event(self, kind: str, facts: dict[str, Any]) -> None:
-        if kind == "episode":
-            self.progress.update(
-                self.episodes, completed=facts["done"], total=facts["of"], description=facts["what"], note=""
-            )
-        elif kind == "update":
-            done = (facts["stage"] - 1) * self.config.updates + facts["update"]
-            self._advance(TRAINED * self.config.groups * self.config.group_size)
-            if "skipped" in facts:
-                note = f"{facts['task']} changed nothing: {facts['skipped']}"
-            elif facts["episodes"]:
-                rate = facts["successes"] / facts["episodes"]
-                kl, entropy = facts.get("approx_kl", 0), facts.get("entropy", 0)
-                note = f"{facts['task']} {rate:.0%}  KL {kl:.3f}  entropy {entropy:.2f}"
-            else:
-                note = f"{facts['task']} loss {facts['loss']:.3f}"
-            self.progress.update(self.bar, completed=done, note=note)
-            if not self.console.is_terminal:
-                left = estimate.minutes(self.left.seconds())
-                self.console.print(f"update {facts['update']:3d}  {note}  {facts['seconds']:.0f} s, about {left} left")
-        elif kind == "evaluated":
-            self._advance(facts["trials"])
-            rate = facts["successes"] / facts["trials"]
-            speed = f"{60 * facts['trials'] / facts['seconds']:5.0f} episodes/min" if facts["seconds"] else "known"
-            self.console.print(
-                f"stage {facts['stage']}  {facts['task']:28s} {facts['successes']:3d}/{facts['trials']} = {rate:4.0%}"
-                f"   {speed}"
-            )
-        elif kind == "stage" and not facts["learned"]:
-            self.console.print(f"nothing was learned on {facts['task']}: {facts['why']}", style="yellow", markup=False)
-        elif kind == "stage":
-            self.console.print(
-                f"[bold]learned {facts['task']}[/]: adapter {facts['adapter_id'][:12]}, "
-                f"changes the base by {facts['effect']:.2%}"
-            )
-
-    def _advance(self, weight: float) -> None:
-        self.left.advance(weight)
-        left = f"about {estimate.minutes(self.left.seconds())} left"
-        self.progress.update(self.whole, completed=int(self.left.done), note=left)
-
-
-def _videos(
-    running: common.Running,
-    adapter_id: str,
-    names: list[str],
-    tasks: dict[str, Any],
-    folder: Path,
-    moment: str,
-    console: Console,
-) -> None:
-    policy = running.serve(adapter_id)
-    for name in names:
-        path = folder / "videos" / video_name(name, moment)
+def _videos(plan: RunPlan, opened: Opened, adapter_id: str, moment: str, console: Console) -> None:
+    """One attempt per task as a file, where videos are wanted and a policy is in use."""
+    if not plan.videos or opened.running is None:
+        return
+    policy = opened.running.serve(adapter_id)
+    for name in plan.names:
+        path = plan.folder / "videos" / video_name(name, moment)
         if not path.exists():
-            success = record(policy, tasks[name], tasks[name].evaluation_states[0], path)
+            success = record(policy, opened.tasks[name], opened.tasks[name].evaluation_states[0], path)
             console.print(f"video {moment} {name}: {'success' if success else 'failure'}  {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from ratchet_sim import registry
 from ratchet_sim.base import TaskInfo
+from ratchet_sim.workers.vector import ChunkVectorEnv
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli import common
 from ratchet_vla.cli.computing import ComputingOptions
@@ -159,60 +161,45 @@ class Learner(ComputingOptions):
 
     def _serve(self, console: Console, trainer: Trainer, tasks: dict[str, TaskInfo], where: torch.device) -> None:
         """Run the service to its end."""
-        config, contract = trainer.config, registry.contract_for(self.suite)
-        folder, lora = common.policy_folder(self.suite, self.policy), self.config()[1]
-        if config.mode == "robot":
+        if trainer.config.mode == "robot":
             print_changes(console)
         pair = None if self.plain else link_keys.load(self.keys)
-        closing: list[Callable[[], Any]] = []
+        with contextlib.ExitStack() as closing:
 
-        def make_gate(store: FolderStore) -> Gate:
-            # The simulator and a second policy are built when the gate is first asked, not while robots only collect.
-            built: list[Gatekeeper] = []
+            def make_gate(store: FolderStore) -> Gate:
+                gate = LateGate(lambda: self._gatekeeper(store, tasks, where))
+                closing.callback(gate.close)
+                return gate
 
-            def ask(candidate: str, active: str, held_out: tuple[str, ...]) -> Verdict:
-                if not built:
-                    running = common.open_running(folder, contract, lora, store, where)
-                    env = None
-                    if self.workers:
-                        env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
-                        closing.append(env.close)
-                    built.append(Gatekeeper(running.serve, env, tasks, store, self.gate, self.out / "gate"))
-                return built[0].run(candidate, active, held_out)
-
-            return ask
-
-        shown, teller = 0, Story()
-
-        def tell(host: LearnerHost) -> None:
-            nonlocal shown
-            events = host.journal.events
-            for event in events[shown:]:
-                if line := teller.tell(event):
-                    console.print(line, highlight=False, soft_wrap=True)
-            shown = len(events)
-
-        host = LearnerHost(
-            self.out,
-            config,
-            trainer,
-            read_episode,
-            make_gate,
-            tasks,
-            address=self.address,
-            keys=pair,
-            allow=None if self.plain else self.keys.parent,
-            reserve=int(self.reserve_gib * 1024**3),
-            on_step=tell,
-        )
-        for sign in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sign, lambda *_: host.stop())
-        console.print(f"learner in {self.out}, policy {trainer.policy.base_hash[:12]}, listening on {self.address}")
-        try:
+            host = LearnerHost(
+                self.out,
+                trainer.config,
+                trainer,
+                read_episode,
+                make_gate,
+                tasks,
+                address=self.address,
+                keys=pair,
+                allow=None if self.plain else self.keys.parent,
+                reserve=int(self.reserve_gib * 1024**3),
+                on_step=Telling(console).tell,
+            )
+            for sign in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(sign, lambda *_: host.stop())
+            console.print(f"learner in {self.out}, policy {trainer.policy.base_hash[:12]}, listening on {self.address}")
             host.run(lambda: self.until_done and host.service.ledger.phase == "done" and host.told())
-        finally:
-            for close in closing:
-                close()
+
+    def _gatekeeper(
+        self, store: FolderStore, tasks: dict[str, TaskInfo], where: torch.device
+    ) -> tuple[Gatekeeper, ChunkVectorEnv | None]:
+        """A second policy and the gate's simulators; none of these where there are no workers: the gate then holds."""
+        contract = registry.contract_for(self.suite)
+        folder = common.policy_folder(self.suite, self.policy)
+        running = common.open_running(folder, contract, self.config()[1], store, where)
+        env = None
+        if self.workers:
+            env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
+        return Gatekeeper(running.serve, env, tasks, store, self.gate, self.out / "gate"), env
 
     def config(self) -> tuple[ServiceConfig, common.LoraOptions]:
         """The service's settings and the adapter's shape."""
@@ -250,6 +237,41 @@ class Learner(ComputingOptions):
             update=self.update,
         )
         return config, self.lora
+
+
+class LateGate:
+    """A gate that is built when it is first asked, not while robots only collect."""
+
+    def __init__(self, build: Callable[[], tuple[Gatekeeper, ChunkVectorEnv | None]]) -> None:
+        self._build = build
+        self._keeper: Gatekeeper | None = None
+        self._env: ChunkVectorEnv | None = None
+
+    def __call__(self, candidate: str, active: str, held_out: tuple[str, ...]) -> Verdict:
+        if self._keeper is None:
+            self._keeper, self._env = self._build()
+        return self._keeper.run(candidate, active, held_out)
+
+    def close(self) -> None:
+        """End the simulators, if there are any."""
+        if self._env is not None:
+            self._env.close()
+
+
+class Telling:
+    """Prints what happened since the last look, in words."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._story = Story()
+        self._told = 0
+
+    def tell(self, host: LearnerHost) -> None:
+        events = host.journal.events
+        for event in events[self._told :]:
+            if line := self._story.tell(event):
+                self._console.print(line, highlight=False, soft_wrap=True)
+        self._told = len(events)
 
 
 def read_episode(path: Path) -> Episode:

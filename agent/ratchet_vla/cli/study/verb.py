@@ -126,19 +126,21 @@ class Run(ComputingOptions):
                     continue
                 console.rule(f"{variant.label}, seed {seed}")
                 sequential.run(
-                    title=f"{variant.label}, seed {seed}",
-                    suite=self.suite,
-                    policy_folder=folder,
-                    config=config,
-                    lora=lora,
-                    folder=place,
-                    workers=self.workers,
-                    slots=self.slots,
-                    videos=False,
-                    console=console,
-                    rollouts=self.rollouts,
-                    method=variant.make(data),
-                    known=known,
+                    sequential.RunPlan(
+                        title=f"{variant.label}, seed {seed}",
+                        suite=self.suite,
+                        policy_folder=folder,
+                        config=config,
+                        lora=lora,
+                        folder=place,
+                        workers=self.workers,
+                        slots=self.slots,
+                        videos=False,
+                        rollouts=self.rollouts,
+                        method=variant.make(data),
+                        known=known,
+                    ),
+                    console,
                 )
             write(self.out, self._facts(), console)
         if elsewhere:
