@@ -21,6 +21,7 @@ import torch
 from ratchet_vla.adapters.lora.layers import Lora
 from ratchet_vla.adapters.protocol import AdapterStore, Provenance
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.defaults import PAPER
 from ratchet_vla.learner.measures.metrics import Cell, SuccessMatrix
 from ratchet_vla.learner.methods.base import SeqFT, TaskUpdater
 from ratchet_vla.learner.rollouts.batch import RolloutBatch
@@ -42,15 +43,15 @@ class SequenceConfig:
     """Learned in this order."""
     held_out: tuple[str, ...] = ()
     """Never trained on; evaluated for zero-shot success and forgetting."""
-    updates: int = 10
+    updates: int = PAPER.updates
     """Updates per task."""
-    groups: int = 128
+    groups: int = PAPER.groups
     """Initial states per update."""
-    group_size: int = 8
+    group_size: int = PAPER.group_size
     """Episodes from each initial state."""
-    temperature: float = 1.6
+    temperature: float = PAPER.temperature
     """Sampling temperature of training episodes."""
-    noise_correlation: float = 0.0
+    noise_correlation: float = PAPER.noise_correlation
     """Correlation of the sampling noise within a chunk, in [0, 1); see `policy.noise.chunk_noise`."""
     evaluation_episodes: int = 50
     """Episodes per task and evaluation, at most one per evaluation state; 0 evaluates nothing."""

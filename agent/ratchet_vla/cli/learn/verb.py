@@ -15,6 +15,7 @@ from ratchet_vla.cli import common
 from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.cli.learn import sequential, warmstart
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.defaults import LEARN
 from ratchet_vla.learner.sequence import SequenceConfig
 from ratchet_vla.learner.update import ranks as distributed
 from ratchet_vla.learner.update.step import UpdateConfig
@@ -68,17 +69,17 @@ class Learn(ComputingOptions):
     """Adapter store of --start; the run folder's own if absent."""
     out: Path = Path("runs/learn")
     """Run folder."""
-    updates: int = 10
+    updates: int = LEARN.updates
     """Updates per task."""
     until: float = 0.0
     """A task is over once this share of an update's episodes succeeded; 0 makes all updates."""
-    groups: int = 64
+    groups: int = LEARN.groups
     """Initial states per update."""
-    group_size: int = 8
+    group_size: int = LEARN.group_size
     """Episodes from each initial state."""
-    temperature: float = 1.0
+    temperature: float = LEARN.temperature
     """Sampling temperature of training episodes."""
-    noise_correlation: float = 0.0
+    noise_correlation: float = LEARN.noise_correlation
     """Correlation of the sampling noise within a chunk; small policies explore better with 0.9."""
     evaluation_episodes: int = 50
     """Episodes per task and evaluation; 0 evaluates nothing."""

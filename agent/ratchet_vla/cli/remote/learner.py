@@ -23,6 +23,7 @@ from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.cli.recipes import DEMO
 from ratchet_vla.episodes.file.reader import EpisodeReader
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.defaults import SERVICE
 from ratchet_vla.learner.gate.keeper import Gatekeeper
 from ratchet_vla.learner.gate.verdict import GateConfig, Verdict
 from ratchet_vla.learner.service.config import CHANGES, ServiceConfig, real_robot
@@ -79,19 +80,19 @@ class Learner(ComputingOptions):
     """Print what the robot mode changes against the paper, and exit."""
     recipe: Literal["none", "demo"] = "none"
     """demo: the measured recipe of `ratchet demo` for the suite, instead of the settings below."""
-    updates: int = 10
+    updates: int = SERVICE.updates
     """Updates per task."""
-    groups: int = 32
+    groups: int = SERVICE.groups
     """Initial states per update (simulation)."""
-    group_size: int = 8
+    group_size: int = SERVICE.group_size
     """Episodes from each initial state (simulation)."""
     batch: int = 24
     """Least verified on-policy episodes of an update (robot)."""
-    batch_when: Literal["full", "session"] = "full"
+    batch_when: Literal["full", "session"] = SERVICE.batch_when
     """Update as soon as the batch is full, or when a session has ended with at least so many (robot)."""
-    temperature: float = 1.0
+    temperature: float = SERVICE.temperature
     """Sampling temperature of training episodes."""
-    noise_correlation: float = 0.0
+    noise_correlation: float = SERVICE.noise_correlation
     """Correlation of the sampling noise within a chunk; small policies explore better with 0.9."""
     attempts: int = 2
     """How often a task is tried before the learner goes on without it (simulation)."""

@@ -24,6 +24,7 @@ from ratchet_vla.cli.study.analysis import Analyse
 from ratchet_vla.cli.study.evaluate import Evaluate
 from ratchet_vla.cli.study.folder import claim, finished, write
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.defaults import STUDY
 from ratchet_vla.learner.methods import variants
 from ratchet_vla.learner.methods.variants import Variant
 from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations
@@ -60,17 +61,17 @@ class Run(ComputingOptions):
     """Folder of the base policy; the built-in one of the suite if absent."""
     out: Path = Path("runs/study")
     """Study folder."""
-    updates: int = 12
+    updates: int = STUDY.updates
     """Updates per task."""
     until: float = 0.0
     """A task is over once this share of an update's episodes succeeded; 0 makes all updates."""
-    groups: int = 32
+    groups: int = STUDY.groups
     """Initial states per update."""
-    group_size: int = 8
+    group_size: int = STUDY.group_size
     """Episodes from each initial state."""
-    temperature: float = 1.0
+    temperature: float = STUDY.temperature
     """Sampling temperature of training episodes."""
-    noise_correlation: float = 0.9
+    noise_correlation: float = STUDY.noise_correlation
     """Correlation of the sampling noise within a chunk."""
     evaluation_episodes: int = 50
     """Episodes per task and evaluation."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.defaults import PAPER
 from ratchet_vla.learner.update.grpo import GrpoConfig
 from ratchet_vla.learner.update.step import UpdateConfig
 
@@ -25,20 +26,20 @@ class ServiceConfig:
     mode: Literal["simulation", "robot"] = "simulation"
     """simulation: the learner orders exact episodes (initial state, seed) and waits for all of them. robot: it takes
     what the robot brings, grouped by task."""
-    updates: int = 10
+    updates: int = PAPER.updates
     """Updates per task before the gate is asked (simulation), or at most (robot)."""
-    groups: int = 128
+    groups: int = PAPER.groups
     """Initial states per update; simulation only."""
-    group_size: int = 8
+    group_size: int = PAPER.group_size
     """Episodes from each initial state; simulation only."""
     batch: int = 24
     """Least verified on-policy episodes of an update; robot only."""
-    batch_when: Literal["full", "session"] = "full"
+    batch_when: Literal["full", "session"] = PAPER.batch_when
     """When a robot's batch is complete: as soon as `batch` episodes are here, or when a session has ended with at
     least so many (then all of them are used)."""
-    temperature: float = 1.6
+    temperature: float = PAPER.temperature
     """Sampling temperature of training episodes."""
-    noise_correlation: float = 0.0
+    noise_correlation: float = PAPER.noise_correlation
     """Correlation of the sampling noise within a chunk, in [0, 1)."""
     horizon: int = 0
     """Longest training episode in control steps; 0 takes each task's own."""
