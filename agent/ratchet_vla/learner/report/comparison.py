@@ -30,14 +30,15 @@ TEMPLATE = """
 <div class="wide"><table class="paired">
 {% for line in task.lines %}<tr><th scope="row">{{ line.who }}</th><td class="n"><b>{{ line.rate }}</b></td>
 <td class="n">{{ line.counts }}</td><td class="marks">{% for mark in line.marks -%}
+{{- "<br>" | safe if mark.first_of_draw and not loop.first -}}
 <span class="{{ 'won' if mark.ok else 'lost' }}" title="{{ mark.episode }}">{{ "●" if mark.ok else "○" }}</span>
 {%- endfor %}</td></tr>
 {% endfor %}</table></div>
 <p class="soft">change {{ task.change }} points {{ task.bounds }}; {{ task.gains }} episodes only the adapter solved,
 {{ task.losses }} only the base</p>
 {% endfor %}
-<p class="soft">One mark per episode, the same column for both: ● solved, ○ not. In % and points, with 95 %
-intervals over the luck of these episodes (paired, Newcombe).</p>
+<p class="soft">One mark per episode, a column per initial state and a line per draw of noise: ● solved, ○ not. In %
+and points, with 95 % intervals over the luck of these episodes (paired, Newcombe).</p>
 {% if comparison.video %}
 <h2>The same initial state, base and adapter</h2>
 <p class="soft">{{ comparison.video }}</p>
@@ -46,11 +47,11 @@ intervals over the luck of these episodes (paired, Newcombe).</p>
 
 <h2>What became of tasks that it never learned</h2>
 {% if comparison.held_out %}
-<div class="wide"><table><thead><tr><th scope="col">task</th><th scope="col" class="n">base</th>
+<div class="wide"><table class="held"><thead><tr><th scope="col">task</th><th scope="col" class="n">base</th>
 <th scope="col" class="n">adapter</th><th scope="col" class="n">change</th><th scope="col" class="n">lost / gained</th>
 </tr></thead><tbody>
 {% for row in comparison.held_out %}<tr><th scope="row">{{ row.name }}</th><td class="n">{{ row.base }}</td>
-<td class="n">{{ row.adapter }}</td><td class="n">{{ row.change }} {{ row.bounds }}</td>
+<td class="n">{{ row.adapter }}</td><td class="n{{ ' fell' if row.fell }}">{{ row.change }} {{ row.bounds }}</td>
 <td class="n">{{ row.counts }}</td></tr>
 {% endfor %}</tbody></table></div>
 <p class="soft">Not measured in this run: these figures stand on the adapter's card since it was made, by the same
@@ -75,6 +76,8 @@ td.marks { letter-spacing: .12em; white-space: normal; }
 @media (max-width: 40rem) {
   table.paired tr { display: flex; flex-wrap: wrap; } table.paired td.marks { flex-basis: 100%; }
 }
+table.held th[scope=row] { overflow-wrap: anywhere; min-width: 7rem; } .fell { color: #b4442c; font-weight: 600; }
+@media (max-width: 40rem) { table.held th, table.held td { padding: .3rem .35rem; font-size: .85rem; } }
  .won { color: var(--accent); } .lost { color: #b4442c; }
 """
 
@@ -116,7 +119,12 @@ def _task(row: Mapping[str, Any], outcomes: Mapping[str, Mapping[str, bool]]) ->
     lines = []
     for who in ("base", "adapter"):
         episodes = outcomes[who]
-        marks = [{"episode": key, "ok": episodes[key]} for key in sorted(episodes, key=_draw_and_state)]
+        marks = []
+        draw_before = 0
+        for key in sorted(episodes, key=_draw_and_state):
+            draw, _ = _draw_and_state(key)
+            marks.append({"episode": key, "ok": episodes[key], "first_of_draw": draw != draw_before})
+            draw_before = draw
         won = sum(episodes.values())
         lines.append(
             {
@@ -145,6 +153,7 @@ def _held_out(row: Mapping[str, Any]) -> dict[str, str]:
         "adapter": f"{100 * row['candidate']:.0f} %",
         "change": figure,
         "bounds": bounds,
+        "fell": row["high"] < 0,
         "counts": f"{row['losses']} / {row['gains']} of {row['episodes']}",
     }
 

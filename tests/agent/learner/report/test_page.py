@@ -147,7 +147,7 @@ def test_a_shipped_adapter_is_shown_against_its_base_with_what_it_cost(folder: P
     row = text[text.rindex(HELD_OUT[0], 0, text.index("Not measured in this run")) :].split("</tr>")[0]
     for cell in ("60 %", "20 %", "8 / 0 of 20"):
         assert f'<td class="n">{cell}</td>' in row
-    assert "-40 [" in row
+    assert '<td class="n fell">-40 [' in row, "what fell stands out"
     assert "Not measured in this run" in words
     assert "3 of 16" in words
     assert "5a5a5a5a5a5a -> 6b6b6b6b6b6b" in words
