@@ -11,9 +11,11 @@ only.
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from ratchet_ros.messages import qos
 from ratchet_sim.robot import SimRobot
 from ratchet_vla.adapters.lora.layers import attach, lora_config
 from ratchet_vla.adapters.store.folder import FolderStore
-from ratchet_vla.episodes.library.store import EpisodeStore
+from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.learner.rollouts.batch import RolloutBatch
 from ratchet_vla.learner.rollouts.samples import log_prob_gap, to_batch
@@ -47,8 +49,20 @@ TASK, STATE, HORIZON = "door-open", 3, 64
 ENDLESS = "assembly"  # a task that the policy was never shown: it moves on and on
 
 
+@dataclass(frozen=True)
+class Solved:
+    """The first task's episode, run over the nodes once: the answer, what was heard of it, and its record."""
+
+    answer: Any
+    feedback: list[Any]
+    applied: list[Any]
+    chunks: list[Any]
+    events: list[Any]
+    card: Card
+
+
 class Running:
-    """The graph and what was heard from it."""
+    """The graph and what was heard from it. Each test brings it to where it begins, so that any may run alone."""
 
     def __init__(self, folder: Path) -> None:
         policy = checkpoint.load(POLICY)
@@ -109,6 +123,29 @@ class Running:
         goal = {"task": scene.task, "instruction": scene.instruction, "horizon": HORIZON} | goal
         return self.watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(**goal))
 
+    @functools.cached_property
+    def solved(self) -> Solved:
+        """The task that the policy solves, from its own initial state, greedily, on the base."""
+        self.swap("base")
+        self.reset()
+        self.forget()
+        feedback: list[Any] = []
+        goal = RunTask.Goal(task=TASK, instruction=self.scene[-1].instruction, horizon=HORIZON)
+        answer = self.watcher.result(self.watcher.goal(RunTask, "/policy_node/run_task", goal, feedback.append))
+        self.watcher.until(self.at_rest, "the hold after the motion")
+        card = EpisodeStore(self.episodes).card(answer.result.episode)
+        return Solved(answer, feedback, list(self.applied), list(self.chunks), list(self.events), card)
+
+    def swap(self, reference: str) -> None:
+        """Have this adapter in force, if it is not."""
+        wanted = self.base if reference == "base" else self.adapter
+        listed = self.watcher.call(srv.ListAdapters, "/policy_node/list_adapters", srv.ListAdapters.Request())
+        if {a.id: a.active for a in listed.adapters}[wanted]:
+            return
+        request = srv.SwapAdapter.Request(reference=reference, expected_id=wanted)
+        answer = self.watcher.call(srv.SwapAdapter, "/policy_node/swap_adapter", request)
+        assert answer.success, answer.message
+
     def endless(self) -> Any:
         """A motion that ends when somebody ends it; its handle."""
         self.reset(5, ENDLESS)
@@ -154,38 +191,34 @@ def child(running: Running, module: str) -> psutil.Process:
 
 def test_an_episode_over_topics_is_the_one_in_process(running: Running) -> None:
     expected, solved = in_process()
-    running.forget()
-    told: list[Any] = []
-    goal = RunTask.Goal(task=TASK, instruction=running.scene[-1].instruction, horizon=HORIZON)
-    handle = running.watcher.goal(RunTask, "/policy_node/run_task", goal, told.append)
-    answer = running.watcher.result(handle)
-    result = answer.result
-    assert answer.status == GoalStatus.STATUS_SUCCEEDED
+    run = running.solved
+    result = run.answer.result
+    assert run.answer.status == GoalStatus.STATUS_SUCCEEDED
     assert result.outcome == (RunTask.Result.OUTCOME_SUCCESS if solved else RunTask.Result.OUTCOME_FAILURE)
     assert result.outcome_source == "simulator"
     assert result.adapter_id == running.base
     assert solved
     assert result.termination == "success"
-    sent = [a for a in running.applied if a.chunk_sequence >= 0]
+    sent = [a for a in run.applied if a.chunk_sequence >= 0]
     np.testing.assert_array_equal(np.array([a.action for a in sent], np.float32), expected)
     assert {a.marks for a in sent} == {0}
-    assert [e.code for e in running.events] == []
+    assert [e.code for e in run.events] == []
     offsets = [(a.chunk_sequence, a.chunk_offset) for a in sent]
     assert offsets == sorted(offsets)
-    assert told, "no feedback came"
+    assert run.feedback, "no feedback came"
 
 
 def test_it_lies_in_the_store_as_it_was(running: Running) -> None:
     """The same topics that were heard here, and everything that learning and judging need."""
-    store = EpisodeStore(running.episodes)
-    card = next(iter(store.cards().values()))
+    run, store = running.solved, EpisodeStore(running.episodes)
+    card = run.card
     assert (card.task, card.success, card.source, card.reason) == (TASK, True, "simulator", "success")
     assert (card.adapter_id, card.mode, card.dropped) == (running.base, "collect", 0)
     assert card.session == next((running.folder / "robot" / "sessions").iterdir()).name
     reader = store.open(card.id)
     assert (reader.info.initial_state, reader.info.calibrations) == (STATE, {})
     episode = store.read(card.id)
-    told = {a.number: a for a in running.applied if a.number}
+    told = {a.number: a for a in run.applied if a.number}
     commands = [t for t in episode.ticks if t.command is not None]
     for tick, number in zip(episode.ticks, sorted(told), strict=False):
         sent = told[number]
@@ -195,8 +228,8 @@ def test_it_lies_in_the_store_as_it_was(running: Running) -> None:
         if tick.reached is not None:
             np.testing.assert_array_equal(tick.reached, np.array(sent.action, np.float32))
     assert len(commands) == sum(bool(a.action) for a in told.values())
-    assert len(episode.steps) == len(running.chunks)
-    for step, chunk in zip(episode.steps, running.chunks, strict=True):
+    assert len(episode.steps) == len(run.chunks)
+    for step, chunk in zip(episode.steps, run.chunks, strict=True):
         np.testing.assert_array_equal(step.chunk.actions.ravel(), np.array(chunk.actions, np.float32))
         assert set(step.observation.images) == {"corner2"}
         assert step.executed[: step.steps_run].all()
@@ -207,8 +240,7 @@ def test_it_lies_in_the_store_as_it_was(running: Running) -> None:
 
 
 def test_a_person_judges_it_through_the_node(running: Running) -> None:
-    store = EpisodeStore(running.episodes)
-    card = next(iter(store.cards().values()))
+    card, store = running.solved.card, EpisodeStore(running.episodes)
     request = srv.VerifyEpisode.Request(episode=card.name, label=srv.VerifyEpisode.Request.SUCCESS, person="Ada")
     answer = running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", request)
     assert answer.success, answer.message
@@ -231,7 +263,10 @@ GOALS: list[tuple[dict[str, Any], str]] = [
 
 
 def test_what_would_be_an_unearned_success_is_refused_and_moves_nothing(running: Running) -> None:
-    running.watcher.until(lambda: running.scene[-1].success, "the solved scene of the first test")
+    running.swap("base")
+    running.reset()
+    assert running.watcher.result(running.run()).result.termination == "success"
+    running.watcher.until(lambda: running.scene[-1].success, "a solved scene")
     running.forget()
     for goal, code in GOALS:
         answer = running.watcher.result(running.run(**goal))
@@ -280,6 +315,7 @@ def test_what_is_learned_from_the_nodes_is_what_is_learned_from_the_process(runn
     """Sampled decisions of the same task, states and seeds: equal in both stores, and so is what an update makes of
     them. A temperature that float32 does not hold."""
     kept, hot = running.folder / "in_process", 1.6
+    running.swap("base")
     asked = ["run", "--task", TASK, "--episodes", "2", "--horizon", "26", "--temperature", str(hot), "--seed", "3"]
     asked += ["--record", str(kept), "--python", str(ROOT / ".venv" / "bin" / "python")]
     code, told = ratchet(*asked)
@@ -326,6 +362,7 @@ def test_what_is_learned_from_the_nodes_is_what_is_learned_from_the_process(runn
 
 
 def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) -> None:
+    running.swap("base")
     handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 20, "motion")
     refused = running.watcher.call(
@@ -362,12 +399,17 @@ def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) 
 
 
 def test_a_cancelled_task_has_come_to_rest(running: Running) -> None:
+    handle = running.endless()
+    running.watcher.until(lambda: len(running.applied) > 10, "motion")
+    handle.cancel_goal_async()
+    assert running.watcher.result(handle).result.termination == "cancelled"
     running.watcher.until(running.at_rest, "the hold after the cancelled motion")
     status = running.watcher.collect(msg.SafetyStatus, "safety_status", qos.STATUS)
     running.watcher.until(lambda: status and status[-1].state == "idle", "an idle last stage")
 
 
 def test_ctl_and_doctor_speak_with_the_graph(running: Running) -> None:
+    running.swap("candidate")
     code, status = ratchet("ctl", "status")
     assert code == 0
     assert status["policy"]["adapter_id"] == running.adapter
@@ -392,6 +434,7 @@ def test_ctl_and_doctor_speak_with_the_graph(running: Running) -> None:
 
 
 def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
+    running.swap("base")
     handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 10, "motion")
     code, _ = ratchet("ctl", "stop")
@@ -419,6 +462,7 @@ def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
 
 
 def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Running) -> None:
+    running.swap("base")
     handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 10, "motion")
     child(running, "inference.worker").send_signal(signal.SIGKILL)
@@ -434,6 +478,7 @@ def test_a_killed_policy_process_holds_the_arm_until_it_is_cleared(running: Runn
 
 def test_a_killed_recorder_costs_one_file_and_no_motion(running: Running) -> None:
     """The arm goes on, the result says what is missing, the next task is recorded and the cut-off file recovered."""
+    running.swap("base")
     kept = set(EpisodeStore(running.episodes).cards())
     handle = running.endless()
     running.watcher.until(lambda: len(running.applied) > 30, "motion")
@@ -456,15 +501,19 @@ def test_a_killed_recorder_costs_one_file_and_no_motion(running: Running) -> Non
 
 
 def test_a_session_has_its_manifest(running: Running) -> None:
+    running.swap("base")
+    running.swap("candidate")
+    running.swap("base")
     manifest = json.loads(next((running.folder / "robot" / "sessions").glob("*/session.json")).read_text())
     assert manifest["base_hash"] == running.base
-    assert [i for _, i in manifest["adapters"]] == [running.base, running.adapter, running.base]
+    ids = [identity for _, identity in manifest["adapters"]]
+    assert ids[0] == running.base
+    assert ids[-3:] == [running.base, running.adapter, running.base]
 
 
 def test_rosbags_reads_a_recording_as_a_bag(running: Running) -> None:
     """Records and topics as on the wire, side by side."""
-    store = EpisodeStore(running.episodes)
-    card = next(iter(store.cards().values()))
+    card, store = running.solved.card, EpisodeStore(running.episodes)
     with Reader(store.path(card.id)) as reader:
         kinds = {c.topic: c.msgtype for c in reader.connections}
         sent = [deserialize_message(d, msg.Command) for c, _, d in reader.messages() if c.topic == "/command"]
