@@ -26,9 +26,9 @@ class Demo(ComputingOptions):
     """Adapt the built-in VLA to two tasks by on-policy reinforcement learning, and show that it got better.
 
     Evaluates the base, learns task A then task B with one adapter, hot-swaps every new adapter into a running policy,
-    evaluates all tasks again after each, writes a report with curves and videos. Then LIBERO, where learning takes an
-    hour: an adapter that was made in advance is swapped into the running policy and measured against the base, and one
-    update goes on from it.
+    evaluates all tasks again after each, writes a report with curves and videos. Then LIBERO, where one update takes
+    minutes: an adapter that was made in advance is swapped into the running policy and measured against the base, and
+    one update goes on from it.
 
     Commands to copy:
 
@@ -38,7 +38,7 @@ class Demo(ComputingOptions):
 
         ratchet demo --part libero
 
-        ratchet demo --suite libero_object      (what made the LIBERO adapter; an hour or more on two cores)
+        ratchet demo --suite libero_object      (what made the LIBERO adapter; ten updates of five minutes)
     """
 
     suite: str = "metaworld"

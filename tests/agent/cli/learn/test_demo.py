@@ -1,4 +1,4 @@
-"""The LIBERO part of the demo shows what an hour of learning gave: it must show the adapter that ships, and measure it.
+"""The LIBERO part of the demo shows what long learning gave: it must show the adapter that ships, and measure it.
 
 Pinned: the shipped store is sound and its card complete, it fits the built-in base and changes what that does; the part
 runs on real simulators, measures both on the same states, goes on from the adapter and leaves the shipped store as it
