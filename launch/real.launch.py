@@ -1,5 +1,6 @@
-"""The nodes of a real arm whose own driver runs already. `ros2 launch real.launch.py contract:=… policy:=…`
+"""The nodes of a real arm whose own driver runs already.
 
+`ros2 launch real.launch.py contract:=… policy:=…`
 Check first with `ratchet doctor --contract …`. Without the launch package, `ratchet up real` starts the same graph.
 """
 

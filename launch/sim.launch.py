@@ -1,5 +1,6 @@
-"""The same nodes as on a real arm, with a simulated one behind the topics. `ros2 launch sim.launch.py policy:=…`
+"""The same nodes as on a real arm, with a simulated one behind the topics.
 
+`ros2 launch sim.launch.py policy:=…`
 Without the launch package, `ratchet up sim` starts the same graph.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -77,10 +78,9 @@ class FakeHangingEnv(FakeTaskEnv):
     """Hangs once: at its third step, unless the marker file says that it already did."""
 
     def step(self, action: Float32) -> None:
-        marker = os.environ["FAKE_HANG_MARKER"]
-        if self.steps == 2 and not os.path.exists(marker):
-            with open(marker, "w") as file:
-                file.write("hung")
+        marker = Path(os.environ["FAKE_HANG_MARKER"])
+        if self.steps == 2 and not marker.exists():
+            marker.write_text("hung")
             while True:
                 time.sleep(60)  # the fault itself, in the worker process; the test waits on its replacement
         super().step(action)

@@ -228,7 +228,7 @@ def test_folders_are_small_and_say_what_they_are() -> None:
 def path_of(root: Path, module: str) -> Path:
     homes = {"ratchet_vla": "agent", "ratchet_sim": "sim", "ratchet_calibration": "calibration"}
     homes["ratchet_ros"] = "ros2_ws/src/ratchet_ros"
-    return root / homes.get(module.split("/")[0], "") / module
+    return root / homes.get(module.split("/", 1)[0], "") / module
 
 
 @pytest.mark.parametrize(

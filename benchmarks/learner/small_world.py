@@ -233,7 +233,7 @@ class World:
                 return serving
 
             keeper = Gatekeeper(serve, FakeChunkEnv(), TASKS, store, self.gate, self.learner_folder / "gate")
-            return lambda candidate, active, held_out: keeper.run(candidate, active, held_out)
+            return keeper.run
 
         options = {"reserve": 0, "tensorboard": False, "pause": 0.05, **options}
         trainer = Trainer(policy, lora, self.config, files)

@@ -47,7 +47,7 @@ def difference(a: Float, b: Float) -> Float:
 
 
 def skew(vectors: Float) -> Float:
-    """(..., 3) -> (..., 3, 3), so that skew(v) @ x = v x x."""
+    """Cross products as matrices, (..., 3) -> (..., 3, 3): the one of v, times x, is v x x."""
     matrices = np.zeros((*vectors.shape[:-1], 3, 3))
     matrices[..., 0, 1] = -vectors[..., 2]
     matrices[..., 0, 2] = vectors[..., 1]

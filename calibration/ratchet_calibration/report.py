@@ -166,8 +166,10 @@ def _mount(calibration: Calibration) -> list[tuple[str, str, str]]:
         ("reprojection error", f"{mount.rms:.3f} px", "with the robot's own pose errors estimated"),
         (
             "held-out error",
-            f"{mount.held_out_pixels:.2f} px, {1e3 * mount.held_out_position:.2f} mm, "
-            f"{np.degrees(mount.held_out_rotation):.3f} degrees",
+            (
+                f"{mount.held_out_pixels:.2f} px, {1e3 * mount.held_out_position:.2f} mm, "
+                f"{np.degrees(mount.held_out_rotation):.3f} degrees"
+            ),
             "cross-validated, with poses as the robot tells them",
         ),
     ]

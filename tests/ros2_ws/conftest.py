@@ -22,7 +22,7 @@ _lock = None
 
 def _take_domain() -> int:
     """A ROS domain that no other test process on this machine has; freed when this process ends."""
-    global _lock
+    global _lock  # noqa: PLW0603 - the lock lasts as long as the file is open
     for number in range(20, 100):
         file = Path(f"/tmp/ratchet-ros-domain-{number}").open("w")  # noqa: SIM115
         try:

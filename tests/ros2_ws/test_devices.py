@@ -103,7 +103,7 @@ def test_a_recording_is_a_camera(start: Start, tmp_path: Path, encoding: str) ->
         ({"topic": "/front/image_raw/compressed"}, {}, "camera.compressed"),
         ({}, {"camera": "back"}, "contract.unknown_camera"),
     ],
-    ids=lambda v: str(v),
+    ids=str,
 )
 def test_a_camera_that_does_not_fit_is_refused(
     start: Start, tmp_path: Path, change: dict[str, Any], parameters: dict[str, Any], code: str

@@ -56,7 +56,7 @@ def make(folder: Path, name: str) -> KeyPair:
         finally:
             os.umask(previous_umask)
         for source_file, target_path in zip(created_files, (public_path, secret_path), strict=True):
-            with open(source_file, "rb") as key_file:
+            with Path(source_file).open("rb") as key_file:
                 os.fsync(key_file.fileno())
             files.rename(Path(source_file), target_path)
         public_path.chmod(0o644)

@@ -278,6 +278,7 @@ def _affine(cell_positions: Float) -> Float:
 
 def _cells(points: Float, shifts: Float, size: tuple[int, int]) -> tuple[Float, Float]:
     """(c, 2) px each: where the features of each cell are, and how far they moved, for cells with at least three.
+
     Args:
         points, shifts: (n, 2) px.
     """

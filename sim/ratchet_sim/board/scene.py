@@ -32,8 +32,11 @@ TEXTURE = 64  # pixels per square
 
 @dataclass(frozen=True)
 class Look:
-    """Imperfections of a real image. blur: px, Gaussian deviation. noise: grey levels, deviation per channel.
+    """Imperfections of a real image.
+
     Attributes:
+        blur: px, Gaussian deviation.
+        noise: grey levels, deviation per channel.
         light: share by which one side is darker.
         gain: factor on brightness.
     """

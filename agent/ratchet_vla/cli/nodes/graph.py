@@ -95,7 +95,7 @@ class Graph:
                 env=environment,
                 cwd=folder,
                 start_new_session=True,  # an interrupt from the terminal reaches the nodes through `stop`, in order
-                preexec_fn=_ending_with(os.getpid()),
+                preexec_fn=_ending_with(os.getpid()),  # noqa: PLW1509 - one call into the kernel, no lock
             )
 
     def watch(self, until: Callable[[], bool] = lambda: False, tell: Callable[[str], None] = lambda line: None) -> None:

@@ -65,7 +65,7 @@ def ask(module: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         RatchetError: what the other side refused; ros.failed where it ended without an answer.
     """
     process = subprocess.Popen(
-        command(module, json.dumps(request)), stdout=subprocess.PIPE, text=True, env=environment(), cwd=os.getcwd()
+        command(module, json.dumps(request)), stdout=subprocess.PIPE, text=True, env=environment(), cwd=Path.cwd()
     )
     answered = False
     assert process.stdout is not None

@@ -54,7 +54,7 @@ class Row:
 
 
 def best_rate(reader: EpisodeReader) -> Rate:
-    """ "control" where there are ticks and frames keep up with them, else "decisions"."""
+    """Say "control" where there are ticks and frames keep up with them, else "decisions"."""
     ages = list(_ages(reader))
     period = 1.0 / reader.info.robot().control_hz
     return "control" if ages and max(ages) <= FRAME_AGE * period else "decisions"

@@ -108,7 +108,7 @@ class Recorder:
         """
         unknown = set(facts) - {"name", "session", "adapter_id", "mode", "seed", "initial_state", "meta"}
         if unknown:
-            raise RatchetError("recorder.bad_fact", f"an episode has no {sorted(unknown)[0]}", fix="see the docstring")
+            raise RatchetError("recorder.bad_fact", f"an episode has no {min(unknown)}", fix="see the docstring")
         check_meta(facts.get("meta", {}), "meta")
         self._facts = facts
 

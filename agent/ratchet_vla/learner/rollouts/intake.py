@@ -67,7 +67,7 @@ def rule(episode: Episode, wanted: Wanted, filled: frozenset[int] | set[int]) ->
         return replay("other_task", f"task {episode.task}, being learned is {wanted.task}")
     instructions = {episode.instruction, *(step.observation.instruction for step in episode.steps)}
     if instructions != {wanted.instruction}:
-        other = sorted(instructions - {wanted.instruction})[0]
+        other = min(instructions - {wanted.instruction})
         return replay("other_instruction", f"the policy was told {other[:60]!r}, wanted is {wanted.instruction!r}")
     for step in episode.steps:
         if step.chunk.tokens is None or step.chunk.log_prob is None:

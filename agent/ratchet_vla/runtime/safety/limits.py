@@ -182,7 +182,7 @@ class Limiter:
             factor = 1.0
             for i in range(first, last):
                 axis, wish = self.axes[i], wishes[i]
-                limit = (axis.fast if wish > 0.0 else axis.slow) * (share if share < 1.0 else 1.0)
+                limit = (axis.fast if wish > 0.0 else axis.slow) * min(1.0, share)
                 if abs(wish) > abs(limit) * (1.0 + TOUCH):
                     factor = min(factor, limit / wish)
                     cuts.append((self.names[i], Cut("velocity", wish, limit)))

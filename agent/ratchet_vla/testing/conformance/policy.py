@@ -141,7 +141,9 @@ class PolicySuite:
 
 
 class PolicyConformance(PolicySuite):
-    """Policies with token bins. The fixtures:
+    """Policies with token bins.
+
+    The fixtures:
 
     policy: a policy without adapters.
     batch: at least 3 observations that differ in image and instruction.

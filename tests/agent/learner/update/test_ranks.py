@@ -106,7 +106,7 @@ def test_two_processes_learn_what_one_learns(mode: str, halves: list[RolloutBatc
     policy, lora = tiny_with_adapter()
     before = lora.export()
     before = {n: t.clone() for n, t in before.items()}
-    config = UpdateConfig(algorithm=mode.split("-")[0], **CONFIG)  # type: ignore[arg-type]
+    config = UpdateConfig(algorithm=mode.split("-", 1)[0], **CONFIG)  # type: ignore[arg-type]
     logged = Updater(policy, lora.trainable(), config, torch.Generator().manual_seed(0)).update(concatenate(halves))
     alone = lora.export()
     first, second = (torch.load(tmp_path / f"adapter{rank}.pt", weights_only=True) for rank in range(2))

@@ -71,7 +71,7 @@ class TestUvc(Settings, CameraConformance):
             def __init__(self, source: object, backend: int) -> None:
                 self.count = 0
 
-            def isOpened(self) -> bool:
+            def isOpened(self) -> bool:  # noqa: N802 - as cv2.VideoCapture has it
                 return True
 
             def set(self, name: int, value: float) -> bool:

@@ -261,7 +261,7 @@ def test_keyboard() -> None:
 
 
 def test_no_terminal_is_told() -> None:
-    with open(os.devnull) as nowhere, pytest.raises(RatchetError, match=r"teleop\.no_device"):
+    with Path(os.devnull).open() as nowhere, pytest.raises(RatchetError, match=r"teleop\.no_device"):
         TerminalKeys(nowhere).open()
 
 

@@ -269,7 +269,7 @@ class SafetyNode(RatchetNode):
             )
         )
         words = (verdict.state.value, self.stage.filter.cause if self.stage else "")
-        if words != self._said and verdict.state not in (SafetyState.WAITING,):
+        if words != self._said and verdict.state != SafetyState.WAITING:
             self._publish_status()
 
     _said = ("", "")
