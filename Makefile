@@ -17,14 +17,15 @@ TEST_PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 export OMP_NUM_THREADS ?= 1
 export LP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo ros test lint lint-debt format clean system ros-system
+.PHONY: help setup demo ros test lint lint-debt hooks format clean system ros-system
 
 help:
 	@echo "make demo   set up, adapt the built-in VLA on two tasks, write runs/demo/report.html"
 	@echo "make test   set up, lint, type check, run all tests"
 	@echo "make ros    a ROS 2 environment from wheels for ratchet up, ctl and doctor"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   style, spelling and types"
 	@echo "make format order imports, mend what ruff can, format"
+	@echo "make hooks  run the checks of make lint before every commit"
 	@echo "make clean  remove the environment"
 
 setup: $(STAMP)
@@ -71,11 +72,15 @@ lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check -q .
 	@$(PY) -m tests.lint_debt
+	@$(VENV)/bin/typos
 	@$(VENV)/bin/mypy agent
 
 format: setup
 	@$(VENV)/bin/ruff check --fix --exit-zero -q .
 	@$(VENV)/bin/ruff format .
+
+hooks: setup
+	@$(VENV)/bin/pre-commit install
 
 # Put down how many exemptions from lint rules are left, where there are fewer than before.
 lint-debt: setup

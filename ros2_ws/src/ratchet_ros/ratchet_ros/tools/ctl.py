@@ -172,14 +172,14 @@ def run_task(control: Control, request: dict[str, Any]) -> Any:
         handle = sending.result()
         if not handle.accepted:
             raise RatchetError("ctl.refused", "the goal was rejected")
-        result, swapped, canceled = handle.get_result_async(), None, None
+        result, swapped, cancelling = handle.get_result_async(), None, None
         while not result.done():
             control.executor.spin_once(timeout_sec=0.2)
             if time.monotonic() - heard > SILENCE:
                 what = f"policy_node has told nothing of the task for {SILENCE:.0f} s"
                 raise RatchetError("ctl.no_answer", what, fix="is it up? what it recorded is in the episode store")
-            if control.interrupted and canceled is None:
-                canceled = handle.cancel_goal_async()
+            if control.interrupted and cancelling is None:
+                cancelling = handle.cancel_goal_async()
             if request.get("swap_to") and moving and swapped is None:
                 swapped = swap(control, {"reference": request["swap_to"]})
     finally:
