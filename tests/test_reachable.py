@@ -27,6 +27,7 @@ WAITING_MODULES = {
 WAITING_NAMES = {
     "calibration/ratchet_calibration/arms/action_checks.py paced": DEVICES,
     "calibration/ratchet_calibration/cameras/checks.py depth_scale": DEVICES,
+    "sim/ratchet_sim/libero/env.py with_image_size": "benchmarks.calibration.drift draws at a camera's real size",
     "sim/ratchet_sim/workers/vector.py close_extras": "gymnasium calls it",
 }
 
@@ -89,7 +90,9 @@ def unreached(root: Path) -> tuple[set[str], set[str]]:
         seen |= fresh
         waiting += sorted(fresh)
     lost = {n for n, p in known.items() if n not in seen and p.name != "__init__.py" and ".testing" not in n}
-    words = collections.Counter(re.findall(r"\b[A-Za-z_]\w+\b", "\n".join(p.read_text() for p in known.values())))
+    text = "\n".join(p.read_text() for p in known.values())
+    text = re.sub(r"^__all__ = \[[^\]]*\]", "", text, flags=re.MULTILINE)  # to be offered is not to be used
+    words = collections.Counter(re.findall(r"\b[A-Za-z_]\w+\b", text))
     unused = set()
     for name, path in known.items():
         if name in lost or ".testing" in name:
@@ -107,12 +110,25 @@ def test_everything_has_a_way_in_or_a_reason() -> None:
     assert unused == set(WAITING_NAMES)
 
 
+LATE = """
+__all__ = ["nobody_calls_this"]
+
+
+def used(name):
+    return name
+
+
+def nobody_calls_this():
+    pass
+"""
+
+
 def test_the_check_finds_what_it_should(tmp_path: Path) -> None:
     files = {
         "agent/__init__.py": "",
         "agent/cli/__init__.py": "",
         "agent/cli/main.py": "def main():\n    from agent import late\n    late.used('agent.worker')\n\n\nmain()\n",
-        "agent/late.py": "def used(name):\n    return name\n\n\ndef nobody_calls_this():\n    pass\n",
+        "agent/late.py": LATE,
         "agent/worker.py": "",
         "agent/island.py": "import agent.shore\n",
         "agent/shore.py": "",

@@ -6,6 +6,8 @@ Knows nothing about any subsystem; each subsystem owns the codes it raises.
 
 from __future__ import annotations
 
+__all__ = ["RatchetError"]
+
 
 class RatchetError(Exception):
     """A refusal with a stable code, shown to the user as exactly one line.

@@ -14,10 +14,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "ActionChunk",
+    "Applied",
+    "Bool",
+    "ControlTick",
+    "Episode",
+    "Float32",
+    "Int64",
+    "Mark",
+    "Observation",
+    "SafetyEvent",
+    "Step",
+    "UInt8",
+]
+
 UInt8 = npt.NDArray[np.uint8]
+"""Array of bytes: images."""
 Float32 = npt.NDArray[np.float32]
+"""Array of float32: states, actions, log-probabilities."""
 Int64 = npt.NDArray[np.int64]
+"""Array of int64: action tokens."""
 Bool = npt.NDArray[np.bool_]
+"""Array of bool: masks."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Float32, UInt8
 
+__all__ = ["Expert", "TaskEnv", "TaskInfo"]
+
 
 @dataclass(frozen=True)
 class TaskInfo:

@@ -14,6 +14,8 @@ from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.paths import ROBOTS
 
+__all__ = ["contract_for", "make_env", "make_expert", "suites", "task", "tasks"]
+
 
 def suites() -> list[str]:
     """Names of all suites."""

@@ -13,6 +13,8 @@ from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Float32, Observation
 
+__all__ = ["SimRobot"]
+
 
 class SimRobot:
     """One task of a suite as a robot. Time is simulated: it advances by one control period with every `act`.

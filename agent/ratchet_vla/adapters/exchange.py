@@ -27,6 +27,8 @@ from ratchet_vla.adapters.swap.hotswap import HotSwapper
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.protocol import Policy
 
+__all__ = ["Imported", "bring_in", "send_out"]
+
 NOTE = "ratchet.json"  # beside PEFT's files: what they have no place for
 FORMAT = 1
 _TENSOR = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight")

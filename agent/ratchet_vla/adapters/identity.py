@@ -27,6 +27,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.storage.canonical import canonical_json, digest
 
+__all__ = ["Adapter", "Binding", "adapter_id", "binding_of"]
+
 FORMAT = "ratchet.adapter.v1"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from ratchet_vla.adapters.identity import Adapter, Binding, canonical_config, dtype_name
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["export_folder", "import_folder"]
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PICKLED = "adapter_model.bin"

@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from ratchet_vla.adapters.identity import Adapter, Binding
 
+__all__ = ["AdapterStore", "Card", "Problem", "Provenance", "TagMove"]
+
 BASE = "base"
 """The base model without an adapter: usable as a reference like an id, and as a tag's target. It has no card."""
 

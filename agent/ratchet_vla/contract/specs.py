@@ -12,8 +12,11 @@ from ratchet_vla.contract.topics import RosWiring
 from ratchet_vla.errors import RatchetError
 
 ControlMode = Literal["ee_delta", "ee_absolute", "joint_delta", "joint_absolute", "joint_velocity"]
+"""What the action vector commands: a pose or joints, as a step from where the arm is or absolute, or joint speeds."""
 RotationRepr = Literal["none", "axis_angle", "euler_xyz", "quaternion_xyzw"]
+"""How a rotation is written in the action vector."""
 SCHEMA = 1
+"""Version of the contract's file format."""
 
 
 @dataclass(frozen=True)

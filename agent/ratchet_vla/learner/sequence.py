@@ -34,6 +34,8 @@ from ratchet_vla.policy.noise import derive_seed
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.storage.documents import append_line, replacing, write_text
 
+__all__ = ["SequenceConfig", "SequentialRun", "Stop"]
+
 
 @dataclass(frozen=True)
 class SequenceConfig:

@@ -17,6 +17,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.link.wire import is_name
 from ratchet_vla.storage.files import Files
 
+__all__ = ["AllowList", "KeyPair", "allow", "allowed", "load", "load_public", "make", "revoke"]
+
 ALLOWED = "allowed"
 
 

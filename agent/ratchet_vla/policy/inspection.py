@@ -33,6 +33,8 @@ from ratchet_vla.policy.flow.network import FlowConfig, FlowNetwork
 from ratchet_vla.policy.flow.policy import FlowStatistics
 from ratchet_vla.policy.layers.vision import FusedDinoSiglip
 
+__all__ = ["Finding", "Report", "inspect"]
+
 WIDE, NARROW = 3.0, 0.02  # statistics' range over the robot's: beyond these another unit is likelier than another habit
 
 

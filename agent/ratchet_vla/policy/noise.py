@@ -12,6 +12,8 @@ from scipy.special import ndtr
 
 from ratchet_vla.records import Float32
 
+__all__ = ["chunk_noise", "derive_seed"]
+
 
 def derive_seed(*parts: object) -> int:
     """63-bit seed that depends on every part and on nothing else."""

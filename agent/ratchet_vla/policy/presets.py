@@ -16,6 +16,8 @@ from ratchet_vla.policy.flow.network import FlowConfig
 from ratchet_vla.policy.flow.trunk import Sizes
 from ratchet_vla.policy.images import OPENPI, OPENVLA, SMOLVLA
 
+__all__ = ["openvla_oft_7b", "pi0_base", "small", "small_flow", "smolvla_base", "spec_for"]
+
 
 def openvla_oft_7b(attention: str) -> PrismaticConfig:
     """OpenVLA-OFT, discrete head: fused DINOv2-L and SigLIP-so400m at 224 px, Llama-2 7B."""

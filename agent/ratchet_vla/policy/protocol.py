@@ -15,6 +15,8 @@ from torch import Tensor
 from ratchet_vla.contract import PolicySpec
 from ratchet_vla.records import UInt8
 
+__all__ = ["Chunks", "Policy", "PolicyInput"]
+
 
 @dataclass
 class PolicyInput:

@@ -9,6 +9,8 @@ import threading
 import time
 from typing import Protocol, runtime_checkable
 
+__all__ = ["Clock", "ExternalClock", "ManualClock", "MonotonicClock"]
+
 
 @runtime_checkable
 class Clock(Protocol):

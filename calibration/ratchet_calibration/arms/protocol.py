@@ -10,6 +10,8 @@ from typing import Protocol
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.records import Float32, Observation
 
+__all__ = ["Arm"]
+
 
 class Arm(Protocol):
     """A Robot of ratchet_vla.runtime fulfils this, simulated or real."""

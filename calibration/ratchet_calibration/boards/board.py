@@ -16,6 +16,8 @@ import numpy as np
 from ratchet_calibration.geometry import Float
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["Board"]
+
 DICTIONARIES = {
     "4x4_50": cv2.aruco.DICT_4X4_50,
     "4x4_100": cv2.aruco.DICT_4X4_100,

@@ -17,6 +17,8 @@ from ratchet_calibration.boards.board import DICTIONARIES, Board
 from ratchet_calibration.geometry import Float
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["Detection", "detect"]
+
 LEAST = 8  # corners that a view must have: fewer say little and mislead a homography
 BLUR = 3.0  # px that an edge may take from dark to bright
 

@@ -18,6 +18,8 @@ from ratchet_calibration.cameras.model import COEFFICIENTS, CameraModel, Model
 from ratchet_calibration.geometry import Float, skew, small, transform
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["IntrinsicsResult", "ViewError", "calibrate"]
+
 LEAST_VIEWS = 8
 FLAGS = {
     "none": cv2.CALIB_FIX_K1 | cv2.CALIB_FIX_K2 | cv2.CALIB_FIX_K3 | cv2.CALIB_ZERO_TANGENT_DIST,

@@ -15,6 +15,8 @@ import numpy as np
 from ratchet_calibration.geometry import Float
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["CameraModel"]
+
 Model = Literal["none", "radial", "brown5", "rational8", "fisheye"]
 COEFFICIENTS = {"none": 0, "radial": 2, "brown5": 5, "rational8": 8, "fisheye": 4}
 

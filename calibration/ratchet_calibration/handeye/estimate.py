@@ -23,6 +23,8 @@ from ratchet_calibration.handeye.solvers import first_guess, solvers
 from ratchet_calibration.handeye.views import LEAST_POSES, require_views
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["HandEyeResult", "calibrate", "suggest"]
+
 GROSS = 20.0  # px of reprojection error with the reported poses, beyond which the inputs contradict each other
 
 

@@ -23,6 +23,8 @@ from ratchet_calibration.store.record import NAME, Calibration
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.documents import sync_folder
 
+__all__ = ["CalibrationStore"]
+
 FILE = "calibration.yaml"
 
 

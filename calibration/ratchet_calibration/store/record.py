@@ -18,6 +18,8 @@ from ratchet_calibration.cameras.model import CameraModel
 from ratchet_calibration.geometry import Float, from_quaternion, quaternion
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["Calibration", "Mount"]
+
 SCHEMA = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 

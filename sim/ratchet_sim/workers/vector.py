@@ -27,6 +27,8 @@ from ratchet_sim.workers.process import Command, Layout, Reset, WorkerConfig, on
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["ChunkVectorEnv"]
+
 
 class WorkerProcess(Protocol):
     """Handle of a worker that hosts environments: a local process, or an actor on another machine."""

@@ -27,6 +27,8 @@ from ratchet_vla.adapters.identity import Adapter, Binding, canonical_config, dt
 from ratchet_vla.adapters.lora.arena import Arena, Layout
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["Effect", "Lora", "attach", "lora_config"]
+
 PREFIX = "base_model.model."  # how PEFT names a layer in a saved adapter
 SLOT = "default"  # the name of the one adapter slot inside PEFT's layers
 

@@ -39,6 +39,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.canonical import canonical_json, digest
 from ratchet_vla.storage.files import Files, disk_errors
 
+__all__ = ["FolderStore"]
+
 CARD = "card.json"
 SCHEMA = 1
 _ID = re.compile(r"[0-9a-f]{64}")

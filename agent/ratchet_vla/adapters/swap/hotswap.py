@@ -28,6 +28,8 @@ from ratchet_vla.adapters.swap.turns import Held, NoGap, Turns
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.protocol import Policy, PolicyInput
 
+__all__ = ["HotSwapper", "Staged", "SwapReport"]
+
 
 @dataclass(frozen=True, eq=False)
 class Staged:

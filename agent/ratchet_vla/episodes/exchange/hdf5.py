@@ -26,6 +26,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.documents import sync_folder
 from ratchet_vla.storage.growing import disk_refusals
 
+__all__ = ["Hdf5Report", "export_hdf5"]
+
 
 @dataclass(frozen=True)
 class Hdf5Report:

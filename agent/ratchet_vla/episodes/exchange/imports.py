@@ -32,6 +32,8 @@ from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Episode, Float32, Mark, Observation, Step, UInt8
 
+__all__ = ["NameMapping", "import_lerobot", "import_libero"]
+
 LIBERO_STATE = {"eef_position": "ee_pos", "eef_rotation": "ee_ori", "gripper": "gripper_states"}
 LIBERO_CAMERAS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 

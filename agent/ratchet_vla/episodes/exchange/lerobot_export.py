@@ -30,6 +30,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.documents import sync_folder
 from ratchet_vla.storage.growing import disk_refusals
 
+__all__ = ["ExportOptions", "ExportReport", "export_lerobot"]
+
 OURS = "meta/ratchet.json"  # what LeRobot has no place for, and what brings the set back
 
 

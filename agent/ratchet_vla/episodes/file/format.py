@@ -15,6 +15,8 @@ from typing import Any, Literal
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["EpisodeEnding", "EpisodeInfo"]
+
 FORMAT = 1
 SUFFIX = ".mcap"
 OPEN_SUFFIX = ".mcap.open"  # still being written, or cut off

@@ -25,6 +25,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Episode, UInt8
 from ratchet_vla.storage.documents import hash_file
 
+__all__ = ["EpisodeReader", "Item", "read_episode"]
+
 SMALL = (fmt.OBSERVATION, fmt.CHUNK, fmt.STEP, fmt.TICK, fmt.EVENT)  # everything that is no image and no plot
 RECORD_LIMIT = 1 << 30
 # What the libraries raise on bytes that are cut off or changed.

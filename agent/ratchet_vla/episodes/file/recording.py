@@ -29,6 +29,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent, UInt8
 from ratchet_vla.storage.growing import GrowingFile, disk_refusals
 
+__all__ = ["EpisodeWriter", "make_info"]
+
 CHUNK_BYTES = 4 << 20
 NOT_TOLD = -1  # in the place of marks: there is no last stage
 

@@ -17,6 +17,8 @@ from ratchet_vla.episodes.file.recording import EpisodeWriter, make_info
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Episode, Step
 
+__all__ = ["write_episode"]
+
 
 def write_episode(
     path: Path | str,

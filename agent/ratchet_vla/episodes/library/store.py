@@ -29,6 +29,8 @@ from ratchet_vla.records import Episode
 from ratchet_vla.storage.documents import hash_file, sync_folder
 from ratchet_vla.storage.growing import disk_refusals
 
+__all__ = ["Card", "Damage", "EpisodeStore", "Stock"]
+
 
 @dataclass(frozen=True)
 class Card:

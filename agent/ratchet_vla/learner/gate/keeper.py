@@ -22,6 +22,8 @@ from ratchet_vla.learner.rollouts.specs import Task, evaluated, evaluation_specs
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.storage.documents import write_json
 
+__all__ = ["Gatekeeper"]
+
 Event = Callable[[str, dict[str, Any]], None]
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from ratchet_vla.errors import RatchetError
 
+__all__ = ["Interval", "mean", "paired_difference", "unpaired_difference", "wilson"]
+
 Z95 = 1.959963984540054
 """Two-sided 95 % point of the standard normal distribution."""
 

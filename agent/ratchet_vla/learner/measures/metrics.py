@@ -16,6 +16,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.intervals import Interval, mean, paired_difference, unpaired_difference, wilson
 from ratchet_vla.storage.documents import write_json
 
+__all__ = ["Measures", "SuccessMatrix", "measures"]
+
 SCHEMA = 1
 
 

@@ -24,6 +24,8 @@ from ratchet_vla.learner.update.step import UpdateConfig, Updater
 from ratchet_vla.policy.discrete.policy import PrismaticPolicy
 from ratchet_vla.policy.protocol import Policy
 
+__all__ = ["SeqFT", "TaskUpdater"]
+
 
 class TaskUpdater(Protocol):
     """Takes optimiser steps for the length of one task; `update.Updater` is the on-policy one."""

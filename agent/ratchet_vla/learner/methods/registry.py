@@ -14,6 +14,8 @@ from ratchet_vla.learner.methods.retain import Retain
 from ratchet_vla.learner.methods.slca import SLCA
 from ratchet_vla.learner.methods.supervised import Supervised
 
+__all__ = ["METHODS", "method_named"]
+
 METHODS: dict[str, type[SeqFT]] = {
     method.name: method
     for method in (
@@ -30,10 +32,11 @@ METHODS: dict[str, type[SeqFT]] = {
         Supervised,
     )
 }
+"""Every method that a study may name, by its name."""
 
 
 def method_named(name: str) -> type[SeqFT]:
-    """Raises RatchetError learn.unknown_method."""
+    """The method of a name. Raises RatchetError learn.unknown_method."""
     if name not in METHODS:
         raise RatchetError("learn.unknown_method", f"no method '{name}'", fix=f"methods: {', '.join(METHODS)}")
     return METHODS[name]

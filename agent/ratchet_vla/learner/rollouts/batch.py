@@ -14,6 +14,8 @@ from ratchet_vla.learner.rollouts.specs import EpisodeSpec
 from ratchet_vla.policy.protocol import PolicyInput
 from ratchet_vla.records import Bool, Float32, Int64, UInt8
 
+__all__ = ["Outcomes", "RolloutBatch"]
+
 
 @dataclass
 class RolloutBatch:

@@ -29,6 +29,8 @@ from ratchet_vla.policy.noise import chunk_noise
 from ratchet_vla.policy.protocol import Chunks, Policy, PolicyInput
 from ratchet_vla.records import Bool, Float32, Int64, UInt8
 
+__all__ = ["ChunkEnv", "run_episodes"]
+
 
 class ChunkEnv(Protocol):
     """What a vector of environments must offer; `ratchet_sim.workers.vector.ChunkVectorEnv` does."""

@@ -15,6 +15,8 @@ import torch
 from ratchet_vla.learner.measures.metrics import Cell
 from ratchet_vla.policy.noise import derive_seed
 
+__all__ = ["EpisodeSpec", "Task", "evaluation_specs", "training_specs"]
+
 
 class Task(Protocol):
     """What the learner needs to know of a task; `ratchet_sim.base.TaskInfo` has it."""

@@ -15,6 +15,8 @@ from ratchet_vla.policy.discrete.policy import PrismaticPolicy
 from ratchet_vla.policy.flow.policy import FlowPolicy
 from ratchet_vla.policy.protocol import PolicyInput
 
+__all__ = ["FlowObjective", "Objective", "TokenObjective"]
+
 
 class Objective(Protocol):
     """A loss over samples whose actions it was made with."""

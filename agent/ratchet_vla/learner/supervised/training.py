@@ -28,6 +28,8 @@ from ratchet_vla.policy.protocol import PolicyInput
 from ratchet_vla.records import Float32, Int64, UInt8
 from ratchet_vla.storage.documents import replacing
 
+__all__ = ["PretrainConfig", "Pretrainer", "Samples"]
+
 
 class Samples(Protocol):
     """M supervised samples; `ratchet_sim.demonstrations.Demonstrations` has them."""

@@ -21,6 +21,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.update.advantages import group_normalised, leave_one_out, require_shape
 from ratchet_vla.learner.update.minibatch import Diagnostics, Minibatch, Targets, diagnose, masked_log_ratio
 
+__all__ = ["GrpoConfig", "loss", "targets"]
+
 
 @dataclass(frozen=True)
 class GrpoConfig:

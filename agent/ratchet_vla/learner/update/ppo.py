@@ -22,6 +22,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.update.advantages import gae, require_shape
 from ratchet_vla.learner.update.minibatch import Diagnostics, Minibatch, Targets, diagnose, masked_log_ratio
 
+__all__ = ["PpoConfig", "ValueHead", "loss", "targets"]
+
 
 @dataclass(frozen=True)
 class PpoConfig:

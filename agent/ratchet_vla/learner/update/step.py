@@ -23,6 +23,8 @@ from ratchet_vla.learner.update.ranks import Ranks
 from ratchet_vla.policy.computing import computing_as, name_of
 from ratchet_vla.policy.protocol import Policy
 
+__all__ = ["UpdateConfig", "Updater"]
+
 FLOAT16_LOSS_SCALE = 2.0**14
 
 

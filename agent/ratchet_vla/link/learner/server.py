@@ -25,6 +25,8 @@ from ratchet_vla.link.keys import AllowList, KeyPair
 from ratchet_vla.link.learner.inbox import Inbox, Parcel
 from ratchet_vla.link.learner.peers import Counts, Peer, version_of
 
+__all__ = ["LinkServer"]
+
 log = logging.getLogger("ratchet.link")
 # Refusals that may be gone a moment later: the robot sends the file again. Any other code makes it give the file up.
 AGAIN = {

@@ -25,6 +25,8 @@ from ratchet_vla.link.robot.fetch import Fetcher
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.link.robot.upload import Uploads
 
+__all__ = ["LinkClient", "LinkStatus"]
+
 log = logging.getLogger("ratchet.link")
 SILENCE = 5.0  # seconds without a word from the learner after which the link counts as down
 _FAILED: dict[int, str] = {

@@ -27,6 +27,8 @@ from ratchet_vla.policy.flow.network import FlowConfig
 from ratchet_vla.policy.images import OPENVLA, Preparation
 from ratchet_vla.storage.documents import write_json
 
+__all__ = ["Record", "Stated", "adopt", "load"]
+
 RECORD = "adopted.json"
 FORMAT = 1
 Kind = Literal["ratchet", "openvla", "lerobot", "adapter", "unknown"]

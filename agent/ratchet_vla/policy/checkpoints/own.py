@@ -28,10 +28,13 @@ from ratchet_vla.policy.flow.policy import FlowPolicy, FlowStatistics
 from ratchet_vla.policy.flow.trunk import Sizes
 from ratchet_vla.policy.layers.vision import FusedDinoSiglip
 
+__all__ = ["AnyPolicy", "load", "save"]
+
 FORMAT = 1
 
 
 AnyPolicy = PrismaticPolicy | FlowPolicy
+"""What `load` gives: a policy of either family."""
 
 
 def save(policy: AnyPolicy, folder: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -33,6 +33,8 @@ from ratchet_vla.policy.flow.text import FlowPrompt
 from ratchet_vla.policy.images import prepare
 from ratchet_vla.policy.protocol import Chunks, PolicyInput
 
+__all__ = ["FlowPolicy", "FlowStatistics"]
+
 
 @dataclass(frozen=True)
 class FlowStatistics:

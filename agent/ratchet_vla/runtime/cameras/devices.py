@@ -15,6 +15,8 @@ from ratchet_vla.contract import CameraSpec
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import UInt8
 
+__all__ = ["Device", "RealSense", "Recorded", "Uvc", "open_device"]
+
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov")
 PICTURES = (".png", ".jpg", ".jpeg")
 

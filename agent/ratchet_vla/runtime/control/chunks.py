@@ -20,6 +20,8 @@ from ratchet_vla.runtime.control.sink import ChunkOutcome
 from ratchet_vla.runtime.inference.source import Ahead
 from ratchet_vla.runtime.safety.types import Proposal
 
+__all__ = ["ChunkExecutor", "CollectExecutor", "DeployExecutor"]
+
 
 @runtime_checkable
 class ChunkExecutor(Protocol):

@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 
 from ratchet_vla.records import ActionChunk, ControlTick, Int64, Observation, SafetyEvent
 
+__all__ = ["ChunkOutcome", "GuardedSink", "MemorySink", "NoSink", "Tee", "TickSink"]
+
 
 @dataclass(frozen=True)
 class ChunkOutcome:

@@ -13,6 +13,8 @@ from ratchet_vla.contract import PolicySpec, RobotContract
 from ratchet_vla.records import Float32, Int64, UInt8
 from ratchet_vla.runtime.inference.source import Ahead
 
+__all__ = ["ChunkServer", "Inferred", "OpenServer"]
+
 
 @dataclass
 class Inferred:
@@ -61,3 +63,4 @@ class ChunkServer(Protocol):
 
 
 OpenServer = Callable[[dict[str, Any], RobotContract], ChunkServer]
+"""Makes the server in the policy's process, from the options of its launch and the contract."""

@@ -34,6 +34,8 @@ from ratchet_vla.records import Float32, UInt8
 from ratchet_vla.runtime.inference.chunk_server import ChunkServer, Inferred
 from ratchet_vla.runtime.inference.source import Ahead
 
+__all__ = ["PolicyServer", "RealTimeChunking"]
+
 
 @runtime_checkable
 class RealTimeChunking(Protocol):

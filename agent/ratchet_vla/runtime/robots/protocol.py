@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.records import Float32, Observation
 
+__all__ = ["Robot"]
+
 
 @runtime_checkable
 class Robot(Protocol):

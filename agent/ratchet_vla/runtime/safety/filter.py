@@ -24,6 +24,7 @@ from ratchet_vla.runtime.safety.types import Proposal, SafetyConfig, SafetyState
 __all__ = ["MOVING", "Proposal", "SafetyConfig", "SafetyFilter", "SafetyState", "Verdict"]
 
 MOVING = (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
+"""States of an attempt under way: nothing has stopped it."""
 
 
 class SafetyFilter:

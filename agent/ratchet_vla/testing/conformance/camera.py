@@ -20,6 +20,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.cameras.devices import Device, raw_size
 from ratchet_vla.runtime.cameras.newest import NewestFrame
 
+__all__ = ["CameraConformance"]
+
 Open = Callable[[CameraSpec], Device]
 
 

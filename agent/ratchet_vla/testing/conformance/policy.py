@@ -17,6 +17,8 @@ from torch import Tensor
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.protocol import Policy, PolicyInput
 
+__all__ = ["PolicyConformance", "PolicySuite"]
+
 
 def rows(batch: PolicyInput, chosen: list[int]) -> PolicyInput:
     """Some observations of a batch, in the order given."""

@@ -12,6 +12,8 @@ import pytest
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.robots.protocol import Robot
 
+__all__ = ["RobotConformance"]
+
 
 class RobotConformance:
     """Inherit in a Test class with a function-scoped fixture `robot` that yields a connected robot."""

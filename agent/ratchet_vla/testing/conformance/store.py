@@ -14,6 +14,8 @@ from ratchet_vla.adapters.protocol import BASE, AdapterStore, Provenance
 from ratchet_vla.errors import RatchetError
 from tests.agent.adapters.tiny import made
 
+__all__ = ["StoreSuite"]
+
 
 def refused(code: str, call: object, *arguments: object) -> RatchetError:
     with pytest.raises(RatchetError) as refusal:
@@ -30,6 +32,13 @@ def same(one: Adapter, two: Adapter) -> bool:
 
 
 class StoreSuite:
+    """Adapter stores.
+
+    The fixture:
+
+    store: an empty store, in a folder of its own.
+    """
+
     def test_is_an_adapter_store(self, store: AdapterStore) -> None:
         assert isinstance(store, AdapterStore)
         assert store.ids() == []

@@ -18,6 +18,8 @@ from ratchet_vla.adapters.protocol import BASE
 from ratchet_vla.adapters.swap.hotswap import HotSwapper
 from ratchet_vla.policy.protocol import Policy
 
+__all__ = ["SwapSuite"]
+
 
 def noise(lora: Lora, policy: Policy, seed: int, only: str = "") -> Adapter:
     """A visible adapter: random A and B, in the layers whose name contains `only`."""
