@@ -80,6 +80,23 @@ def test_a_state_that_stops_arriving_holds_the_arm(make: Callable[..., Rig]) -> 
         pass
 
 
+def test_silence_during_a_hold_is_told_as_silence(make: Callable[..., Rig]) -> None:
+    """Whoever looks must not read of an old state, which is long fresh again, where the truth is that nobody sends."""
+    rig = make()
+    move(rig)
+    rig.arm.broken = "silent"
+    while "safety.observation_age" not in codes(rig):
+        move(rig)
+    rig.arm.broken = ""
+    stage = rig.safety.stage
+    assert stage is not None
+    rig.watcher.until(lambda: stage.filter.cause == "safety.command_lost", "the loss")
+    assert stage.filter.state.value == "holding"
+    rig.watcher.until(lambda: "safety.command_lost" in codes(rig), "the event")
+    while not move(rig).sent:
+        pass
+
+
 @pytest.mark.parametrize("profile", [qos.STATUS, 10], ids=["latched", "as ros2 topic pub does"])
 def test_the_e_stop_latches_and_a_named_person_clears_it(make: Callable[..., Rig], profile: Any) -> None:
     rig = make()

@@ -23,6 +23,7 @@ from ratchet_vla.runtime.messages.align import Aligner
 from ratchet_vla.runtime.safety.filter import Proposal, SafetyConfig, SafetyFilter, SafetyState, Verdict
 
 PATIENCE = 1.75  # periods without a command until the arm brakes; less than what counts as a pause of the whole motion
+COMMAND_LOST = "safety.command_lost"
 MOVING = (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
 
 
@@ -165,7 +166,7 @@ class LastStage:
         if state in (SafetyState.IDLE, SafetyState.LATCHED):
             return False
         if state is SafetyState.HOLDING:
-            return False
+            return self._lost_while_holding()
         if self._clock.stalled:
             return True
         patience = PATIENCE if state in MOVING and self._stepped <= self._heard else 1.0
@@ -174,8 +175,10 @@ class LastStage:
     def _wait(self) -> float:
         """Real seconds until it is worth looking again."""
         state = self.filter.state
-        if state in (SafetyState.IDLE, SafetyState.LATCHED, SafetyState.HOLDING):
+        if state in (SafetyState.IDLE, SafetyState.LATCHED):
             return 1.0
+        if state is SafetyState.HOLDING:
+            return 0.2
         patience = PATIENCE if state in MOVING and self._stepped <= self._heard else 1.0
         left = self._stepped + patience * self.filter.period - self._clock.now()
         return min(max(left, 0.0005), 0.2)
@@ -200,11 +203,17 @@ class LastStage:
             self.filter.stop()
         self._act(order)
 
+    def _lost_while_holding(self) -> bool:
+        """Whoever commands the arm goes on commanding holds; silence takes the place of what the arm was held for."""
+        quiet = self._clock.now() - self._heard
+        return quiet > self.contract.watchdog.action_max_age and self.filter.cause != COMMAND_LOST
+
     def _silence(self) -> None:
         quiet = self._clock.now() - self._heard
-        if self.filter.state in MOVING and quiet > self.contract.watchdog.action_max_age:
+        listening = (*MOVING, SafetyState.HOLDING)
+        if self.filter.state in listening and quiet > self.contract.watchdog.action_max_age:
             text = f"no command for {quiet:.3g} s, allowed {self.contract.watchdog.action_max_age} s"
-            self.filter.fail("safety.command_lost", text)
+            self.filter.fail(COMMAND_LOST, text)
 
     def _ready(self) -> None:
         """The first action after a rest arms the filter at the measured pose."""
