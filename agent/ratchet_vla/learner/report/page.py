@@ -123,7 +123,7 @@ def render(run: Run) -> str:
     cards, methods = _cards(result)
     known = {*HEADER, "title", "config", "host", "versions"}
     rest = {k: v for k, v in run.facts.items() if k not in known}
-    header = [(k.replace("_", " "), _text(run.facts[k])) for k in HEADER if k in run.facts]
+    header = [(k.replace("_", " "), _text(run.facts[k])) for k in HEADER if run.facts.get(k) not in (None, "", {}, [])]
     parts = (("Configuration", "config"), ("Host", "host"), ("Versions", "versions"))
     details = [(name, _flat(run.facts[key])) for name, key in parts if isinstance(run.facts.get(key), dict)]
     keys = list(dict.fromkeys(key for adapter in run.adapters for key in adapter))

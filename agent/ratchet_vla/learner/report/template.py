@@ -27,7 +27,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 table.facts th { font-weight: 500; color: var(--soft); white-space: nowrap; }
 table.matrix td { text-align: center; min-width: 5.6rem; border: 2px solid #fff; font-variant-numeric: tabular-nums; }
 table.matrix td b { display: block; font-size: 1.15rem; } table.matrix td span { display: block; font-size: .76rem; }
-table.matrix th { max-width: 17rem; overflow-wrap: anywhere; font-weight: 500; }
+table.matrix th { min-width: 6.5rem; max-width: 17rem; overflow-wrap: anywhere; font-weight: 500; }
 table.matrix td.trained { outline: 2px solid var(--ink); outline-offset: -4px; }
 table.matrix td.none { background: #f3f5f7; color: var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: .8rem; }
@@ -40,7 +40,8 @@ figcaption { font-size: .85rem; color: var(--soft); }
 .missing { border-left: 4px solid #c77700; background: #fff7e8; padding: .6rem 1rem; }
 details summary { cursor: pointer; }
 @media (max-width: 40rem) {
-  body { padding: 1rem; } table.facts, table.facts tbody, table.facts tr { display: block; }
+  body { padding: 1rem; } table.matrix td { min-width: 4.6rem; padding: .35rem .2rem; }
+  table.facts, table.facts tbody, table.facts tr { display: block; }
   table.facts th, table.facts td { display: block; padding: .1rem 0; border: 0; white-space: normal; }
   table.facts tr { border-bottom: 1px solid var(--line); padding: .3rem 0; } .pair { gap: .5rem; }
 }"""
@@ -62,12 +63,7 @@ details summary { cursor: pointer; }
 {% if comparison %}"""
     + report_comparison.TEMPLATE
     + """
-<h2>What was run</h2>
-{{ facts(header) }}
 {% else %}
-<h2>What was run</h2>
-{{ facts(header) }}
-
 <h2>Continual learning{% if measures %} after stage {{ measures.after }} of {{ stages - 1 }}{% endif %}</h2>
 {% if cards %}
 <div class="cards">
@@ -120,6 +116,9 @@ learning task k; a frame marks the evaluation right after a task was learned. H:
 {% endfor %}</tbody></table></div>
 {% else %}<p>No updates were recorded.</p>{% endif %}
 {% endif %}
+
+<h2>What was run</h2>
+{{ facts(header) }}
 
 <h2>Adapters</h2>
 {% if adapters %}

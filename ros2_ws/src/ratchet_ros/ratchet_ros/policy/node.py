@@ -122,6 +122,7 @@ class PolicyNode(RatchetNode):
         self._make_servers()
 
     def start(self) -> None:
+        self._require_safety_node()  # active means that a goal can move the arm, also where discovery takes its time
         self.robot.connect()
         self._publish_status()
 
@@ -451,11 +452,10 @@ class PolicyNode(RatchetNode):
         misfit = self.judge.refusal(goal.task, goal.instruction)
         if misfit is not None:
             raise misfit
-        if self._last_stage is None or not self._commands.get_subscription_count():
-            raise RatchetError("ros.no_safety_node", "no safety node listens", fix="start safety_node and activate it")
-        if self._last_stage.latched:
-            cause = self._last_stage.cause
-            raise RatchetError("safety.latched", f"the safety node is latched by {cause}", fix="ratchet ctl clear")
+        stage = self._require_safety_node()
+        if stage.latched:
+            text = f"the safety node is latched by {stage.cause}"
+            raise RatchetError("safety.latched", text, fix="ratchet ctl clear")
         status = self.client.status()
         if status.state != "ready":
             raise RatchetError("policy.not_ready", f"the policy is {status.state}", where=status.error)
@@ -463,6 +463,12 @@ class PolicyNode(RatchetNode):
             raise RatchetError(
                 "adapter.not_active", f"{goal.expected_adapter[:12]} is expected, {status.adapter_id[:12]} is active"
             )
+
+    def _require_safety_node(self) -> msg.SafetyStatus:
+        """What the safety node last said. Raises RatchetError ros.no_safety_node where none takes commands."""
+        if self._last_stage is None or not self._commands.get_subscription_count():
+            raise RatchetError("ros.no_safety_node", "no safety node listens", fix="start safety_node and activate it")
+        return self._last_stage
 
     def _new_name(self) -> str:
         """Of the next episode; unique, also where a session goes on after its process was killed."""
