@@ -1,8 +1,8 @@
 """Recorder: what a control loop and camera drivers hand over is written to the disk by another process.
 
 Knows the control process's side: copies frames into shared slots, packs records, counts what found no room. Nothing
-here waits for the disk, for the other process, or for anything; it never raises once it runs. It has the methods of
-`ratchet_vla.runtime.control.sink.TickSink`.
+that the loop calls in an episode waits for the disk, for the other process, or for anything, makes a system call or
+raises. It has the methods of `ratchet_vla.runtime.control.sink.TickSink`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import numpy as np
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.file.format import check_meta
 from ratchet_vla.episodes.file.recording import make_info
-from ratchet_vla.episodes.recorder.handoff import Sender
+from ratchet_vla.episodes.recorder import messages
+from ratchet_vla.episodes.recorder.handoff import Layout, Sender
 from ratchet_vla.episodes.recorder.types import Outcome, RecorderConfig, RecorderStatus
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.paths import python_path
@@ -33,7 +34,10 @@ from ratchet_vla.records import ActionChunk, Applied, ControlTick, Observation, 
 
 __all__ = ["Recorder", "RecorderConfig", "RecorderStatus"]
 
-INLINE = 1 << 15  # bytes of a message on the wire that travel in a packet; larger ones take a slot, as frames do
+INLINE = 1 << 15  # bytes of a message on the wire that travel as a record; larger ones take a slot, as frames do
+QUEUE = 16 << 20  # bytes of records that may wait for the recorder process
+SPARE = 1 << 20  # of these, what only the beginnings and endings of episodes may use
+UNREAD = "records that waited for a recorder process when it died"
 REMEMBER = 16  # newest frames per camera that an observation may share
 
 
@@ -81,7 +85,7 @@ class Recorder:
         largest = max((c.height * c.width * 3 for c in contract.cameras), default=1)
         largest += largest // 3 + 4096 if wire else 0  # drivers send four channels too, and headers
         count = max(4 * len(contract.cameras), (self.config.memory_mb << 20) // largest)
-        self._sender = Sender(largest, count, queue=16 << 20, reserved=count // 8)
+        self._sender = Sender(Layout(largest, count, QUEUE), reserved=count // 8, spare=SPARE)
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._recent: dict[str, deque[tuple[UInt8, int]]] = {c.name: deque(maxlen=REMEMBER) for c in contract.cameras}
@@ -142,7 +146,7 @@ class Recorder:
             state=self._told["state"] if alive else "dead",
             error=self._told.get("error", "") if alive else "the recorder process is gone",
             dropped=dropped,
-            waiting=self._sender.slots_used / self._sender.count,
+            waiting=self._sender.slots_used / self._sender.layout.count,
             written=self._told.get("written", 0),
             rate=self._told.get("rate", 0.0),
             free_gb=self._told.get("free_gb", 0.0),
@@ -175,6 +179,7 @@ class Recorder:
         if self._process is None:
             return self.status()
         self._sender.send({"kind": "close"}, must=True)
+        self._sender.wake()
         limit = time.monotonic() + timeout
         while self._process.poll() is None and time.monotonic() < limit:
             self._listen()
@@ -185,6 +190,7 @@ class Recorder:
         self._listen()
         status = dataclasses.replace(self.status(), state="closed", error="")
         self._process = None
+        self._sender.close()
         return status
 
     def __enter__(self) -> Recorder:
@@ -208,18 +214,17 @@ class Recorder:
         if len(data) <= INLINE:
             self._send({**body, "data": data})
             return
-        slot = self._sender.take_slot(False) if len(data) <= self._sender.slot else None
+        slot = self._sender.take_slot(False) if len(data) <= self._sender.layout.slot else None
         if slot is None:
             self._dropped[f"messages: {topic}"] += 1
             return
-        self._sender.fill(slot, np.frombuffer(data, np.uint8))
+        self._sender.fill(slot, np.frombuffer(data, np.uint8), at_once=False)
         if not self._sender.send({**body, "slot": slot, "shape": [len(data)]}):
             self._sender.give_back(slot)
             self._dropped[f"messages: {topic}"] += 1
 
     def begin(self, task: str, instruction: str, now: float) -> None:
-        if not self._sender.alive:
-            self._start()
+        self.revive()
         facts = {"mode": "deploy", "session": self._session, **self._facts}
         self._facts = {}
         facts |= {"task": task, "instruction": instruction, "clock_offset": time.time() - now}
@@ -231,8 +236,10 @@ class Recorder:
             self._episode += 1
             self._before = Counter(self._dropped)
             body = {"kind": "begin", "same": self._same, "facts": json.dumps(facts), "number": self._episode}
-            self._send({**body, "last_stage": self._last_stage, "wire": self._wire}, must=True)
-            self._recording = True
+            body |= {"last_stage": self._last_stage, "wire": self._wire}
+            self._recording = self._send(body, must=True)
+            if not self._recording:  # what followed would be taken for a part of the episode before
+                self._ended[self._episode] = ("", "the recorder process did not keep up with the episodes before")
 
     def observation(self, observation: Observation) -> None:
         if not self._recording:
@@ -243,44 +250,29 @@ class Recorder:
             if number is None:
                 number = self._hand_over(camera, image, observation.stamp, decision=True)
             numbers[camera] = number
-        body = {
-            "kind": "observation",
-            "numbers": numbers,
-            "state": {name: values.tobytes() for name, values in observation.state.items()},
-            "instruction": observation.instruction,
-            "stamp": observation.stamp,
-            "sequence": observation.sequence,
-        }
-        self._send(body)
+        self._send(messages.of_observation(observation, numbers))
 
     def chunk(self, chunk: ActionChunk) -> None:
         if self._recording:
-            body = {"kind": "chunk", **_plain(chunk), "shape": list(chunk.actions.shape)}
-            if chunk.tokens is not None:
-                body |= {"tokens_type": chunk.tokens.dtype.name, "tokens_shape": list(chunk.tokens.shape)}
-            self._send(body)
+            self._send(messages.of_chunk(chunk))
 
     def tick(self, tick: ControlTick, number: int = -1) -> None:
         """number: of the tick's command, as in `Applied`; -1 where none went out."""
         if self._recording:
-            body = {"kind": "tick", **_plain(tick), "marks": int(tick.marks), "number": number}
-            body["state"] = {name: values.tobytes() for name, values in tick.state.items()}
-            body["applied_marks"] = None if tick.applied_marks is None else int(tick.applied_marks)
-            self._send(body)
+            self._send(messages.of_tick(tick, number))
 
     def applied(self, applied: Applied) -> None:
         """What the last stage made of a command; in any order with the tick of that command."""
         if self._recording:
-            self._send({"kind": "applied", **_plain(applied), "marks": int(applied.marks)})
+            self._send(messages.of_applied(applied))
 
     def event(self, event: SafetyEvent) -> None:
         if self._recording:
-            self._send({"kind": "event", **_plain(event)})
+            self._send(messages.of_event(event))
 
     def outcome(self, outcome: Outcome) -> None:
         if self._recording:
-            marks = np.asarray(outcome.marks, np.int64)
-            self._send({"kind": "outcome", "sequence": outcome.sequence, "marks": marks.tobytes()})
+            self._send(messages.of_outcome(outcome))
 
     def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
         if self._recording:
@@ -299,8 +291,8 @@ class Recorder:
         if slot is None:
             self._dropped[f"{'decision frames' if decision else 'frames'}: {camera}"] += 1
             return -1
-        self._sender.fill(slot, image)
-        with self._lock:  # numbers must rise in the order of the packets
+        self._sender.fill(slot, image, at_once=decision)
+        with self._lock:  # numbers must rise in the order of the records
             number = self._numbers[camera]
             body = {"kind": "frame", "camera": camera, "slot": slot, "shape": list(image.shape), "stamp": stamp}
             if not self._sender.send({**body, "number": number, "decision": decision}):
@@ -318,12 +310,17 @@ class Recorder:
                     return number
         return None
 
-    def _send(self, record: dict[str, Any], *, must: bool = False) -> None:
-        if not self._sender.send(record, must=must):
+    def _send(self, record: dict[str, Any], *, must: bool = False) -> bool:
+        handed_over = self._sender.send(record, must=must)
+        if not handed_over:
             self._dropped[f"records: {record['kind']}"] += 1
+        return handed_over
 
     def _listen(self) -> None:
-        for told in self._sender.poll():
+        said = self._sender.poll()
+        if unread := self._sender.take_unread():
+            self._dropped[UNREAD] += unread
+        for told in said:
             if "number" in told:
                 self._ended[told["number"]] = (told["finished"], told["error"])
                 self._finished += [told["finished"]] if told["finished"] else []
@@ -331,21 +328,21 @@ class Recorder:
                 self._told = told
 
     def _start(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # its end of the line is gone; it must not use the memory any more either
+            self._process.poll()
+            for name, count in self._told.get("dropped", {}).items():
+                self._dropped[name] += count
         theirs = self._sender.connect()
         given = {
             "root": str(self.root),
             "socket": theirs.fileno(),
             "memory": self._sender.memory_fd,
-            "slot": self._sender.slot,
-            "count": self._sender.count,
+            "layout": dataclasses.asdict(self._sender.layout),
             "config": dataclasses.asdict(self.config),
         }
         command = [sys.executable, "-m", "ratchet_vla.episodes.recorder.process", json.dumps(given)]
         descriptors = (theirs.fileno(), self._sender.memory_fd)
-        if self._process is not None:
-            self._process.poll()
-            for name, count in self._told.get("dropped", {}).items():
-                self._dropped[name] += count
         self._told = {"state": "idle"}
         environment = {**os.environ, "PYTHONPATH": python_path()}
         self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment)
@@ -365,9 +362,3 @@ class Recorder:
                     fix="its own message is above; check that the folder is writable",
                 )
             time.sleep(0.005)
-
-
-def _plain(record: Any) -> dict[str, Any]:
-    """A record's fields with arrays as bytes, without those that are dictionaries."""
-    fields = record.__dict__.items()
-    return {n: v.tobytes() if isinstance(v, np.ndarray) else v for n, v in fields if not isinstance(v, dict)}

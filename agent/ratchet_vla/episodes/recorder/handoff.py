@@ -1,12 +1,14 @@
-"""From the control process to the recorder process without waiting: frames in shared slots, records as packets.
+"""From the control process to the recorder process without waiting: frames in shared slots, records in a shared ring.
 
-Knows bytes, slots and sockets. Knows no episode. Every call returns at once; what finds no room is refused, and the
-caller counts it. Memory is bounded: the slots, the kernel's socket buffer, and a queue of records of a fixed size.
+Knows bytes, slots and rings. Knows no episode. Handing over makes no system call: each would let go of the
+interpreter's lock, and the loop's thread would wait for whichever other thread took it. What finds no room is refused,
+and the caller counts it. All memory is fixed at the start. A socket between the two carries nothing that must arrive;
+it tells each side that the other one died, and wakes a receiver that has nothing to do.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import mmap
 import os
 import socket
@@ -14,61 +16,93 @@ import struct
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 import numpy as np
 
+from ratchet_vla.episodes.recorder.ring import RingReader, RingWriter
 from ratchet_vla.records import UInt8
 
-SOCKET_BYTES = 4 << 20
-NAP = 0.01  # s between looks of a receiver that sleeps beside its socket
-FREE, STATUS = b"F", b"S"  # what the receiver sends back: slots, and how it is doing
+SAID = 1 << 17  # bytes of what the receiver says that may wait for the sender
+NAP = 0.01  # s between looks of a receiver that is recording
+IDLE = 0.05  # s between looks of one that is not
+FREE, STATUS = b"F", b"S"  # what the receiver sends back: a slot that is free again, and how it is doing
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie in the shared memory. slot: bytes of the largest frame. count: slots. queue: bytes of records
+    that may wait for the receiver."""
+
+    slot: int
+    count: int
+    queue: int
+
+    @property
+    def rings(self) -> int:
+        """Offset of the two rings, behind the slots."""
+        return _up(self.slot * self.count, mmap.ALLOCATIONGRANULARITY)
+
+    @property
+    def answers(self) -> int:
+        """Offset of the second ring, in which the receiver answers."""
+        return self.rings + _up(self.queue, 64)
+
+    @property
+    def free(self) -> int:
+        """Bytes of the second ring that only slots which are free again may use: enough for all of them."""
+        return 16 * self.count
+
+    @property
+    def size(self) -> int:
+        return self.answers + _up(SAID + self.free, 64)
 
 
 class Sender:
     """The control process's end. Any thread may call.
 
-    slot: bytes of the largest frame. count: slots. queue: bytes of records that may wait here for the socket.
-    reserved: slots that only frames of decisions may use.
+    reserved: slots that only frames of decisions may use. spare: bytes of the queue that only records that `must`
+    arrive may use.
     """
 
-    def __init__(self, slot: int, count: int, queue: int, reserved: int) -> None:
-        self.slot, self.count, self._reserved = slot, count, reserved
+    def __init__(self, layout: Layout, reserved: int, spare: int = 0) -> None:
+        self.layout, self._reserved, self._spare = layout, reserved, spare
         self.memory_fd = os.memfd_create("ratchet-recorder")
-        os.ftruncate(self.memory_fd, slot * count)
-        self._memory = mmap.mmap(self.memory_fd, slot * count)
-        self._free = deque(range(count))
-        self._queue: deque[bytes] = deque()
-        self._queued, self._limit = 0, queue
+        os.ftruncate(self.memory_fd, layout.size)
+        self._memory = memoryview(mmap.mmap(self.memory_fd, layout.size))
+        answers = self._memory[layout.answers :]
+        self._records, self._answers = RingWriter(self._memory[layout.rings : layout.answers]), RingReader(answers)
+        self._packer = msgpack.Packer(buf_size=1 << 14)  # kept: a new one each time costs as much as all the rest
+        self._free = deque(range(layout.count))
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
-        self._status: dict[str, Any] = {}
         self._told: deque[dict[str, Any]] = deque()
+        self._unread = 0
 
     def connect(self) -> socket.socket:
-        """A new connection; returns the receiver's end, to be handed to its process and closed here."""
-        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """A new connection, after the receiver before has died; returns the receiver's end, to be handed to its process
+        and closed here."""
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         mine.setblocking(False)
-        for end in (mine, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
         with self._lock:
-            if self._socket is not None:
-                self._socket.close()
+            self._drop()
+            self._records.clear()
+            RingWriter(self._memory[self.layout.answers :]).clear()
+            self._answers.begin()
+            self._free = deque(range(self.layout.count))  # the receiver before died with its slots
             self._socket = mine
-            # The receiver before died with its slots; what waited was meant for it.
-            self._free = deque(range(self.count))
-            self._queue.clear()
-            self._queued = 0
         return theirs
 
     @property
     def alive(self) -> bool:
+        """Whether the receiver was there when `poll` looked last."""
         return self._socket is not None
 
     @property
     def slots_used(self) -> int:
-        return self.count - len(self._free)
+        return self.layout.count - len(self._free)
 
     def take_slot(self, decision: bool) -> int | None:
         """A free slot, now the caller's; None where there is none."""
@@ -78,157 +112,150 @@ class Sender:
                 return None
             return self._free.popleft()
 
-    def fill(self, slot: int, image: UInt8) -> None:
-        """Copy an image into a slot that was taken. Holds no lock."""
-        target = np.frombuffer(self._memory, np.uint8, image.size, slot * self.slot)
-        np.copyto(target.reshape(image.shape), image)
+    def fill(self, slot: int, image: UInt8, *, at_once: bool) -> None:
+        """Copy an image into a slot that was taken. Holds no lock.
+
+        at_once: nor does it let go of the interpreter's, as a copy by NumPy does: for a thread that is in more of a
+        hurry than all others.
+        """
+        start = slot * self.layout.slot
+        target = self._memory[start : start + image.size]
+        if at_once and image.flags.c_contiguous:
+            target[:] = image.reshape(-1).data
+        else:
+            np.copyto(np.frombuffer(target, np.uint8).reshape(image.shape), image)
 
     def give_back(self, slot: int) -> None:
         with self._lock:
             self._free.append(slot)
 
     def send(self, record: dict[str, Any], *, must: bool = False) -> bool:
-        """Hand a record over, in the order of the calls; False where it found no room. must: waits in any case."""
-        data = msgpack.packb(record)
+        """Hand a record over, in the order of the calls; False where it found no room or nobody. From here on the
+        receiver gets it, whatever becomes of this process."""
         with self._lock:
             if self._socket is None:
                 return False
-            if not must and self._queued + len(data) > self._limit:
-                return False
-            self._queue.append(data)
-            self._queued += len(data)
-            self._push()
-            return self._socket is not None
+            return self._records.append(self._packer.pack(record), 0 if must else self._spare)
+
+    def wake(self) -> None:
+        """Have the receiver look now. A system call."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.send(b"!")
 
     def poll(self) -> list[dict[str, Any]]:
-        """Push what waits, and take what the receiver said since the last call."""
+        """Look whether the receiver is there, and take what it said since the last call. A system call."""
+        gone = self._receiver_gone()
         with self._lock:
-            self._drain()
-            self._push()
+            self._drain()  # also what it said before it died
+            if gone:
+                self._drop()
             told = list(self._told)
             self._told.clear()
             return told
 
-    def shutdown(self) -> None:
-        """No more records will come; what the receiver still says can be polled."""
+    def take_unread(self) -> int:
+        """Records that receivers had not read when they died, since the last call."""
         with self._lock:
-            if self._socket is not None:
-                try:
-                    self._socket.shutdown(socket.SHUT_WR)
-                except OSError:
-                    self._drop()
+            unread, self._unread = self._unread, 0
+            return unread
 
     def close(self) -> None:
         with self._lock:
             self._drop()
-        self._memory.close()
-        os.close(self.memory_fd)
+            if self.memory_fd >= 0:
+                os.close(self.memory_fd)  # the mapping goes with the last view of it
+                self.memory_fd = -1
 
-    # -- inside, with the lock held -----------------------------------------------------------------------------
+    # -- inside -------------------------------------------------------------------------------------------------
 
-    def _push(self) -> None:
-        while self._queue and self._socket is not None:
-            try:
-                self._socket.send(self._queue[0])
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    return
-                self._drop()
-                return
-            self._queued -= len(self._queue.popleft())
+    def _receiver_gone(self) -> bool:
+        mine = self._socket
+        if mine is None:
+            return False
+        try:
+            return not mine.recv(1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _drain(self) -> None:
-        while self._socket is not None:
-            try:
-                data = self._socket.recv(65536)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._drop()
-                return
+        """With the lock held."""
+        while (data := self._answers.take()) is not None:
             if data[:1] == FREE:
-                self._free.extend(struct.unpack(f"<{(len(data) - 1) // 4}I", data[1:]))
+                self._free.extend(struct.unpack("<I", data[1:]))
             else:
                 self._told.append(msgpack.unpackb(data[1:]))
 
     def _drop(self) -> None:
+        """With the lock held."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        self._queue.clear()
-        self._queued = 0
+            left = RingReader(self._memory[self.layout.rings : self.layout.answers])
+            while left.take() is not None:
+                self._unread += 1
 
 
 class Receiver:
-    """The recorder process's end; one thread."""
+    """The recorder process's end; one thread. memory_fd: the sender's; closed here."""
 
-    def __init__(self, end: socket.socket, memory_fd: int, slot: int, count: int) -> None:
-        self._socket, self._slot = end, slot
-        self._memory = mmap.mmap(memory_fd, slot * count, prot=mmap.PROT_READ)
+    def __init__(self, end: socket.socket, memory_fd: int, layout: Layout) -> None:
+        self._socket, self._layout = end, layout
+        self._frames = mmap.mmap(memory_fd, layout.rings, prot=mmap.PROT_READ)
+        rings = memoryview(mmap.mmap(memory_fd, layout.size - layout.rings, offset=layout.rings))
         os.close(memory_fd)
-        self._done: list[int] = []
+        border = layout.answers - layout.rings
+        self._records, self._answers = RingReader(rings[:border]), RingWriter(rings[border:])
+        self._sender_gone = False
         self.ended = False
 
-    def receive(self, timeout: float, *, asleep: bool) -> dict[str, Any] | None:
+    def receive(self, timeout: float, *, recording: bool) -> dict[str, Any] | None:
         """The next record, waiting up to `timeout` seconds; None where none came, or `ended` where none will.
 
-        asleep: sleep beside the socket, not on it: waking a sleeper costs the sender several times what sending does.
+        recording: the sender hands over without waking, so it is looked for more often.
         """
-        self.flush()
-        try:
-            self._socket.setblocking(False)
-            try:
-                data = self._packet()
-            except BlockingIOError:
-                if asleep:
-                    time.sleep(min(max(timeout, 1e-3), NAP))
-                else:
-                    self._socket.settimeout(max(timeout, 1e-3))
-                data = self._packet()
-        except (BlockingIOError, TimeoutError):
-            return None
-        except OSError:
-            data = b""
-        if not data:
-            self.ended = True
+        data = self._records.take()
+        if data is None:
+            self._pause(min(max(timeout, 1e-3), NAP if recording else IDLE), asleep=recording)
+            data = self._records.take()  # after the look at the sender: nothing comes after its end
+        if data is None:
+            self.ended = self._sender_gone
             return None
         record: dict[str, Any] = msgpack.unpackb(data)
         return record
 
-    def _packet(self) -> bytes:
-        """The next packet; empty where the sender is gone. Raises as sockets do."""
-        try:
-            return self._socket.recv(1 << 22)
-        except ConnectionResetError:
-            # It died before it read all that it was told. That is said once, ahead of what it sent until then.
-            return self._socket.recv(1 << 22)
-
     def image(self, slot: int, shape: list[int]) -> UInt8:
         """The frame in a slot; valid until it is released."""
         size = int(np.prod(shape))
-        return np.frombuffer(self._memory, np.uint8, size, slot * self._slot).reshape(shape)
+        return np.frombuffer(self._frames, np.uint8, size, slot * self._layout.slot).reshape(shape)
 
     def release(self, slot: int) -> None:
-        self._done.append(slot)
-        if len(self._done) >= 4:
-            self.flush()
+        """The slot is free again."""
+        self._answers.append(FREE + struct.pack("<I", slot))
 
-    def flush(self) -> None:
-        """Tell the sender which slots are free again."""
-        if self._done:
-            self._tell(FREE + struct.pack(f"<{len(self._done)}I", *self._done))
-            self._done.clear()
+    def say(self, status: dict[str, Any], *, must: bool = False) -> None:
+        """Without waiting: where the sender has not listened for long, it is left out. must: use the last of the room,
+        which the next `poll` empties."""
+        self._answers.append(STATUS + msgpack.packb(status), self._layout.free + (0 if must else SAID // 2))
 
-    def say(self, status: dict[str, Any]) -> None:
-        self._tell(STATUS + msgpack.packb(status))
-
-    def _tell(self, data: bytes) -> None:
-        self._socket.settimeout(1.0)
+    def _pause(self, seconds: float, *, asleep: bool) -> None:
+        """Let time pass, and look whether the sender is still there. asleep: it wakes nobody."""
+        if self._sender_gone:
+            return
+        if asleep:
+            time.sleep(seconds)
+            seconds = 0.0
+        self._socket.settimeout(seconds)
         try:
-            self._socket.send(data)
+            self._sender_gone = not self._socket.recv(16)
+        except (BlockingIOError, TimeoutError):
+            return
         except OSError:
-            self.ended = self.ended or not isinstance(self._socket, socket.socket)
+            self._sender_gone = True
+
+
+def _up(size: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-size // step) * step

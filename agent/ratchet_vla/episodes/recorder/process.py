@@ -22,27 +22,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from ratchet_vla.episodes.file import format as fmt
 from ratchet_vla.episodes.file.format import EpisodeEnding, EpisodeInfo
 from ratchet_vla.episodes.file.recording import EpisodeWriter
 from ratchet_vla.episodes.library.store import EpisodeStore
+from ratchet_vla.episodes.recorder import messages
 from ratchet_vla.episodes.recorder.client import REMEMBER, RecorderConfig
-from ratchet_vla.episodes.recorder.handoff import Receiver
+from ratchet_vla.episodes.recorder.handoff import Layout, Receiver
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.records import ActionChunk, Applied, ControlTick, Float32, Mark, Observation, SafetyEvent, UInt8
+from ratchet_vla.records import Applied, ControlTick, Mark, UInt8
 
 STATUS_EVERY = 0.25
 LATE = 5  # ticks that wait for what became of the oldest of them; it usually comes within one period
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of a chunk in the control loop. marks: one `records.Mark` value per action."""
-
-    sequence: int
-    marks: list[int]
 
 
 class Recording:
@@ -58,10 +49,10 @@ class Recording:
         self._chunks: dict[int, tuple[int, int]] = {}  # sequence -> (index, K)
         self._ticks: Counter[int] = Counter()
         self._marks: dict[tuple[int, int], int] = {}  # (chunk, offset) -> the marks of its tick, all stages'
-        self._queue: deque[tuple[int, ControlTick] | Outcome] = deque()  # in the order in which they came
+        self._queue: deque[tuple[int, ControlTick] | messages.ChunkOutcome] = deque()  # in the order in which they came
         self._applied: dict[int, Applied] = {}  # by number, of commands whose tick has not come yet
         self._newest = -1  # number of the newest command that was applied
-        self._pending: Outcome | None = None
+        self._pending: messages.ChunkOutcome | None = None
         self._stamp = 0.0
 
     def frame(self, record: dict[str, Any], image: UInt8) -> None:
@@ -73,7 +64,7 @@ class Recording:
             _remember(self._raw.setdefault(camera, OrderedDict()), number, image.copy())
 
     def observation(self, record: dict[str, Any]) -> None:
-        state = _state(record["state"])
+        seen = messages.to_observation(record)
         cameras, topics, frames = [], [], []
         for camera, number in record["numbers"].items():
             group, index = ("decisions" if self._config.decisions else "stream"), -1
@@ -88,50 +79,18 @@ class Recording:
             cameras.append(camera)
             topics.append(self.writer.info.topics[group][camera])
             frames.append(index)
-        seen = Observation({}, state, record["instruction"], record["stamp"], record["sequence"])
         self._observations[seen.sequence] = self.writer.observation_record(seen, cameras, topics, frames)
 
     def chunk(self, record: dict[str, Any]) -> None:
-        shape = record["shape"]
-        tokens, log_prob = record["tokens"], record["log_prob"]
-        chunk = ActionChunk(
-            actions=np.frombuffer(record["actions"], np.float32).reshape(shape),
-            tokens=None
-            if tokens is None
-            else np.frombuffer(tokens, record["tokens_type"]).reshape(record["tokens_shape"]),
-            log_prob=None if log_prob is None else np.frombuffer(log_prob, np.float32).reshape(shape),
-            adapter_id=record["adapter_id"],
-            temperature=record["temperature"],
-            observation_stamp=record["observation_stamp"],
-            observation_sequence=record["observation_sequence"],
-            compute_dtype=record["compute_dtype"],
-        )
-        self._chunks[chunk.observation_sequence] = (self.writer.chunk(chunk), shape[0])
+        chunk = messages.to_chunk(record)
+        self._chunks[chunk.observation_sequence] = (self.writer.chunk(chunk), len(chunk.actions))
 
     def tick(self, record: dict[str, Any]) -> None:
-        sampled, command = record["sampled"], record["command"]
-        tick = ControlTick(
-            stamp=record["stamp"],
-            deadline=record["deadline"],
-            index=record["index"],
-            sampled=None if sampled is None else np.frombuffer(sampled, np.float32),
-            command=None if command is None else np.frombuffer(command, np.float32),
-            marks=Mark(record["marks"]),
-            chunk_sequence=record["chunk_sequence"],
-            chunk_offset=record["chunk_offset"],
-            adapter_id=record["adapter_id"],
-            state=_state(record["state"]),
-        )
-        self._queue.append((record["number"], tick))
+        self._queue.append((record["number"], messages.to_tick(record)))
         self._settle(LATE)
 
     def applied(self, record: dict[str, Any]) -> None:
-        action = record["action"]
-        told = Applied(
-            number=record["number"],
-            action=None if action is None else np.frombuffer(action, np.float32),
-            marks=Mark(record["marks"]),
-        )
+        told = messages.to_applied(record)
         self._applied[told.number] = told
         self._newest = max(self._newest, told.number)
         self._settle(LATE)
@@ -141,11 +100,10 @@ class Recording:
         self.writer.wire(topic, (self._wire[topic][0], self._wire[topic][1]), data, record["received"])
 
     def event(self, record: dict[str, Any]) -> None:
-        fields = ("stamp", "code", "message", "dim", "value", "limit", "latched")
-        self.writer.event(SafetyEvent(**{name: record[name] for name in fields}))
+        self.writer.event(messages.to_event(record))
 
     def outcome(self, record: dict[str, Any]) -> None:
-        self._queue.append(Outcome(record["sequence"], np.frombuffer(record["marks"], np.int64).tolist()))
+        self._queue.append(messages.to_outcome(record))
         self._settle(LATE)
 
     def finish(
@@ -161,7 +119,7 @@ class Recording:
         many may wait."""
         while self._queue:
             first = self._queue[0]
-            if isinstance(first, Outcome):
+            if isinstance(first, messages.ChunkOutcome):
                 # Written when the next one comes, as only then it is known that the episode did not end with it.
                 self._write_pending(reward=0.0, done=False)
                 self._pending = first
@@ -218,7 +176,7 @@ class RecorderProcess:
         self._ready = True
         self._tell()
         while True:
-            record = self._receiver.receive(self._wait(), asleep=self._recording is not None)
+            record = self._receiver.receive(self._wait(), recording=self._recording is not None)
             if record is None and self._receiver.ended:
                 self._end("control_died", None, "")
                 return
@@ -257,7 +215,7 @@ class RecorderProcess:
         if self._recording is not None:
             self._end("not_ended", None, "")
         if self._low():
-            self._receiver.say({"number": record["number"], "finished": "", "error": self._error})
+            self._receiver.say({"number": record["number"], "finished": "", "error": self._error}, must=True)
             return
         info = EpisodeInfo(**{**json.loads(record["same"]), **json.loads(record["facts"])})
         folder = self._store.folder(info.session)
@@ -290,7 +248,7 @@ class RecorderProcess:
         self._dropped.clear()
         if self._state == "recording":
             self._state = "idle"
-        self._receiver.say({"number": recording.number, "finished": digest, "error": ""})
+        self._receiver.say({"number": recording.number, "finished": digest, "error": ""}, must=True)
         self._tell()
 
     def _refused(self, error: RatchetError) -> None:
@@ -298,7 +256,7 @@ class RecorderProcess:
         self._state, self._error = "failed", str(error)
         if self._recording is not None:
             self._recording.writer.abandon()
-            self._receiver.say({"number": self._recording.number, "finished": "", "error": str(error)})
+            self._receiver.say({"number": self._recording.number, "finished": "", "error": str(error)}, must=True)
             self._recording = None
         self._tell()
 
@@ -360,17 +318,13 @@ def _remember(kept: OrderedDict[int, Any], number: int, value: Any) -> None:
         kept.popitem(last=False)
 
 
-def _state(raw: dict[str, bytes]) -> dict[str, Float32]:
-    return {name: np.frombuffer(values, np.float32) for name, values in raw.items()}
-
-
 def main(argument: str) -> int:
     given = json.loads(argument)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the control process; it closes us
     config = RecorderConfig(**given["config"])
     with contextlib.suppress(OSError):
         os.nice(config.nice)
-    receiver = Receiver(socket.socket(fileno=given["socket"]), given["memory"], given["slot"], given["count"])
+    receiver = Receiver(socket.socket(fileno=given["socket"]), given["memory"], Layout(**given["layout"]))
     try:
         RecorderProcess(receiver, Path(given["root"]), config).run()
     except RatchetError as error:

@@ -27,10 +27,9 @@ from mcap.reader import make_reader
 from ratchet_vla.episodes.file.reader import EpisodeReader
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.recorder import client as recorder_side
-from ratchet_vla.episodes.recorder import handoff
 from ratchet_vla.episodes.recorder import process as recorder_process
 from ratchet_vla.episodes.recorder.client import Recorder, RecorderConfig
-from ratchet_vla.episodes.recorder.handoff import Receiver, Sender
+from ratchet_vla.episodes.recorder.handoff import Receiver
 from ratchet_vla.episodes.recorder.process import RecorderProcess
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.paths import REPOSITORY, python_path
@@ -56,7 +55,7 @@ class InThread(Recorder):
     def _start(self) -> None:
         end = self._sender.connect()
         memory = os.dup(self._sender.memory_fd)
-        receiver = Receiver(socket.socket(fileno=end.detach()), memory, self._sender.slot, self._sender.count)
+        receiver = Receiver(socket.socket(fileno=end.detach()), memory, self._sender.layout)
         thread = threading.Thread(target=RecorderProcess(receiver, self.root, self.config).run)
         thread.start()
 
@@ -65,6 +64,9 @@ class InThread(Recorder):
 
             def poll(self) -> int | None:
                 return None if thread.is_alive() else 0
+
+            def kill(self) -> None:
+                thread.join(WAIT)
 
         self._process = Process()  # type: ignore[assignment]
 
@@ -300,7 +302,8 @@ class Stopped(NamedTuple):
 
 @pytest.fixture
 def stopped(started: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch) -> Stopped:
-    monkeypatch.setattr(handoff, "SOCKET_BYTES", 1 << 16)
+    monkeypatch.setattr(recorder_side, "QUEUE", 1 << 17)
+    monkeypatch.setattr(recorder_side, "SPARE", 1 << 16)
     recorder = started(Recorder, small_contract(256), memory_mb=2, stream="jpeg", decisions=None)
     assert recorder._process is not None
     pid = recorder._process.pid
@@ -332,17 +335,39 @@ def test_a_frozen_disk_costs_counted_frames_and_no_waiting(tmp_path: Path, stopp
     assert ending.dropped == {"frames: wrist": lost}
 
 
-def test_records_are_bounded_too(stopped: Stopped) -> None:
+def test_records_are_bounded_too(tmp_path: Path, stopped: Stopped) -> None:
     recorder, contract = stopped.recorder, small_contract(256)
     rng = np.random.default_rng(0)
-    recorder._sender._limit = 20_000
     recorder.begin("bowl", "go", 0.0)
-    for i in range(20_000):
-        recorder.tick(tick(contract, rng, i))
-        if recorder._dropped:
-            break
+    handed_over = 0
+    while not recorder._dropped:
+        recorder.tick(tick(contract, rng, handed_over))
+        handed_over += 1
     assert recorder.status().dropped == {"records: tick": 1}
+    recorder.end("horizon", None, "", 2.0)
     stopped.go_on()
+    digest = recorder.wait_ended(WAIT)
+    assert EpisodeStore(tmp_path).card(digest).ticks == handed_over - 1, "an ending has room that ticks do not"
+
+
+def test_an_episode_whose_beginning_found_no_room_is_not_taken_for_a_part_of_another(
+    tmp_path: Path, stopped: Stopped
+) -> None:
+    recorder, contract = stopped.recorder, small_contract(256)
+    for number in range(1000):
+        recorder.describe(name=f"s-{number:04d}")
+        recorder.begin("bowl", "go", 0.0)
+        if not recorder._recording:
+            break
+        recorder.end("horizon", None, "", 1.0)
+    recorder.tick(tick(contract, np.random.default_rng(0), 0))
+    recorder.end("horizon", None, "", 1.0)
+    with pytest.raises(RatchetError, match=r"recorder\.lost.*did not keep up"):
+        recorder.wait_ended(WAIT)
+    assert recorder.status().dropped["records: begin"] == 1
+    stopped.go_on()
+    wait_for(lambda: len(recorder.status().finished) == number)
+    assert {card.ticks for card in EpisodeStore(tmp_path).cards().values()} == {0}
 
 
 def test_a_killed_recorder_is_started_again_and_loses_nothing_flushed(
@@ -394,20 +419,20 @@ def test_a_dead_control_process_leaves_a_finished_file(tmp_path: Path) -> None:
     assert (card.reason, card.ticks, card.success) == ("control_died", 5, None)
 
 
-def test_what_was_sent_before_a_death_is_read_to_its_end() -> None:
-    """A process that dies with answers unread resets the connection; what it had handed over lies behind that."""
-    sender = Sender(64, 4, queue=1 << 16, reserved=0)
-    theirs = sender.connect()
-    receiver = Receiver(theirs, os.dup(sender.memory_fd), 64, 4)
-    receiver.say({"state": "recording"})  # nobody polls it
-    for number in range(5):
-        assert sender.send({"kind": "tick", "index": number})
-    sender.close()
-    read = []
-    while not receiver.ended:
-        record = receiver.receive(0.1, asleep=False)
-        read += [record["index"]] if record is not None else []
-    assert read == [0, 1, 2, 3, 4]
+def test_what_a_killed_recorder_had_not_read_is_counted(tmp_path: Path, stopped: Stopped) -> None:
+    recorder, contract = stopped.recorder, small_contract(256)
+    recorder.begin("bowl", "go", 0.0)
+    for i in range(4):
+        recorder.tick(tick(contract, np.random.default_rng(0), i))
+    assert recorder._process is not None
+    recorder._process.kill()
+    recorder._process.wait()
+    assert recorder.status().dropped == {recorder_side.UNREAD: 5}
+    recorder.begin("bowl", "go", 1.0)  # starts another one, which finds none of that
+    recorder.tick(tick(contract, np.random.default_rng(0), 0))
+    recorder.end("horizon", None, "", 2.0)
+    digest = recorder.wait_ended(WAIT)
+    assert EpisodeStore(tmp_path).card(digest).ticks == 1
 
 
 def test_bad_frames_are_counted_not_raised(started: Callable[..., Recorder]) -> None:
