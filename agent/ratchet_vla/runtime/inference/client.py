@@ -19,6 +19,7 @@ from ratchet_vla.episodes.earned import require_temperature
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, Observation
 from ratchet_vla.runtime.inference import wire
+from ratchet_vla.runtime.inference.calls import Calls, refused
 from ratchet_vla.runtime.inference.process import (
     PolicyLaunch,
     PolicyProcess,
@@ -27,7 +28,9 @@ from ratchet_vla.runtime.inference.process import (
     launch_with,
     remote_error,
 )
-from ratchet_vla.runtime.inference.source import Ahead, Noise, PolicyFault, Reply, independent
+from ratchet_vla.runtime.inference.restarts import Restarts
+from ratchet_vla.runtime.inference.source import Ahead, Noise, PolicyFault, Reply, Sampling
+from ratchet_vla.runtime.startup_retries import passes
 
 __all__ = ["PolicyClient", "PolicyLaunch", "PolicyStatus", "launch_with"]
 
@@ -54,14 +57,12 @@ class PolicyClient:
         self._arrived = threading.Condition(self._lock)
         self._replies: deque[Reply] = deque()
         self._out: Request | None = None
-        self._waiting: dict[int, Future[Any]] = {}
-        self._swapping = 0
-        self._numbers = self._asked = self._answered = self._discarded = self._restarts = 0
+        self._calls = Calls()
+        self._numbers = self._asked = self._answered = self._discarded = 0
+        self._restarts = Restarts(launch.restarts)
         self._inference = 0.0
         self._killed_for = ""
-        self._temperature = 0.0
-        self._noise: Noise | None = None
-        self._generator = np.random.default_rng(0)
+        self._sampling = Sampling()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -93,6 +94,7 @@ class PolicyClient:
             if self._state == "stopped":
                 return
             self._state = "stopped"
+            self._arrived.notify_all()
             link = self._link
         if link is not None:
             link.ask_to_stop()
@@ -121,8 +123,7 @@ class PolicyClient:
         """
         require_temperature(temperature)
         with self._lock:
-            self._temperature, self._noise = temperature, noise
-            self._generator = np.random.Generator(np.random.Philox(key=seed))
+            self._sampling = Sampling(temperature, seed, noise)
 
     @property
     def ready(self) -> bool:
@@ -138,11 +139,8 @@ class PolicyClient:
                 [observation.images[name] for name in spec.cameras],
                 np.concatenate(state).astype(np.float32) if state else np.zeros(0, np.float32),
             )
-            arrays: dict[str, Any] = {}
-            if self._temperature > 0.0:
-                shape = (spec.chunk, len(spec.action_names))
-                draw = self._noise or independent
-                arrays["noise"] = draw(self._generator, shape)
+            noise = self._sampling.draw((spec.chunk, len(spec.action_names)))
+            arrays: dict[str, Any] = {} if noise is None else {"noise": noise}
             if ahead is not None:
                 arrays["committed"] = np.asarray(ahead.committed, np.float32)
             self._numbers += 1
@@ -152,12 +150,12 @@ class PolicyClient:
                 "slot": slot,
                 "sequence": sequence,
                 "instruction": observation.instruction,
-                "temperature": self._temperature,
+                "temperature": self._sampling.temperature,
                 "delay": ahead.delay if ahead else 0,
             }
-            self._out = Request(
-                self._numbers, observation.stamp, observation.sequence, self._temperature, time.monotonic()
-            )
+            now = time.monotonic()
+            temperature = self._sampling.temperature
+            self._out = Request(self._numbers, observation.stamp, observation.sequence, temperature, now)
             self._asked += 1
             if not link.send(message, arrays):
                 self._kill("policy.hung", "the policy process takes no messages")
@@ -213,11 +211,11 @@ class PolicyClient:
                 pid=self._link.pid if self._link else 0,
                 base_hash=self.base_hash,
                 adapter_id=self._adapter_id,
-                swapping=self._swapping > 0,
+                swapping=self._calls.swapping > 0,
                 asked=self._asked,
                 answered=self._answered,
                 discarded=self._discarded,
-                restarts=self._restarts,
+                restarts=self._restarts.total,
                 busy_for=time.monotonic() - out.sent if out else 0.0,
                 inference=self._inference,
                 error=self._error,
@@ -237,6 +235,7 @@ class PolicyClient:
             self.computing = link.computing
             self._adapter_id = self._wanted_adapter = link.adapter_id
             self._state, self._error, self._killed_for = "ready", "", ""
+            self._restarts.serving(time.monotonic())
             self._arrived.notify_all()
 
     def _require_running(self) -> None:
@@ -281,7 +280,7 @@ class PolicyClient:
             if message["type"] in ("chunk", "failed"):
                 self._answer(message, arrays)
                 self._arrived.notify_all()
-            future = self._waiting.pop(number, None)
+            future = self._calls.take(number)
             if message["type"] == "swapped":
                 self._adapter_id = self._wanted_adapter = message["report"]["new_id"]
                 self._error = ""
@@ -290,7 +289,6 @@ class PolicyClient:
                 if message["type"] == "refused":  # the tag that the policy follows leads to something that does not fit
                     self._error = str(remote_error(message["error"]))
                 return
-            self._swapping -= message["type"] != "adapters"
         if message["type"] == "refused":
             future.set_exception(remote_error(message["error"]))
         else:
@@ -314,47 +312,48 @@ class PolicyClient:
             self._replies.append(out.answer(message, arrays))
 
     def _lost(self) -> bool:
-        """The process is gone. True where another one was started in its place."""
+        """The process is gone. True where another one serves in its place."""
         with self._lock:
             if self._state == "stopped":
                 return False
             how = self._link.exit_status() if self._link else "not started"
             code, why = (self._killed_for or f"policy.crashed\nthe policy process ended ({how})").split("\n", 1)
-            again = self._restarts < self.launch.restarts
-            self._state, self._error = "restarting" if again else "failed", why
-            self._replies.append(PolicyFault(code, why))
-            waiting, self._waiting, self._swapping = self._waiting, {}, 0
+        pause = self._restarts.pause(time.monotonic())
+        while self._down(code, why, again=pause is not None):
+            with self._arrived:
+                if self._arrived.wait_for(lambda: self._state == "stopped", pause):
+                    return False
+            try:
+                self._launch()
+                return True
+            except (RatchetError, OSError) as error:
+                code, why = "policy.crashed", f"started again in vain: {error}"
+                mends = not isinstance(error, RatchetError) or passes(error.code)
+                pause = self._restarts.pause(time.monotonic()) if mends else None
+        return False
+
+    def _down(self, code: str, why: str, *, again: bool) -> bool:
+        """Tell what happened, and to whoever waits for an answer that none comes. True where another start follows."""
+        with self._arrived:
+            waiting = self._calls.take_all()
+            stopped = self._state == "stopped"
+            if not stopped:
+                self._state, self._error = "restarting" if again else "failed", why
+                self._replies.append(PolicyFault(code, why))
             self._arrived.notify_all()
-        for future in waiting.values():
+        for future in waiting:
             future.set_exception(RatchetError(code, why, fix="ask again when the policy is ready"))
         self._end()
-        if not again:
-            return False
-        self._restarts += 1
-        try:
-            self._launch()
-        except (RatchetError, OSError) as error:
-            self._end()
-            with self._arrived:
-                if self._state == "stopped":
-                    return False
-                self._state, self._error = "failed", str(error)
-                self._replies.append(PolicyFault("policy.crashed", f"restart failed: {error}"))
-                self._arrived.notify_all()
-            return False
-        return True
+        return again and not stopped
 
     def _call(self, message: dict[str, Any]) -> Future[Any]:
-        future: Future[Any] = Future()
         with self._lock:
             if self._link is None or self._state != "ready":
-                future.set_exception(
+                return refused(
                     RatchetError("policy.not_ready", f"the policy is {self._state}", fix="ask when it is ready")
                 )
-                return future
             self._numbers += 1
-            self._waiting[self._numbers] = future
-            self._swapping += message["type"] == "swap"
+            future = self._calls.add(self._numbers, message["type"])
             if not self._link.send({**message, "id": self._numbers}):
                 self._kill("policy.hung", "the policy process takes no messages")
         return future

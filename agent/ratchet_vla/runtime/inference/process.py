@@ -37,7 +37,7 @@ class PolicyLaunch:
     nice: added to the process's niceness, so that inference never delays a control tick on a busy machine.
     memory_limit: bytes of private memory that the process may have; 0 for no limit.
     start_timeout: seconds until it must be ready. hang_timeout: seconds without an answer after which it is killed.
-    restarts: how often it is started again after a crash or a hang, within one session.
+    restarts: how often in a row it is started again after a crash or a hang, see `restarts`.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -32,6 +32,18 @@ def independent(generator: np.random.Generator, shape: tuple[int, int]) -> Float
     return generator.random(shape, np.float32)
 
 
+class Sampling:
+    """How actions are drawn. temperature: 0 acts greedily. noise: `independent` if absent."""
+
+    def __init__(self, temperature: float = 0.0, seed: int = 0, noise: Noise | None = None) -> None:
+        self.temperature, self._noise = temperature, noise or independent
+        self._generator = np.random.Generator(np.random.Philox(key=seed))
+
+    def draw(self, shape: tuple[int, int]) -> Float32 | None:
+        """The next chunk's noise, (K, D) float32 in [0, 1); None where none is needed."""
+        return self._noise(self._generator, shape) if self.temperature > 0.0 else None
+
+
 @dataclass(frozen=True)
 class Ahead:
     """What will already have been sent when an answer arrives: for policies with real-time chunking.

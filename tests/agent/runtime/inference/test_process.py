@@ -2,12 +2,14 @@
 see a late chunk and a coded reason.
 
 Pinned: handshake and its refusals, frames through shared memory, swaps beside inference, crash (SIGKILL), hang
-(SIGSTOP), out-of-memory, malformed messages, restart under the same base and adapter, nothing left behind, no model
-code in the control process. The policy is FakePolicy (no model); waiting is on conditions, never on time.
+(SIGSTOP), out-of-memory, malformed messages, restart under the same base and adapter, also of one that dies while it
+is started again, nothing left behind, no model code in the control process. The policy is FakePolicy (no model);
+waiting is on conditions, never on time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -17,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +27,10 @@ import pytest
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, Observation
-from ratchet_vla.runtime.inference import wire
+from ratchet_vla.runtime.inference import restarts, wire
 from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch
 from ratchet_vla.runtime.inference.frames import FrameLayout, Frames, create_memory
+from ratchet_vla.runtime.inference.process import PolicyProcess
 from ratchet_vla.runtime.inference.source import Ahead, PolicyFault, Reply
 from ratchet_vla.testing.fake_contract import arm
 
@@ -176,6 +180,49 @@ def test_it_is_started_again_as_configured_with_the_same_adapter() -> None:
         os.kill(client.status().pid, signal.SIGKILL)
         eventually(client, lambda: client._state == "failed")
         assert client.status().restarts == 1
+
+
+def test_one_that_is_killed_while_it_is_started_again_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each death is told with its code; a row of them has an end."""
+    monkeypatch.setattr(restarts, "FIRST_PAUSE", 0.01)
+    handshake, doomed = PolicyProcess._handshake, 0
+
+    def greet(self: PolicyProcess, *given: Any) -> None:
+        nonlocal doomed
+        if doomed > 0:
+            doomed -= 1
+            os.kill(self.pid, signal.SIGKILL)
+        handshake(self, *given)
+
+    monkeypatch.setattr(PolicyProcess, "_handshake", greet)
+    with serving(launch={"restarts": 4}) as client:
+        wanted = client.swap("1").result(60.0)["new_id"]
+        doomed = 2
+        os.kill(client.status().pid, signal.SIGKILL)
+        eventually(client, lambda: client._state == "ready" and client._restarts.total == 3)
+        faults = [reply for reply in client.poll() if isinstance(reply, PolicyFault)]
+        assert [fault.code for fault in faults] == ["policy.crashed"] * 3
+        assert ["in vain" in fault.message for fault in faults] == [False, True, True]
+        assert all("SIGKILL" in fault.message for fault in faults)
+        reply = ask(client, 1)
+        assert isinstance(reply, ActionChunk)
+        assert reply.adapter_id == wanted
+        doomed = 2
+        os.kill(client.status().pid, signal.SIGKILL)
+        eventually(client, lambda: client._state == "failed")
+        assert (client.status().restarts, doomed) == (4, 1)
+        assert "in vain" in client.status().error
+
+
+def test_one_that_is_stopped_while_it_waits_to_be_started_again_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restarts, "FIRST_PAUSE", 1e6)
+    monkeypatch.setattr(restarts, "LONGEST_PAUSE", 1e6)
+    with serving(launch={"restarts": 2}) as client:
+        monkeypatch.setattr(client, "launch", dataclasses.replace(client.launch, module="ratchet_vla.errors"))
+        os.kill(client.status().pid, signal.SIGKILL)
+        eventually(client, lambda: len(client._replies) == 2)
+        assert client.status().state == "restarting"
+    assert client.status().state == "stopped"
 
 
 def test_nothing_is_left_behind() -> None:

@@ -36,7 +36,12 @@ class Parameters:
     )
     start_timeout: float = parameter(300.0, "Seconds until the policy process must be ready.", low=1.0, high=3600.0)
     hang_timeout: float = parameter(10.0, "Seconds without an answer after which it is killed.", low=0.1, high=600.0)
-    restarts: int = parameter(3, "How often it is started again after a crash or a hang.", low=0, high=1000)
+    restarts: int = parameter(
+        5,
+        "How often in a row it is started again after a crash or a hang; one that served for 10 s begins a new row.",
+        low=0,
+        high=1000,
+    )
     mode: str = parameter("deploy", "Chunk execution where a goal does not say.", one_of=("deploy", "collect"))
     use: int = parameter(
         0, "Actions of each chunk before the next takes over; 0: half (deploy), all (collect).", low=0, high=1000

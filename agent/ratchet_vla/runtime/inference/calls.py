@@ -1,0 +1,43 @@
+"""Questions to the policy process other than for chunks: each waits as a future for the answer with its number.
+
+Knows numbers and futures. Knows no process and no lock: whoever owns it keeps other threads away, but from the futures.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+from ratchet_vla.errors import RatchetError
+
+
+class Calls:
+    """Those that are out. swapping: how many of them are adapters on their way into force."""
+
+    def __init__(self) -> None:
+        self._out: dict[int, tuple[str, Future[Any]]] = {}
+
+    @property
+    def swapping(self) -> int:
+        return sum(kind == "swap" for kind, _ in self._out.values())
+
+    def add(self, number: int, kind: str) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._out[number] = (kind, future)
+        return future
+
+    def take(self, number: int) -> Future[Any] | None:
+        """The future that the answer with this number is for; None where nobody asked."""
+        return self._out.pop(number, ("", None))[1]
+
+    def take_all(self) -> list[Future[Any]]:
+        futures = [future for _, future in self._out.values()]
+        self._out.clear()
+        return futures
+
+
+def refused(error: RatchetError) -> Future[Any]:
+    """The answer to what could not be asked."""
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
