@@ -88,6 +88,8 @@ class ControlLoop:
         self.executor.reset()
         self.executor.retired()
         self.source.forget()
+        if self.source.ready:
+            self.source.poll()  # faults of an earlier process, which nobody asked for while the arm was at rest
         self._cancel.clear()
         self._human = None
         self.watchdog.forget()

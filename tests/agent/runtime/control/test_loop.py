@@ -209,6 +209,18 @@ def test_a_fault_of_the_policy_drops_the_plan_and_holds() -> None:
     assert rig.sink.outcomes[-1].marks[-1] == Mark.SKIPPED
 
 
+def test_what_failed_while_the_arm_was_at_rest_and_is_mended_is_no_fault_of_the_next_episode() -> None:
+    rig = Rig(CollectExecutor(CONTRACT))
+    rig.run(K)
+    rig.loop.stop()
+    rig.source.poll()
+    rig.source.faults.append(PolicyFault("policy.crashed", "on purpose"))
+    rig.loop.begin("task", "move")
+    rig.run(K)
+    assert rig.codes == []
+    assert rig.safety.state is not SafetyState.LATCHED
+
+
 def test_late_repeated_and_reordered_chunks_are_dropped() -> None:
     rig = Rig(DeployExecutor(CONTRACT, use=6), delay=0.1)
     rig.run(20)
@@ -382,9 +394,8 @@ def test_episodes_end_for_a_reason_apart_from_success() -> None:
     assert end.termination is Termination.CANCELLED
     assert r.robot.commands[-1][1] is None
     r = rig()
-    r.source.faults.append(PolicyFault("policy.crashed", "on purpose"))
-    r.source.forget = lambda: None  # type: ignore[method-assign]
-    end = r.loop.run_episode("t", "move", horizon=20)
+    fault = PolicyFault("policy.crashed", "on purpose")
+    end = r.loop.run_episode("t", "move", horizon=20, on_tick=lambda t: r.source.faults.append(fault))
     assert (end.termination, end.reason) == (Termination.FAULT, "policy.crashed")
     r = rig()
     r.source.silent = True
