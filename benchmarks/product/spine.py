@@ -285,24 +285,29 @@ def cost(folder: Path, goals: int, seconds: float) -> dict[str, Any]:
         said = [json.loads(line) for line in running[-1].said if line.startswith('{"recorded"')]
     finally:
         stop(*running, beside)
-    inside = [s for told in said for s in told["inside"]]
-    p50, p99 = np.percentile(inside, [50, 99]) * 1e3
     turns = {
         "with": [told for told in said if told["recorded"]],
         "without": [told for told in said if not told["recorded"]],
     }
+    inside = [s for told in turns["with"] for s in told["inside"]]
+    preempted = [p for told in turns["with"] for p in told["preempted"]]
+    calm = [s for s, p in zip(inside, preempted, strict=True) if not p]
     return {
-        "p50_ms": float(p50),
-        "p99_ms": float(p99),
-        "max_ms": max(inside) * 1e3,
-        "begin_ms": max(told["begin"] for told in said if told["recorded"]) * 1e3,
-        "ticks": len(inside),
-        "preempted_ticks": sum(t["preempted"] for t in said),
-        "missed": {name: sum(t["missed"] for t in turn) for name, turn in turns.items()},
-        "work_p99_ms": {
-            name: float(np.percentile([w for t in turn for w in t["work"]], 99)) * 1e3 for name, turn in turns.items()
-        },
+        **spread(calm),
+        "begin_ms": max(told["begin"] for told in turns["with"]) * 1e3,
+        "ticks": len(calm),
+        "preempted_ticks": sum(preempted),
+        "preempted_too": spread(inside),
+        "waited_ticks": sum(told["waited"] for told in turns["with"]),
+        "missed": {name: sum(told["missed"] for told in turn) for name, turn in turns.items()},
+        "to_command": {name: spread([s for told in turn for s in told["commanded"]]) for name, turn in turns.items()},
+        "whole_tick": {name: spread([s for told in turn for s in told["done"]]) for name, turn in turns.items()},
     }
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    p50, p99 = np.percentile(seconds, [50, 99])
+    return {"p50_ms": float(p50) * 1e3, "p99_ms": float(p99) * 1e3, "max_ms": max(seconds) * 1e3}
 
 
 def disk(store: EpisodeStore) -> dict[str, float]:
@@ -377,6 +382,9 @@ def report(console: Console, found: dict[str, Any], peace: Counts, kills: Counts
         f"recording, per tick: p99 {paid['p99_ms']:.3f} ms over {paid['ticks']} ticks, before the first at most "
         f"{paid['begin_ms']:.2f} ms; missed {missed['with']} with it, {missed['without']} without"
     )
+    for name, what in (("to_command", "until the command is out"), ("whole_tick", "the whole tick")):
+        told = ", ".join(f"{turn} {row['p50_ms']:.2f} and {row['p99_ms']:.2f} ms" for turn, row in paid[name].items())
+        console.print(f"{what}, median and p99 of all ticks, recording: {told}")
     rate = f"{took['bytes_per_episode'] / 1e3:.0f} kB an episode, {took['bytes_per_second'] / 1e3:.0f} kB/s"
     former = f"{FORMER['bytes'] / 1e3:.0f} kB an episode, {FORMER['bytes'] / FORMER['seconds'] / 1e3:.0f} kB/s"
     console.print(f"on the disk: {rate}; the nodes' former recorder: {former}")
