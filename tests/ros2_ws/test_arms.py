@@ -9,6 +9,7 @@ clocks are compared beyond the contract's limits.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from geometry_msgs.msg import TwistStamped
 from ratchet_msgs import msg
+from rclpy.parameter import Parameter
 from std_msgs.msg import Float64MultiArray
 
 from ratchet_ros.messages import qos
@@ -88,6 +90,16 @@ def test_a_hold_keeps_the_pose_and_the_grip(rig: Rig) -> None:
         assert np.abs(np.array(values)).max() > 0.05  # never zeros
     gripper = rig.contract.ros.commands[1].topic
     assert len(rig.arm.got[gripper]) == 1  # an unchanged gripper is not told again
+
+
+@pytest.mark.parametrize("rig", ["so101"], indirect=True)
+def test_a_parameter_that_is_set_leaves_the_active_node_answering(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken_over = threading.Event()
+    monkeypatch.setattr(rig.safety, "changed", taken_over.set)
+    (result,) = rig.safety.set_parameters([Parameter("use_sim_time", value=False)])
+    assert result.successful
+    assert taken_over.wait(10.0)
+    assert rig.send(msg.Command.ACTION, small_action(rig.contract, rig.arm)).marks == 0
 
 
 @pytest.mark.parametrize("rig", ["ur5e"], indirect=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from ratchet_ros.messages.times import SimulatedTime, SteadyTime, TimeBase, seco
 from ratchet_ros.nodes.base import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.nodes.params import parameter
 from ratchet_ros.safety.last_stage import LastStage, Order
-from ratchet_vla.contract import RobotContract
+from ratchet_vla.contract import CommandSink, RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Mark, SafetyEvent
 from ratchet_vla.runtime.control.priority import real_time
@@ -109,14 +110,15 @@ class SafetyNode(RatchetNode):
             wake=(lambda: None) if simulated else self._hurry,
         )
         gauge = self.stage.filter.limiter.gauge
-        self._sinks, self._to_arm = [], []
+        self._sinks: list[tuple[CommandSink, Any, list[int], Callable[[Any], None]]] = []
+        self._to_arm: list[Any] = []
         names = [d.name for d in self.contract.action.dims]
         for sink in wiring.commands:
             encoder = encode.make_encoder(self.contract, sink, gauge.position_field, gauge.rotation_field)
             self._require_alone(sink.topic)
             out = self._output(sink)
             self._sinks.append((sink, encoder, [names.index(d) for d in sink.dims], out))
-        self._applied = self._keep(self.create_publisher(msg.Applied, "applied", qos.EVENTS))
+        self._applied_out = self._keep(self.create_publisher(msg.Applied, "applied", qos.EVENTS))
         self._events = self._keep(self.create_publisher(msg.SafetyEvent, "safety_events", qos.EVENTS))
         self._status = self._keep(self.create_publisher(msg.SafetyStatus, "safety_status", qos.STATUS))
         self._keep(self.create_subscription(msg.Command, "command", self._on_command, qos.COMMANDS))
@@ -159,7 +161,8 @@ class SafetyNode(RatchetNode):
 
     def diagnose(self) -> list[Line]:
         assert self.stage is not None
-        stage, lines = self.stage, []
+        stage = self.stage
+        lines: list[Line] = []
         state = stage.filter.state
         level = ERROR if state is SafetyState.LATCHED else WARN if state is SafetyState.HOLDING else OK
         text = f"{state.value}{f' ({stage.filter.cause})' if stage.filter.cause else ''}"
@@ -255,7 +258,7 @@ class SafetyNode(RatchetNode):
                 message = encoder.hold(state, stamp)
                 if message is not None:
                     out(message)
-        self._applied.publish(
+        self._applied_out.publish(
             msg.Applied(
                 stamp=stamp,
                 session=order.session if order else 0,
