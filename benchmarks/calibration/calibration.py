@@ -133,7 +133,8 @@ def off(a: Float, b: Float) -> tuple[float, float]:
 
 def of_arms(trials: int, console: Console) -> dict[str, Any]:
     exact = 0.0
-    for mounting in ("eye_in_hand", "eye_to_hand"):
+    mountings: tuple[Mounting, Mounting] = ("eye_in_hand", "eye_to_hand")
+    for mounting in mountings:
         x, told, seen = arm(mounting, ARMS[0][1], ARMS[0][2], 1, (0.0, 0.0, 0.0))
         found = handeye.calibrate(ARMS[0][2], ARMS[0][1], mounting, told, seen, folds=0)
         exact = max(exact, float(np.abs(difference(x, found.camera)).max()))
@@ -142,7 +143,7 @@ def of_arms(trials: int, console: Console) -> dict[str, Any]:
     inside, seconds = [], []
     for trial in track(range(trials), "hand-eye", console=console):
         name, camera, board = ARMS[trial % len(ARMS)]
-        mounting: Mounting = ("eye_in_hand", "eye_to_hand")[trial // len(ARMS) % 2]  # type: ignore[assignment]
+        mounting = mountings[trial // len(ARMS) % 2]
         x, told, seen = arm(mounting, camera, board, 1000 + trial, (PIXEL, ANGLE, LENGTH))
         started = time.perf_counter()
         found = handeye.calibrate(board, camera, mounting, told, seen, folds=0)

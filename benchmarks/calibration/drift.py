@@ -30,7 +30,7 @@ from scipy.spatial.transform import Rotation
 from benchmarks.harness.results import machine
 from ratchet_calibration.cameras import drift
 from ratchet_sim import registry
-from ratchet_sim.libero.env import with_image_size
+from ratchet_sim.libero.env import LiberoTaskEnv, with_image_size
 from ratchet_vla.errors import RatchetError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,9 @@ class Scene:
 
     def __init__(self, task: str, states: tuple[int, ...]) -> None:
         contract = with_image_size(registry.contract_for(SUITE), 640, 480)
-        self.env: Any = registry.make_env(SUITE, task, contract)
+        env = registry.make_env(SUITE, task, contract)
+        assert isinstance(env, LiberoTaskEnv)
+        self.env = env
         self.states = states
         self.env.reset(states[0])
         model = self.env.model

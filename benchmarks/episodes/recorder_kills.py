@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         entered = len(there)
     finally:
         shutil.rmtree(folder)
-    result = {
+    figures = {
         "command": ["python", "-m", "benchmarks.episodes.recorder_kills", *(sys.argv[1:] if argv is None else argv)],
         "machine": machine(),
         "repeats": kills,
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         "goal": {"finished_lost": 0, "unreadable": 0},
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"{opened} files were open when killed; of each, the last {_words(lost, 's')} were not on the disk yet")
     print(f"recovery took {_words([r * 1e3 for r in recovery], 'ms')} per file")
     print(

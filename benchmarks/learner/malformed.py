@@ -42,7 +42,7 @@ def malformed(draw: random.Random, robot: str) -> list[bytes]:
     if kind == 4:
         return [msgpack.packb({"v": draw.choice([0, 2, 99, "1", None, True, -1]), "k": "hello", "robot": robot})]
     if kind == 5:
-        wrong = draw.choice([-1, 2**63 - 1, 1.5, None, [], {}, "0", b"0", True])
+        wrong: Any = draw.choice([-1, 2**63 - 1, 1.5, None, [], {}, "0", b"0", True])
         return [msgpack.packb({"v": 1, "k": "chunk", **good, "offset": wrong}), b"x"]
     if kind == 6:
         return [msgpack.packb({"v": 1, "k": draw.choice(["", "state", "stored", "eval", "../x", "k" * 500]), **good})]

@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     table.add_column("quantity")
     table.add_column("relative error", justify="right")
     table.add_column("goal")
-    for name, error in errors.items():
-        table.add_row(name, f"{error:.2e}", f"< {GOAL:.0e}")
+    for name, relative_error in errors.items():
+        table.add_row(name, f"{relative_error:.2e}", f"< {GOAL:.0e}")
     Console(width=80).print(table)
 
     worst = max(errors.values())

@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -87,8 +87,9 @@ class Ratchet:
 
 class Naive:
     def __init__(self, suite: str, task: str) -> None:
-        from ratchet_sim.libero.env import CONTRACT, RobotContract
+        from ratchet_sim.libero.env import CONTRACT
         from ratchet_sim.testing.libero_reference import ReferenceLibero
+        from ratchet_vla.contract import RobotContract
 
         self.env = ReferenceLibero(suite, task)
         self.scale = np.array([d.command_scale for d in RobotContract.load(CONTRACT).action.dims], np.float32)
@@ -109,7 +110,7 @@ class Naive:
         self.env.close()
 
 
-SIDES = {"naive": Naive, "ratchet": Ratchet}
+SIDES: dict[str, Callable[[str, str], Side]] = {"naive": Naive, "ratchet": Ratchet}
 
 
 def record(suite: str, task: str, states: Sequence[int], limit: int) -> list[Episode]:

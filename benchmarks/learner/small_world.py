@@ -197,7 +197,7 @@ class World:
     root: Path
     config: ServiceConfig = CONFIG
     gate: GateConfig = GATE
-    parts: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, tuple[PrismaticPolicy, Lora]] = field(default_factory=dict)
     address: str = "tcp://127.0.0.1:*"
 
     def __post_init__(self) -> None:
@@ -266,8 +266,7 @@ class Robot:
             def serve(adapter: str) -> PrismaticPolicy:
                 if self.swapper.current_id != adapter:
                     self.swapper.swap(adapter)
-                running: PrismaticPolicy = policy
-                return running
+                return policy
 
             self.collector = Collector(
                 self.client, self.outbox, serve, lambda adapter: adapter in self.store.ids(), FakeChunkEnv(), TASKS,

@@ -263,7 +263,7 @@ def cost(folder: Path, goals: int, seconds: float) -> dict[str, Any]:
     contract = ROOT / "robots" / "metaworld.yaml"
     store = {"episodes": str(folder / "cost"), "record_least_free_gb": 0.1}
     policy = {"policy": str(ROOT / "models" / "small-metaworld"), "policy_python": sys.executable, "judge": "none"}
-    nodes = {
+    nodes: dict[str, dict[str, Any]] = {
         "ratchet_ros sim_robot_node": {"task": "button-press"},
         "ratchet_ros safety_node": {"use_sim_time": True},
         "benchmarks.runtime.ros.recording_cost": {"use_sim_time": True, "mode": "collect", **policy, **store},

@@ -71,7 +71,9 @@ def flow_policy(config: Any, spec: PolicySpec, device: torch.device) -> FlowPoli
     statistics = FlowStatistics(
         "random", spec.action_units, (0.0,) * dims, (0.02,) * dims, (0.0,) * state, (1.0,) * state
     )
-    return on(device, lambda: FlowPolicy(config, spec, statistics, train_tokenizer(WORDS, 300)), config.compute_dtype)
+    words = train_tokenizer(WORDS, 300)
+    made: FlowPolicy = on(device, lambda: FlowPolicy(config, spec, statistics, words), config.compute_dtype)
+    return made
 
 
 def on(device: torch.device, make: Callable[[], Any], compute_dtype: str) -> Any:
@@ -104,8 +106,8 @@ def build(name: str, device: torch.device) -> AnyPolicy:
         words = train_tokenizer(WORDS, 300)
         made: AnyPolicy = on(device, lambda: PrismaticPolicy(config, spec, statistics, words), "bfloat16")
         return made
-    config, size = (smolvla_base(), 512) if name == "smolvla" else (pi0_base(), 224)
-    return flow_policy(config, robot("libero", 50, size, 2, True, 0), device)
+    flow_config, size = (smolvla_base(), 512) if name == "smolvla" else (pi0_base(), 224)
+    return flow_policy(flow_config, robot("libero", 50, size, 2, True, 0), device)
 
 
 def observation(policy: AnyPolicy, seed: int) -> PolicyInput:

@@ -96,7 +96,8 @@ class Plain:
         logits = self.logits(batch)[:, -self.policy.actions - 1 : -1] / temperature
         other = torch.ones(logits.shape[-1], dtype=torch.bool)
         other[rows] = False
-        return logits.masked_fill(other, -torch.inf).log_softmax(-1).unflatten(1, (spec.chunk, len(spec.action_names)))
+        log_probs = logits.masked_fill(other, -torch.inf).log_softmax(-1)
+        return log_probs.reshape(len(log_probs), spec.chunk, len(spec.action_names), -1)
 
     def log_prob(self, batch: PolicyInput, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """As `Policy.log_prob`."""

@@ -205,7 +205,7 @@ def judge_segment(episode: Episode, rows: list[Row], worst: dict[str, float]) ->
         linear = out[:count] - aim if absolute else out[:count]
         aim = out[:count] if absolute else aim
         angular = np.zeros(0)
-        if turning and absolute:
+        if turned is not None:
             new = _rotation(out[turning], form)
             angular, turned = (new * turned.inv()).as_rotvec(), new
         elif turning:

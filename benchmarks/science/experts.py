@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -45,7 +46,7 @@ def attempt(env: TaskEnv, expert: Expert, state: int, horizon: int) -> int:
     return 0
 
 
-def measure(info: TaskInfo, states: list[int], noise: NoiseConfig) -> dict[str, object]:
+def measure(info: TaskInfo, states: list[int], noise: NoiseConfig) -> dict[str, Any]:
     """Both columns of one task: steps to success per initial state."""
     env = registry.make_env(info.suite, info.name)
     try:

@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     table = Table(title="PrismaticPolicy against the published code (float32)")
     for column in ("folder", "attention", "quantity", "relative error", "other greedy tokens"):
         table.add_column(column, justify="right" if column.startswith(("relative", "other")) else "left")
-    rows = []
+    rows: list[dict[str, Any]] = []
     try:
         for folder, file, attention in cases(folders):
             errors, different = compare(folder, file, attention)

@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def stored(path: Path) -> list[Trial]:
 
 def of_base(trials: list[Trial], names: tuple[str, ...]) -> Interval | None:
     """Mean success of the base over tasks. Greedy, all trials saw the same; sampled, each seed its own luck."""
-    seen = []
+    seen: list[tuple[list[Mapping[str, bool]], Interval]] = []
     for trial in trials:
         cells = [trial.matrix.get(0, name) for name in names]
         marks = [c.episodes for c in cells if c is not None]

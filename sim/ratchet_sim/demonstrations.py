@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -120,7 +121,8 @@ def demonstrate(
         states: a state that is named again is run again with other noise.
         stride: control steps between samples; frames are rendered for these alone.
     """
-    samples: dict[str, list[np.ndarray]] = {"images": [], "state": [], "actions": [], "start": [], "scene": []}
+    samples: dict[str, list[np.ndarray]] = {"images": [], "state": [], "actions": [], "scene": []}
+    starts: list[int] = []
     low_limits = np.array([dim.low for dim in env.contract.action.dims], np.float32)
     high_limits = np.array([dim.high for dim in env.contract.action.dims], np.float32)
     dim_names = [dim.name for dim in env.contract.action.dims]
@@ -139,7 +141,7 @@ def demonstrate(
         labels: list[np.ndarray] = []
         undisturbed: list[bool] = []
         burst_left = 0
-        displacement = np.zeros_like(low_limits)
+        displacement: np.ndarray = np.zeros_like(low_limits)
         # Samples begin at a random phase, so that no control step of the episode is systematically left out.
         sample_phase = int(generator.integers(stride))
         for step in range(env.info.horizon):
@@ -186,9 +188,9 @@ def demonstrate(
                 samples["images"].append(image)
                 samples["state"].append(state_vector)
                 samples["actions"].append(np.stack(labels[step : step + chunk]))
-                samples["start"].append(np.int64(initial_state))
+                starts.append(initial_state)
                 samples["scene"].append(scene)
-    if not samples["start"]:
+    if not starts:
         raise RatchetError(
             "sim.no_demonstrations",
             "the expert succeeded from none of the states",
@@ -198,15 +200,15 @@ def demonstrate(
         images=np.stack(samples["images"]),
         state=np.stack(samples["state"]).astype(np.float32),
         actions=np.stack(samples["actions"]).astype(np.float32),
-        task=np.zeros(len(samples["start"]), np.int64),
-        start=np.array(samples["start"], np.int64),
+        task=np.zeros(len(starts), np.int64),
+        start=np.array(starts, np.int64),
         scene=np.stack(samples["scene"]).astype(np.float32),
         tasks=[env.info.name],
         instructions=[env.info.instruction],
     )
 
 
-def _work(job: tuple) -> Demonstrations:
+def _work(job: tuple[str, str, Sequence[int], dict[str, Any]]) -> Demonstrations:
     suite, task, states, options = job
     env = registry.make_env(suite, task)
     try:

@@ -47,7 +47,7 @@ def contract_file(folder: Path, cameras: int, width: int, height: int, hz: float
     return path
 
 
-class Driver(Node):
+class Driver(Node):  # type: ignore[misc]  # rclpy is not among the packages that are checked
     """Publishes states and frames when told to; keeps the moment and the values of every command."""
 
     def __init__(self, contract: RobotContract, lock_step: bool) -> None:

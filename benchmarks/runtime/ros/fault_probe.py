@@ -57,8 +57,8 @@ class Bench:
         self.contract = RobotContract.load(self.path)
         self.driver = Driver(self.contract, lock_step=False)
         self.stopped = {"states": False, "frames": False}
-        self.driver.create_timer(0.01, lambda: self.stopped["states"] or self.driver.state(time.time()))
-        self.driver.create_timer(1 / 30, lambda: self.stopped["frames"] or self.driver.frames(time.time()))
+        self.driver.create_timer(0.01, self._publish_state)
+        self.driver.create_timer(1 / 30, self._publish_frames)
         self.background = in_background(self.driver)
         self.node = Node("bench_observer")
         self.executor = SingleThreadedExecutor()
@@ -74,6 +74,14 @@ class Bench:
         self.intruder: Any = None
         self.nodes.start("safety_node", contract=str(self.path))
         self.start_policy()
+
+    def _publish_state(self) -> None:
+        if not self.stopped["states"]:
+            self.driver.state(time.time())
+
+    def _publish_frames(self) -> None:
+        if not self.stopped["frames"]:
+            self.driver.frames(time.time())
 
     def start_policy(self) -> None:
         parameters = fake_policy(self.python, 16) | {"restarts": 100, "hang_timeout": 0.4}

@@ -7,8 +7,10 @@ stage, the command through DDS, the last safety stage, encoding, DDS again.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from collections.abc import Sized
 
 import rclpy
 from ratchet_msgs import msg
@@ -23,6 +25,11 @@ from ratchet_ros.messages.times import to_time
 from ratchet_vla.contract import RobotContract
 
 WARM = 20
+
+
+def longer(commands: Sized, count: int) -> bool:
+    """Whether there are more than `count` by now."""
+    return len(commands) > count
 
 
 def main() -> None:
@@ -71,7 +78,7 @@ def main() -> None:
             count = len(driver.commands)
             now += period
             began = publish()
-            until(executor, lambda count=count: len(driver.commands) > count, "a command")
+            until(executor, functools.partial(longer, driver.commands, count), "a command")
             if step >= WARM:
                 seconds.append(driver.commands[count][0] - began)
                 inference.append(statuses[-1].inference if statuses else 0.0)

@@ -152,7 +152,8 @@ def spoiled(image: NDArray[np.uint8], look: Look, generator: np.random.Generator
     # A linear ramp in a random direction: brightest at one side, darker by `light` at the other.
     brightness = 1 - look.light * (0.5 + 0.5 * (np.cos(light_angle) * across + np.sin(light_angle) * down) / np.sqrt(2))
     pixels = pixels * (look.gain * brightness)[..., None] + generator.normal(0, look.noise, pixels.shape)
-    return pixels.round().clip(0, 255).astype(np.uint8)
+    spoiled_image: NDArray[np.uint8] = pixels.round().clip(0, 255).astype(np.uint8)
+    return spoiled_image
 
 
 def poses(

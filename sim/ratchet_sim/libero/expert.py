@@ -77,7 +77,7 @@ class LiberoExpert(Expert):
         # A phase may hand over to another one within the same step; four hand-overs are more than the graph has.
         for _ in range(4):
             phase = self._phase
-            action = getattr(self, f"_{phase}")(env)
+            action: Float32 = getattr(self, f"_{phase}")(env)
             if self._phase == phase:
                 break
         return action
@@ -281,7 +281,8 @@ class LiberoExpert(Expert):
         return np.array(env.data.xpos[env.bodies[self._object]])
 
     def _object_in_hand(self, env: LiberoTaskEnv) -> np.ndarray:
-        return (self._object_position(env) - self._position(env)) @ self._orientation(env)
+        offset: np.ndarray = (self._object_position(env) - self._position(env)) @ self._orientation(env)
+        return offset
 
     def _dropped(self, env: LiberoTaskEnv) -> bool:
         return bool(np.linalg.norm(self._object_in_hand(env) - self._hold) > 0.03)

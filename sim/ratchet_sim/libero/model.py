@@ -117,7 +117,8 @@ class CompiledTask:
         self._sim.data._data = data
         self.model.site_rgba[:] = site_rgba
         self._domain._post_process()
-        return self.model.site_rgba.copy()
+        updated_rgba: np.ndarray = self.model.site_rgba.copy()
+        return updated_rgba
 
     def render(self, camera_spec: CameraSpec, camera: int, qpos: np.ndarray, site_rgba: np.ndarray) -> UInt8:
         """(H, W, 3) uint8 as OpenGL delivers it, of positions qpos: (nq,). Raises RatchetError sim.no_gl."""

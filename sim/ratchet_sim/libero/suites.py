@@ -110,11 +110,11 @@ def _root(path_kind: str) -> Path:
 
 
 def _bddl(task: Any) -> Path:
-    return _root("bddl_files") / task.problem_folder / task.bddl_file
+    return _root("bddl_files").joinpath(task.problem_folder, task.bddl_file)
 
 
 def _states_file(task: Any) -> Path:
-    return _root("init_states") / task.problem_folder / f"{task.init_states_file}.npz"
+    return _root("init_states").joinpath(task.problem_folder, f"{task.init_states_file}.npz")
 
 
 def _complete(task: Any) -> bool:

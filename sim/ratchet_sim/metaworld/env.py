@@ -11,6 +11,7 @@ import atexit
 import copy
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -344,7 +345,8 @@ class MetaWorldExpert(Expert):
     def __init__(self, task: str) -> None:
         if f"{task}-v3" not in ENV_POLICY_MAP:
             raise unknown_name("task", task, INSTRUCTIONS, "sim.unknown_task")
-        self._make = ENV_POLICY_MAP[f"{task}-v3"]
+        policies: Mapping[str, Callable[[], Any]] = ENV_POLICY_MAP  # declared as classes of the abstract base
+        self._make = policies[f"{task}-v3"]
         self._policy = self._make()
 
     def reset(self, env: TaskEnv) -> None:
@@ -356,4 +358,5 @@ class MetaWorldExpert(Expert):
             warnings.simplefilter("ignore")
             command = self._policy.get_action(env.last_observation)
         scale = np.array([dim.command_scale for dim in env.contract.action.dims], np.float32)
-        return (np.clip(command, -1.0, 1.0) * scale).astype(np.float32)
+        action: Float32 = (np.clip(command, -1.0, 1.0) * scale).astype(np.float32)
+        return action

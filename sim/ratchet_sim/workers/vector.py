@@ -80,7 +80,7 @@ class _Episode:
     chunks: list[np.ndarray] = field(default_factory=list)
 
 
-class ChunkVectorEnv(gymnasium.vector.VectorEnv):
+class ChunkVectorEnv(gymnasium.vector.VectorEnv):  # type: ignore[misc]  # its package is not followed
     """N slots spread over W worker processes. Autoreset is off: reset finished slots with `reset_mask`.
 
     Observations: {"images": (N, V, H, W, 3) uint8, "state": (N, S) float32}, views of shared memory, valid until the

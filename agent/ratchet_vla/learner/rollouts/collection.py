@@ -35,9 +35,17 @@ __all__ = ["ChunkEnv", "run_episodes"]
 class ChunkEnv(Protocol):
     """What a vector of environments must offer; `ratchet_sim.workers.vector.ChunkVectorEnv` does."""
 
-    groups: Sequence[Sequence[int]]
-    arrays: Mapping[str, Any]
-    chunk: int
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        """The slots of each worker."""
+
+    @property
+    def arrays(self) -> Mapping[str, Any]:
+        """What the slots hold now: "images", "state" and more, the slot first."""
+
+    @property
+    def chunk(self) -> int:
+        """Actions per chunk."""
 
     @property
     def contract(self) -> RobotContract: ...

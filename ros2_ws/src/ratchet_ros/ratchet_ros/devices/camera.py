@@ -13,6 +13,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from sensor_msgs.msg import CameraInfo, Image
 
 from ratchet_ros.messages import camera_calibration, decode, qos
@@ -126,7 +127,7 @@ class CameraNode(RatchetNode):
         message.header.stamp = self._clock_map.to_ros(taken)
         message.header.frame_id = f"{self._camera.name}_optical_frame"
         data = array("B")
-        data.frombytes(memoryview(pixels if pixels.flags.c_contiguous else pixels.copy()).cast("B"))
+        data.frombytes(np.ascontiguousarray(pixels).data.cast("B"))
         message.data = data
         self._out.publish(message)
         if self._info is not None and self._out_info is not None:

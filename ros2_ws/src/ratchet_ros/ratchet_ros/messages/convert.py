@@ -40,9 +40,9 @@ def chunk(source: ActionChunk, image_stamps: Iterable[float], clock: TimeBase) -
         compute_dtype=source.compute_dtype,
     )
     out.header.stamp = clock.to_ros(clock.now())
-    bins = source.tokens is not None and source.tokens.ndim == 2  # a flow's chain is recorded, not published
-    if bins and source.log_prob is not None:
-        out.tokens = array("i", source.tokens.astype(np.int32).tobytes())
+    tokens = source.tokens
+    if tokens is not None and tokens.ndim == 2 and source.log_prob is not None:  # a flow's chain is not published
+        out.tokens = array("i", tokens.astype(np.int32).tobytes())
         out.log_prob = floats(source.log_prob)
     return out
 

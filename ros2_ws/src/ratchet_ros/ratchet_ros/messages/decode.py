@@ -23,7 +23,8 @@ STATE_TYPES = {"joint_state": JointState, "pose_stamped": PoseStamped, "float64_
 
 def image_type(camera: CameraSpec) -> type[Any]:
     """Topics that end in /compressed carry CompressedImage, as image_transport names them."""
-    return CompressedImage if camera.topic.endswith("/compressed") else Image
+    kind: type[Any] = CompressedImage if camera.topic.endswith("/compressed") else Image
+    return kind
 
 
 class StateReader(readings.StateReader):

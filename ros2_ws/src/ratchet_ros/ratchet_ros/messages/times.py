@@ -24,7 +24,7 @@ TICK = 1e-6  # s that count as the same moment: stamps are rounded to nanosecond
 
 def seconds(stamp: Time) -> float:
     """ROS time as seconds."""
-    return stamp.sec + stamp.nanosec * 1e-9
+    return float(stamp.sec) + float(stamp.nanosec) * 1e-9
 
 
 def to_time(moment: float) -> Time:

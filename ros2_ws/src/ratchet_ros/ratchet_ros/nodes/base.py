@@ -35,7 +35,7 @@ SWITCH_INTERVAL = 0.0005  # s; with Python's 5 ms a busy callback delays the com
 Line = tuple[bytes, str, str, dict[str, Any]]  # level, task, message, values
 
 
-class RatchetNode(LifecycleNode):
+class RatchetNode(LifecycleNode):  # type: ignore[misc]  # rclpy is not among the packages that are checked
     """A lifecycle node. Subclasses give `Parameters` and override `setup`, `start`, `halt`, `teardown`, `diagnose`."""
 
     Parameters: type[Any]

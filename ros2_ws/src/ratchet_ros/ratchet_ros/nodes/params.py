@@ -43,6 +43,12 @@ def parameter(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def declare(node: Node, kind: type[Any]) -> None:
     """Declare every field of the dataclass on the node."""
     hints = typing.get_type_hints(kind)
@@ -55,7 +61,7 @@ def declare(node: Node, kind: type[Any]) -> None:
             descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
         if one_of:
             descriptor.additional_constraints = "one of: " + ", ".join(one_of)
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = _default_of(field)
         if hints[field.name] in (list[str], list[float]) and not default:
             node.declare_parameter(field.name, _TYPES[hints[field.name]], descriptor)
         else:
@@ -73,7 +79,7 @@ def read(node: Node, kind: type[T]) -> T:
         found = node.get_parameter_or(field.name)
         value = found.value if found is not None else None
         if value is None:
-            value = field.default_factory()  # type: ignore[misc]
+            value = _default_of(field)
         values[field.name] = list(value) if hasattr(value, "tolist") or isinstance(value, tuple) else value
         one_of = field.metadata["one_of"]
         if one_of and value not in one_of:

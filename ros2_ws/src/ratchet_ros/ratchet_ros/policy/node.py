@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,12 @@ class PolicyNode(RatchetNode):
         settings, lock_step = self.settings, self.settings.lock_step
         skew = settings.max_skew or self.contract.watchdog.observation_max_age
         self._commands = self._keep(self.create_publisher(msg.Command, "command", qos.COMMANDS))
-        waker: list[Any] = []
+        waker: list[Callable[[], None]] = []
+
+        def wake() -> None:
+            for arrived in waker:
+                arrived()
+
         watched = [c.name for c in self.contract.cameras if c.name not in cameras] if settings.episodes else []
         self.intake = Intake(
             self,
@@ -197,7 +203,7 @@ class PolicyNode(RatchetNode):
             cameras=cameras,
             max_skew=skew,
             reliable=lock_step,
-            on_data=lambda: [w() for w in waker] and None,
+            on_data=wake,
             others=watched,
             on_frame=self._on_frame,
         )

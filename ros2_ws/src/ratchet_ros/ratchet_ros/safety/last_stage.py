@@ -243,7 +243,7 @@ class LastStage:
         else:
             self._stepped = self._heard
         changed = proposal is not None and (
-            not verdict.accepted or bool((verdict.marks & ~order.marks) & (Mark.CLIPPED | Mark.RAMPED))
+            not verdict.accepted or bool((verdict.marks & ~proposal.marks) & (Mark.CLIPPED | Mark.RAMPED))
         )
         self.interventions += changed
         for event in verdict.events:

@@ -73,8 +73,8 @@ def segment_size(profile: Path) -> int | None:
         tree = ElementTree.parse(profile)
     except (OSError, ElementTree.ParseError):
         return None
-    sizes = [int(e.text) for e in tree.iter() if e.tag.endswith("segment_size") and (e.text or "").strip().isdigit()]
-    return max(sizes, default=None)
+    texts = [(element.text or "").strip() for element in tree.iter() if element.tag.endswith("segment_size")]
+    return max((int(text) for text in texts if text.isdigit()), default=None)
 
 
 def nodes(node: Node) -> list[Finding]:
