@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ratchet_vla.cli.episodes.exchange import STORE, Export, Gc, Import, opened, progress
 from ratchet_vla.episodes.library.store import Card, Damage, EpisodeStore, Stock
+from ratchet_vla.episodes.library.survey import INDEX
 from ratchet_vla.episodes.library.verification import Seen, Standing
 from ratchet_vla.episodes.review import terminal
 from ratchet_vla.errors import RatchetError
@@ -55,10 +56,11 @@ class List:
         if self.json:
             print(json.dumps([_facts(card, standing) for card, standing in found]))
             return 0
-        table = Table(box=None)
-        for column in ("id", "task", "adapter", "mode", "seconds", "human", "success", "by", "standing"):
-            right = column in ("seconds", "human")
-            table.add_column(column, justify="right" if right else "left", no_wrap=column != "task")
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        for column in ("id", "task", "adapter", "mode", "s", "human", "success", "by", "standing"):
+            right = column in ("s", "human")
+            width = 12 if column == "task" else None
+            table.add_column(column, justify="right" if right else "left", no_wrap=column != "task", min_width=width)
         for card, standing in found:
             success = standing.success if standing.state == "verified" else card.success
             table.add_row(
@@ -157,6 +159,8 @@ class Verify:
     def run(self) -> int:
         store = EpisodeStore(self.store, create=self.recover and self.store.is_dir())
         stock = store.take_stock() if self.recover else Stock([], [], [])
+        if not (store.root / INDEX).exists():
+            store = EpisodeStore(self.store)  # nothing came of it: refused, with what lies there
         if not stock.recovered:
             store.require_some()
         sound, damages = 0, []

@@ -98,14 +98,14 @@ class Status:
         if self.json:
             print(json.dumps({"open": opened, "running": self._running(), "sessions": rows}))
             return 0
-        table = Table()
-        for column in ("session", "started", "ended", "episodes", "adapters", "contract", "base"):
-            table.add_column(column)
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        for column in ("session", "ended", "episodes", "adapters", "contract", "base"):  # a session's name is its start
+            table.add_column(column, no_wrap=column != "adapters")
         for row in rows:
             ended = "open" if row["open"] else row["ended"][:19] or "cut off"
             adapters = " ".join(i[:8] for _, i in row["adapters"])
             facts = (str(len(row["episodes"])), adapters, row["contract_id"][:8], row["base_hash"][:8])
-            table.add_row(row["session"], row["started"][:19], ended, *facts)
+            table.add_row(row["session"], ended, *facts)
         Console().print(table)
         if not self._running():
             Console().print("the robot's process is not running")

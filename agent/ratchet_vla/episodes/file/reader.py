@@ -61,7 +61,12 @@ class EpisodeReader:
         self.path = Path(path)
         self._cut_off = cut_off
         if not self.path.is_file():
-            raise RatchetError("episode.missing", "no such episode file", where=str(path), fix="see the episode list")
+            raise RatchetError(
+                "episode.missing",
+                "no such episode file",
+                where=str(path),
+                fix="restore it from a copy; where there is none, `ratchet episodes judge discard ID` leaves it out",
+            )
         self.info: EpisodeInfo = self._begin()
 
     @property
@@ -139,7 +144,7 @@ class EpisodeReader:
                     if isinstance(record, Message):
                         break
         except TORN as error:
-            raise self._damaged(str(error) or type(error).__name__) from None
+            raise self._damaged(_torn(error)) from None
         raise RatchetError(
             "episode.not_an_episode",
             "an MCAP file of another recorder",
@@ -174,7 +179,7 @@ class EpisodeReader:
                             if decode is not None:
                                 yield Item(channel.topic, index, record.log_time, decode(record.data))
         except TORN as error:
-            scan.torn = str(error) or type(error).__name__
+            scan.torn = _torn(error)
         if not whole and not scan.torn:
             scan.torn = "the file ends early"
         if not self._cut_off and (scan.torn or scan.ending is None):
@@ -193,8 +198,14 @@ class EpisodeReader:
             "episode.damaged",
             what,
             where=str(self.path),
-            fix=mend if unfinished else "restore the file from a copy, or move it out of the store",
+            fix=mend
+            if unfinished
+            else "restore the file from a copy; where there is none, `ratchet episodes judge discard ID` leaves it out",
         )
+
+
+def _torn(error: Exception) -> str:
+    return f"it can't be read to its end ({str(error) or type(error).__name__})"
 
 
 def read_episode(path: Path | str, *, images: bool = True) -> Episode:

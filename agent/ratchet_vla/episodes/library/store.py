@@ -23,7 +23,7 @@ from ratchet_vla.episodes.file.reader import EpisodeReader
 from ratchet_vla.episodes.file.recovery import Recovered, recover, unfinished
 from ratchet_vla.episodes.library import labels
 from ratchet_vla.episodes.library.index import Index
-from ratchet_vla.episodes.library.survey import INDEX, kind_of, look, mcap_files, nothing_here
+from ratchet_vla.episodes.library.survey import INDEX, kind_of, look, mcap_files, nothing_here, store_around
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Episode
 from ratchet_vla.storage.documents import hash_file, sync_folder
@@ -122,7 +122,7 @@ class EpisodeStore:
             RatchetError: episode.no_store, which tells what lies there instead.
         """
         self.root = Path(root)
-        if not (self.root / INDEX).exists() and not create:
+        if not (self.root / INDEX).exists() and (not create or store_around(self.root) is not None):
             raise nothing_here("episode.no_store", "no episodes are kept here", self.root, look(self.root))
         with disk_refusals(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -301,9 +301,12 @@ class EpisodeStore:
             if path.suffix != fmt.SUFFIX or str(path.relative_to(self.root)) in entered:
                 continue
             try:
-                stock.entered.append(self.add(path))
+                card = self.add(path)
             except RatchetError as error:
                 stock.passed.append((path, error))
+                continue
+            if self.root / card.file == path:  # else a second file of one that is there
+                stock.entered.append(card)
         return stock
 
     # -- what must stay true ------------------------------------------------------------------------------------
@@ -329,12 +332,21 @@ class EpisodeStore:
         for path in mcap_files(self.root):
             if path.suffix != fmt.SUFFIX or str(path.relative_to(self.root)) in entered:
                 continue
-            kind = kind_of(path)[0]
-            if kind == "episode":
-                yield Damage("episode.not_entered", str(path), "finished, but not in the index", fatal=False)
-            else:
-                what = "can't be read as an MCAP" if kind == "broken" else "an MCAP of another recorder"
-                yield Damage("episode.not_an_episode", str(path), what, fatal=False)
+            code, what = self._not_entered(path)
+            yield Damage(code, str(path), what, fatal=False)
+
+    def _not_entered(self, path: Path) -> tuple[str, str]:
+        """Code and words for a file that the index does not name."""
+        kind = kind_of(path)[0]
+        if kind == "episode":
+            known = self.cards().get(hash_file(path))
+            if known is not None:
+                return "episode.twice", f"a second file of {known.id[:12]}, which is in {known.file}; it may go"
+            return "episode.not_entered", "finished, but not in the index; --recover enters it"
+        if kind == "nodes":
+            return "episode.not_an_episode", "of the nodes' former recorder; `ratchet episodes import` makes one of it"
+        what = "can't be read as an MCAP" if kind == "broken" else "an MCAP of another recorder"
+        return "episode.not_an_episode", what
 
     def remove(self, ids: Iterable[str], reason: str) -> int:
         """Delete episodes; the index keeps that they were there and why they went. Returns the bytes that were freed.

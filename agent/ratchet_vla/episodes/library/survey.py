@@ -6,6 +6,8 @@ Knows how recordings, data sets and stores look from outside. Reads files up to 
 from __future__ import annotations
 
 import itertools
+import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,11 +33,13 @@ class Found:
     """One kind of thing. what: how many and whose, in words. fix: the command that mends it, or what to do instead.
 
     passes: it becomes an episode by itself, once its recorder is done with it or starts again.
+    fills: episodes that are recorded into the same folder would be taken for a part of it.
     """
 
     what: str
     fix: str
     passes: bool = False
+    fills: bool = False
 
 
 def kind_of(path: Path) -> tuple[Kind, str]:
@@ -68,10 +72,13 @@ def mcap_files(root: Path) -> Iterator[Path]:
 
 def look(root: Path, known: Iterable[str] = ()) -> list[Found]:
     """What is below `root` and not among the `known` files (relative to it), kind by kind; empty for nothing."""
-    if not root.exists():
-        return []
     if root.is_file():
         return [_one_file(root)]
+    around = store_around(root)
+    if around is not None:
+        return [Found(f"this is inside the store of episodes {around}", f"name that one: {around}", fills=True)]
+    if not root.exists():
+        return []
     entered = set(known)
     kinds: Counter[Kind] = Counter()
     robots: Counter[str] = Counter()
@@ -93,10 +100,54 @@ def look(root: Path, known: Iterable[str] = ()) -> list[Found]:
 def nothing_here(code: str, what: str, root: Path, found: list[Found]) -> RatchetError:
     """The refusal of a verb that found no episode."""
     fix = "name the folder that the recorder writes to"
+    near = _stores_below(root.parent) if root.parent.is_dir() else []
+    if near:
+        fix += f", such as {near[0]}"
     if found:
         what = f"{what}, but {'; '.join(f.what for f in found)}"
         fix = "; ".join(dict.fromkeys(f.fix for f in found))
     return RatchetError(code, what, where=str(root), fix=fix)
+
+
+def store_around(root: Path) -> Path | None:
+    """The store that a folder is a part of, such as one of a session; None where it is in none."""
+    for folder in root.absolute().parents:
+        if _is_store(folder):
+            return folder if root.is_absolute() else Path(os.path.relpath(folder))
+    return None
+
+
+def require_room(root: Path) -> None:
+    """Refuse a folder in which a new store would lie among other data, or in which there can't be one.
+
+    Raises:
+        RatchetError: episode.other_folder.
+    """
+    if (root / INDEX).exists():
+        return
+    found = [f for f in look(root) if f.fills]
+    if found:
+        what = f"episodes can't be recorded here: {'; '.join(f.what for f in found)}"
+        mends = "; ".join(dict.fromkeys(f.fix for f in found))
+        raise RatchetError(
+            "episode.other_folder", what, where=str(root), fix=f"record into a new folder; for what lies here, {mends}"
+        )
+
+
+def _stores_below(root: Path) -> list[Path]:
+    """Stores of episodes one and two levels down."""
+    found = [*root.glob(f"*/{INDEX}"), *root.glob(f"*/*/{INDEX}")]
+    return sorted(p.parent for p in found if _is_store(p.parent))
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether its index is one of episodes: others call their files so, too."""
+    try:
+        with (folder / INDEX).open("rb") as file:
+            first = json.loads(file.readline(1 << 16))
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and first.get("kind") == "store"
 
 
 def _visible(root: Path) -> list[Path]:
@@ -134,6 +185,7 @@ def _nodes(number: int, root: Path, robots: Counter[str]) -> Found:
     return Found(
         _count(number, "recording") + " of the ROS nodes' former recorder",
         f"`ratchet episodes import {root} --store FOLDER` makes episodes of them",
+        fills=True,
     )
 
 
@@ -141,6 +193,7 @@ def _foreign(number: int, root: Path, robots: Counter[str]) -> Found:
     return Found(
         _count(number, "MCAP file") + " of another program",
         "bags hold no decisions: bring such data as a LeRobot data set, with `ratchet episodes import`",
+        fills=True,
     )
 
 
@@ -160,14 +213,14 @@ _WORDS: dict[Kind, Callable[[int, Path, Counter[str]], Found]] = {
 
 def _others(root: Path) -> list[Found]:
     """Data sets and stores, in the folder itself and one level down."""
-    found = []
+    found = [Found(f"a store of episodes in {s}", f"name that one: {s}", fills=True) for s in _stores_below(root)]
     for place in (root, *sorted(p for p in itertools.islice(root.iterdir(), MOST) if p.is_dir())):
         if (place / "meta/info.json").is_file():
-            found.append(Found(f"a LeRobot data set in {place}", f"`ratchet episodes import {place}`"))
-        if place != root and (place / INDEX).is_file():
-            found.append(Found(f"a store of episodes in {place}", f"name that one: {place}"))
+            mend = f"`ratchet episodes import {place}`"
+            found.append(Found(f"a LeRobot data set in {place}", mend, fills=place == root))
         if (place / "objects").is_dir() and (place / "tags").is_dir():
-            found.append(Found(f"a store of adapters in {place}", f"`ratchet adapters list --store {place}`"))
+            mend = f"`ratchet adapters list --store {place}`"
+            found.append(Found(f"a store of adapters in {place}", mend, fills=place == root))
     files = [p for ext in ("hdf5", "h5") for p in sorted(root.glob(f"*.{ext}"))]
     if files:
         found.append(Found(_count(len(files), "HDF5 file"), f"`ratchet episodes import {files[0]}`"))
@@ -176,8 +229,8 @@ def _others(root: Path) -> list[Found]:
 
 def _one_file(path: Path) -> Found:
     if path.suffix in (".hdf5", ".h5"):
-        return Found("it is an HDF5 file", f"`ratchet episodes import {path}`")
-    return Found("it is a file", "name the folder of a store")
+        return Found("it is an HDF5 file", f"`ratchet episodes import {path}`", fills=True)
+    return Found("it is a file", "name the folder of a store", fills=True)
 
 
 def _robot(record: Metadata, where: str) -> str:

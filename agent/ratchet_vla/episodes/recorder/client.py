@@ -25,6 +25,7 @@ import numpy as np
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.file.format import check_meta
 from ratchet_vla.episodes.file.recording import make_info
+from ratchet_vla.episodes.library.survey import require_room
 from ratchet_vla.episodes.recorder import messages
 from ratchet_vla.episodes.recorder.handoff import Layout, Sender
 from ratchet_vla.episodes.recorder.types import Outcome, RecorderConfig, RecorderStatus
@@ -66,10 +67,11 @@ class Recorder:
         last_stage: another safety stage stands behind the loop, and `applied` will tell what it made of each command.
 
         Raises:
-            RatchetError: recorder.bad_config, recorder.not_started, and what opening the store raises.
+            RatchetError: recorder.bad_config, recorder.not_started, episode.other_folder.
         """
         self.root, self.contract, self.config = Path(root), contract, config or RecorderConfig()
         self.config.check(str(self.root))
+        require_room(self.root)
         self._session, self._last_stage, self._wire = session, last_stage, dict(wire or {})
         # What every episode begins with, made once: the contract as text takes longer than a tick may.
         same = make_info(
@@ -353,12 +355,16 @@ class Recorder:
         limit = time.monotonic() + timeout
         while not self._told.get("ready"):
             self._listen()
-            if self._process.poll() is not None or time.monotonic() > limit:
+            status = self._process.poll()
+            if status is not None or time.monotonic() > limit:
+                self._listen()
+                late = f"not within {timeout:.0f} s" if status is None else f"it ended with status {status}"
+                why = self._told.get("error") or late
                 self.close(timeout=0.0)
                 raise RatchetError(
                     "recorder.not_started",
-                    "the recorder process did not come up",
+                    f"the recorder process did not come up: {why}",
                     where=str(self.root),
-                    fix="its own message is above; check that the folder is writable",
+                    fix="mend that and start again",
                 )
             time.sleep(0.005)

@@ -328,6 +328,7 @@ def main(argument: str) -> int:
     try:
         RecorderProcess(receiver, Path(given["root"]), config).run()
     except RatchetError as error:
+        receiver.say({"state": "failed", "error": str(error)}, must=True)
         print(f"recorder: {error}", file=sys.stderr)
         return 2
     return 0

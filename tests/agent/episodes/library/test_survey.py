@@ -1,8 +1,8 @@
 """A verb that says "0 episodes" beside six recordings sends its user looking in the wrong place for an afternoon.
 
 Pinned: what is told, and with which command, of every kind of thing that lies where episodes were expected; that no
-verb makes an index, that none exits 0, and that recovery passes over what it can't mend. Deterministic: files are
-written here.
+verb makes an index, that none exits 0, that recovery passes over what it can't mend, and that nothing is recorded among
+other data. Deterministic: files are written here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from mcap.writer import Writer
 from ratchet_vla.cli.main import main
 from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.survey import INDEX, look
+from ratchet_vla.episodes.library.survey import INDEX, look, require_room
+from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.growing import GrowingFile
 from tests.agent.episodes.samples import episode, small_contract
 
@@ -73,6 +74,11 @@ def _set(root: Path) -> None:
     (root / "set" / "meta" / "info.json").write_text("{}")
 
 
+def _set_itself(root: Path) -> None:
+    (root / "meta").mkdir()
+    (root / "meta" / "info.json").write_text("{}")
+
+
 def _hdf5(root: Path) -> None:
     h5py.File(root / "demo.hdf5", "w").close()
 
@@ -124,6 +130,96 @@ def test_no_verb_passes_recordings_over(verb: list[str], tmp_path: Path, monkeyp
     EpisodeStore(store, create=True).index.append([("rule", {"second_reader": 0.0})])
     assert main([*verb, str(store)]) == 2
     assert "[episode.nothing_here]" in capsys.readouterr().err
+
+
+def _stored(root: Path) -> str:
+    """A store with one episode of session "s"; its id."""
+    store = EpisodeStore(root, create=True)
+    write_episode(root / "a.mcap", episode(CONTRACT, steps=1), CONTRACT)
+    card = store.copy_in(root / "a.mcap")
+    (root / "a.mcap").unlink()
+    return card.id
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda v: " ".join(v[:3]))
+def test_a_folder_inside_a_store_names_the_store_and_gets_no_index(
+    verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _stored(Path("store"))
+    (session,) = (p for p in Path("store").iterdir() if p.is_dir())
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*verb, str(session)]) == 2
+    assert "name that one: store" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v[0] != "courier"], ids=lambda v: " ".join(v[:3]))  # it waits
+@pytest.mark.parametrize("there", [True, False])
+def test_an_empty_folder_is_refused_and_a_store_beside_it_is_named(
+    verb: list[str], there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _stored(Path("runs/robot/episodes"))
+    if there:
+        Path("runs/episodes").mkdir()
+    assert main([*verb, "runs/episodes"]) == 2
+    assert "such as runs/robot/episodes" in capsys.readouterr().err
+    assert Path("runs/episodes").exists() == there
+    assert not Path("runs/episodes", INDEX).exists()
+
+
+def test_a_second_file_of_an_episode_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = _stored(tmp_path)
+    (tmp_path / "copy.mcap").write_bytes(EpisodeStore(tmp_path).path(known).read_bytes())
+    for recover in ([], ["--recover"]):
+        assert main(["episodes", "verify", "--store", str(tmp_path), "--json", *recover]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert [d["code"] for d in told["damages"]] == ["episode.twice"]
+        assert known[:12] in told["damages"][0]["what"]
+        assert (told["sound"], told["entered"]) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("fill", "allowed"),
+    [
+        (_nodes, False),
+        (_foreign, False),
+        (_set_itself, False),
+        (_deeper, False),
+        (_hdf5, True),
+        (_plain, True),
+        (_broken, True),
+        (_not_entered, True),
+        (lambda root: None, True),
+    ],
+)
+def test_nothing_is_recorded_among_other_recordings(tmp_path: Path, fill, allowed: bool) -> None:  # type: ignore[no-untyped-def]
+    fill(tmp_path)
+    if allowed:
+        require_room(tmp_path)
+    else:
+        with pytest.raises(RatchetError, match=r"episode\.other_folder.*record into a new folder"):
+            require_room(tmp_path)
+    EpisodeStore(tmp_path, create=True).index.append([("rule", {"second_reader": 0.0})])
+    require_room(tmp_path)  # whatever lies in a store that is one already
+
+
+def test_no_store_is_made_of_a_file_or_inside_another_store(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    _stored(tmp_path / "store")
+    for place in ("file", "store/s"):
+        with pytest.raises(RatchetError, match=r"episode\.other_folder"):
+            require_room(tmp_path / place)
+    with pytest.raises(RatchetError, match=r"episode\.no_store.*name that one"):
+        EpisodeStore(tmp_path / "store" / "s", create=True)
+
+
+def test_an_index_of_something_else_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text('{"pages": 3}\n')
+    (tmp_path / "deep").mkdir()
+    require_room(tmp_path / "deep")
+    assert look(tmp_path / "deep") == []
 
 
 def test_a_refused_import_leaves_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -456,6 +456,20 @@ def test_bad_settings_are_refused_before_anything_starts(tmp_path: Path, config:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recorder_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RatchetError, match=r"recorder\.not_started.*episode\.io.*Not a directory"):
+        Recorder(tmp_path / "file" / "store", CONTRACT)
+
+
+def test_nothing_is_recorded_into_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text("{}")
+    with pytest.raises(RatchetError, match=r"episode\.other_folder.*episodes import"):
+        Recorder(tmp_path, CONTRACT)
+    assert [p.name for p in tmp_path.iterdir()] == ["meta"]
+
+
 def test_facts_that_no_episode_has(started: Callable[..., Recorder]) -> None:
     recorder = started()
     with pytest.raises(RatchetError, match=r"recorder\.bad_fact"):
