@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratchet_vla.errors import RatchetError
+from ratchet_vla.errors import FORMER_CODES, RatchetError
 
 words = st.text(max_size=40)
 
@@ -66,3 +67,27 @@ def test_subclasses_stay_what_they_are() -> None:
         pass
 
     assert type(copy.copy(Narrow("a.b", "c"))) is Narrow
+
+
+def test_a_renamed_code_names_its_former_self(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that matches on the former code finds it in the line and in JSON; the wire carries the present one."""
+    monkeypatch.setitem(FORMER_CODES, "arm.stuck", "arm.jammed")
+    error = RatchetError("arm.stuck", "it is stuck")
+    assert str(error) == "[arm.stuck, formerly arm.jammed] it is stuck"
+    assert error.for_json()["former_code"] == "arm.jammed"
+    assert "former_code" not in RatchetError("arm.lost", "it is lost").for_json()
+    again = RatchetError(**error.as_dict())
+    assert parts(again) == parts(error)
+
+
+def test_former_codes_are_raised_by_nobody_and_present_ones_are() -> None:
+    root = Path(__file__).resolve().parents[2]
+    source = "\n".join(
+        path.read_text()
+        for top in ("agent", "sim", "calibration", "ros2_ws")
+        for path in (root / top).rglob("*.py")
+        if path.name != "errors.py"
+    )
+    for present, former in FORMER_CODES.items():
+        assert f'"{present}"' in source, present
+        assert f'"{former}"' not in source, former

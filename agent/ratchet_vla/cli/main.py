@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from ratchet_vla.cli import former_names
 from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.errors import RatchetError
 
@@ -47,7 +48,10 @@ VERBS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    given, renamed = former_names.translate(typed)
+    if renamed:
+        Console(stderr=True, soft_wrap=True).print(former_names.notice(renamed), markup=False, highlight=False)
     try:
         command = _parsed(given)
         for part in (command, getattr(command, "command", None)):
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(command.run())
     except RatchetError as error:
         if "--json" in given:
-            print(json.dumps({"error": error.as_dict()}))
+            print(json.dumps({"error": error.for_json()}))
         else:
             Console(stderr=True, soft_wrap=True).print(f"[bold red]refused[/] {_escape(str(error))}", highlight=False)
         return 2

@@ -125,7 +125,7 @@ def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) 
 
     @app.exception_handler(RatchetError)
     async def refused(request: Request, error: RatchetError) -> JSONResponse:
-        return JSONResponse({"error": error.as_dict()}, 404 if error.code == "episode.unknown" else 409)
+        return JSONResponse({"error": error.for_json()}, 404 if error.code == "episode.unknown" else 409)
 
     @app.get("/")
     def index() -> FileResponse:

@@ -1,0 +1,78 @@
+"""Verbs and options that were renamed: the former name works for two more minor releases and says what it is now.
+
+Knows names and where they stand on the command line. Knows no verb's class: the translation happens before parsing, so
+that help, errors and completion only ever show the present names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """One name that changed.
+
+    Attributes:
+        verb: present names of the verbs before it, such as ("ctl", "label"); () for a verb of `ratchet` itself.
+        former: the name as it was, `--person` for an option; an option also stands for its group (`--person.note`).
+        present: the name as it is now.
+        gone_in: the release that does not know the former name any more.
+    """
+
+    verb: tuple[str, ...]
+    former: str
+    present: str
+    gone_in: str = "0.3"
+
+    def sentence(self) -> str:
+        """What is now called what; the verb of `ratchet` itself is written out as a command."""
+        if self.former.startswith("-"):
+            return f"`{self.former}` is now `{self.present}`"
+        before = " ".join(("ratchet", *self.verb))
+        return f"`{before} {self.former}` is now `{before} {self.present}`"
+
+
+RENAMINGS: tuple[Renaming, ...] = ()
+
+
+def translate(arguments: Sequence[str], renamings: Sequence[Renaming] = RENAMINGS) -> tuple[list[str], list[Renaming]]:
+    """The command line in present names, and the renamings that this took, each once.
+
+    A verb is renamed only where a verb stands, before the first option, and an option only behind its own verb: a task
+    or a person called like a former verb stays.
+    """
+    present = list(arguments)
+    used: list[Renaming] = []
+    verb: tuple[str, ...] = ()
+    for position, word in enumerate(arguments):
+        if word.startswith("-"):
+            break
+        renaming = next((r for r in renamings if r.verb == verb and r.former == word), None)
+        if renaming is not None:
+            present[position] = renaming.present
+            used.append(renaming)
+        verb = (*verb, present[position])
+    for position, word in enumerate(arguments):
+        # Options are taken with hyphens or with underscores between their words.
+        option = re.match(r"--[\w-]+", word)
+        if option is None:
+            continue
+        name = option[0].replace("_", "-")
+        for renaming in renamings:
+            if renaming.former == name and verb[: len(renaming.verb)] == renaming.verb:
+                present[position] = renaming.present + word[option.end() :]
+                if renaming not in used:
+                    used.append(renaming)
+                break
+    return present, used
+
+
+def notice(renamings: Sequence[Renaming]) -> str:
+    """One line for the user about everything that was renamed in one command."""
+    sentences = ", ".join(r.sentence() for r in renamings)
+    releases = " and ".join(sorted({r.gone_in for r in renamings}))
+    names = "the old name goes" if len(renamings) == 1 else "the old names go"
+    return f"{sentences}; {names} with {releases}"
