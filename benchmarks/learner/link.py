@@ -38,9 +38,9 @@ from benchmarks.harness.results import machine
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.adapters.swap.hotswap import HotSwapper
 from ratchet_vla.link import keys as link_keys
+from ratchet_vla.link.learner.artifact_server import AdapterShelf
 from ratchet_vla.link.learner.inbox import Inbox
 from ratchet_vla.link.learner.server import LinkServer
-from ratchet_vla.link.learner.shelf import AdapterShelf
 from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.fetch import Fetcher
 from ratchet_vla.link.robot.follow import Follower

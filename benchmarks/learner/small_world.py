@@ -26,8 +26,8 @@ from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.adapters.swap.hotswap import HotSwapper
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.gate.decision import GateConfig
 from ratchet_vla.learner.gate.keeper import Gatekeeper
-from ratchet_vla.learner.gate.verdict import GateConfig
 from ratchet_vla.learner.service.collector import Collector
 from ratchet_vla.learner.service.config import ServiceConfig
 from ratchet_vla.learner.service.host import LearnerHost

@@ -27,7 +27,7 @@ import psutil
 
 from ratchet_vla.cli.main import main as ratchet
 from ratchet_vla.cli.nodes import ros
-from ratchet_vla.learner.service.ledger import Ledger
+from ratchet_vla.learner.service.state import Ledger
 from ratchet_vla.paths import python_path
 from ratchet_vla.storage.journal import read
 

@@ -21,7 +21,7 @@ from ratchet_msgs.action import RunTask
 from ratchet_ros.messages import qos
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.verification import Label, Verification
-from ratchet_vla.runtime.session import orders
+from ratchet_vla.runtime.session import rollout_requests
 from ratchet_vla.runtime.session.manifest import Session
 from tests.ros2_ws.graph import ROOT, Graph, Watcher, active, ratchet
 
@@ -62,7 +62,7 @@ class Arm:
 
     def order(self, phase: str = "collecting", **changes: Any) -> None:
         order = {**ORDER, "adapter": self.adapter, **changes} if phase == "collecting" else None
-        orders.write(self.robot, {"phase": phase, "mode": "robot", "order": order})
+        rollout_requests.write(self.robot, {"phase": phase, "mode": "robot", "order": order})
 
     def start(self, **goal: Any) -> Any:
         return self.watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(**{"temperature": -1.0, **goal}))

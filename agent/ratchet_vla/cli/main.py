@@ -146,9 +146,9 @@ def _loaded(verb: str) -> Any:
 
             return learner.Learner
         case "courier":
-            from ratchet_vla.cli.remote import courier
+            from ratchet_vla.cli.remote import sync
 
-            return courier.Courier
+            return sync.Courier
         case "robot":
             from ratchet_vla.cli.remote import robot
 

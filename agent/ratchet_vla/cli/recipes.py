@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ratchet_vla.cli.common import LoraOptions
-from ratchet_vla.learner.gate.verdict import GateConfig
+from ratchet_vla.learner.gate.decision import GateConfig
 from ratchet_vla.learner.sequence import SequenceConfig
 from ratchet_vla.learner.update.grpo import GrpoConfig
 from ratchet_vla.learner.update.ppo import PpoConfig

@@ -10,7 +10,7 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 
-from ratchet_vla.learner.gate.verdict import Comparison, GateConfig, judge
+from ratchet_vla.learner.gate.decision import Comparison, GateConfig, judge
 from ratchet_vla.learner.measures.intervals import mean
 from ratchet_vla.learner.measures.metrics import Cell, SuccessMatrix
 from ratchet_vla.learner.report.page import video_name

@@ -11,9 +11,9 @@ from typing import Any
 
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.link import keys
+from ratchet_vla.link.learner.artifact_server import AdapterShelf
 from ratchet_vla.link.learner.inbox import Inbox
 from ratchet_vla.link.learner.server import LinkServer
-from ratchet_vla.link.learner.shelf import AdapterShelf
 from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.fetch import Fetcher
 from ratchet_vla.link.robot.outbox import Outbox

@@ -24,8 +24,8 @@ from ratchet_vla.adapters.protocol import BASE, AdapterStore
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli import common
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.gate.decision import GateConfig, decision_of
 from ratchet_vla.learner.gate.keeper import Gatekeeper, earlier_tasks
-from ratchet_vla.learner.gate.verdict import GateConfig, decision_of
 
 STORE = Path("runs/demo/adapters")
 EXIT = {"promote": 0, "hold": 3, "reject": 4}

@@ -30,8 +30,8 @@ from ratchet_vla.cli.adapters.promotion import print_verdict
 from ratchet_vla.cli.learn import sequential
 from ratchet_vla.cli.learn.progress import Ticker, progress_bars
 from ratchet_vla.cli.recipes import Shipped
+from ratchet_vla.learner.gate.decision import Comparison, GateConfig, Verdict
 from ratchet_vla.learner.gate.keeper import Gatekeeper, earlier_tasks
-from ratchet_vla.learner.gate.verdict import Comparison, GateConfig, Verdict
 from ratchet_vla.learner.measures.intervals import Interval, mean
 from ratchet_vla.learner.report.page import video_name, write_report
 from ratchet_vla.learner.rollouts.specs import episode_keys, evaluation_specs

@@ -18,7 +18,7 @@ from ratchet_sim.demonstrations import Demonstrations, NoiseConfig, collect
 from ratchet_vla.cli import common
 from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.supervised.eyes import SceneObjective
+from ratchet_vla.learner.supervised.auxiliary_localisation import SceneObjective
 from ratchet_vla.learner.supervised.training import PretrainConfig, Pretrainer
 from ratchet_vla.learner.supervised.training import Progress as Report
 from ratchet_vla.policy import device, presets

@@ -17,8 +17,8 @@ from ratchet_vla.cli import common
 from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.learner.measures.metrics import Cell
 from ratchet_vla.learner.rollouts.collection import run_episodes
-from ratchet_vla.learner.rollouts.sight import OtherPictures, OwnPictures, judge
 from ratchet_vla.learner.rollouts.specs import evaluated, evaluation_specs
+from ratchet_vla.learner.rollouts.vision_ablation import OtherPictures, OwnPictures, judge
 
 
 @dataclass

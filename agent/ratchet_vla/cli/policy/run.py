@@ -37,7 +37,7 @@ from ratchet_vla.runtime.control.sink import MemorySink, Tee
 from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch
 from ratchet_vla.runtime.robots.restamped import Restamped
 from ratchet_vla.runtime.safety.filter import SafetyConfig, SafetyFilter
-from ratchet_vla.runtime.session import orders
+from ratchet_vla.runtime.session import rollout_requests
 from ratchet_vla.runtime.session.desk import SessionDesk
 from ratchet_vla.runtime.session.dispatch import recorded
 
@@ -50,7 +50,7 @@ class Attempt:
 
     info: TaskInfo
     state: int
-    goal: orders.Goal
+    goal: rollout_requests.Goal
     name: str
 
 
@@ -179,7 +179,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
         for state in info.evaluation_states[: self.episodes]:
             seed = derive_seed(self.seed, "evaluation", info.name, state)
             horizon = self.horizon or info.horizon
-            goal = orders.Goal(info.name, info.instruction, horizon, self.temperature or 0.0, seed)
+            goal = rollout_requests.Goal(info.name, info.instruction, horizon, self.temperature or 0.0, seed)
             yield Attempt(info, state, goal, uuid.uuid4().hex[:12])
 
     def _ordered(self, client: PolicyClient, desk: SessionDesk | None, console: Console) -> Iterator[Attempt]:
@@ -194,13 +194,13 @@ class Run(remote.LearnerOptions, ComputingOptions):
             state = info.train_states[derive_seed("state", name) % len(info.train_states)]
             yield Attempt(info, state, goal, name)
 
-    def _next_goal(self, client: PolicyClient, desk: SessionDesk | None, name: str) -> orders.Goal:
+    def _next_goal(self, client: PolicyClient, desk: SessionDesk | None, name: str) -> rollout_requests.Goal:
         """What the learner wants now; waited for where it wants nothing, or where its adapter is still on its way."""
         assert self.robot is not None
         while True:
             try:
-                return orders.ordered(
-                    orders.read(self.robot),
+                return rollout_requests.ordered(
+                    rollout_requests.read(self.robot),
                     task=self.task,
                     horizon=self.horizon,
                     temperature=self.temperature,

@@ -24,8 +24,8 @@ from ratchet_vla.cli.recipes import DEMO
 from ratchet_vla.episodes.file.reader import EpisodeReader
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.defaults import SERVICE
+from ratchet_vla.learner.gate.decision import GateConfig, Verdict
 from ratchet_vla.learner.gate.keeper import Gatekeeper
-from ratchet_vla.learner.gate.verdict import GateConfig, Verdict
 from ratchet_vla.learner.service.config import CHANGES, ServiceConfig, real_robot
 from ratchet_vla.learner.service.host import LearnerHost
 from ratchet_vla.learner.service.learner import Gate

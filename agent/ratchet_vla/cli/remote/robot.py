@@ -25,7 +25,7 @@ from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.service.collector import Collector
-from ratchet_vla.link.parcels import SESSION, session_parcel
+from ratchet_vla.link.session_records import SESSION, session_parcel
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.records import Episode
 from ratchet_vla.runtime.session.desk import SessionDesk

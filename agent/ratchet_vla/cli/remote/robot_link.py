@@ -17,7 +17,7 @@ from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.fetch import Fetcher
 from ratchet_vla.link.robot.follow import Follower
 from ratchet_vla.link.robot.outbox import Outbox
-from ratchet_vla.runtime.session import orders
+from ratchet_vla.runtime.session import rollout_requests
 from ratchet_vla.storage.documents import write_json
 
 STATUS = "status.json"
@@ -89,6 +89,6 @@ class Link:
     def _on_state(self, state: Mapping[str, Any]) -> None:
         self._follower.on_state(state)
         try:
-            orders.write(self._folder, state)
+            rollout_requests.write(self._folder, state)
         except OSError as error:  # the collecting process keeps to the word before
             log.warning("the learner's word could not be kept: %s", error)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ratchet_vla.adapters.protocol import AdapterStore
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.gate.verdict import Comparison, GateConfig, Role, Verdict, cannot_evaluate, judge
+from ratchet_vla.learner.gate.decision import Comparison, GateConfig, Role, Verdict, cannot_evaluate, judge
 from ratchet_vla.learner.measures.metrics import Cell
 from ratchet_vla.learner.rollouts.collection import ChunkEnv, run_episodes
 from ratchet_vla.learner.rollouts.specs import Task, evaluated, evaluation_specs

@@ -12,8 +12,8 @@ import torch
 
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.rollouts.admission import sampled
 from ratchet_vla.learner.rollouts.batch import RolloutBatch, one_dtype
-from ratchet_vla.learner.rollouts.intake import sampled
 from ratchet_vla.learner.rollouts.specs import EpisodeSpec
 from ratchet_vla.policy.commands import robot_actions
 from ratchet_vla.policy.computing import computing_as

@@ -18,10 +18,10 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.rollouts.collection import ChunkEnv, run_episodes
 from ratchet_vla.learner.rollouts.samples import to_episodes
 from ratchet_vla.learner.rollouts.specs import Task, training_specs
-from ratchet_vla.link.orders import Order
-from ratchet_vla.link.parcels import EPISODE
 from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.outbox import Outbox
+from ratchet_vla.link.rollout_requests import Order
+from ratchet_vla.link.session_records import EPISODE
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.records import Episode
 from ratchet_vla.storage.disk import disk_errors

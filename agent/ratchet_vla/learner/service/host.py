@@ -24,9 +24,9 @@ from ratchet_vla.learner.service.learner import Gate, LearnerService
 from ratchet_vla.learner.service.telemetry import Limits, Rates, Recorder, status
 from ratchet_vla.learner.service.trainer import Trainer
 from ratchet_vla.link.keys import KeyPair
+from ratchet_vla.link.learner.artifact_server import AdapterShelf
 from ratchet_vla.link.learner.inbox import Inbox
 from ratchet_vla.link.learner.server import LinkServer
-from ratchet_vla.link.learner.shelf import AdapterShelf
 from ratchet_vla.records import Episode
 from ratchet_vla.storage.documents import write_json
 from ratchet_vla.storage.files import Files

@@ -17,7 +17,7 @@ from typing import Any
 from ratchet_vla.adapters.protocol import BASE
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.gate.verdict import Verdict
+from ratchet_vla.learner.gate.decision import Verdict
 from ratchet_vla.learner.rollouts.specs import Task
 from ratchet_vla.learner.service.config import ServiceConfig
 from ratchet_vla.learner.service.events import (
@@ -33,11 +33,11 @@ from ratchet_vla.learner.service.events import (
     RunBegan,
     Waits,
 )
-from ratchet_vla.learner.service.ledger import Ledger, Unruled
-from ratchet_vla.learner.service.reception import note_of, ruling_on
+from ratchet_vla.learner.service.ingest import note_of, ruling_on
+from ratchet_vla.learner.service.state import Ledger, Unruled
 from ratchet_vla.learner.service.trainer import Trainer
-from ratchet_vla.learner.service.workshop import Workshop
-from ratchet_vla.link.parcels import EPISODE
+from ratchet_vla.learner.service.update_runner import Workshop
+from ratchet_vla.link.session_records import EPISODE
 from ratchet_vla.records import Episode
 from ratchet_vla.storage.files import Files
 from ratchet_vla.storage.journal import Journal

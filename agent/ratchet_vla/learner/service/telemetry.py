@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ratchet_vla.learner.service.ledger import Ledger
+from ratchet_vla.learner.service.state import Ledger
 from ratchet_vla.storage.journal import Event
 
 RECENT = 50  # episodes that the on-policy share looks back over

@@ -13,8 +13,8 @@ from typing import Any
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.verification import SIMULATOR, Standing, Verification
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.link.parcels import EPISODE, LABEL, SESSION, label_parcel, session_parcel
 from ratchet_vla.link.robot.outbox import Outbox, history
+from ratchet_vla.link.session_records import EPISODE, LABEL, SESSION, label_parcel, session_parcel
 from ratchet_vla.runtime.session.manifest import FILE, Session
 
 MODES = ("collect", "rollout")  # episodes sampled for learning; deployments and demonstrations stay on the robot

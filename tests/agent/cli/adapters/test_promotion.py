@@ -16,9 +16,9 @@ import pytest
 from ratchet_vla.adapters.protocol import Provenance
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli.main import main
-from ratchet_vla.learner.gate.verdict import GateConfig, judge
+from ratchet_vla.learner.gate.decision import GateConfig, judge
 from tests.agent.adapters.tiny import made
-from tests.agent.learner.gate.test_verdict import NEW, pair
+from tests.agent.learner.gate.test_decision import NEW, pair
 
 
 @pytest.fixture

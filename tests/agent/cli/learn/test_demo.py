@@ -23,7 +23,7 @@ from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli import common
 from ratchet_vla.cli.learn import demo_shipped
 from ratchet_vla.cli.recipes import DEMO, SHIPPED
-from ratchet_vla.learner.gate.verdict import Comparison, GateConfig
+from ratchet_vla.learner.gate.decision import Comparison, GateConfig
 from ratchet_vla.learner.measures.metrics import Cell
 from ratchet_vla.policy.noise import chunk_noise
 from ratchet_vla.policy.protocol import PolicyInput

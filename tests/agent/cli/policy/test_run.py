@@ -19,7 +19,7 @@ import pytest
 from benchmarks.product.week import Verb, eventually
 from ratchet_vla.cli.main import main
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.learner.service.ledger import Ledger
+from ratchet_vla.learner.service.state import Ledger
 from ratchet_vla.runtime.session.manifest import Session
 from ratchet_vla.storage.journal import read
 

@@ -22,8 +22,8 @@ from ratchet_vla.adapters.protocol import Provenance
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.adapters.swap.hotswap import HotSwapper
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.gate.decision import GateConfig
 from ratchet_vla.learner.gate.keeper import Gatekeeper, earlier_tasks
-from ratchet_vla.learner.gate.verdict import GateConfig
 from ratchet_vla.learner.rollouts.collection import run_episodes
 from ratchet_vla.learner.rollouts.specs import episode_keys, evaluation_specs
 from ratchet_vla.policy.protocol import Policy

@@ -17,9 +17,9 @@ import torch
 from benchmarks.learner.small_world import TASKS, FakeChunkEnv, read_episode, tiny_policy, write_episode
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.service.collector import Abandoned, Collector
-from ratchet_vla.link.orders import Order
 from ratchet_vla.link.robot.client import LinkStatus
 from ratchet_vla.link.robot.outbox import Outbox
+from ratchet_vla.link.rollout_requests import Order
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.storage.files import Files
 

@@ -30,19 +30,19 @@ from benchmarks.learner.small_world import (
 from ratchet_vla.adapters.protocol import BASE
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.gate.verdict import GateConfig, Reason, Verdict
+from ratchet_vla.learner.gate.decision import GateConfig, Reason, Verdict
 from ratchet_vla.learner.rollouts.collection import run_episodes
 from ratchet_vla.learner.rollouts.samples import to_episodes
 from ratchet_vla.learner.rollouts.specs import training_specs
 from ratchet_vla.learner.sequence import SequenceConfig, SequentialRun
 from ratchet_vla.learner.service.config import ServiceConfig, real_robot
 from ratchet_vla.learner.service.learner import LearnerService
-from ratchet_vla.learner.service.ledger import Ledger
+from ratchet_vla.learner.service.state import Ledger
 from ratchet_vla.learner.service.telemetry import Limits, Rates, Recorder, alerts, status, story
 from ratchet_vla.learner.service.trainer import Trainer
 from ratchet_vla.link.learner.inbox import Inbox, Parcel
-from ratchet_vla.link.orders import Order
-from ratchet_vla.link.parcels import label_parcel, session_parcel
+from ratchet_vla.link.rollout_requests import Order
+from ratchet_vla.link.session_records import label_parcel, session_parcel
 from ratchet_vla.storage.journal import Journal, read
 
 Decide = Callable[[str, str], str]

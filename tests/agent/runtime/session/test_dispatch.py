@@ -15,8 +15,8 @@ import pytest
 from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.verification import Verification
-from ratchet_vla.learner.service.ledger import Unruled
-from ratchet_vla.learner.service.reception import note_of
+from ratchet_vla.learner.service.ingest import note_of
+from ratchet_vla.learner.service.state import Unruled
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.runtime.session.dispatch import Dispatcher
 from ratchet_vla.runtime.session.manifest import Session

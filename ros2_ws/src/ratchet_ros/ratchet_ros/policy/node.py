@@ -41,7 +41,7 @@ from ratchet_vla.runtime.control.loop import ControlLoop
 from ratchet_vla.runtime.control.priority import real_time
 from ratchet_vla.runtime.control.sink import Tee, TickSink
 from ratchet_vla.runtime.inference.client import PolicyClient
-from ratchet_vla.runtime.session import orders
+from ratchet_vla.runtime.session import rollout_requests
 from ratchet_vla.runtime.session.desk import SessionDesk
 from ratchet_vla.runtime.session.dispatch import recorded
 
@@ -423,8 +423,8 @@ class PolicyNode(RatchetNode):
             require_temperature(temperature)
         self._require_session(mode)
         if mode == "collect" and self.settings.ordered:
-            goal = orders.ordered(
-                orders.read(Path(self.settings.robot)),
+            goal = rollout_requests.ordered(
+                rollout_requests.read(Path(self.settings.robot)),
                 task=request.task,
                 instruction=request.instruction,
                 horizon=int(request.horizon),
@@ -434,7 +434,7 @@ class PolicyNode(RatchetNode):
                 episode=name,
             )
         else:
-            goal = orders.free(
+            goal = rollout_requests.free(
                 request.task, request.instruction, int(request.horizon), temperature, int(request.seed), episode=name
             )
         return task_run.Goal(

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.rollouts.intake import Ruling, Wanted, rule
+from ratchet_vla.learner.rollouts.admission import Ruling, Wanted, rule
 from ratchet_vla.learner.service.config import ServiceConfig
 from ratchet_vla.learner.service.events import Noted, Ruled
-from ratchet_vla.learner.service.ledger import Arrival, Ledger, Unruled
-from ratchet_vla.link.parcels import LABEL, SESSION
+from ratchet_vla.learner.service.state import Arrival, Ledger, Unruled
+from ratchet_vla.link.session_records import LABEL, SESSION
 from ratchet_vla.records import Episode
 
 log = logging.getLogger("ratchet.learner")

@@ -18,7 +18,7 @@ from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.service.config import ServiceConfig
 from ratchet_vla.learner.service.events import Updated
-from ratchet_vla.learner.service.ledger import Arrival, Ledger
+from ratchet_vla.learner.service.state import Arrival, Ledger
 from ratchet_vla.learner.service.trainer import Trainer
 from ratchet_vla.records import Episode
 from ratchet_vla.storage.disk import disk_errors

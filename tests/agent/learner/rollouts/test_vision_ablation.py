@@ -15,8 +15,8 @@ from ratchet_sim.workers.vector import ChunkVectorEnv
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.metrics import Cell
 from ratchet_vla.learner.rollouts.collection import run_episodes
-from ratchet_vla.learner.rollouts.sight import OtherPictures, OwnPictures, Sight, judge
 from ratchet_vla.learner.rollouts.specs import EpisodeSpec, evaluated
+from ratchet_vla.learner.rollouts.vision_ablation import OtherPictures, OwnPictures, Sight, judge
 from ratchet_vla.policy.protocol import Chunks, PolicyInput
 from tests import fakes
 from tests.agent.learner.runs import tiny_policy

@@ -17,8 +17,8 @@ import torch
 from benchmarks.learner.small_world import TASKS, FakeChunkEnv, contract, tiny_policy
 from ratchet_vla.episodes.file.checking import check_chunk
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.rollouts.admission import Wanted, rule, sampled
 from ratchet_vla.learner.rollouts.collection import run_episodes
-from ratchet_vla.learner.rollouts.intake import Wanted, rule, sampled
 from ratchet_vla.learner.rollouts.samples import log_prob_gap, to_batch, to_episodes
 from ratchet_vla.learner.rollouts.specs import training_specs
 from ratchet_vla.policy import presets

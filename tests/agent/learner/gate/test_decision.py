@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.gate.verdict import (
+from ratchet_vla.learner.gate.decision import (
     Comparison,
     GateConfig,
     Role,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.link.orders import Order
+from ratchet_vla.link.rollout_requests import Order
 from ratchet_vla.policy.noise import chunk_noise, derive_seed
 from ratchet_vla.runtime.inference.source import Noise
 from ratchet_vla.storage.documents import write_json

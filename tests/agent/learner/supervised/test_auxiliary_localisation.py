@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.supervised.eyes import SceneObjective, moving
+from ratchet_vla.learner.supervised.auxiliary_localisation import SceneObjective, moving
 from ratchet_vla.learner.supervised.training import PretrainConfig, Pretrainer, Progress
 from tests.agent.learner.runs import tiny_policy
 

@@ -26,7 +26,7 @@ from ratchet_vla.learner.service.events import (
     Waits,
     happening_of,
 )
-from ratchet_vla.link.parcels import EPISODE, SESSION
+from ratchet_vla.link.session_records import EPISODE, SESSION
 from ratchet_vla.storage.journal import Event
 
 Phase = Literal["new", "collecting", "updating", "gating", "deciding", "waiting", "done"]
@@ -54,7 +54,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Unruled:
-    """A file that nobody has looked at yet. type: see `link.parcels`."""
+    """A file that nobody has looked at yet. type: see `link.session_records`."""
 
     type: str
     sha: str

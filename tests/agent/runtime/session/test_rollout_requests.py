@@ -14,7 +14,7 @@ import pytest
 
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.noise import chunk_noise
-from ratchet_vla.runtime.session.orders import Goal, Word, ordered, read, write
+from ratchet_vla.runtime.session.rollout_requests import Goal, Word, ordered, read, write
 
 ADAPTER = "a" * 64
 ORDER: dict[str, Any] = {
