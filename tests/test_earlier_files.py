@@ -58,12 +58,12 @@ def test_an_episode_is_read_whole(copied: Path) -> None:
 
 def test_a_learner_goes_on_from_its_journal(copied: Path) -> None:
     bench = Bench(copied / "service")
-    stood = json.loads(json.dumps(dataclasses.asdict(bench.service.ledger), default=str))
+    stood = json.loads(json.dumps(dataclasses.asdict(bench.service.state), default=str))
     assert stood == json.loads((copied / "ledger.json").read_text())
     bench.collect()
-    ledger = bench.settle()
+    state = bench.settle()
     bench.close()
-    assert len(ledger.updates) == 2
+    assert len(state.updates) == 2
 
 
 def test_a_run_is_resumed_from_its_checkpoint(copied: Path) -> None:

@@ -10,7 +10,7 @@ __all__ = ["RatchetError"]
 
 # Present code -> the code that releases before 0.3 raised in its place. Scripts match on codes, so a renamed one names
 # its former self wherever a machine reads it, for two minor releases.
-FORMER_CODES: dict[str, str] = {}
+FORMER_CODES: dict[str, str] = {"vision_ablation.same_scene": "sight.same_scene"}
 
 
 class RatchetError(Exception):

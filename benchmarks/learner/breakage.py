@@ -1,4 +1,5 @@
-"""Faults on purpose, for `faults.py` beside it and for tests: kills, torn files, full disks, clocks, weather, lies.
+"""Fault injection, for `faults.py` beside it and for tests: kills, torn files, full disks, clocks, network faults,
+lies.
 
 Everything is seeded and strikes at a counted step, so that a printed seed gives the same faults again.
 """
@@ -25,7 +26,7 @@ from ratchet_vla.storage.files import Files
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong in a process. kind: kill, torn, full, clock, weather or foreign; at: how many steps (system calls
+    """What goes wrong in a process. kind: kill, torn, full, clock, network or foreign; at: how many steps (system calls
     or phases) after the one before, or after the process began; seed: of its details."""
 
     kind: str
@@ -42,7 +43,7 @@ class FaultyFiles(Files):
         self._faults, self._struck = list(faults), struck
         self._count = self._full = 0
         self._durable: dict[Path, int] = {}
-        self.weather = Weather(0, 0)
+        self.network = NetworkFaults(0, 0)
         self.foreign: list[int] = []
 
     def step(self, call: str, path: Path) -> None:
@@ -69,8 +70,8 @@ class FaultyFiles(Files):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         if fault.kind == "clock":
             jump(fault.seed)
-        elif fault.kind == "weather":
-            self.weather = Weather(fault.seed)
+        elif fault.kind == "network":
+            self.network = NetworkFaults(fault.seed)
         elif fault.kind == "foreign":
             self.foreign.append(fault.seed)
         else:
@@ -83,7 +84,7 @@ class FaultyFiles(Files):
 
     def tamper(self, frames: list[Any]) -> list[list[Any]]:
         """What a link gets as its `tamper`."""
-        return self.weather(frames)
+        return self.network(frames)
 
     def _tell(self, fault: Fault, where: str) -> None:
         if self._struck is None:
@@ -93,7 +94,7 @@ class FaultyFiles(Files):
         os.close(handle)
 
 
-class Weather:
+class NetworkFaults:
     """Drops, doubles and reorders messages at random for a while."""
 
     def __init__(self, seed: int, messages: int = 60) -> None:
@@ -122,20 +123,20 @@ def jump(seed: int) -> None:
     time.time = lambda: real() + offset
 
 
-def foreign_episode(order: Mapping[str, Any], seed: int) -> Episode:
+def foreign_episode(request: Mapping[str, Any], seed: int) -> Episode:
     """An episode that must never enter an update: another adapter, however well everything else fits."""
     draw = np.random.default_rng(seed)
     camera = contract().camera("corner2")
     adapter = draw.bytes(32).hex()
     image = np.zeros((camera.height, camera.width, 3), np.uint8)
     state = {"hand": np.zeros(3, np.float32), "gripper": np.zeros(1, np.float32)}
-    seen = Observation({"corner2": image}, state, order["instruction"], 0.0, 0)
+    seen = Observation({"corner2": image}, state, request["instruction"], 0.0, 0)
     tokens, log_prob = draw.integers(0, 255, (CHUNK, 4)), np.full((CHUNK, 4), -3.0, np.float32)
     actions = np.zeros((CHUNK, 4), np.float32)
-    chunk = ActionChunk(actions, tokens, log_prob, adapter, order["temperature"], 0.0, 0)
-    episode = Episode(order["task"], order["instruction"], success=True, success_source="simulator")
+    chunk = ActionChunk(actions, tokens, log_prob, adapter, request["temperature"], 0.0, 0)
+    episode = Episode(request["task"], request["instruction"], success=True, success_source="simulator")
     # Half of them lie about their adapter in the header.
-    episode.adapter_id = order["adapter"] if seed % 2 else adapter
+    episode.adapter_id = request["adapter"] if seed % 2 else adapter
     episode.steps = [Step(seen, chunk, np.ones(CHUNK, bool), 1.0, True, CHUNK)]
-    episode.meta = {"order": order["id"], "slot": seed % order["slots"]}
+    episode.meta = {"order": request["id"], "slot": seed % request["slots"]}
     return episode

@@ -38,7 +38,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.journal import read
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("kill", "kill", "torn", "full", "weather", "clock", "foreign")
+KINDS = ("kill", "kill", "torn", "full", "network", "clock", "foreign")
 PER_SIDE = 6  # faults planned per process and scenario
 STUCK = 240.0  # seconds after which a scenario counts as stuck
 
@@ -99,11 +99,11 @@ def start_robot(world: World, faults: list[Fault]) -> int:
         robot = world.robot(world.address, files, files.tamper)
 
         def slip_in() -> None:
-            order = robot.client.state.get("order")
-            while order and files.foreign:
+            request = robot.client.state.get("order")
+            while request and files.foreign:
                 seed = files.foreign.pop()
                 path = world.robot_folder / "foreign"
-                write_episode(path, foreign_episode(order, seed))
+                write_episode(path, foreign_episode(request, seed))
                 try:
                     robot.outbox.put(path, "episode", f"foreign/{seed}")
                 except RatchetError as error:  # another fault: the disk is full

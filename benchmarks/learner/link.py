@@ -38,7 +38,7 @@ from benchmarks.harness.results import machine
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.adapters.swap.hotswap import HotSwapper
 from ratchet_vla.link import keys as link_keys
-from ratchet_vla.link.learner.artifact_server import AdapterShelf
+from ratchet_vla.link.learner.artifact_server import ArtifactServer
 from ratchet_vla.link.learner.inbox import Inbox
 from ratchet_vla.link.learner.server import LinkServer
 from ratchet_vla.link.robot.client import LinkClient
@@ -154,7 +154,7 @@ class Ends:
         inbox = Inbox(self.root / "learner" / "inbox", journal, reserve=0)
         store = FolderStore(self.root / "learner" / "adapters", create=True)
         address = f"tcp://127.0.0.1:{self.port or '*'}"
-        server = LinkServer(address, inbox, AdapterShelf(store), keys=self.server_keys, allow=self.root / "keys")
+        server = LinkServer(address, inbox, ArtifactServer(store), keys=self.server_keys, allow=self.root / "keys")
         server.start()
         tell(int(server.address.rsplit(":", 1)[1]))
         while (word := hear()) != "stop":

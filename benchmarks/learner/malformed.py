@@ -72,10 +72,10 @@ def attack(root: Path, count: int, seed: int) -> dict[str, Any]:
 
     class NoShelf:
         def files(self, adapter: str) -> list[dict[str, Any]]:
-            raise AssertionError("a malformed message reached the shelf")
+            raise AssertionError("a malformed message reached the artifact server")
 
         def read(self, adapter: str, name: str, offset: int, size: int) -> bytes:
-            raise AssertionError("a malformed message reached the shelf")
+            raise AssertionError("a malformed message reached the artifact server")
 
     server = LinkServer(
         "tcp://127.0.0.1:*", Inbox(root / "inbox", journal, reserve=0), NoShelf(), keys=learner, allow=root / "l"

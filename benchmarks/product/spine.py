@@ -1,9 +1,10 @@
 """From the arm to an adapter that runs on the arm: does all that is recorded arrive, once, whoever dies meanwhile?
 
-The commands of docs/story.md, all real: nodes over a simulated arm, recorder, courier, learner, review page. First in
-peace, then with kill -9 at random instants of recorder, courier, learner and policy process. Counted is what a goal's
-result said was recorded, what is in the store, judged, received and learned from. Timed is the way from a round's last
-judgement to the first answer of the adapter that came of it, with a person who promotes as soon as the gate holds. Then
+The commands of docs/story.md, all real: nodes over a simulated arm, recorder, sync agent, learner, review page. First
+in peace, then with kill -9 at random instants of recorder, sync agent, learner and policy process. Counted is what a
+goal's result said was recorded, what is in the store, judged, received and learned from. Timed is the way from a
+round's last judgement to the first answer of the adapter that came of it, with a person who promotes as soon as the
+gate holds. Then
 the same nodes in real time, with and without recording in turns: what it costs the control loop.
 
     python -m benchmarks.product.spine [--quick] [--kills N] [--seed N]
@@ -42,7 +43,7 @@ from ratchet_vla.storage.journal import read
 
 GOAL_MS = 0.2
 BATCH, HORIZON = 4, 24
-VICTIMS = ("recorder", "courier", "learner", "policy")
+VICTIMS = ("recorder", "sync", "learner", "policy")
 WHOLE = ("horizon", "success")  # how an attempt ends that a person can judge
 # The nodes' recorder at commit 8bfdbde, which kept the wire's messages: of each of two goals over the same arm.
 FORMER = {"bytes": 0.9e6, "seconds": 502 / 20}
@@ -89,7 +90,7 @@ class Spine(Week):
         """The learner and the arm, until the arm runs what the learner trains."""
         self.make_keys()
         self.learner, self.up = self.start("ratchet learner"), self.start("ratchet up")
-        self.in_force(eventually(lambda: self.ledger().training, "the learner's first order"))
+        self.in_force(eventually(lambda: self.learner_state().training, "the learner's first rollout request"))
 
     # -- who works -------------------------------------------------------------------------------------------------
 
@@ -155,13 +156,13 @@ class Spine(Week):
 
     def round(self) -> None:
         """A batch, an update, a gate that cannot measure, a person who promotes at once; then the arm runs it."""
-        counted, updates = 0, len(self.ledger().updates)
+        counted, updates = 0, len(self.learner_state().updates)
         while counted < BATCH:
             self.attempt()
             counted += self.judge(BATCH - counted)
         began = time.monotonic()
         moments = {}
-        eventually(lambda: len(self.ledger().updates) > updates, "an update")
+        eventually(lambda: len(self.learner_state().updates) > updates, "an update")
         moments["updated"] = time.monotonic() - began
         candidate = eventually(self._held, "a gate that holds")
         moments["held"] = time.monotonic() - began
@@ -181,8 +182,8 @@ class Spine(Week):
                 self.start_nodes_again()
 
     def _held(self) -> str:
-        ledger = self.ledger()
-        return ledger.candidate if ledger.phase == "waiting" else ""
+        state = self.learner_state()
+        return state.candidate if state.phase == "waiting" else ""
 
     # -- who dies --------------------------------------------------------------------------------------------------
 
@@ -206,17 +207,17 @@ class Spine(Week):
     def count(self) -> Counts:
         """The books, compared."""
         store = EpisodeStore("runs/robot/episodes")
-        said, ledger = Verification(store), self.ledger()
+        said, state = Verification(store), self.learner_state()
         journal = read(self.folder / "runs" / "learner" / "journal.jsonl")
         cards = list(store.cards().values())
         names = Counter(card.name for card in cards)
         verdicts = {card.id: said.standing(card.id).state for card in cards}
         judged = {episode for episode, state in verdicts.items() if state == "verified"}
         arrived = [e.data["sha"] for e in journal if e.kind == "received" and e.data["type"] == "episode"]
-        used = Counter(sha for batch in ledger.retired for sha in batch)
+        used = Counter(sha for batch in state.retired for sha in batch)
         twice = [*(n for n in names.values() if n > 1), *(n for n in Counter(arrived).values() if n > 1)]
         twice += [n for n in used.values() if n > 1]
-        wrong = {a.sha for a in ledger.arrivals.values() if a.success != said.standing(a.sha).success}
+        wrong = {a.sha for a in state.arrivals.values() if a.success != said.standing(a.sha).success}
         return Counts(
             goals=self.goals,
             recorded=len(self.told),
@@ -339,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     spine = Spine(folder, random.Random(given.seed))
     found: dict[str, Any] = {"asked": {"rounds": rounds, "batch": BATCH, "kills": wanted, "seed": given.seed}}
     try:
-        console.print("learner, nodes, policy, recorder, courier: starting", style="dim")
+        console.print("learner, nodes, policy, recorder, sync agent: starting", style="dim")
         spine.begin()
         for number in range(rounds):
             console.print(f"round {number + 1} of {rounds} in peace", style="dim")

@@ -1,8 +1,8 @@
-"""A night without anybody: robot process, learner process and gate over three tasks, both killed at random, to the end.
+"""Soak test: robot process, learner process and gate over three tasks, both killed at random, to the end.
 
 Starts `ratchet learner` and `ratchet robot` with keys over CURVE on this machine, kills -9 one of them at seeded random
 moments, starts it again, and waits until the learner says that all tasks are over. Then all is judged from files:
-the journal's chain, every episode of every batch, the store, the gate's verdicts. The story is printed.
+the journal's chain, every episode of every batch, the store, the gate's decisions. The timeline is printed.
 
     python -m benchmarks.product.unattended [--quick] [--seed N] [--out runs/unattended]
 
@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.harness.results import machine
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.episodes.file.reader import EpisodeReader
-from ratchet_vla.learner.service.telemetry import story
+from ratchet_vla.learner.service.telemetry import timeline
 from ratchet_vla.link import keys as link_keys
 from ratchet_vla.link.robot.outbox import history
 from ratchet_vla.paths import python_path
@@ -176,7 +176,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     ran = work(out, arguments.quick, arguments.seed, arguments.limit)
     found = audit(out)
-    for line in story(read(out / "learner" / "journal.jsonl")):
+    for line in timeline(read(out / "learner" / "journal.jsonl")):
         print(line)
     tasks = TASKS[:1] if arguments.quick else TASKS
     learned = [t for t in tasks if found["learned"].get(t)]

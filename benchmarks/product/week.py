@@ -27,7 +27,7 @@ import psutil
 
 from ratchet_vla.cli.main import main as ratchet
 from ratchet_vla.cli.nodes import ros
-from ratchet_vla.learner.service.state import Ledger
+from ratchet_vla.learner.service.state import LearnerState
 from ratchet_vla.paths import python_path
 from ratchet_vla.storage.journal import read
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120.0  # s for anything that is waited for
 # What runs at the arm -> words of its command line.
 AT_THE_ARM = {
-    "courier": "ratchet_vla.cli.main courier",
+    "sync": "ratchet_vla.cli.main sync",
     "policy": "ratchet_vla.runtime.inference.worker",
     "recorder": "ratchet_vla.episodes.recorder.process",
     "policy_node": "ratchet_ros policy_node",
@@ -314,21 +314,21 @@ class Week:
         self.review = self.start("ratchet review")
         self.page = Page(self.review, "Ada")
 
-    def ledger(self) -> Ledger:
-        """The learner's books, from its journal."""
+    def learner_state(self) -> LearnerState:
+        """The learner's state, folded from its journal."""
         journal = self.folder / "runs" / "learner" / "journal.jsonl"
-        return Ledger.of(read(journal)) if journal.is_file() else Ledger()
+        return LearnerState.of(read(journal)) if journal.is_file() else LearnerState()
 
     def in_force(self, adapter: str) -> None:
         """Wait until the arm runs it, and whoever collects knows that the learner wants it."""
-        word = self.folder / "runs" / "robot" / "learner.json"
+        status_file = self.folder / "runs" / "robot" / "learner.json"
 
-        def ordered() -> bool:
-            order = json.loads(word.read_text())["order"] if word.is_file() else None
-            return order is not None and order["adapter"] == adapter
+        def requested() -> bool:
+            request = json.loads(status_file.read_text())["order"] if status_file.is_file() else None
+            return request is not None and request["adapter"] == adapter
 
         self.beside.see(lambda s: (s["adapter_id"], s["state"]) == (adapter, "ready"), f"{adapter[:12]} at the arm")
-        eventually(ordered, f"an order for {adapter[:12]}")
+        eventually(requested, f"a rollout request for {adapter[:12]}")
 
     def end(self) -> None:
         """Leave nothing behind, whatever happened before."""

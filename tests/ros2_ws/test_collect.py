@@ -4,7 +4,7 @@ Pinned, with simulated arm, safety node and policy node as processes: nothing is
 the order; an episode takes task, instruction, temperature and noise from the order and the session's id; two episodes
 have noise of their own; a button that ends an attempt, a button after it, and `ratchet ctl judge` are labels in the
 store, with a name to each; stopping the session writes its episodes into the manifest. The learner's word is the file
-that its courier writes; the policy is a fake. Determinism: lock-step; waiting is for events.
+that its sync agent writes; the policy is a fake. Determinism: lock-step; waiting is for events.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ratchet_vla.runtime.session.manifest import Session
 from tests.ros2_ws.graph import ROOT, Graph, Watcher, active, ratchet
 
 CONTRACT = str(ROOT / "robots" / "metaworld.yaml")
-ORDER: dict[str, Any] = {
+REQUEST: dict[str, Any] = {
     "id": "run/1", "task": "door-open", "instruction": "open the door", "temperature": 1.6, "noise_correlation": 0.5,
     "stage": 0, "update": 0, "groups": 24, "group_size": 1, "horizon": 24, "seed": 7, "slots": 0, "have": 0,
 }  # fmt: skip
 
 
 class Arm:
-    """The graph, with the files that a courier would write."""
+    """The graph, with the files that a sync agent would write."""
 
     def __init__(self, folder: Path) -> None:
         self.robot, self.graph, self.watcher = folder / "robot", Graph(folder), Watcher()
@@ -60,9 +60,9 @@ class Arm:
         self.watcher.until(lambda: status and status[-1].adapter_id, "the policy's adapter")
         self.adapter = status[-1].adapter_id
 
-    def order(self, phase: str = "collecting", **changes: Any) -> None:
-        order = {**ORDER, "adapter": self.adapter, **changes} if phase == "collecting" else None
-        rollout_requests.write(self.robot, {"phase": phase, "mode": "robot", "order": order})
+    def request(self, phase: str = "collecting", **changes: Any) -> None:
+        request = {**REQUEST, "adapter": self.adapter, **changes} if phase == "collecting" else None
+        rollout_requests.write(self.robot, {"phase": phase, "mode": "robot", "order": request})
 
     def start(self, **goal: Any) -> Any:
         return self.watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(**{"temperature": -1.0, **goal}))
@@ -88,7 +88,7 @@ def arm(ros: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arm]:
 
 
 def test_nothing_is_collected_outside_a_session(arm: Arm) -> None:
-    arm.order()
+    arm.request()
     assert arm.run().code == "session.none"
     code, told = ratchet(
         "session", "start", "--robot", str(arm.robot), "--contract", str(ROOT / "robots" / "ur5e.yaml")
@@ -108,14 +108,14 @@ def test_what_could_not_be_learned_from_moves_nothing(arm: Arm) -> None:
         ({}, {"adapter": "a" * 64}, "order.other_adapter"),
         ({}, {"phase": "waiting"}, "order.none"),
     ):
-        arm.order(**changes)
+        arm.request(**changes)
         result = arm.run(**goal)
         assert (result.termination, result.code) == ("refused", code)
     assert not [a for a in arm.applied if a.number]
 
 
 def test_an_episode_takes_everything_from_the_order(arm: Arm) -> None:
-    arm.order()
+    arm.request()
     results = [arm.run(), arm.run(), arm.run(seed=5)]
     assert [r.termination for r in results] == ["horizon"] * 3
     assert {r.outcome for r in results} == {RunTask.Result.OUTCOME_UNJUDGED}
@@ -135,7 +135,7 @@ def test_an_episode_takes_everything_from_the_order(arm: Arm) -> None:
 
 
 def test_the_button_that_ends_an_attempt_is_its_label(arm: Arm) -> None:
-    arm.order(horizon=100_000)
+    arm.request(horizon=100_000)
     arm.applied.clear()
     handle = arm.start()
     arm.watcher.until(lambda: sum(bool(a.action) for a in arm.applied) > 10, "motion")
@@ -161,7 +161,7 @@ def test_the_button_that_ends_an_attempt_is_its_label(arm: Arm) -> None:
 
 
 def test_a_person_judges_from_another_terminal(arm: Arm) -> None:
-    arm.order()
+    arm.request()
     first, last = arm.run(), arm.run()
     assert ratchet("ctl", "judge", "success", "--person", "Bob", "--note", "barely")[0] == 0
     assert [(x.person, x.verdict, x.note) for x in arm.labels(last.episode)] == [("Bob", "success", "barely")]

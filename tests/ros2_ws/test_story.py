@@ -1,7 +1,7 @@
 """The week at an arm, told once with the commands of docs/story.md: each joint with the real part on either side.
 
 Pinned: episodes of the real nodes, recorded by the real recorder and judged by a person on the real page, reach the
-learner through the real courier; they make an update, the gate that cannot measure holds, a person promotes, the arm
+learner through the real sync agent; they make an update, the gate that cannot measure holds, a person promotes, the arm
 swaps while it moves, learns once more and is rolled back. Every process is killed once and started again: nothing that
 was recorded is lost or doubled, nothing is learned from that nobody judged. The arm's first life runs on one ROS
 release, its second on another. Determinism: lock-step; what the arm does decides nothing here, a person's word does;
@@ -104,15 +104,15 @@ def test_the_week_at_an_arm(week: Told) -> None:
     week.start_arm(RATCHET_ROS_PYTHON=JAZZY)
     assert week.up is not None
     # The adapter that is trained from acts as the base; the arm runs it under its own id.
-    ordered = eventually(lambda: week.ledger().training, "an order")
-    week.in_force(ordered)
+    requested = eventually(lambda: week.learner_state().training, "a rollout request")
+    week.in_force(requested)
 
     # The first round. Whoever is not needed at the moment dies.
     week.try_once()
     week.open_page()
     week.judge("success")
-    week.up.kill_child("courier")
-    week.up.until("courier ended with status -9")
+    week.up.kill_child("sync")
+    week.up.until("sync ended with status -9")
     week.try_once()
     week.judge("failure")
     week.learner.kill()
@@ -160,12 +160,12 @@ def test_the_week_at_an_arm(week: Told) -> None:
     week.try_once()
     week.judge("failure")
     second = week.update_and_promotion()
-    assert len({ordered, first, second}) == 3
+    assert len({requested, first, second}) == 3
     assert week.say("ratchet adapters rollback")[0] == 0
     week.learner.until(f"active was set to {first[:12]} by a person")
     week.in_force(first)
 
-    # The courier writes its status once in a while.
+    # The sync agent writes its status once in a while.
     eventually(lambda: first[:12] in week.say("ratchet status --robot")[1], "the robot's status")
     assert (week.up.end(), week.learner.end()) == (0, 0)
     week.review.end()
@@ -188,16 +188,16 @@ def check_the_books(week: Told, first: str, second: str) -> None:
     assert [names.count(name) for name in week.named] == [1] * len(week.named)
     standings = {card.id: said.standing(card.id) for card in store.cards().values()}
     assert sorted(s.state for s in standings.values()) == ["discarded"] * 2 + ["verified"] * 10
-    ledger = week.ledger()
+    state = week.learner_state()
     verified = {episode for episode, standing in standings.items() if standing.state == "verified"}
-    assert set(ledger.arrivals) == verified
-    assert {a.sha: a.success for a in ledger.arrivals.values()} == {e: standings[e].success for e in verified}
-    assert {a.source for a in ledger.arrivals.values()} == {"human:Ada", "human:ada"}
-    assert ledger.counts() == {"accepted": 8, "waiting": 0, "replay": 2, "unruled": 0, "used": 8}
-    assert ledger.reasons() == {"inbox.other_adapter": 1, "inbox.mixed_adapters": 1}
-    used = [sha for batch in ledger.retired for sha in batch]
+    assert set(state.arrivals) == verified
+    assert {a.sha: a.success for a in state.arrivals.values()} == {e: standings[e].success for e in verified}
+    assert {a.source for a in state.arrivals.values()} == {"human:Ada", "human:ada"}
+    assert state.counts() == {"accepted": 8, "waiting": 0, "replay": 2, "unruled": 0, "used": 8}
+    assert state.reasons() == {"inbox.other_adapter": 1, "inbox.mixed_adapters": 1}
+    used = [sha for batch in state.retired for sha in batch]
     assert len(used) == len(set(used)) == 8
-    assert ledger.active == first
+    assert state.active == first
     card = FolderStore("runs/learner/adapters").card(second).provenance
     assert (card.parent, card.task, card.gate["decision"]) == (first, "button-press", "hold")
     assert set(week.commands) == week.used

@@ -1,8 +1,8 @@
 """`ratchet up sim` is how people without the launch package start everything; it must come up, and go down clean.
 
-Pinned: all nodes become active, one log folder holds parameters and logs, a courier runs beside them and again when it
-was killed, an interrupt ends every process with status 0, the session's end waits for the learner, and nothing is left
-running; what cannot work is refused before anything starts.
+Pinned: all nodes become active, one log folder holds parameters and logs, a sync agent runs beside them and again when
+it was killed, an interrupt ends every process with status 0, the session's end waits for the learner, and nothing is
+left running; what cannot work is refused before anything starts.
 Determinism: a fake policy; waiting is for events.
 """
 
@@ -42,9 +42,9 @@ def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
         assert told["nodes"] == ["sim_robot_node", "safety_node", "policy_node"]
         assert told["courier"] is True
         active(watcher, *told["nodes"])
-        first = courier_of(watcher, robot)
+        first = sync_agent_of(watcher, robot)
         first.kill()
-        watcher.until(lambda: courier_of(watcher, robot).pid != first.pid, "another courier in its place")
+        watcher.until(lambda: sync_agent_of(watcher, robot).pid != first.pid, "another sync agent in its place")
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -58,14 +58,14 @@ def test_up_brings_the_nodes_up_and_down(ros: None, tmp_path: Path) -> None:
     assert not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
     assert not list((robot / "episodes").glob("*/*.mcap*"))
     files = {f"{n}.{k}" for n in told["nodes"] for k in ("yaml", "log")}
-    assert {p.name for p in logs.iterdir()} == {*files, "courier.log"}
+    assert {p.name for p in logs.iterdir()} == {*files, "sync.log"}
     (session,) = (robot / "sessions").iterdir()
     assert Session.read(session).reason == "powered down"
-    (parcel,) = (robot / "outbox" / "queue").iterdir()  # the session's end waits for the learner
-    assert json.loads(parcel.read_text())["key"] == f"session/{session.name}"
+    (record,) = (robot / "outbox" / "queue").iterdir()  # the session's end waits for the learner
+    assert json.loads(record.read_text())["key"] == f"session/{session.name}"
 
 
-def courier_of(watcher: Watcher, robot: Path) -> psutil.Process:
+def sync_agent_of(watcher: Watcher, robot: Path) -> psutil.Process:
     """The process that wrote the robot's status last."""
 
     def told() -> psutil.Process | None:
@@ -74,7 +74,7 @@ def courier_of(watcher: Watcher, robot: Path) -> psutil.Process:
         except (OSError, ValueError, psutil.NoSuchProcess):
             return None
 
-    return watcher.until(told, "the courier's status")
+    return watcher.until(told, "the sync agent's status")
 
 
 def test_a_learner_is_not_reached_without_its_keys(

@@ -27,7 +27,7 @@ class Provenance:
         task, stage: the task it was trained on last, and how many tasks it has seen.
         metrics: whatever was measured, by name.
         effect: relative norm of the change to the base, `Lora.effect(...).overall`; None where nobody measured it.
-        gate: the latest verdict of the gate, plain data; empty where there is none.
+        gate: the latest decision of the gate, plain data; empty where there is none.
     """
 
     parent: str | None = None
@@ -120,7 +120,7 @@ class AdapterStore(Protocol):
     def card(self, reference: str) -> Card: ...
 
     def annotate(self, reference: str, metrics: Mapping[str, float], *, gate: Mapping[str, Any] | None = None) -> Card:
-        """Add measured values, and the gate's latest verdict, to an adapter's card; the id does not change."""
+        """Add measured values, and the gate's latest decision, to an adapter's card; the id does not change."""
         ...
 
     def ids(self) -> list[str]:

@@ -35,7 +35,12 @@ class Renaming:
         return f"`{before} {self.former}` is now `{before} {self.present}`"
 
 
-RENAMINGS: tuple[Renaming, ...] = ()
+RENAMINGS: tuple[Renaming, ...] = (
+    Renaming((), "courier", "sync"),
+    Renaming(("eval",), "--sight", "--vision-ablation"),
+    Renaming(("pretrain",), "--eyes", "--localisation"),
+    Renaming(("status",), "--story", "--timeline"),
+)
 
 
 def translate(arguments: Sequence[str], renamings: Sequence[Renaming] = RENAMINGS) -> tuple[list[str], list[Renaming]]:

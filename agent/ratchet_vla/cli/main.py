@@ -34,7 +34,7 @@ VERBS = (
     "run",
     "keys",
     "learner",
-    "courier",
+    "sync",
     "robot",
     "session",
     "status",
@@ -145,10 +145,10 @@ def _loaded(verb: str) -> Any:
             from ratchet_vla.cli.remote import learner
 
             return learner.Learner
-        case "courier":
+        case "sync":
             from ratchet_vla.cli.remote import sync
 
-            return sync.Courier
+            return sync.SyncAgent
         case "robot":
             from ratchet_vla.cli.remote import robot
 

@@ -1,6 +1,6 @@
-"""Rollout request of the learner: the `order` in its state, checked field by field.
+"""Rollout request of the learner: `order` in the state that it publishes, checked field by field.
 
-Knows the order's form. Knows neither who collects nor what is done with it.
+Knows the request's form. Knows neither who collects nor what is done with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ KINDS: dict[str, Any] = {"str": str, "float": (int, float), "int": int}
 
 
 @dataclass(frozen=True)
-class Order:
+class RolloutRequest:
     """Episodes of one task under one adapter.
 
     Attributes:
@@ -47,18 +47,21 @@ class Order:
         return self.groups * self.group_size
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Order | None:
-        """The order in a learner's state, None where there is none. Raises RatchetError robot.bad_order."""
-        order_fields = state.get("order")
-        if order_fields is None:
+    def of(cls, state: Mapping[str, Any]) -> RolloutRequest | None:
+        """The rollout request in a learner's published state, None where there is none. Raises RatchetError
+        robot.bad_order."""
+        request_fields = state.get("order")
+        if request_fields is None:
             return None
         try:
-            order = cls(**{field_name: order_fields[field_name] for field_name in cls.__dataclass_fields__})
+            request = cls(**{field_name: request_fields[field_name] for field_name in cls.__dataclass_fields__})
             for field_name, type_name in cls.__annotations__.items():
-                if not isinstance(getattr(order, field_name), KINDS[type_name]):
+                if not isinstance(getattr(request, field_name), KINDS[type_name]):
                     raise TypeError(field_name)
         except (KeyError, TypeError) as error:
             raise RatchetError(
-                "robot.bad_order", f"the learner's order cannot be read: {error}", fix="run the same release on both"
+                "robot.bad_order",
+                f"the learner's rollout request cannot be read: {error}",
+                fix="run the same release on both",
             ) from None
-        return order
+        return request

@@ -1,4 +1,4 @@
-"""Records sent through the outbox beside episodes: the end of a session, a person's verdict.
+"""Records sent through the outbox beside episodes: the end of a session, an annotator's label.
 
 Knows their form. They are files, not messages, so that they are as durable as episodes and keep their place among them.
 """
@@ -16,7 +16,7 @@ LABEL = "label"
 EPISODE = "episode"
 
 
-def session_parcel(
+def session_record(
     session: str, ended: bool, manifest: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]]
 ) -> bytes:
     """Encode a session for the learner: its manifest and its episodes (key and SHA-256 each)."""
@@ -29,18 +29,18 @@ def session_parcel(
     return (json.dumps(session_fields) + "\n").encode()
 
 
-def label_parcel(episode: str, success: bool | None, person: str, note: str = "") -> bytes:
-    """Encode a person's verdict for the learner.
+def label_record(episode: str, success: bool | None, person: str, note: str = "") -> bytes:
+    """Encode an annotator's label for the learner.
 
     Args:
         episode: SHA-256 of the episode's file.
-        success: what the person saw; None withdraws an earlier verdict, as when annotators disagree.
+        success: what the person saw; None withdraws an earlier label, as when annotators disagree.
         person: name of the person, not empty.
 
     Raises:
-        RatchetError: link.no_person without a name: an unnamed verdict is none.
+        RatchetError: link.no_person without a name: an unnamed label is none.
     """
     if not person.strip():
-        raise RatchetError("link.no_person", "a verdict needs a person's name", fix="say who watched the episode")
+        raise RatchetError("link.no_person", "a label needs a person's name", fix="say who watched the episode")
     source = f"human:{person.strip()}"
     return (json.dumps({"episode": episode, "success": success, "source": source, "note": note}) + "\n").encode()

@@ -33,7 +33,7 @@ VERBS = [
     "run",
     "keys",
     "learner",
-    "courier",
+    "sync",
     "robot",
     "session",
     "status",
@@ -53,7 +53,7 @@ def test_help_has_a_command_to_copy(verb: str, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.count(f"ratchet {verb}") >= 2  # the usage line and at least one example
 
 
-@pytest.mark.parametrize(("verb", "heavy"), [("up", "torch"), ("ctl", "torch"), ("courier", "peft")])
+@pytest.mark.parametrize(("verb", "heavy"), [("up", "torch"), ("ctl", "torch"), ("sync", "peft")])
 def test_beside_an_arm_a_verb_loads_only_what_it_needs(verb: str, heavy: str) -> None:
     """Seconds of a robot's processor at every start."""
     script = (
@@ -70,7 +70,11 @@ def test_beside_an_arm_a_verb_loads_only_what_it_needs(verb: str, heavy: str) ->
         (["eval", "--tasks", "door-opn"], "sim.unknown_task", "door-open"),
         (["eval", "--suite", "libero_objct"], "sim.unknown_suite", "libero_object"),
         (["learn", "--tasks", "door-opn"], "sim.unknown_task", "door-open"),
-        (["eval", "--tasks", "door-open", "--sight", "--episodes", "1"], "sight.same_scene", "at least 2"),
+        (
+            ["eval", "--tasks", "door-open", "--vision-ablation", "--episodes", "1"],
+            "vision_ablation.same_scene",
+            "at least 2",
+        ),
         (["eval", "--suite", "libero_object", "--policy", "nowhere"], "policy.bad_checkpoint", "nowhere"),
         (["adapters", "list", "--store", "nowhere"], "adapter.no_store", "nowhere"),
         (["report", "nowhere"], "report.no_run", "nowhere"),

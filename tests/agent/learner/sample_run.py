@@ -10,7 +10,7 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 
-from ratchet_vla.learner.gate.decision import Comparison, GateConfig, judge
+from ratchet_vla.learner.gate.decision import Comparison, GateConfig, decide
 from ratchet_vla.learner.measures.intervals import mean
 from ratchet_vla.learner.measures.metrics import Cell, SuccessMatrix
 from ratchet_vla.learner.report.page import video_name
@@ -101,10 +101,10 @@ def sample_comparison() -> dict[str, Any]:
             "made by": "seq_ft: ratchet demo --suite x",
             "tasks learned": [TASKS[1], TASKS[0]],
         },
-        "verdict": judge("5a" * 32, "", learned, config).as_dict(),
+        "verdict": decide("5a" * 32, "", learned, config).as_dict(),
         "change": dataclasses.asdict(mean([c.change for c in learned])),
         "outcomes": {c.task: {"base": dict(c.active.episodes), "adapter": dict(c.candidate.episodes)} for c in learned},
-        "when_made": judge("5a" * 32, "", pairs, config).as_dict(),
+        "when_made": decide("5a" * 32, "", pairs, config).as_dict(),
         "video": {"task": TASKS[0], "episode": "state-39", "why": "the first that only the adapter solved"},
         "update": {
             "task": HELD_OUT[1],

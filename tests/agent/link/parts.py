@@ -1,5 +1,5 @@
 """What the link's tests are put together from: keys, a learner's end and a robot's end in one folder; nothing is fake
-but the weather."""
+but the network faults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.link import keys
-from ratchet_vla.link.learner.artifact_server import AdapterShelf
+from ratchet_vla.link.learner.artifact_server import ArtifactServer
 from ratchet_vla.link.learner.inbox import Inbox
 from ratchet_vla.link.learner.server import LinkServer
 from ratchet_vla.link.robot.client import LinkClient
@@ -40,7 +40,7 @@ class LearnerEnd:
         self.server = LinkServer(
             self.address,
             self.inbox,
-            AdapterShelf(self.store),
+            ArtifactServer(self.store),
             keys=self.pair,
             allow=None if self.plain else self.keys,
             tamper=tamper,

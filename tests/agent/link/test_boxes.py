@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.link.learner.inbox import Inbox, Parcel
+from ratchet_vla.link.learner.inbox import Inbox, OfferedFile
 from ratchet_vla.link.robot.outbox import Outbox, history
 from ratchet_vla.storage.files import Files
 from ratchet_vla.storage.journal import Journal
@@ -43,8 +43,8 @@ CONTENT = bytes(range(256)) * 8
 SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
-def parcel(key: str = "k", sequence: int = 1, content: bytes = CONTENT) -> Parcel:
-    return Parcel("r", hashlib.sha256(content).hexdigest(), len(content), "episode", key, sequence, {"a": 1})
+def offered(key: str = "k", sequence: int = 1, content: bytes = CONTENT) -> OfferedFile:
+    return OfferedFile("r", hashlib.sha256(content).hexdigest(), len(content), "episode", key, sequence, {"a": 1})
 
 
 # -- outbox ------------------------------------------------------------------------------------------------------------
@@ -174,13 +174,13 @@ def test_what_could_never_be_sent_is_not_accepted(tmp_path: Path, type: str, key
 # -- inbox -------------------------------------------------------------------------------------------------------------
 
 
-def receive(inbox: Inbox, parcel: Parcel, content: bytes, piece: int = 700) -> None:
+def receive(inbox: Inbox, file: OfferedFile, content: bytes, piece: int = 700) -> None:
     """What the server does, from wherever the inbox says."""
-    start = inbox.offer(parcel)
+    start = inbox.offer(file)
     while start is not None and start < len(content):
-        start = inbox.write(parcel.sha, start, memoryview(content)[start : start + piece])
+        start = inbox.write(file.sha, start, memoryview(content)[start : start + piece])
     if start is not None:
-        inbox.finish(parcel.sha)
+        inbox.finish(file.sha)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -197,7 +197,7 @@ def test_receiving_ends_the_same_wherever_it_was_cut_off(tmp_path: Path, full: b
         files.left = at
         cut = False
         try:
-            receive(inbox, parcel(), CONTENT)
+            receive(inbox, offered(), CONTENT)
         except (Killed, RatchetError):
             cut = True
         if not full:
@@ -205,7 +205,7 @@ def test_receiving_ends_the_same_wherever_it_was_cut_off(tmp_path: Path, full: b
             journal.close()
             journal = Journal(root / "j.jsonl")
             inbox = Inbox(root / "inbox", journal, reserve=0)
-        receive(inbox, parcel(), CONTENT)
+        receive(inbox, offered(), CONTENT)
         assert [e.data["sha"] for e in journal.of("received")] == [SHA]
         assert inbox.path(SHA).read_bytes() == CONTENT
         inbox.close()
@@ -219,18 +219,18 @@ def test_pieces_may_come_doubled_early_and_after_a_restart(tmp_path: Path) -> No
     inbox = Inbox(tmp_path / "inbox", journal, reserve=0)
     view = memoryview(CONTENT)
     assert inbox.write(SHA, 0, view[:10]) is None
-    assert inbox.offer(parcel()) == 0
+    assert inbox.offer(offered()) == 0
     assert inbox.write(SHA, 0, view[:100]) == 100
     assert inbox.write(SHA, 0, view[:100]) == 100
     assert inbox.write(SHA, 300, view[300:400]) == 100
     inbox.close()
     inbox = Inbox(tmp_path / "inbox", journal, reserve=0)
-    assert inbox.offer(parcel()) == 100
+    assert inbox.offer(offered()) == 100
     assert inbox.write(SHA, 100, view[100:]) == len(CONTENT)
     with pytest.raises(RatchetError, match=r"link\.too_large"):
         inbox.write(SHA, len(CONTENT), view[:1])
     inbox.finish(SHA)
-    assert inbox.offer(parcel()) is None
+    assert inbox.offer(offered()) is None
     assert len(list(journal.of("received"))) == 1
     inbox.close()
     journal.close()
@@ -240,12 +240,12 @@ def test_changed_bytes_are_found_and_sent_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.jsonl")
     inbox = Inbox(tmp_path / "inbox", journal, reserve=0)
     changed = b"X" + CONTENT[1:]
-    assert inbox.offer(parcel()) == 0
+    assert inbox.offer(offered()) == 0
     inbox.write(SHA, 0, memoryview(changed))
     with pytest.raises(RatchetError, match=r"link\.hash_mismatch"):
         inbox.finish(SHA)
     assert not journal.events
-    receive(inbox, parcel(), CONTENT)
+    receive(inbox, offered(), CONTENT)
     assert inbox.path(SHA).read_bytes() == CONTENT
     inbox.close()
     journal.close()
@@ -254,15 +254,15 @@ def test_changed_bytes_are_found_and_sent_again(tmp_path: Path) -> None:
 def test_a_partial_file_torn_by_a_power_cut_is_found(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.jsonl")
     inbox = Inbox(tmp_path / "inbox", journal, reserve=0)
-    inbox.offer(parcel())
+    inbox.offer(offered())
     inbox.write(SHA, 0, memoryview(CONTENT)[:1000])
     inbox.close()
     path = tmp_path / "inbox" / "partial" / SHA
     path.write_bytes(bytes(1000))  # the size reached the disk, the data did not
     inbox = Inbox(tmp_path / "inbox", journal, reserve=0)
     with pytest.raises(RatchetError, match=r"link\.hash_mismatch"):
-        receive(inbox, parcel(), CONTENT)
-    receive(inbox, parcel(), CONTENT)
+        receive(inbox, offered(), CONTENT)
+    receive(inbox, offered(), CONTENT)
     assert inbox.path(SHA).read_bytes() == CONTENT
     inbox.close()
     journal.close()
@@ -276,7 +276,7 @@ def test_a_sidecar_that_cannot_be_read_is_asked_for_again(tmp_path: Path) -> Non
     (files / f"{SHA}.json").write_text("{torn")
     inbox = Inbox(tmp_path / "inbox", journal, reserve=0)
     assert not journal.events
-    assert inbox.offer(parcel()) is None
+    assert inbox.offer(offered()) is None
     assert [e.data["key"] for e in journal.of("received")] == ["k"]
     inbox.close()
     journal.close()
@@ -285,9 +285,9 @@ def test_a_sidecar_that_cannot_be_read_is_asked_for_again(tmp_path: Path) -> Non
 def test_one_key_counts_once_whatever_its_bytes(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.jsonl")
     inbox = Inbox(tmp_path / "inbox", journal, reserve=0)
-    receive(inbox, parcel(), CONTENT)
-    assert inbox.offer(parcel(content=CONTENT + b"again", sequence=2)) is None
-    receive(inbox, parcel(key="other", sequence=3), CONTENT)
+    receive(inbox, offered(), CONTENT)
+    assert inbox.offer(offered(content=CONTENT + b"again", sequence=2)) is None
+    receive(inbox, offered(key="other", sequence=3), CONTENT)
     assert [e.data["key"] for e in journal.of("received")] == ["k", "other"]
     inbox.close()
     journal.close()
@@ -297,6 +297,6 @@ def test_no_space_is_said_before_anything_is_sent(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.jsonl")
     inbox = Inbox(tmp_path / "inbox", journal, reserve=1 << 60)
     with pytest.raises(RatchetError, match=r"link\.disk_full"):
-        inbox.offer(parcel())
+        inbox.offer(offered())
     inbox.close()
     journal.close()

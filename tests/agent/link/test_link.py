@@ -2,7 +2,7 @@
 
 Pinned: delivery in order, resumption instead of sending again, strangers and revoked robots refused, adapters believed
 only by their hash, life without the other side, plain text on loopback only. Deterministic in what it asserts: every
-test waits for an event with a long limit, never for a time; the weather is seeded.
+test waits for an event with a long limit, never for a time; network faults are seeded.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def test_an_upload_goes_on_where_a_dead_learner_was(tmp_path: Path) -> None:
     learner.stop()
 
 
-class Weather:
+class NetworkFaults:
     """Drops, doubles and delays messages; seeded."""
 
     def __init__(self, seed: int) -> None:
@@ -246,9 +246,9 @@ class Weather:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_bad_weather_changes_nothing_but_time(tmp_path: Path, seed: int) -> None:
-    to_learner = Weather(seed)
-    to_robot = Weather(seed + 100)
+def test_network_faults_change_nothing_but_time(tmp_path: Path, seed: int) -> None:
+    to_learner = NetworkFaults(seed)
+    to_robot = NetworkFaults(seed + 100)
     learner = LearnerEnd(tmp_path / "learner").start(tamper=to_robot)
     robot = RobotEnd(tmp_path / "robot", learner)
     names = [f"e{i}" for i in range(8)]
@@ -449,11 +449,11 @@ def test_a_fault_of_ones_own_is_answered_and_the_thread_goes_on(tmp_path: Path) 
         offer = learner.inbox.offer
         calls = []
 
-        def once_broken(parcel: Any) -> int | None:
-            calls.append(parcel.key)
+        def once_broken(offered: Any) -> int | None:
+            calls.append(offered.key)
             if len(calls) == 1:
                 raise ZeroDivisionError("a fault in the learner")
-            return offer(parcel)
+            return offer(offered)
 
         learner.inbox.offer = once_broken  # type: ignore[method-assign]
         learner.server.publish({"note": 1})

@@ -36,7 +36,7 @@ class Promote:
     """Run the gate on an adapter and make it `active` if it passes; exit 0 promoted, 3 held, 4 rejected.
 
     The gate runs candidate and active adapter (the base where nothing is active) on the same episodes of the new task,
-    every earlier task and the held-out ones. A verdict that is already on the adapter's card is not measured again,
+    every earlier task and the held-out ones. A decision that is already on the adapter's card is not measured again,
     unless it was reached against another adapter or under other demands. Where the tasks cannot be simulated here, the
     gate says what is missing and holds.
     """
@@ -53,9 +53,9 @@ class Promote:
     """Tasks that were never trained, compared too."""
     gate: GateConfig = field(default_factory=GateConfig)
     again: bool = False
-    """Measure although the card has a verdict against the active adapter."""
+    """Measure although the card has a decision against the active adapter."""
     override: str = ""
-    """Promote whatever the verdict, for this reason, which is kept in the history."""
+    """Promote whatever the gate decided, for this reason, which is kept in the history."""
     workers: int = 2
     """Simulator processes; 0 has no simulator: the gate then holds, and only --override promotes."""
     slots: int = 12
@@ -63,7 +63,7 @@ class Promote:
     threads: int = 1
     """Threads for the policy."""
     json: bool = False
-    """Print the verdict as JSON."""
+    """Print the decision as JSON."""
 
     def run(self) -> int:
         common.threads(self.threads)
@@ -78,7 +78,7 @@ class Promote:
         if self.again or decision_of(stored, active, self.gate, self.held_out) is None:
             self._measure(store, candidate, active, console)
             stored = store.card(candidate).provenance.gate
-        print_verdict(stored, console)
+        print_decision(stored, console)
         promoted = stored["decision"] == "promote" or bool(self.override)
         if promoted:
             reason = f"override: {self.override}" if stored["decision"] != "promote" else "passed the gate"
@@ -200,13 +200,13 @@ class Diff:
         return 0
 
 
-def print_verdict(verdict: Mapping[str, Any], console: Console) -> None:
+def print_decision(decision: Mapping[str, Any], console: Console) -> None:
     """The comparison as a table, then the decision and its reasons."""
-    if verdict["tasks"]:
+    if decision["tasks"]:
         table = Table(title="gate: candidate against active, same episodes")
         for column in ("task", "active", "candidate", "change [95 %]", "lost/gained", "p worse", "sees"):
             table.add_column(column, justify="left" if column == "task" else "right", overflow="fold")
-        for row in verdict["tasks"]:
+        for row in decision["tasks"]:
             change_ = f"{100 * row['change']:+.0f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
             table.add_row(
                 f"{row['task']} ({row['role'].replace('_', '-')})",
@@ -219,9 +219,9 @@ def print_verdict(verdict: Mapping[str, Any], console: Console) -> None:
             )
         console.print(table)
         console.print("sees: smallest true drop, in points, that the test finds with 80 % chance", highlight=False)
-    colour = {"promote": "green", "hold": "yellow", "reject": "red"}[verdict["decision"]]
-    console.print(f"[bold {colour}]{verdict['decision'].upper()}[/]")
-    for reason in verdict["reasons"]:
+    colour = {"promote": "green", "hold": "yellow", "reject": "red"}[decision["decision"]]
+    console.print(f"[bold {colour}]{decision['decision'].upper()}[/]")
+    for reason in decision["reasons"]:
         place = f" {reason['task']}:" if reason["task"] else ""
         console.print(f"  {reason['code']}{place} {reason['text']}", markup=False, highlight=False)
 

@@ -131,7 +131,7 @@ class Demo(ComputingOptions):
             console=console,
             expected=expected,
         )
-        tasks = ", ".join(c.task for c in result.verdict.comparisons)
+        tasks = ", ".join(c.task for c in result.gate_decision.comparisons)
         console.print(f"{tasks}: adapter against base {_in_points(result.change)}")
         for line in demo_shipped.measured_before(result.when_made, held_out=True):
             console.print(f"never learned, measured when it was made: {line}")
@@ -148,8 +148,8 @@ class Demo(ComputingOptions):
 
 
 def _in_points(change: Interval) -> str:
-    verdict = "larger than its interval" if change.low > 0 else "NOT larger than its interval"
-    return f"{100 * change.estimate:+.0f} points [{100 * change.low:+.0f}, {100 * change.high:+.0f}], {verdict}"
+    comparison = "larger than its interval" if change.low > 0 else "NOT larger than its interval"
+    return f"{100 * change.estimate:+.0f} points [{100 * change.low:+.0f}, {100 * change.high:+.0f}], {comparison}"
 
 
 def _tell_swaps(console: Console, swaps: Sequence[Mapping[str, Any]]) -> None:

@@ -26,11 +26,11 @@ from ratchet_sim.workers.vector import ChunkVectorEnv
 from ratchet_vla.adapters.protocol import Card
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli import common, estimate
-from ratchet_vla.cli.adapters.promotion import print_verdict
+from ratchet_vla.cli.adapters.promotion import print_decision
 from ratchet_vla.cli.learn import sequential
 from ratchet_vla.cli.learn.progress import Ticker, progress_bars
 from ratchet_vla.cli.recipes import Shipped
-from ratchet_vla.learner.gate.decision import Comparison, GateConfig, Verdict
+from ratchet_vla.learner.gate.decision import Comparison, GateConfig, GateDecision
 from ratchet_vla.learner.gate.keeper import Gatekeeper, earlier_tasks
 from ratchet_vla.learner.measures.intervals import Interval, mean
 from ratchet_vla.learner.report.page import video_name, write_report
@@ -47,13 +47,13 @@ FILMED, GRADIENT = 5.0, 0.15  # of a filmed episode and, per episode, of an upda
 class Result:
     """What the part leaves behind.
 
-    change: adapter minus base, mean over the tasks that it learned. when_made: the verdict on its card, with what it
+    change: adapter minus base, mean over the tasks that it learned. when_made: the decision on its card, with what it
     cost on tasks that it never learned.
     """
 
     suite: str
     folder: Path
-    verdict: Verdict
+    gate_decision: GateDecision
     change: Interval
     when_made: Mapping[str, Any]
     update: dict[str, Any]
@@ -64,7 +64,7 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         return {
             "folder": str(self.folder),
-            "verdict": self.verdict.as_dict(),
+            "verdict": self.gate_decision.as_dict(),
             "change": dataclasses.asdict(self.change),
             "when_made": dict(self.when_made),
             "update": self.update,
@@ -99,16 +99,16 @@ def run(
     try:
         with progress_bars(console) as progress, Ticker(part.running) as ticking:
             part.bars = _Bars(progress, part.weight(videos), expected)
-            verdict = part.measure(env)
-            video = part.film(verdict) if videos else None
+            decision = part.measure(env)
+            video = part.film(decision) if videos else None
             update = part.update(env)
     finally:
         env.close()
-    change = mean([c.change for c in verdict.comparisons])
+    change = mean([c.change for c in decision.comparisons])
     seconds = time.perf_counter() - started
-    report = part.write(verdict, change, video, update, ticking.count, seconds)
+    report = part.write(decision, change, video, update, ticking.count, seconds)
     swaps = sequential.swap_rows(part.running)
-    return Result(suite, folder, verdict, change, part.card.provenance.gate, update, swaps, seconds, report)
+    return Result(suite, folder, decision, change, part.card.provenance.gate, update, swaps, seconds, report)
 
 
 class _Bars:
@@ -181,7 +181,7 @@ class _Part:
             highlight=False,
         )
 
-    def measure(self, env: ChunkVectorEnv) -> Verdict:
+    def measure(self, env: ChunkVectorEnv) -> GateDecision:
         """The gate: base and adapter on the same initial states with the same noise, hot-swapped in between."""
 
         def show(kind: str, facts: dict[str, Any]) -> None:
@@ -191,15 +191,15 @@ class _Part:
 
         folder = self.folder / "gate"
         keeper = Gatekeeper(self.running.serve, env, self.tasks, self.store, self.gate, folder, show)
-        verdict = keeper.run(self.adapter_id, "")
-        print_verdict(verdict.as_dict(), self.console)
-        if verdict.decision == "promote" and self.store.tags().get("active") != self.adapter_id:
+        decision = keeper.run(self.adapter_id, "")
+        print_decision(decision.as_dict(), self.console)
+        if decision.decision == "promote" and self.store.tags().get("active") != self.adapter_id:
             self.store.promote(self.adapter_id, "passed the gate")
-        return verdict
+        return decision
 
-    def film(self, verdict: Verdict) -> dict[str, Any]:
+    def film(self, decision: GateDecision) -> dict[str, Any]:
         """One episode of each from one initial state with one noise: the first whose outcomes differed, if any did."""
-        task, key, why = telling(verdict.comparisons)
+        task, key, why = telling(decision.comparisons)
         info = dataclasses.replace(self.tasks[task], horizon=self.gate.horizon or self.tasks[task].horizon)
         gate = self.gate
         specs = evaluation_specs(info, gate.episodes, self.seed, gate.horizon, purpose="gate", draws=gate.draws)
@@ -250,7 +250,7 @@ class _Part:
 
     def write(
         self,
-        verdict: Verdict,
+        decision: GateDecision,
         change: Interval,
         video: dict[str, Any] | None,
         update: dict[str, Any],
@@ -261,7 +261,7 @@ class _Part:
         origin = self.card.provenance
         outcomes = {
             c.task: {"base": dict(c.active.episodes), "adapter": dict(c.candidate.episodes)}
-            for c in verdict.comparisons
+            for c in decision.comparisons
         }
         common.write_json(
             self.folder / "comparison.json",
@@ -274,7 +274,7 @@ class _Part:
                     "measured when it was made": "; ".join(measured_before(origin.gate, held_out=False)),
                     "changes the base's weights by": f"{origin.effect:.2%}" if origin.effect is not None else "",
                 },
-                "verdict": verdict.as_dict(),
+                "verdict": decision.as_dict(),
                 "change": dataclasses.asdict(change),
                 "outcomes": outcomes,
                 "when_made": dict(origin.gate),
@@ -296,12 +296,13 @@ class _Part:
         return write_report(self.folder)
 
 
-def measured_before(verdict: Mapping[str, Any], held_out: bool) -> list[str]:
-    """What a card's verdict says, a line per task: of those that were held out, or of those that were learned."""
+def measured_before(decision: Mapping[str, Any], held_out: bool) -> list[str]:
+    """What the gate's decision on a card says, a line per task: of those that were held out, or of those that were
+    learned."""
     return [
         f"{row['task']}: {row['active']:.0%} -> {row['candidate']:.0%}, {100 * row['change']:+.0f} points "
         f"[{100 * row['low']:+.0f}, {100 * row['high']:+.0f}], {row['episodes']} pairs"
-        for row in verdict.get("tasks", ())
+        for row in decision.get("tasks", ())
         if (row["role"] == "held_out") == held_out
     ]
 

@@ -18,7 +18,7 @@ from ratchet_sim.demonstrations import Demonstrations, NoiseConfig, collect
 from ratchet_vla.cli import common
 from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.supervised.auxiliary_localisation import SceneObjective
+from ratchet_vla.learner.supervised.auxiliary_localisation import LocalisationObjective
 from ratchet_vla.learner.supervised.training import PretrainConfig, Pretrainer
 from ratchet_vla.learner.supervised.training import Progress as Report
 from ratchet_vla.policy import device, presets
@@ -37,7 +37,7 @@ class Pretrain(ComputingOptions):
 
         ratchet pretrain --suite metaworld --tasks door-open faucet-open --episodes 40 --out models/mine
 
-        ratchet pretrain --suite metaworld --tasks door-open faucet-open --eyes.steps 1500 --out models/mine
+        ratchet pretrain --suite metaworld --tasks door-open faucet-open --localisation.steps 1500 --out models/mine
 
         ratchet pretrain --suite metaworld --tasks door-open faucet-open --head flow --out models/mine-flow
 
@@ -67,8 +67,9 @@ class Pretrain(ComputingOptions):
     cameras: tuple[str, ...] = ()
     """Contract cameras the policy sees; the first one if absent."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-    eyes: PretrainConfig = field(default_factory=lambda: PretrainConfig(steps=0, learning_rate=2e-3))
-    """Before acting is trained, the eyes alone learn where the simulator says the objects are; for a head of tokens."""
+    localisation: PretrainConfig = field(default_factory=lambda: PretrainConfig(steps=0, learning_rate=2e-3))
+    """Auxiliary localisation before acting is trained: the vision tower alone learns the objects' positions from the
+    simulator; for a head of tokens."""
     train: PretrainConfig = field(default_factory=PretrainConfig)
     processes: int = 2
     """Processes that record demonstrations."""
@@ -120,15 +121,19 @@ class Pretrain(ComputingOptions):
                 tokenizer = train_tokenizer(texts, config.vocabulary - 256)
                 policy = PrismaticPolicy(config, spec, statistics_of(demonstrations, spec, self.suite), tokenizer)
         policy.network.to(device.choose())
-        saw: list[Report] = []
-        if self.eyes.steps:
+        localisation_history: list[Report] = []
+        if self.localisation.steps:
             if not isinstance(policy, PrismaticPolicy):
                 raise RatchetError(
-                    "learn.no_scene", "eyes are trained on their own for a head of tokens only", fix="--eyes.steps 0"
+                    "learn.no_scene",
+                    "auxiliary localisation needs a head of tokens",
+                    fix="--localisation.steps 0",
                 )
-            scene = SceneObjective(policy, demonstrations.scene, demonstrations.task)
-            eyes = Pretrainer(policy, scene.trained(), demonstrations, self.eyes, work / "eyes", objective=scene)
-            saw = _train(eyes, "looking", console)
+            objective = LocalisationObjective(policy, demonstrations.scene, demonstrations.task)
+            pretrainer = Pretrainer(
+                policy, objective.trained(), demonstrations, self.localisation, work / "eyes", objective=objective
+            )
+            localisation_history = _train(pretrainer, "localising", console)
         trainer = Pretrainer(policy, list(policy.network.parameters()), demonstrations, self.train, work)
         history = _train(trainer, "acting", console)
         checkpoint.save(policy, self.out)
@@ -139,10 +144,11 @@ class Pretrain(ComputingOptions):
             "samples": len(demonstrations),
             "tasks": list(self.tasks),
             "command": common.command_line(),
-            "eyes": asdict(self.eyes),
+            # The keys of every training.json so far.
+            "eyes": asdict(self.localisation),
             "train": asdict(self.train),
             "noise": asdict(self.noise),
-            "history_eyes": [asdict(r) for r in saw],
+            "history_eyes": [asdict(r) for r in localisation_history],
             "history": [asdict(r) for r in history],
             "seconds": time.perf_counter() - started,
         }

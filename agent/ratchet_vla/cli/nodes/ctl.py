@@ -96,15 +96,15 @@ class Run(_Common):
     """
 
     task: Annotated[str, tyro.conf.Positional] = ""
-    """Name for the record; what the learner ordered if absent."""
+    """Name for the record; what the learner requested if absent."""
     instruction: str = ""
-    """What the policy is told, in words; what the learner ordered if absent."""
+    """What the policy is told, in words; what the learner requested if absent."""
     horizon: int = 0
-    """Control periods; 0 for the learner's order or the node's default."""
+    """Control periods; 0 for the learner's rollout request or the node's default."""
     mode: Literal["", "deploy", "collect"] = ""
     """Chunk execution; empty for the node's default."""
     temperature: float | None = None
-    """Sampling temperature; 0 acts greedily. If absent: what the learner ordered in collect mode, else 0."""
+    """Sampling temperature; 0 acts greedily. If absent: what the learner requested in collect mode, else 0."""
     seed: int = 0
     """Seed of the sampling; 0 gives every episode noise of its own."""
     expected_adapter: str = ""

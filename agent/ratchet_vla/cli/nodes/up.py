@@ -44,8 +44,8 @@ class _Shared(remote.LearnerOptions, ComputingOptions):
     session: Literal["auto", "manual"] = "auto"
     """auto: a session lasts as long as the nodes. manual: collect only between `ratchet session start|stop`."""
     learner: str = ""
-    """Address of a learner: a courier is started beside the nodes, the policy follows `active`, and in collect mode the
-    learner's order says task, temperature and noise."""
+    """Address of a learner: a sync agent is started beside the nodes, the policy follows `active`, and in collect mode
+    the learner's rollout request says task, temperature and noise."""
     namespace: str = ""
     """Namespace, such as /left for one of two arms."""
     logs: Path | None = None
@@ -97,8 +97,8 @@ class _Shared(remote.LearnerOptions, ComputingOptions):
                 "up.bad_options", str(error), where="--policy-options", fix="give a JSON object"
             ) from None
 
-    def _courier(self) -> list[str]:
-        """The command of the courier, none without a learner; what the nodes need of it is there when it returns.
+    def _sync_command(self) -> list[str]:
+        """The command of the sync agent, none without a learner; what the nodes need of it is there when it returns.
 
         Raises:
             RatchetError: link.no_key and others, before anything is started.
@@ -112,26 +112,28 @@ class _Shared(remote.LearnerOptions, ComputingOptions):
         )
 
         FolderStore(store, create=True)
-        return remote.courier(self, self.learner, self.robot, episodes, store)
+        return remote.sync_command(self, self.learner, self.robot, episodes, store)
 
     def _up(self, specs: list[NodeSpec]) -> int:
         folder = self.logs or Path("runs/up") / utc().replace(":", "").replace("-", "")
         console = Console(stderr=self.json, soft_wrap=True)
         profile = ros.PACKAGE / "config" / ("fastdds_loopback.xml" if self.loopback else "fastdds.xml")
         variables = {n: str(profile) for n in ("FASTDDS_DEFAULT_PROFILES_FILE",)} if self.loopback else {}
-        courier, names = self._courier(), [s.name for s in specs]
+        sync_command = self._sync_command()
+        names = [s.name for s in specs]
         stopped = _Stopper(self.max_seconds)
         with Graph(folder, self.namespace, variables) as graph:
-            if courier:
-                graph.beside("courier", courier)  # first, so that it ends last: the session's end goes out with it
+            if sync_command:
+                graph.beside("sync", sync_command)  # first, so that it ends last: the session's end goes out with it
             for spec in specs:
                 graph.start(spec)
             if self.json:
-                print(json.dumps({"logs": str(folder), "nodes": names, "courier": bool(courier)}), flush=True)
-            started = ", ".join([*names, *(["courier"] if courier else [])])
+                # Scripts read the key under the name that the verb had when they were written.
+                print(json.dumps({"logs": str(folder), "nodes": names, "courier": bool(sync_command)}), flush=True)
+            started = ", ".join([*names, *(["sync"] if sync_command else [])])
             console.print(f"started {started}; logs in {folder}; stop with Ctrl-C")
-            if courier:
-                told = f"learner {self.learner}: `ratchet ctl run` collects what it orders into {self._episodes()}"
+            if sync_command:
+                told = f"learner {self.learner}: `ratchet ctl run` collects what it requests into {self._episodes()}"
                 console.print(f"{told}; `ratchet status --robot {self.robot}` says how it stands", highlight=False)
             graph.watch(stopped, lambda line: console.print(line, style="yellow", markup=False, highlight=False))
             codes = graph.stop()

@@ -18,7 +18,7 @@ from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.learner.measures.metrics import Cell
 from ratchet_vla.learner.rollouts.collection import run_episodes
 from ratchet_vla.learner.rollouts.specs import evaluated, evaluation_specs
-from ratchet_vla.learner.rollouts.vision_ablation import OtherPictures, OwnPictures, judge
+from ratchet_vla.learner.rollouts.vision_ablation import OtherImages, OwnImages, compare
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Eval(ComputingOptions):
 
         ratchet eval --suite metaworld --adapter candidate --store runs/demo/adapters --json
 
-        ratchet eval --suite metaworld --tasks door-open faucet-open --sight
+        ratchet eval --suite metaworld --tasks door-open faucet-open --vision-ablation
     """
 
     suite: str = "metaworld"
@@ -52,8 +52,8 @@ class Eval(ComputingOptions):
     """Sampling temperature; 0 acts greedily."""
     seed: int = 0
     """Seed of sampled actions."""
-    sight: bool = False
-    """Run every episode again with the pictures of another one: does the policy look at its cameras?"""
+    vision_ablation: bool = False
+    """Run every episode again with the images of another one: does the policy use its cameras?"""
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
@@ -70,9 +70,9 @@ class Eval(ComputingOptions):
         tasks = common.find_tasks(self.suite, names)
         contract = registry.contract_for(self.suite)
         wanted = {n: evaluation_specs(tasks[n], self.episodes, self.seed, self.horizon) for n in names}
-        # What the policy is shown: its own pictures, and for the check of its sight another episode's as well.
-        own = {n: OwnPictures(len(specs)) for n, specs in wanted.items()} if self.sight else {}
-        other = {n: OtherPictures(own[n], wanted[n]) for n in own}
+        # What the policy is shown: its own images, and for the vision ablation another episode's as well.
+        own = {n: OwnImages(len(specs)) for n, specs in wanted.items()} if self.vision_ablation else {}
+        other = {n: OtherImages(own[n], wanted[n]) for n in own}
         folder = common.policy_folder(self.suite, self.policy)
         store = FolderStore(self.store) if self.adapter else None
         lora = common.lora_of(store, self.adapter) if store else common.LoraOptions()
@@ -88,7 +88,7 @@ class Eval(ComputingOptions):
         try:
             for name in track(names, description="evaluating", console=console, transient=True):
                 specs = wanted[name]
-                for shown, into in ((own, cells), (other, others))[: 2 if self.sight else 1]:
+                for shown, into in ((own, cells), (other, others))[: 2 if self.vision_ablation else 1]:
                     with running.swapper.running():
                         outcomes, _ = run_episodes(
                             running.policy,
@@ -101,26 +101,27 @@ class Eval(ComputingOptions):
                     into[name] = evaluated(specs, outcomes.success)
         finally:
             env.close()
-        sight = judge(cells, others) if self.sight else None
+        ablation = compare(cells, others) if self.vision_ablation else None
         if self.json:
             result = {"adapter": running.swapper.current_id, "suite": self.suite, "tasks": _rows(cells)}
-            if sight:
-                result |= {"other_pictures": _rows(others), "sight": asdict(sight)}
+            if ablation:
+                # Keys of earlier releases: result files and scripts know them.
+                result |= {"other_pictures": _rows(others), "sight": asdict(ablation)}
             print(json.dumps(result))
             return 0
         table = Table(title=f"{self.suite}, adapter {running.swapper.current_id[:12]}")
-        extra = ("others' pictures", "loss, points") if sight else ()
+        extra = ("others' images", "loss, points") if ablation else ()
         for column in ("task", "success", "rate", "95 % interval", *extra):
             table.add_column(column, justify="left" if column == "task" else "right")
         for name, cell in cells.items():
             rate = cell.rate
             row = [name, f"{cell.successes}/{cell.trials}", f"{rate.estimate:.0%}", f"{rate.low:.0%} … {rate.high:.0%}"]
-            if sight:
-                row += [f"{others[name].successes}/{others[name].trials}", sight.per_task[name].percent()]
+            if ablation:
+                row += [f"{others[name].successes}/{others[name].trials}", ablation.per_task[name].percent()]
             table.add_row(*row)
         console.print(table)
-        if sight:
-            console.print(sight.sentence())
+        if ablation:
+            console.print(ablation.sentence())
         return 0
 
 

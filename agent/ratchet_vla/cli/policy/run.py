@@ -41,7 +41,7 @@ from ratchet_vla.runtime.session import rollout_requests
 from ratchet_vla.runtime.session.desk import SessionDesk
 from ratchet_vla.runtime.session.dispatch import recorded
 
-LOOK = 0.2  # seconds between two looks for an order
+LOOK = 0.2  # seconds between two looks for a rollout request
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
     """
 
     task: str = ""
-    """Task name; with --learner what it orders."""
+    """Task name; with --learner what it requests."""
     suite: str = "metaworld"
     """Suite of the task."""
     policy: Path | None = None
@@ -99,7 +99,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
     realtime: bool = False
     """Run at the contract's rate on the machine's clock; otherwise in lock-step, where simulated time waits."""
     temperature: float | None = None
-    """Sampling temperature; 0 acts greedily, as it does if absent. With --learner it is what the learner ordered."""
+    """Sampling temperature; 0 acts greedily, as it does if absent. With --learner it is what the learner requests."""
     seed: int = 0
     """Seed of sampled actions."""
     resume: Literal["automatic", "manual"] = "automatic"
@@ -113,7 +113,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
     robot: Path | None = None
     """The robot's folder, with this session's manifest; no session if absent. With --learner runs/robot."""
     learner: str = ""
-    """Address of a learner: a courier is started, and what it orders is collected, under the adapter that it names."""
+    """Address of a learner: a sync agent is started, and the rollouts that it requests are collected."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -137,8 +137,8 @@ class Run(remote.LearnerOptions, ComputingOptions):
         rows: list[dict[str, Any]] = []
         with ExitStack() as opened:
             if self.learner and self.robot and self.record and self.store:
-                command = remote.courier(self, self.learner, self.robot, self.record, self.store)
-                opened.enter_context(remote.beside(command, self.robot / "courier.log"))
+                command = remote.sync_command(self, self.learner, self.robot, self.record, self.store)
+                opened.enter_context(remote.beside(command, self.robot / "sync.log"))
             with console.status("starting the policy process"):
                 client = opened.enter_context(PolicyClient(contract, PolicyLaunch(options=options, python=self.python)))
             if client.computing:
@@ -149,7 +149,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
             recorder = None if self.record is None else opened.enter_context(Recorder(self.record, contract))
             robots = Robots(self.suite, contract)
             opened.callback(robots.close)
-            for attempt in self._ordered(client, desk, console) if self.learner else self._asked():
+            for attempt in self._requested(client, desk, console) if self.learner else self._asked():
                 rows.append(self._episode(robots.at(attempt), client, safety, attempt, recorder, desk))
                 if desk is not None:
                     desk.look()
@@ -166,7 +166,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
         if self.execute != "collect":
             raise RatchetError("run.not_collected", "a learner needs --execute collect", fix="leave --execute out")
         self.check_keys()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the session is ended and the courier, too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the session is ended and the sync agent, too
         self.robot = self.robot or remote.FOLDER
         self.store = self.store or self.robot / "adapters"
         self.record = self.record or self.robot / "episodes"
@@ -182,13 +182,13 @@ class Run(remote.LearnerOptions, ComputingOptions):
             goal = rollout_requests.Goal(info.name, info.instruction, horizon, self.temperature or 0.0, seed)
             yield Attempt(info, state, goal, uuid.uuid4().hex[:12])
 
-    def _ordered(self, client: PolicyClient, desk: SessionDesk | None, console: Console) -> Iterator[Attempt]:
+    def _requested(self, client: PolicyClient, desk: SessionDesk | None, console: Console) -> Iterator[Attempt]:
         """Episodes as the learner wants them, each asked for when the one before is over."""
         assert self.robot is not None
         started = uuid.uuid4().hex[:8]
         for number in range(self.episodes):
             name = f"{desk.id if desk else ''}-{started}-{number + 1:04d}"
-            with console.status("waiting for the learner's order"):
+            with console.status("waiting for the learner's rollout request"):
                 goal = self._next_goal(client, desk, name)
             info = common.find_tasks(self.suite, [goal.task])[goal.task]
             state = info.train_states[derive_seed("state", name) % len(info.train_states)]
@@ -199,7 +199,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
         assert self.robot is not None
         while True:
             try:
-                return rollout_requests.ordered(
+                return rollout_requests.requested(
                     rollout_requests.read(self.robot),
                     task=self.task,
                     horizon=self.horizon,
@@ -243,7 +243,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
                 mode=self.execute,
                 seed=goal.seed,
                 initial_state=attempt.state,
-                meta={"order": goal.order} if goal.order else {},
+                meta={"order": goal.request_id} if goal.request_id else {},
             )
         loop = ControlLoop(
             Restamped(robot, clock) if self.realtime else robot,

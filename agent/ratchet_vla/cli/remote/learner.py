@@ -24,12 +24,12 @@ from ratchet_vla.cli.recipes import DEMO
 from ratchet_vla.episodes.file.reader import EpisodeReader
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.defaults import SERVICE
-from ratchet_vla.learner.gate.decision import GateConfig, Verdict
+from ratchet_vla.learner.gate.decision import GateConfig, GateDecision
 from ratchet_vla.learner.gate.keeper import Gatekeeper
 from ratchet_vla.learner.service.config import CHANGES, ServiceConfig, real_robot
 from ratchet_vla.learner.service.host import LearnerHost
 from ratchet_vla.learner.service.learner import Gate
-from ratchet_vla.learner.service.telemetry import Story
+from ratchet_vla.learner.service.telemetry import Timeline
 from ratchet_vla.learner.service.trainer import Trainer
 from ratchet_vla.learner.update import ranks as distributed
 from ratchet_vla.learner.update.step import UpdateConfig
@@ -75,7 +75,7 @@ class Learner(ComputingOptions):
     held_out: tuple[str, ...] = ()
     """Tasks that are never trained and that the gate compares."""
     mode: Literal["simulation", "robot"] = "simulation"
-    """simulation: exact episodes are ordered. robot: small-budget settings for an arm (see `--explain`)."""
+    """simulation: exact episodes are requested. robot: small-budget settings for an arm (see `--explain`)."""
     explain: bool = False
     """Print what the robot mode changes against the paper, and exit."""
     recipe: Literal["none", "demo"] = "none"
@@ -183,12 +183,12 @@ class Learner(ComputingOptions):
                 keys=pair,
                 allow=None if self.plain else self.keys.parent,
                 reserve=int(self.reserve_gib * 1024**3),
-                on_step=Telling(console).tell,
+                on_step=TimelinePrinter(console).print_new,
             )
             for sign in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(sign, lambda *_: host.stop())
             console.print(f"learner in {self.out}, policy {trainer.policy.base_hash[:12]}, listening on {self.address}")
-            host.run(lambda: self.until_done and host.service.ledger.phase == "done" and host.told())
+            host.run(lambda: self.until_done and host.service.state.phase == "done" and host.all_robots_current())
 
     def _gatekeeper(
         self, store: FolderStore, tasks: dict[str, TaskInfo], where: torch.device
@@ -248,7 +248,7 @@ class LateGate:
         self._keeper: Gatekeeper | None = None
         self._env: ChunkVectorEnv | None = None
 
-    def __call__(self, candidate: str, active: str, held_out: tuple[str, ...]) -> Verdict:
+    def __call__(self, candidate: str, active: str, held_out: tuple[str, ...]) -> GateDecision:
         if self._keeper is None:
             self._keeper, self._env = self._build()
         return self._keeper.run(candidate, active, held_out)
@@ -259,20 +259,20 @@ class LateGate:
             self._env.close()
 
 
-class Telling:
+class TimelinePrinter:
     """Prints what happened since the last look, in words."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._story = Story()
-        self._told = 0
+        self._timeline = Timeline()
+        self._printed = 0
 
-    def tell(self, host: LearnerHost) -> None:
+    def print_new(self, host: LearnerHost) -> None:
         events = host.journal.events
-        for event in events[self._told :]:
-            if line := self._story.tell(event):
+        for event in events[self._printed :]:
+            if line := self._timeline.line(event):
                 self._console.print(line, highlight=False, soft_wrap=True)
-        self._told = len(events)
+        self._printed = len(events)
 
 
 def read_episode(path: Path) -> Episode:

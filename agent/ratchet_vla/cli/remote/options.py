@@ -1,4 +1,4 @@
-"""The way to a learner: the options that every verb with a robot shares, and a courier beside whatever runs.
+"""The way to a learner: the options that every verb with a robot shares, and a sync agent beside whatever runs.
 
 Knows keys, folders and a command. Imports no model code: `ratchet up` starts in half a second.
 """
@@ -19,7 +19,7 @@ from ratchet_vla.paths import python_path
 
 FOLDER = Path("runs/robot")
 ADDRESS = "tcp://127.0.0.1:5544"
-END = 15.0  # seconds for a courier to end
+END = 15.0  # seconds for a sync agent to end
 
 
 @dataclass(kw_only=True)
@@ -59,9 +59,9 @@ class LearnerOptions:
         return Outbox(folder / "outbox", limit=int(self.outbox_gib * 1024**3), reserve=self.reserve)
 
 
-def courier(options: LearnerOptions, address: str, folder: Path, episodes: Path, adapters: Path) -> list[str]:
-    """The command of a courier for this robot, to run beside it and to end with this process."""
-    command = [sys.executable, "-m", "ratchet_vla.cli.main", "courier", "--robot", str(folder), "--learner", address]
+def sync_command(options: LearnerOptions, address: str, folder: Path, episodes: Path, adapters: Path) -> list[str]:
+    """The command of a sync agent for this robot, to run beside it and to end with this process."""
+    command = [sys.executable, "-m", "ratchet_vla.cli.main", "sync", "--robot", str(folder), "--learner", address]
     command += ["--episodes", str(episodes), "--adapters", str(adapters), "--name", options.name]
     command += ["--outbox-gib", str(options.outbox_gib), "--reserve-gib", str(options.reserve_gib)]
     command += ["--parent", str(os.getpid())]
@@ -73,7 +73,7 @@ def courier(options: LearnerOptions, address: str, folder: Path, episodes: Path,
 
 @contextmanager
 def beside(command: list[str], log: Path) -> Iterator[None]:
-    """Run a courier as long as this lasts; afterwards it has `END` seconds for what still waits."""
+    """Run a sync agent as long as this lasts; afterwards it has `END` seconds for what still waits."""
     environment = {**os.environ, "PYTHONPATH": python_path()}
     with log.open("ab") as out:
         process = subprocess.Popen(

@@ -25,7 +25,7 @@ from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.service.collector import Collector
-from ratchet_vla.link.session_records import SESSION, session_parcel
+from ratchet_vla.link.session_records import SESSION, session_record
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.records import Episode
 from ratchet_vla.runtime.session.desk import SessionDesk
@@ -94,8 +94,8 @@ class Robot(remote.LearnerOptions, ComputingOptions):
         kept.take_stock()
 
         def end_of(manifest: Manifest) -> None:
-            parcel = session_parcel(manifest.session, True, dataclasses.asdict(manifest), manifest.episodes)
-            outbox.put(parcel, SESSION, f"session/{manifest.session}", {"session": manifest.session})
+            record = session_record(manifest.session, True, dataclasses.asdict(manifest), manifest.episodes)
+            outbox.put(record, SESSION, f"session/{manifest.session}", {"session": manifest.session})
 
         desk = SessionDesk(
             self.out,
@@ -177,7 +177,7 @@ class Robot(remote.LearnerOptions, ComputingOptions):
 
 
 def keep(store: EpisodeStore, path: Path, episode: Episode, contract: RobotContract, session: str) -> None:
-    """Write an ordered episode to `path`, and keep it in the store under its place in the order.
+    """Write a requested episode to `path`, and keep it in the store under its place in the rollout request.
 
     Called again after a crash, it gives the file that the store has: what is sent and what is kept are one.
 

@@ -1,6 +1,6 @@
-"""A robot's end of the link in one folder: files out, adapters in, the learner's word kept, the status file written.
+"""A robot's end of the link in one folder: files out, adapters in, the learner's status kept, the robot's own written.
 
-Knows the client and the robot's folder. Knows no robot: `robot` and `courier` say what runs.
+Knows the client and the robot's folder. Knows no robot: `robot` and `sync` say what runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger("ratchet.remote")
 
 
 class Link:
-    """A robot's end of the link in one folder: its client, with adapters coming in and the learner's word kept.
+    """A robot's end of the link in one folder: its client, with adapters coming in and the learner's status kept.
 
     Use as a context manager, or `start` and `stop`.
     """
@@ -90,5 +90,5 @@ class Link:
         self._follower.on_state(state)
         try:
             rollout_requests.write(self._folder, state)
-        except OSError as error:  # the collecting process keeps to the word before
-            log.warning("the learner's word could not be kept: %s", error)
+        except OSError as error:  # the collecting process keeps to the status before
+            log.warning("the learner's status could not be kept: %s", error)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.service.telemetry import story
+from ratchet_vla.learner.service.telemetry import timeline
 from ratchet_vla.storage.journal import read
 
 OLD = 10.0  # seconds after which a status file says that nobody writes it any more
@@ -26,7 +26,7 @@ class Status:
 
         ratchet status --learner runs/learner
 
-        ratchet status --learner runs/learner --story
+        ratchet status --learner runs/learner --timeline
 
         ratchet status --robot runs/robot --json
 
@@ -37,7 +37,7 @@ class Status:
     """A learner's folder; runs/learner if neither is given."""
     robot: Path | None = None
     """A robot's folder."""
-    story: bool = False
+    timeline: bool = False
     """Print the learner's journal in words instead; its hash chain is checked."""
     json: bool = False
     """Print JSON."""
@@ -45,12 +45,12 @@ class Status:
     def run(self) -> int:
         console = Console()
         folder = self.robot or self.learner or Path("runs/learner")
-        if self.story:
+        if self.timeline:
             events = read(folder / "journal.jsonl")
             if self.json:
                 print(json.dumps([{"n": e.n, "kind": e.kind, "data": e.data, "hash": e.hash} for e in events]))
             else:
-                for line in story(events):
+                for line in timeline(events):
                     console.print(line, highlight=False, soft_wrap=True)
             return 0
         facts = _read(folder / "status.json")

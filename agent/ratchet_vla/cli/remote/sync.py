@@ -1,4 +1,4 @@
-"""`ratchet courier`: the link for a robot: verified episodes out, adapters and orders in, beside what runs the arm."""
+"""`ratchet sync`: a robot's sync agent: verified episodes out, adapters and rollout requests in, beside the arm."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.session import robot_folder
 from ratchet_vla.runtime.session.dispatch import Dispatcher
 
-log = logging.getLogger("ratchet.courier")
+log = logging.getLogger("ratchet.sync")
 
 
 @dataclass
-class Courier(remote.LearnerOptions):
-    """Send verified episodes and ended sessions to the learner; bring its adapters and its order to the robot.
+class SyncAgent(remote.LearnerOptions):
+    """Send verified episodes and ended sessions to the learner; bring its adapters and rollout request to the robot.
 
     Commands to copy:
 
-        ratchet courier --robot runs/robot --learner tcp://192.0.2.7:5544
+        ratchet sync --robot runs/robot --learner tcp://192.0.2.7:5544
 
         ratchet review --store runs/robot/episodes        (in another terminal: only what a person judged is sent)
 
@@ -37,7 +37,7 @@ class Courier(remote.LearnerOptions):
     """
 
     robot: Path = remote.FOLDER
-    """The robot's folder: outbox, sessions, the learner's last word; one courier per folder."""
+    """The robot's folder: outbox, sessions, the learner's last known status; one sync agent per folder."""
     episodes: Path | None = None
     """Episode store that the robot records into; <robot>/episodes if absent."""
     adapters: Path | None = None
@@ -66,7 +66,7 @@ class Courier(remote.LearnerOptions):
             signal.signal(sign, lambda number, _: stopping.append(number))
         try:
             with Link(self, self.learner, self.robot, outbox, store) as link:
-                Console().print(f"courier {self.name}: {kept} -> {self.learner}, outbox {len(outbox)} files")
+                Console().print(f"sync agent {self.name}: {kept} -> {self.learner}, outbox {len(outbox)} files")
                 while not (stopping or self._orphaned()):
                     self._round(link, episodes, dispatcher, store)
                     link.client.wait(lambda: bool(stopping), self.every)
@@ -93,12 +93,12 @@ class Courier(remote.LearnerOptions):
             log.warning("%s", caught)
         current = robot_folder.read(self.robot / robot_folder.CURRENT)
         link.show(
-            doing="courier",
+            doing="sync",
             error=error,
             adapter=store.tags().get("active", ""),
             session="" if current is None else str(current["session"]),
             pid=os.getpid(),
         )
         status = link.client.status()
-        report = {"doing": "courier", "waiting": status.waiting, "waiting_bytes": status.waiting_bytes}
+        report = {"doing": "sync", "waiting": status.waiting, "waiting_bytes": status.waiting_bytes}
         link.client.report({**report, "error": error[:300]})

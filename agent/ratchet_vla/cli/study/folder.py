@@ -34,11 +34,11 @@ def claim(place: Path) -> Iterator[bool]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        mine = False
+        claimed = False
     else:
-        mine = True
+        claimed = True
     try:
-        yield mine
+        yield claimed
     finally:
         os.close(descriptor)
 
@@ -59,8 +59,8 @@ def _write(out: Path, facts: dict[str, Any], console: Console) -> dict[str, Any]
     if not trials:
         raise RatchetError("study.nothing_finished", "no finished trial", where=str(out), fix="run the study first")
     result = as_dict(trials, facts)
-    said = claims(trials)
-    result["claims"] = [c.as_dict() for c in said]
+    measured_claims = claims(trials)
+    result["claims"] = [c.as_dict() for c in measured_claims]
     common.write_json(out / "study.json", result)
     (out / "study.md").write_text(markdown(trials))
     page = write_study(trials, facts, out / "study.html")
@@ -73,7 +73,7 @@ def _write(out: Path, facts: dict[str, Any], console: Console) -> dict[str, Any]
     table = Table(title="claims: a loss in points, at most the bound")
     for column in ("method", "claim", "loss", "bound", "by the interval"):
         table.add_column(column, overflow="fold")
-    for c in said:
+    for c in measured_claims:
         loss = c.value.percent() if c.value else "-"
         table.add_row(c.method, c.text, loss, f"{100 * c.bound:.0f}", c.verdict)
     console.print(table)

@@ -121,9 +121,9 @@ class Run(ComputingOptions):
         elsewhere = 0
         for seed, variant, config, lora in plans:
             place = self.out / variant.label / f"seed{seed}"
-            with claim(place) as mine:
-                elsewhere += not mine
-                if not mine or load_trial(variant.label, seed, place) is not None:
+            with claim(place) as claimed:
+                elsewhere += not claimed
+                if not claimed or load_trial(variant.label, seed, place) is not None:
                     continue
                 console.rule(f"{variant.label}, seed {seed}")
                 sequential.run(

@@ -1,5 +1,5 @@
 """The gate: candidate against active adapter on the same episodes; nothing is promoted unmeasured.
 
 Knows outcomes and bounds. Knows no training.
-Begin with `verdict`; `keeper` runs the episodes.
+Begin with `decision`; `keeper` runs the episodes.
 """

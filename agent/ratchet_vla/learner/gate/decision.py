@@ -1,7 +1,7 @@
-"""The gate: candidate against active on the same episodes, and a verdict with its reasons. Nothing passes unmeasured.
+"""The gate: candidate against active on the same episodes, and a decision with its reasons. Nothing passes unmeasured.
 
 Knows comparisons of two adapters on tasks, exact tests and what they can detect. Knows no simulator, no store and no
-wire; `keeper.py` runs the episodes and keeps the verdict.
+wire; `keeper.py` runs the episodes and keeps the decision.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def detectable_drop(episodes: int, churn: float, significance: float, wanted: fl
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a verdict is what it is. code: stable; blocks: False where it is only worth knowing."""
+    """One reason of a decision. code: stable; blocks: False where it is only worth knowing."""
 
     code: str
     text: str
@@ -155,7 +155,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateDecision:
     """promote: measured and fit. hold: not shown to be fit; more episodes or a person decide. reject: shown unfit."""
 
     decision: Decision
@@ -201,8 +201,8 @@ class Verdict:
         }
 
 
-def judge(candidate: str, active: str, comparisons: Sequence[Comparison], config: GateConfig) -> Verdict:
-    """The verdict on measured comparisons.
+def decide(candidate: str, active: str, comparisons: Sequence[Comparison], config: GateConfig) -> GateDecision:
+    """Decide on measured comparisons.
 
     reject: an earlier task or the new one is significantly worse. hold: an earlier task dropped by more than is allowed
     at the point estimate, a held-out one significantly (as configured), the new task did not improve significantly (as
@@ -212,7 +212,9 @@ def judge(candidate: str, active: str, comparisons: Sequence[Comparison], config
         RatchetError: gate.no_new_task unless exactly one comparison has the role "new".
     """
     if sum(c.role == "new" for c in comparisons) != 1:
-        raise RatchetError("gate.no_new_task", "a gate judges exactly one new task", fix="name the task just learned")
+        raise RatchetError(
+            "gate.no_new_task", "a gate decides on exactly one new task", fix="name the task just learned"
+        )
     worse: list[Reason] = []
     doubts: list[Reason] = []
     notes: list[Reason] = []
@@ -246,18 +248,18 @@ def judge(candidate: str, active: str, comparisons: Sequence[Comparison], config
         earlier = sum(c.role == "earlier" for c in comparisons)
         text = f"{new.task} {100 * new.change.estimate:+.0f} points, earlier tasks kept: {earlier}"
         notes.insert(0, Reason("gate.passed", text, new.task, blocks=False))
-    return Verdict(decision, (*worse, *doubts, *notes), candidate, active, tuple(comparisons), config)
+    return GateDecision(decision, (*worse, *doubts, *notes), candidate, active, tuple(comparisons), config)
 
 
-def cannot_evaluate(candidate: str, active: str, why: str, config: GateConfig) -> Verdict:
-    """The verdict where the comparison could not be made: hold."""
-    return Verdict("hold", (Reason(CANNOT, why),), candidate, active, (), config)
+def cannot_evaluate(candidate: str, active: str, why: str, config: GateConfig) -> GateDecision:
+    """Hold, because the comparison could not be made."""
+    return GateDecision("hold", (Reason(CANNOT, why),), candidate, active, (), config)
 
 
 def decision_of(
     stored: Mapping[str, Any], active: str, config: GateConfig | None = None, held_out: Sequence[str] = ()
 ) -> Decision | None:
-    """What a stored verdict says about promotion over `active`; None where it does not answer today's question.
+    """What a stored decision says about promotion over `active`; None where it does not answer today's question.
 
     It does not where it was reached against another adapter, under other demands than `config` (not compared if None),
     without one of the `held_out` tasks, or where nothing could be evaluated: what was missing may be there by now.

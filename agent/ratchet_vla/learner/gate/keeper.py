@@ -1,7 +1,7 @@
-"""Runs the gate's episodes: both adapters on the same states and seeds, task by task, resumable, verdict on the card.
+"""Runs the gate's episodes: both adapters on the same states and seeds, task by task, resumable, decision on the card.
 
 Knows the store, the order of evaluation and its journal. Knows no simulator (environments are an argument); where there
-is none, the verdict is hold.
+is none, the decision is hold.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from ratchet_vla.adapters.protocol import AdapterStore
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.gate.decision import Comparison, GateConfig, Role, Verdict, cannot_evaluate, judge
+from ratchet_vla.learner.gate.decision import Comparison, GateConfig, GateDecision, Role, cannot_evaluate, decide
 from ratchet_vla.learner.measures.metrics import Cell
 from ratchet_vla.learner.rollouts.collection import ChunkEnv, run_episodes
 from ratchet_vla.learner.rollouts.specs import Task, evaluated, evaluation_specs
@@ -37,15 +37,15 @@ def earlier_tasks(store: AdapterStore, candidate: str, active: str) -> list[str]
 
 
 class Gatekeeper:
-    """Evaluates a candidate against the active adapter and stores the verdict on the candidate's card.
+    """Evaluates a candidate against the active adapter and stores the decision on the candidate's card.
 
     Args:
         serve: given an adapter id ("" for the base), the policy that runs it; this is where hot swaps happen.
         env: where episodes run; None where there is no simulator for these tasks, and then the gate holds.
-        missing: what is missing where `env` is None, for the verdict.
+        missing: what is missing where `env` is None, for the reason of the decision.
         tasks: by name.
         folder: where measured outcomes are kept, so that an interrupted gate goes on.
-        on_event: called with ("episode" | "evaluated" | "verdict", facts).
+        on_event: called with ("episode" | "evaluated" | "decision", facts).
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Gatekeeper:
         self.serve, self.env, self.tasks, self.store = serve, env, tasks, store
         self.config, self.folder, self.on_event = config, folder, on_event
 
-    def run(self, candidate: str, active: str, held_out: Sequence[str] = ()) -> Verdict:
-        """Judge `candidate` (id) against `active` (id, "" for the base).
+    def run(self, candidate: str, active: str, held_out: Sequence[str] = ()) -> GateDecision:
+        """Decide on `candidate` (id) against `active` (id, "" for the base).
 
         Raises:
             RatchetError: gate.no_task where the candidate's card names no task, gate.same where both are one adapter,
@@ -84,13 +84,13 @@ class Gatekeeper:
         wanted: list[tuple[str, Role]] = [(new, "new")]
         wanted += [(t, "earlier") for t in earlier]
         wanted += [(t, "held_out") for t in held_out if t != new and t not in earlier]
-        verdict = self._verdict(candidate, active, wanted)
-        metrics = {f"gate/{row['task']}": row["candidate"] for row in verdict.rows()}
-        self.store.annotate(candidate, metrics, gate=verdict.as_dict())
-        self.on_event("verdict", verdict.as_dict())
-        return verdict
+        decision = self._decide(candidate, active, wanted)
+        metrics = {f"gate/{row['task']}": row["candidate"] for row in decision.rows()}
+        self.store.annotate(candidate, metrics, gate=decision.as_dict())
+        self.on_event("decision", decision.as_dict())
+        return decision
 
-    def _verdict(self, candidate: str, active: str, wanted: Sequence[tuple[str, Role]]) -> Verdict:
+    def _decide(self, candidate: str, active: str, wanted: Sequence[tuple[str, Role]]) -> GateDecision:
         if self.env is None:
             return cannot_evaluate(candidate, active, self.missing, self.config)
         unknown = [t for t, _ in wanted if t not in self.tasks]
@@ -104,7 +104,7 @@ class Gatekeeper:
                 raise
             return cannot_evaluate(candidate, active, str(error), self.config)
         pairs = [Comparison(t, role, cells[(active, t)], cells[(candidate, t)]) for t, role in wanted]
-        return judge(candidate, active, pairs, self.config)
+        return decide(candidate, active, pairs, self.config)
 
     def _measure(self, base: str, candidate: str, active: str, names: Sequence[str]) -> dict[tuple[str, str], Cell]:
         """All cells, adapter by adapter, so that there are two swaps whatever the number of tasks."""

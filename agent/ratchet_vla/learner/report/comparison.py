@@ -5,10 +5,10 @@ Knows comparison.json and how the section looks. Knows no policy and runs nothin
 comparison.json, every key is needed:
 
     adapter    facts of its origin, by name
-    verdict    `gate.Verdict.as_dict`, reached in this run
-    change     an `Interval`: adapter minus base, mean over the verdict's tasks
+    verdict    the gate's decision in this run, `GateDecision.as_dict`
+    change     an `Interval`: adapter minus base, mean over the decision's tasks
     outcomes   {task: {"base": {episode key: success}, "adapter": {episode key: success}}}
-    when_made  the verdict that stood on the adapter's card before, {} where there is none
+    when_made  the decision that stood on the adapter's card before, {} where there is none
     video      {"task", "episode", "why"} of the two GIFs, null without them
     update     the update that goes on from the adapter, as in updates.jsonl, and "to", the id that it led to
 """
@@ -20,10 +20,10 @@ from typing import Any
 
 TEMPLATE = """
 <h2>The shipped adapter against the base</h2>
-<p class="verdict"><b>{{ comparison.change }}</b> points {{ comparison.bounds }}
+<p class="decision"><b>{{ comparison.change }}</b> points {{ comparison.bounds }}
 <span class="soft">success of the adapter minus success of the base
 {{- ", mean of %d tasks" % comparison.tasks | length if comparison.tasks | length > 1 }};
-{{ comparison.judgement }}. The gate's verdict: {{ comparison.decision }}.</span></p>
+{{ comparison.judgement }}. The gate's decision: {{ comparison.decision }}.</span></p>
 <p class="soft">{{ comparison.how }}</p>
 {% for task in comparison.tasks %}
 <h3>{{ task.name }} <span class="soft">({{ task.role }})</span></h3>
@@ -69,7 +69,7 @@ none was looked for, and the result was swapped in but not promoted.</p>
 """
 
 STYLE = """
-.verdict b { font-size: 1.7rem; font-variant-numeric: tabular-nums; } .verdict span { display: block; }
+.decision b { font-size: 1.7rem; font-variant-numeric: tabular-nums; } .decision span { display: block; }
 h3 { font-size: 1rem; margin: 1.1rem 0 .2rem; overflow-wrap: anywhere; } h3 .soft { font-weight: 400; }
 table.paired th, table.paired td { border: 0; padding: .1rem .6rem .1rem 0; white-space: nowrap; }
 td.marks { letter-spacing: .12em; white-space: normal; }
@@ -88,20 +88,21 @@ def shown(data: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError, TypeError, ValueError: for data that is not as the module says.
     """
-    verdict, change = data["verdict"], data["change"]
-    config = verdict["config"]
+    decision = data["verdict"]
+    change = data["change"]
+    config = decision["config"]
     figure, bounds = _points(change["estimate"], change["low"], change["high"])
     acting = f"sampled at temperature {config['temperature']:g}" if config["temperature"] else "greedy"
     horizon = f"at most {config['horizon']} control steps" if config["horizon"] else "each task's own horizon"
     drawn = config.get("draws", 1)
     draws = f" ({drawn} per state)" if drawn > 1 else ""
-    tasks = [_task(row, data["outcomes"][row["task"]]) for row in verdict["tasks"]]
-    episodes = sum(row["episodes"] for row in verdict["tasks"])
+    tasks = [_task(row, data["outcomes"][row["task"]]) for row in decision["tasks"]]
+    episodes = sum(row["episodes"] for row in decision["tasks"])
     return {
         "change": figure,
         "bounds": bounds,
         "judgement": "larger than its interval" if change["low"] > 0 else "NOT larger than its interval",
-        "decision": verdict["decision"],
+        "decision": decision["decision"],
         "how": f"{episodes} pairs of episodes: the same initial states, none of which was trained on, and the same "
         f"noise{draws}; actions {acting}, {horizon}. The adapter was swapped into the running policy in between.",
         "tasks": tasks,

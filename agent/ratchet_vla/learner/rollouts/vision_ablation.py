@@ -1,8 +1,8 @@
-"""Does a policy look at its cameras? The same episodes again, with the pictures of another episode.
+"""Vision ablation: the same episodes evaluated again with the images of another episode of the task.
 
-Knows pictures per episode and decision, and how to word the comparison. Knows no simulator and no policy.
-A policy that has only learned the average motion of each task succeeds as often on another episode's pictures, and no
-success rate of its own betrays it.
+Knows images per episode and decision, and how to word the comparison. Knows no simulator and no policy.
+A policy that only replays the average motion of each task succeeds as often on another episode's images, and its own
+success rate does not show it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ratchet_vla.learner.rollouts.specs import EpisodeSpec
 from ratchet_vla.records import UInt8
 
 
-class OwnPictures:
-    """For the first evaluation: every episode sees its own pictures, and they are kept.
+class OwnImages:
+    """For the first evaluation: every episode sees its own images, and they are kept.
 
     frames[e][k]: (V, H, W, 3) uint8, of episode e at its k-th decision.
     """
@@ -31,21 +31,22 @@ class OwnPictures:
         return images
 
 
-class OtherPictures:
-    """For the second: episode e sees what episode e + 1 saw at the same decision, its last picture once that had ended.
+class OtherImages:
+    """For the second: episode e sees what episode e + 1 saw at the same decision, its last image once that had ended.
 
     Raises:
-        RatchetError: sight.same_scene unless each episode and the next start from different states of one task.
+        RatchetError: vision_ablation.same_scene unless each episode and the next start from different states of one
+        task.
     """
 
-    def __init__(self, own: OwnPictures, specs: Sequence[EpisodeSpec]) -> None:
+    def __init__(self, own: OwnImages, specs: Sequence[EpisodeSpec]) -> None:
         self._donors = [(e + 1) % len(specs) for e in range(len(specs))]
         for spec, donor in zip(specs, self._donors, strict=True):
             other = specs[donor]
             if other.task != spec.task or other.initial_state == spec.initial_state:
                 raise RatchetError(
-                    "sight.same_scene",
-                    "whether a policy looks shows only between episodes of one task from different initial states",
+                    "vision_ablation.same_scene",
+                    "images must come from another episode of the same task with a different initial state",
                     where=f"{spec.task}, state {spec.initial_state}",
                     fix="evaluate at least 2 episodes per task",
                 )
@@ -60,11 +61,14 @@ class OtherPictures:
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What the comparison says.
+class VisionAblation:
+    """Result of the comparison.
 
-    loss: success with its own pictures minus success with others', mean over tasks; per_task: the same of each.
-    verdict: "looks", "does not show that it looks", or "cannot be told" where it fails with its own pictures too.
+    Attributes:
+        loss: success with its own images minus success with others', mean over tasks.
+        per_task: the same for each task.
+        verdict: "looks", "does not show that it looks", or "cannot be told" where it fails with its own images too.
+            Named as in the JSON that `ratchet eval` prints.
     """
 
     loss: Interval
@@ -72,20 +76,20 @@ class Sight:
     verdict: str
 
     def sentence(self) -> str:
-        """The verdict in words, for a person."""
-        fall = f"success falls by {self.loss.percent()} points with another episode's pictures"
+        """The result in one sentence."""
+        fall = f"success falls by {self.loss.percent()} points with another episode's images"
         if self.verdict == "looks":
-            return f"the policy looks: {fall}"
+            return f"the policy uses its cameras: {fall}"
         if self.verdict == "cannot be told":
-            return "whether the policy looks cannot be told: it hardly succeeds with its own pictures"
-        return f"nothing shows that the policy looks: {fall}; it may move by heart"
+            return "whether the policy uses its cameras cannot be told: it hardly succeeds with its own images"
+        return f"nothing shows that the policy uses its cameras: {fall}; it may only replay a motion"
 
 
-def judge(own: Mapping[str, Cell], other: Mapping[str, Cell]) -> Sight:
-    """own, other: the cells of both evaluations by task, on the same states and seeds.
+def compare(own: Mapping[str, Cell], other: Mapping[str, Cell]) -> VisionAblation:
+    """Compare both evaluations. own, other: their cells by task, on the same states and seeds.
 
-    It looks where the 95 % interval of the loss lies above 0. Where the best task's own success could be below 10 %,
-    there is nothing to lose.
+    The policy uses its cameras where the 95 % interval of the loss lies above 0. Where the best task's own success
+    could be below 10 %, there is nothing to lose.
 
     Raises:
         RatchetError: metrics.nothing_to_average without a task.
@@ -98,4 +102,4 @@ def judge(own: Mapping[str, Cell], other: Mapping[str, Cell]) -> Sight:
         verdict = "cannot be told"
     else:
         verdict = "does not show that it looks"
-    return Sight(loss, per_task, verdict)
+    return VisionAblation(loss, per_task, verdict)

@@ -1,8 +1,8 @@
-"""The robot's side in simulation: follows the learner's orders, under the adapter they name, and sends the episodes.
+"""Collector, the robot's side in simulation: runs the learner's rollout requests and sends the episodes.
 
-Knows orders, rollouts and the outbox. Knows no simulator (environments are an argument) and never decides what is
-learned. An order is a list of exact episodes; one that was cut off is run again from its first, and what was sent of it
-is not sent twice.
+Knows rollout requests, rollouts and the outbox. Knows no simulator (environments are an argument) and never decides
+what is learned. A request is a list of exact episodes, under the adapter that it names; one that was cut off is run
+again from its first, and what was sent of it is not sent twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ratchet_vla.learner.rollouts.samples import to_episodes
 from ratchet_vla.learner.rollouts.specs import Task, training_specs
 from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.outbox import Outbox
-from ratchet_vla.link.rollout_requests import Order
+from ratchet_vla.link.rollout_requests import RolloutRequest
 from ratchet_vla.link.session_records import EPISODE
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.records import Episode
@@ -32,7 +32,7 @@ LOOK = 1.0  # seconds between looks at wishes that arrive as files
 
 
 class Abandoned(Exception):
-    """The order that a rollout belonged to is not wanted any more, or the robot was stopped."""
+    """The rollout request is not wanted any more, or the robot was stopped."""
 
 
 class Collector:
@@ -43,9 +43,9 @@ class Collector:
         stored: whether an adapter is here already.
         write: writes an episode's file.
         spool: folder for episodes that are being written; on the outbox's file system.
-        meta: what to say with each episode, such as session and contract; asked anew for each order.
+        meta: what to say with each episode, such as session and contract; asked anew for each request.
         paused: whether nothing should be collected now, such as outside a session; asked between episodes.
-        pulse: called between orders, between episodes and about once a second where there is nothing to run.
+        pulse: called between requests, between episodes and about once a second where there is nothing to run.
     """
 
     def __init__(
@@ -78,20 +78,20 @@ class Collector:
                 self._files.remove(path)  # written by a process that is gone, never accepted by the outbox
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Follow orders until `stop` is called or `until` holds between two of them."""
+        """Run rollout requests until `stop` is called or `until` holds between two of them."""
         while not self._stopping and not until():
             self.pulse()
-            order = self._next()
-            if order is None:
-                self._tell("paused" if self._paused() else "waiting for an order")
+            request = self._next()
+            if request is None:
+                self._tell("paused" if self._paused() else "waiting for a rollout request")
                 seen = self._client.status().version
                 self._client.wait(lambda seen=seen: self._stopping or self._news(seen), LOOK)  # type: ignore[misc]
                 continue
             try:
-                self.work(order)
+                self.work(request)
                 self.error = ""
             except Abandoned:
-                log.info("order %s abandoned", order.id)
+                log.info("rollout request %s abandoned", request.id)
             except RatchetError as error:
                 if not error.code.startswith(("link.", "adapter.", "episode.disk_full")):
                     raise
@@ -104,45 +104,47 @@ class Collector:
         self._stopping = True
         self._client.nudge()
 
-    def work(self, order: Order) -> None:
-        """Run one order and put its episodes into the outbox.
+    def work(self, request: RolloutRequest) -> None:
+        """Run one rollout request and put its episodes into the outbox.
 
         Raises:
             Abandoned: where the learner wants something else meanwhile.
-            RatchetError: link.outbox_full, link.disk_full; the order is run again later then.
+            RatchetError: link.outbox_full, link.disk_full; the request is run again later then.
         """
-        task = self._tasks.get(order.task)
+        task = self._tasks.get(request.task)
         if task is None:
-            raise RatchetError("robot.unknown_task", f"no task '{order.task}' here", fix="start with the task's suite")
+            raise RatchetError(
+                "robot.unknown_task", f"no task '{request.task}' here", fix="start with the task's suite"
+            )
         specs = training_specs(
             task,
-            seed=order.seed,
-            stage=order.stage,
-            update=order.update,
-            groups=order.groups,
-            group_size=order.group_size,
-            horizon=order.horizon,
+            seed=request.seed,
+            stage=request.stage,
+            update=request.update,
+            groups=request.groups,
+            group_size=request.group_size,
+            horizon=request.horizon,
         )
-        keys = [f"{order.id}/{slot}" for slot in range(len(specs))]
+        keys = [f"{request.id}/{slot}" for slot in range(len(specs))]
         if all(self._outbox.knows(key) for key in keys):
-            self._over.add(order.id)
+            self._over.add(request.id)
             return
-        policy = self._serve(order.adapter)
-        self._tell(f"running {order.task} under {order.adapter[:12]}")
+        policy = self._serve(request.adapter)
+        self._tell(f"running {request.task} under {request.adapter[:12]}")
 
         def progress(done: int, success: bool) -> None:
             self._files.step("phase", self._spool / "rollout")
             self.pulse()
-            if self._stopping or self._paused() or not self._wanted(order):
+            if self._stopping or self._paused() or not self._wanted(request):
                 raise Abandoned
 
         _, batch = run_episodes(
             policy,
             self._env,
             specs,
-            temperature=order.temperature,
-            noise_correlation=order.noise_correlation,
-            adapter_id=order.adapter,
+            temperature=request.temperature,
+            noise_correlation=request.noise_correlation,
+            adapter_id=request.adapter,
             progress=progress,
         )
         assert batch is not None
@@ -150,36 +152,42 @@ class Collector:
         for slot, episode in enumerate(to_episodes(batch, specs, policy, self._env.contract)):
             if self._outbox.knows(keys[slot]):
                 continue
-            episode.meta.update(extra, order=order.id, slot=slot)
+            episode.meta.update(extra, order=request.id, slot=slot)
             path = self._spool / f"{slot}.mcap"
             with disk_errors(path):
                 self._files.remove(path)
                 self._write(path, episode)
-            meta = {**extra, "order": order.id, "slot": slot, "adapter": order.adapter, "task": order.task}
+            meta = {**extra, "order": request.id, "slot": slot, "adapter": request.adapter, "task": request.task}
             self._outbox.put(path, EPISODE, keys[slot], {**meta, "success": bool(episode.success)})
-        self._over.add(order.id)
+        self._over.add(request.id)
         rate = float(np.mean(batch.success))
-        log.info("order %s: %d episodes, success %.0f %%, %.0f s", order.id, len(specs), 100 * rate, batch.seconds)
+        log.info(
+            "rollout request %s: %d episodes, success %.0f %%, %.0f s",
+            request.id,
+            len(specs),
+            100 * rate,
+            batch.seconds,
+        )
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _next(self) -> Order | None:
-        """The learner's order, if it is not done and its adapter is here."""
-        order = Order.of(self._client.state)
-        if order is None or order.id in self._over or self._paused():
+    def _next(self) -> RolloutRequest | None:
+        """The learner's rollout request, if it is not done and its adapter is here."""
+        request = RolloutRequest.of(self._client.state)
+        if request is None or request.id in self._over or self._paused():
             return None
-        if not self._stored(order.adapter):
-            self._client.want([order.adapter])
+        if not self._stored(request.adapter):
+            self._client.want([request.adapter])
             return None
-        return order
+        return request
 
     def _news(self, version: str) -> bool:
         return self._client.version != version or self._next() is not None
 
-    def _wanted(self, order: Order) -> bool:
-        """Whether the order still stands. While the learner is away, its last word does."""
+    def _wanted(self, request: RolloutRequest) -> bool:
+        """Whether the request still stands. While the learner is away, the last one does."""
         raw = self._client.state.get("order")
-        return raw is None or raw.get("id") == order.id
+        return raw is None or raw.get("id") == request.id
 
     def _tell(self, doing: str) -> None:
         self.doing = doing

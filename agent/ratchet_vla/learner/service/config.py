@@ -24,7 +24,7 @@ class ServiceConfig:
     held_out: tuple[str, ...] = ()
     """Never trained; compared by the gate."""
     mode: Literal["simulation", "robot"] = "simulation"
-    """simulation: the learner orders exact episodes (initial state, seed) and waits for all of them. robot: it takes
+    """simulation: the learner requests exact episodes (initial state, seed) and waits for all of them. robot: it takes
     what the robot brings, grouped by task."""
     updates: int = PAPER.updates
     """Updates per task before the gate is asked (simulation), or at most (robot)."""
@@ -87,7 +87,7 @@ class ServiceConfig:
 
     @property
     def slots(self) -> int:
-        """Episodes that one order asks for; 0 where none are ordered."""
+        """Episodes of one rollout request; 0 where the learner requests no exact episodes."""
         return self.groups * self.group_size if self.mode == "simulation" else 0
 
 
@@ -133,7 +133,7 @@ CHANGES: tuple[tuple[str, str, str, str], ...] = (
         "at most 2 passes of 2, stopped at KL 0.02",
         "few samples must not be overfitted",
     ),
-    ("reward", "5, simulator", "1, a person's verdict", "scale cancels only in normalised groups; labels are verified"),
+    ("reward", "5, simulator", "1, a person's label", "scale cancels only in normalised groups; labels are verified"),
     (
         "masking",
         "after first success",

@@ -1,6 +1,6 @@
-"""What can happen to a learner, as types: one per kind of line in its journal.
+"""Events of the learner, as types: one per kind of line in its journal.
 
-Knows kinds, fields and plain data. Knows no order of events: `ledger` folds them.
+Knows kinds, fields and plain data. Knows no sequence of events: `state` folds them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ratchet_vla.storage.journal import Event
 
 
 @dataclass(frozen=True)
-class Happening:
+class LearnerEvent:
     """One line's content. Fields that are None are left out of the line."""
 
     kind: ClassVar[str] = ""
@@ -37,7 +37,7 @@ class Happening:
 
 
 @dataclass(frozen=True)
-class RunBegan(Happening):
+class RunStarted(LearnerEvent):
     """The first line: what must not change later. config: the run's settings as plain data."""
 
     kind: ClassVar[str] = "run"
@@ -47,7 +47,7 @@ class RunBegan(Happening):
 
 
 @dataclass(frozen=True)
-class Received(Happening):
+class FileReceived(LearnerEvent):
     """A file is on the disk; the inbox writes it. meta: what the robot said of it."""
 
     kind: ClassVar[str] = "received"
@@ -59,8 +59,9 @@ class Received(Happening):
 
 
 @dataclass(frozen=True)
-class Ruled(Happening):
-    """An episode was decided about; see `intake.Ruling`. compute_dtype: "" where nobody recorded it."""
+class AdmissionDecided(LearnerEvent):
+    """An episode was admitted, rejected or must wait; see `rollouts.admission.Admission`. compute_dtype: "" where
+    nobody recorded it."""
 
     kind: ClassVar[str] = "ruled"
     sha: str
@@ -79,8 +80,8 @@ class Ruled(Happening):
 
 
 @dataclass(frozen=True)
-class Noted(Happening):
-    """A file that is no episode was looked at: a label, a session, or something unreadable.
+class RecordIngested(LearnerEvent):
+    """A file that is no episode was taken in: a label, a session, or something unreadable.
 
     label: episode, success (true, false or null) and source. ended: whether the session is over.
     """
@@ -95,9 +96,9 @@ class Noted(Happening):
 
 
 @dataclass(frozen=True)
-class Ordered(Happening):
-    """What is collected next. start: the adapter that the task began with. checkpoint: {} for a new optimiser, None
-    where the present one goes on."""
+class RolloutsRequested(LearnerEvent):
+    """Rollouts were requested. order: the request's id. serial: requests so far. start: the adapter that the task began
+    with. checkpoint: {} for a new optimiser, None where the present one goes on."""
 
     kind: ClassVar[str] = "ordered"
     order: str
@@ -116,7 +117,7 @@ class Ordered(Happening):
 
 
 @dataclass(frozen=True)
-class BatchFixed(Happening):
+class BatchFixed(LearnerEvent):
     """Which episodes the next update is made of, before anything is computed from them."""
 
     kind: ClassVar[str] = "batch"
@@ -125,7 +126,7 @@ class BatchFixed(Happening):
 
 
 @dataclass(frozen=True)
-class Updated(Happening):
+class UpdateFinished(LearnerEvent):
     """An update is over. before, began: adapter and checkpoint that it started from. gate: whether the gate is asked.
     facts: the update's figures, or why it was skipped."""
 
@@ -146,8 +147,8 @@ class Updated(Happening):
 
 
 @dataclass(frozen=True)
-class Gated(Happening):
-    """The gate's verdict. reasons, rows: as its page shows them."""
+class GateDecided(LearnerEvent):
+    """The gate decided. reasons, rows: as its page shows them."""
 
     kind: ClassVar[str] = "gated"
     candidate: str
@@ -159,7 +160,7 @@ class Gated(Happening):
 
 
 @dataclass(frozen=True)
-class Promoted(Happening):
+class AdapterPromoted(LearnerEvent):
     """The active adapter is another one. by: the gate, or a person."""
 
     kind: ClassVar[str] = "promoted"
@@ -168,7 +169,7 @@ class Promoted(Happening):
 
 
 @dataclass(frozen=True)
-class Waits(Happening):
+class CandidateHeld(LearnerEvent):
     """A held candidate waits for a person."""
 
     kind: ClassVar[str] = "waits"
@@ -176,7 +177,7 @@ class Waits(Happening):
 
 
 @dataclass(frozen=True)
-class Declined(Happening):
+class CandidateDeclined(LearnerEvent):
     """A person decided against a candidate that the gate held."""
 
     kind: ClassVar[str] = "declined"
@@ -184,7 +185,7 @@ class Declined(Happening):
 
 
 @dataclass(frozen=True)
-class Moved(Happening):
+class ActiveTagMoved(LearnerEvent):
     """A person pointed `active` elsewhere."""
 
     kind: ClassVar[str] = "moved"
@@ -193,7 +194,7 @@ class Moved(Happening):
 
 
 @dataclass(frozen=True)
-class Finished(Happening):
+class TaskFinished(LearnerEvent):
     """A task is over, learned or given up."""
 
     kind: ClassVar[str] = "finished"
@@ -204,35 +205,35 @@ class Finished(Happening):
 
 
 @dataclass(frozen=True)
-class Done(Happening):
+class QueueFinished(LearnerEvent):
     """All tasks are over."""
 
     kind: ClassVar[str] = "done"
     active: str = ""
 
 
-KINDS: dict[str, type[Happening]] = {
-    happening.kind: happening
-    for happening in (
-        RunBegan,
-        Received,
-        Ruled,
-        Noted,
-        Ordered,
+KINDS: dict[str, type[LearnerEvent]] = {
+    event_type.kind: event_type
+    for event_type in (
+        RunStarted,
+        FileReceived,
+        AdmissionDecided,
+        RecordIngested,
+        RolloutsRequested,
         BatchFixed,
-        Updated,
-        Gated,
-        Promoted,
-        Waits,
-        Declined,
-        Moved,
-        Finished,
-        Done,
+        UpdateFinished,
+        GateDecided,
+        AdapterPromoted,
+        CandidateHeld,
+        CandidateDeclined,
+        ActiveTagMoved,
+        TaskFinished,
+        QueueFinished,
     )
 }
 
 
-def happening_of(event: Event) -> Happening | None:
+def learner_event(event: Event) -> LearnerEvent | None:
     """A journal's line as its type; None for kinds that this release does not know."""
     kind = KINDS.get(event.kind)
     return None if kind is None else kind.of(event.data)

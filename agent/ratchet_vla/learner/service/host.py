@@ -24,7 +24,7 @@ from ratchet_vla.learner.service.learner import Gate, LearnerService
 from ratchet_vla.learner.service.telemetry import Limits, Rates, Recorder, status
 from ratchet_vla.learner.service.trainer import Trainer
 from ratchet_vla.link.keys import KeyPair
-from ratchet_vla.link.learner.artifact_server import AdapterShelf
+from ratchet_vla.link.learner.artifact_server import ArtifactServer
 from ratchet_vla.link.learner.inbox import Inbox
 from ratchet_vla.link.learner.server import LinkServer
 from ratchet_vla.records import Episode
@@ -83,7 +83,7 @@ class LearnerHost:
                 files=files,
             )  # fmt: skip
             self.server = LinkServer(
-                address, inbox, AdapterShelf(self.store), keys=keys, allow=allow, on_change=self.wake, tamper=tamper
+                address, inbox, ArtifactServer(self.store), keys=keys, allow=allow, on_change=self.wake, tamper=tamper
             )
         except BaseException:
             self.journal.close()
@@ -115,7 +115,7 @@ class LearnerHost:
             self._pending = True
             self._changed.notify_all()
 
-    def told(self) -> bool:
+    def all_robots_current(self) -> bool:
         """Whether every robot that is present has the state as it is now."""
         now = time.monotonic()
         return all(p.version == self.server.version for p in self.server.peers() if p.present(now))
@@ -132,9 +132,10 @@ class LearnerHost:
             for p in self.server.peers()
         ]
         free = shutil.disk_usage(self.folder).free
-        ledger, counts = self.service.ledger, asdict(self.server.counts)
-        rates = self._rates.at(now, len(ledger.arrivals), counts["bytes"])
-        found = status(ledger, self.config.tasks, peers, counts, free, self._limits, rates)
+        state = self.service.state
+        counts = asdict(self.server.counts)
+        rates = self._rates.at(now, len(state.arrivals), counts["bytes"])
+        found = status(state, self.config.tasks, peers, counts, free, self._limits, rates)
         return {**found, "address": self.server.address, "pid": os.getpid(), "error": self.error}
 
     def _turn(self) -> None:
@@ -148,7 +149,7 @@ class LearnerHost:
             log.warning("%s", error)
             self.error, busy, pause = str(error), False, self._pause
         try:
-            self.server.publish(self.service.state())
+            self.server.publish(self.service.published_state())
             self._recorder.take(self.journal.events)
         except (RatchetError, OSError) as error:
             self.error = str(error)

@@ -1,6 +1,6 @@
-"""The learner as a service: takes episodes in, updates, asks the gate, promotes, and says what it wants next.
+"""The learner as a service: takes episodes in, updates, asks the gate, promotes, and requests the next rollouts.
 
-Knows the order of steps; each is written to the journal before or after it happens, so that a kill between any two
+Knows the sequence of steps; each is written to the journal before or after it happens, so that a kill between any two
 changes nothing but time. Knows no simulator, no robot and no socket: reading episodes, the gate and telling robots are
 arguments. `step` does one thing; whoever runs the service calls it until it returns False.
 """
@@ -17,32 +17,32 @@ from typing import Any
 from ratchet_vla.adapters.protocol import BASE
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.gate.decision import Verdict
+from ratchet_vla.learner.gate.decision import GateDecision
 from ratchet_vla.learner.rollouts.specs import Task
 from ratchet_vla.learner.service.config import ServiceConfig
 from ratchet_vla.learner.service.events import (
+    ActiveTagMoved,
+    AdapterPromoted,
     BatchFixed,
-    Declined,
-    Done,
-    Finished,
-    Gated,
-    Happening,
-    Moved,
-    Ordered,
-    Promoted,
-    RunBegan,
-    Waits,
+    CandidateDeclined,
+    CandidateHeld,
+    GateDecided,
+    LearnerEvent,
+    QueueFinished,
+    RolloutsRequested,
+    RunStarted,
+    TaskFinished,
 )
-from ratchet_vla.learner.service.ingest import note_of, ruling_on
-from ratchet_vla.learner.service.state import Ledger, Unruled
+from ratchet_vla.learner.service.ingest import decide_admission, ingest_record
+from ratchet_vla.learner.service.state import LearnerState, PendingFile
 from ratchet_vla.learner.service.trainer import Trainer
-from ratchet_vla.learner.service.update_runner import Workshop
+from ratchet_vla.learner.service.update_runner import UpdateRunner
 from ratchet_vla.link.session_records import EPISODE
 from ratchet_vla.records import Episode
 from ratchet_vla.storage.files import Files
 from ratchet_vla.storage.journal import Journal
 
-Gate = Callable[[str, str, tuple[str, ...]], Verdict]
+Gate = Callable[[str, str, tuple[str, ...]], GateDecision]
 
 
 class LearnerService:
@@ -51,7 +51,7 @@ class LearnerService:
     Args:
         path_of: where the inbox keeps the file with this hash.
         read: reads an episode's file.
-        gate: given (candidate, active or "", held-out tasks), the verdict; it also keeps it on the card.
+        gate: given (candidate, active or "", held-out tasks), the decision; it also keeps it on the card.
         tasks: by name, at least those of the configuration.
     """
 
@@ -75,13 +75,13 @@ class LearnerService:
         self.folder, self.config, self.trainer, self.store = folder, config, trainer, store
         self._journal, self._path_of, self._read, self._gate, self._tasks = journal, path_of, read, gate, tasks
         self._files = files or Files()
-        self.ledger = Ledger()
+        self.state = LearnerState()
         self._folded = 0
-        self._workshop = Workshop(folder, config, trainer, store, path_of, read, self._files)
+        self._update_runner = UpdateRunner(folder, config, trainer, store, path_of, read, self._files)
         self._fold()
-        if not self.ledger.fingerprint:
-            self._write(RunBegan(self._fingerprint(), trainer.policy.base_hash, self._plain()))
-        elif self.ledger.fingerprint != self._fingerprint():
+        if not self.state.fingerprint:
+            self._write(RunStarted(self._fingerprint(), trainer.policy.base_hash, self._plain()))
+        elif self.state.fingerprint != self._fingerprint():
             raise RatchetError(
                 "learn.changed_run",
                 "this folder holds a run with another configuration or base model",
@@ -89,46 +89,46 @@ class LearnerService:
                 fix="use a new folder, or the same options as before",
             )
         active = self._active()
-        if not self.ledger.adapters and active:
-            self._write(Moved(active, by="the store at the start"))
+        if not self.state.adapters and active:
+            self._write(ActiveTagMoved(active, by="the store at the start"))
 
     # -- what robots are told ------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def published_state(self) -> dict[str, Any]:
         """The state to publish: small plain data."""
-        ledger, config = self.ledger, self.config
+        state, config = self.state, self.config
         tags = {name: self.store.tags().get(name, "") for name in ("active", "previous")}
         # A candidate that nobody has decided about goes to the robots too: a person may have to try it.
-        judged = {"gating": ledger.training, "deciding": ledger.candidate, "waiting": ledger.candidate}
-        tags["candidate"] = judged.get(ledger.phase, "")
-        order: dict[str, Any] | None = None
-        if ledger.order and ledger.phase == "collecting":
-            task = self._tasks[ledger.task]
-            order = {
-                "id": ledger.order,
-                "task": ledger.task,
+        undecided = {"gating": state.training, "deciding": state.candidate, "waiting": state.candidate}
+        tags["candidate"] = undecided.get(state.phase, "")
+        request: dict[str, Any] | None = None
+        if state.order and state.phase == "collecting":
+            task = self._tasks[state.task]
+            request = {
+                "id": state.order,
+                "task": state.task,
                 "instruction": task.instruction,
-                "adapter": ledger.training,
+                "adapter": state.training,
                 "temperature": config.temperature,
                 "noise_correlation": config.noise_correlation,
-                "stage": ledger.stage,
-                "update": ledger.update + ledger.attempt * config.updates,
+                "stage": state.stage,
+                "update": state.update + state.attempt * config.updates,
                 "groups": config.groups if config.slots else config.batch,
                 "group_size": config.group_size if config.slots else 1,
                 "horizon": config.horizon or task.horizon,
                 "seed": config.seed,
                 "slots": config.slots,
-                "have": len(ledger.accepted()),
+                "have": len(state.accepted()),
             }
-        wanted = [tags["previous"], tags["active"], tags["candidate"], ledger.training if order else ""]
+        wanted = [tags["previous"], tags["active"], tags["candidate"], state.training if request else ""]
         return {
-            "run": ledger.fingerprint[:12],
+            "run": state.fingerprint[:12],
             "mode": config.mode,
-            "phase": ledger.phase,
+            "phase": state.phase,
             "base": self.trainer.policy.base_hash,
             "tags": tags,
             "adapters": [a for a in dict.fromkeys(wanted) if a not in ("", BASE)],
-            "order": order,
+            "order": request,
         }
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -140,54 +140,54 @@ class LearnerService:
             RatchetError: link.disk_full, adapter.disk_full and other refusals; the same step is tried again next time.
         """
         self._fold()
-        ledger = self.ledger
-        if ledger.unruled:
-            self._look(ledger.unruled[0])
+        state = self.state
+        if state.unruled:
+            self._ingest(state.unruled[0])
         elif self._moved():
             pass
-        elif ledger.phase == "new":
-            self._order(stage=0, update=0, attempt=0, fresh=True)
-        elif ledger.phase == "collecting":
+        elif state.phase == "new":
+            self._request_rollouts(stage=0, update=0, attempt=0, fresh=True)
+        elif state.phase == "collecting":
             return self._complete()
-        elif ledger.phase == "updating":
-            self._write(self._workshop.update(ledger))
-            self._workshop.prune(ledger)
-        elif ledger.phase == "gating":
-            self._ask()
-        elif ledger.phase == "deciding":
+        elif state.phase == "updating":
+            self._write(self._update_runner.update(state))
+            self._update_runner.prune(state)
+        elif state.phase == "gating":
+            self._run_gate()
+        elif state.phase == "deciding":
             self._decide()
-        elif ledger.phase == "waiting":
+        elif state.phase == "waiting":
             return self._person()
         else:
             return False
         return True
 
-    def _look(self, file: Unruled) -> None:
-        """Rule on an episode, or take in another file."""
-        arrival = self.ledger.arrivals.get(file.sha) if file.type == EPISODE else None
+    def _ingest(self, file: PendingFile) -> None:
+        """Decide on the admission of an episode, or take in another file."""
+        arrival = self.state.arrivals.get(file.sha) if file.type == EPISODE else None
         if arrival is not None and not arrival.used:
-            task = self._tasks.get(self.ledger.task)
+            task = self._tasks.get(self.state.task)
             instruction = task.instruction if task is not None else ""
             path = self._path_of(file.sha)
-            self._write(ruling_on(arrival, path, self.ledger, self.config, instruction, self._read))
+            self._write(decide_admission(arrival, path, self.state, self.config, instruction, self._read))
         else:
-            self._write(note_of(file, self._path_of(file.sha)))
+            self._write(ingest_record(file, self._path_of(file.sha)))
 
-    def _order(self, *, stage: int, update: int, attempt: int, fresh: bool) -> None:
-        """Say what is collected next. fresh: from the task's start adapter with a new optimiser."""
-        ledger = self.ledger
+    def _request_rollouts(self, *, stage: int, update: int, attempt: int, fresh: bool) -> None:
+        """Request the next rollouts. fresh: from the task's start adapter with a new optimiser."""
+        state = self.state
         if stage >= len(self.config.tasks):
-            self._write(Done(ledger.active))
+            self._write(QueueFinished(state.active))
             return
-        start, adapter = ledger.start, ledger.training
+        start, adapter = state.start, state.training
         checkpoint: dict[str, str] | None = None
         if fresh:
-            start = start or self._workshop.empty_adapter()
+            start = start or self._update_runner.empty_adapter()
             adapter, checkpoint = start, {}
         self._write(
-            Ordered(
-                order=f"{ledger.fingerprint[:12]}/{stage + 1}/{attempt + 1}/{update + 1}/{ledger.serial + 1}",
-                serial=ledger.serial + 1,
+            RolloutsRequested(
+                order=f"{state.fingerprint[:12]}/{stage + 1}/{attempt + 1}/{update + 1}/{state.serial + 1}",
+                serial=state.serial + 1,
                 stage=stage,
                 update=update,
                 attempt=attempt,
@@ -200,88 +200,91 @@ class LearnerService:
 
     def _complete(self) -> bool:
         """Fix the batch once it is complete, before anything is computed from it."""
-        ledger, config = self.ledger, self.config
-        accepted = ledger.accepted()
+        state, config = self.state, self.config
+        accepted = state.accepted()
         if config.mode == "simulation":
             ready = len(accepted) == config.slots
         elif config.batch_when == "full":
             ready = len(accepted) >= config.batch
             accepted = accepted[: config.batch]
         else:
-            ready = ledger.session_ended and len(accepted) >= config.batch
+            ready = state.session_ended and len(accepted) >= config.batch
         if ready:
-            self._write(BatchFixed(ledger.order, [a.sha for a in accepted]))
+            self._write(BatchFixed(state.order, [a.sha for a in accepted]))
         return ready
 
-    def _ask(self) -> None:
-        """The gate. It keeps its own measurements, so one that was cut off goes on."""
-        ledger = self.ledger
-        candidate = ledger.training
-        self.store.tag("candidate", candidate, reason=f"after {ledger.task}")
+    def _run_gate(self) -> None:
+        """Ask the gate. It keeps its own measurements, so one that was cut off goes on."""
+        state = self.state
+        candidate = state.training
+        self.store.tag("candidate", candidate, reason=f"after {state.task}")
         self._files.step("phase", self.folder / "gate")
-        verdict = self._gate(candidate, ledger.active, self.config.held_out)
+        gate_decision = self._gate(candidate, state.active, self.config.held_out)
         self._files.step("phase", self.folder / "gated")
         self._write(
-            Gated(
+            GateDecided(
                 candidate=candidate,
-                active=ledger.active,
-                task=ledger.task,
-                decision=verdict.decision,
-                reasons=[{"code": r.code, "task": r.task, "text": r.text} for r in verdict.reasons],
-                rows=json.loads(json.dumps(verdict.rows())),
+                active=state.active,
+                task=state.task,
+                decision=gate_decision.decision,
+                reasons=[{"code": r.code, "task": r.task, "text": r.text} for r in gate_decision.reasons],
+                rows=json.loads(json.dumps(gate_decision.rows())),
             )
         )
 
     def _decide(self) -> None:
-        """What follows from the gate's verdict, or from there being none."""
-        ledger, config = self.ledger, self.config
-        verdict, over = ledger.verdict, ledger.update >= config.updates
-        again = {"stage": ledger.stage, "attempt": ledger.attempt}
-        if verdict == "promote" and not ledger.promoted:
-            if self.store.tags().get("active") != ledger.candidate:
-                self.store.promote(ledger.candidate, f"passed the gate after {ledger.task}")
+        """What follows from the gate's decision, or from there being none."""
+        state, config = self.state, self.config
+        decision = state.verdict
+        over = state.update >= config.updates
+        again = {"stage": state.stage, "attempt": state.attempt}
+        if decision == "promote" and not state.promoted:
+            if self.store.tags().get("active") != state.candidate:
+                self.store.promote(state.candidate, f"passed the gate after {state.task}")
             self._files.step("phase", self.folder / "promoted")
-            self._write(Promoted(ledger.candidate, by="the gate"))
-        elif verdict == "promote":
+            self._write(AdapterPromoted(state.candidate, by="the gate"))
+        elif decision == "promote":
             if over or config.gate_each == "task":
-                self._write(Finished(ledger.task, ledger.stage, True, ledger.active))
+                self._write(TaskFinished(state.task, state.stage, True, state.active))
             else:
-                self._order(**again, update=ledger.update, fresh=False)
-        elif verdict == "hold" and config.on_hold == "wait" and not ledger.waited:
-            self._write(Waits(ledger.candidate))
-        elif verdict in ("hold", "reject"):
+                self._request_rollouts(**again, update=state.update, fresh=False)
+        elif decision == "hold" and config.on_hold == "wait" and not state.waited:
+            self._write(CandidateHeld(state.candidate))
+        elif decision in ("hold", "reject"):
             if config.gate_each == "update" and not over:
-                self._order(**again, update=ledger.update, fresh=True)
-            elif config.gate_each == "task" and ledger.attempt + 1 < config.attempts:
-                self._order(stage=ledger.stage, attempt=ledger.attempt + 1, update=0, fresh=verdict == "reject")
+                self._request_rollouts(**again, update=state.update, fresh=True)
+            elif config.gate_each == "task" and state.attempt + 1 < config.attempts:
+                self._request_rollouts(
+                    stage=state.stage, attempt=state.attempt + 1, update=0, fresh=decision == "reject"
+                )
             else:
-                self._write(Finished(ledger.task, ledger.stage, False, ledger.active))
-        elif verdict in ("finished", "moved"):
-            self._order(**again, update=0, fresh=True)
+                self._write(TaskFinished(state.task, state.stage, False, state.active))
+        elif decision in ("finished", "moved"):
+            self._request_rollouts(**again, update=0, fresh=True)
         elif over:
             # Every update was skipped: nothing was learned that could be measured.
-            self._write(Finished(ledger.task, ledger.stage, False, ledger.active))
+            self._write(TaskFinished(state.task, state.stage, False, state.active))
         else:
-            self._order(**again, update=ledger.update, fresh=False)
+            self._request_rollouts(**again, update=state.update, fresh=False)
 
     def _moved(self) -> bool:
         """Whether a person moved `active` in the store; then the current task begins again from there."""
-        active, ledger = self._active(), self.ledger
-        deciding = ledger.verdict == "promote" and not ledger.promoted
-        if active == ledger.active or (deciding and active == ledger.candidate):
+        active, state = self._active(), self.state
+        deciding = state.verdict == "promote" and not state.promoted
+        if active == state.active or (deciding and active == state.candidate):
             return False
-        if ledger.phase == "waiting" and active == ledger.candidate:
+        if state.phase == "waiting" and active == state.candidate:
             return False  # `_person` takes it as the promotion that was waited for
-        self._write(Moved(active, by="a person"))
+        self._write(ActiveTagMoved(active, by="a person"))
         return True
 
     def _person(self) -> bool:
         """A held candidate waits for a person: promoted with a reason, or tagged `declined`."""
-        tags, candidate = self.store.tags(), self.ledger.candidate
+        tags, candidate = self.store.tags(), self.state.candidate
         if tags.get("active") == candidate:
-            self._write(Promoted(candidate, by="a person"))
+            self._write(AdapterPromoted(candidate, by="a person"))
         elif tags.get("declined") == candidate:
-            self._write(Declined(candidate))
+            self._write(CandidateDeclined(candidate))
         else:
             return False
         return True
@@ -297,11 +300,11 @@ class LearnerService:
         """Take in events that another thread wrote (`received`)."""
         events = self._journal.events
         while self._folded < len(events):
-            self.ledger.apply(events[self._folded])
+            self.state.apply(events[self._folded])
             self._folded += 1
 
-    def _write(self, happening: Happening) -> None:
-        self._journal.append(happening.kind, **happening.data())
+    def _write(self, event: LearnerEvent) -> None:
+        self._journal.append(event.kind, **event.data())
         self._fold()
 
     def _plain(self) -> dict[str, Any]:

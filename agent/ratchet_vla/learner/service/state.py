@@ -1,6 +1,6 @@
-"""Where the learner stands, folded from its journal: the same events always give the same state, whatever died between.
+"""The learner's state, folded from its journal: the same events always give the same state, whatever died between.
 
-Knows events and phases. Knows no file, no tensor and no network. See docs/link.md for the order of events.
+Knows events and phases. Knows no file, no tensor and no network. See docs/link.md for the sequence of events.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ratchet_vla.learner.service.events import (
+    ActiveTagMoved,
+    AdapterPromoted,
+    AdmissionDecided,
     BatchFixed,
-    Declined,
-    Done,
-    Finished,
-    Gated,
-    Moved,
-    Noted,
-    Ordered,
-    Promoted,
-    Received,
-    Ruled,
-    RunBegan,
-    Updated,
-    Waits,
-    happening_of,
+    CandidateDeclined,
+    CandidateHeld,
+    FileReceived,
+    GateDecided,
+    QueueFinished,
+    RecordIngested,
+    RolloutsRequested,
+    RunStarted,
+    TaskFinished,
+    UpdateFinished,
+    learner_event,
 )
 from ratchet_vla.link.session_records import EPISODE, SESSION
 from ratchet_vla.storage.journal import Event
@@ -34,7 +34,7 @@ Phase = Literal["new", "collecting", "updating", "gating", "deciding", "waiting"
 
 @dataclass
 class Arrival:
-    """One received episode and what was decided about it. decision: empty until ruled."""
+    """One received episode and what was decided about it. decision: empty until it is taken."""
 
     sha: str
     robot: str
@@ -53,17 +53,19 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Unruled:
-    """A file that nobody has looked at yet. type: see `link.session_records`."""
+class PendingFile:
+    """A received file that is not ingested yet. type: see `link.session_records`."""
 
     type: str
     sha: str
 
 
 @dataclass
-class Ledger:
+class LearnerState:
     """The fold. stage, update, attempt count from 0; `training` is the adapter being updated, `start` the one that the
-    current task began with (promoted, or "" for the empty one)."""
+    current task began with (promoted, or "" for the empty one). `order`, `verdict` and `unruled` are named as in
+    journals
+    and status files: the rollout request's id, the gate's decision, and files that are not ingested yet."""
 
     fingerprint: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # the run's settings, as plain data
@@ -71,20 +73,20 @@ class Ledger:
     stage: int = 0
     update: int = 0
     attempt: int = 0
-    serial: int = 0  # orders given so far
+    serial: int = 0  # rollout requests so far
     order: str = ""
     task: str = ""
     training: str = ""
     start: str = ""
     active: str = ""
     candidate: str = ""
-    verdict: str = ""  # of the gate about `candidate`, until it was acted on
+    verdict: str = ""  # of the gate on `candidate`, until it was acted on
     promoted: bool = False
     waited: bool = False
     batch: list[str] = field(default_factory=list)
     checkpoint: dict[str, str] = field(default_factory=dict)  # the one that the training adapter came from
     arrivals: dict[str, Arrival] = field(default_factory=dict)
-    unruled: list[Unruled] = field(default_factory=list)
+    unruled: list[PendingFile] = field(default_factory=list)
     filled: dict[int, str] = field(default_factory=dict)
     labels: dict[str, tuple[bool | None, str]] = field(default_factory=dict)
     session_ended: bool = False
@@ -95,52 +97,52 @@ class Ledger:
     retired: list[list[str]] = field(default_factory=list)  # batches used, oldest first
 
     @classmethod
-    def of(cls, events: Iterable[Event]) -> Ledger:
-        ledger = cls()
+    def of(cls, events: Iterable[Event]) -> LearnerState:
+        state = cls()
         for event in events:
-            ledger.apply(event)
-        return ledger
+            state.apply(event)
+        return state
 
     def apply(self, event: Event) -> None:
         """Take one event in. Unknown kinds change nothing: a newer release may have written them."""
-        match happening_of(event):
-            case RunBegan() as run:
+        match learner_event(event):
+            case RunStarted() as run:
                 self.fingerprint = run.fingerprint
                 self.config = run.config or {}
-            case Received() as received:
-                self._received(received, event.n)
-            case Ruled() as ruled:
-                self._ruled(ruled)
-            case Noted() as noted:
-                self._noted(noted)
-            case Ordered() as ordered:
-                self._ordered(ordered)
+            case FileReceived() as received:
+                self._file_received(received, event.n)
+            case AdmissionDecided() as admission:
+                self._admission_decided(admission)
+            case RecordIngested() as record:
+                self._record_ingested(record)
+            case RolloutsRequested() as request:
+                self._rollouts_requested(request)
             case BatchFixed() as batch:
                 self.phase = "updating"
                 self.batch = list(batch.episodes)
-            case Updated() as updated:
-                self._updated(updated, {**event.data, "n": event.n})
-            case Gated() as gated:
-                self.candidate = gated.candidate
-                self.verdict = gated.decision
+            case UpdateFinished() as update:
+                self._update_finished(update, {**event.data, "n": event.n})
+            case GateDecided() as gate:
+                self.candidate = gate.candidate
+                self.verdict = gate.decision
                 self.phase = "deciding"
                 self.gates.append({**event.data, "n": event.n})
-            case Promoted(adapter=adapter):
+            case AdapterPromoted(adapter=adapter):
                 self.active = self.start = adapter
                 self.verdict = "promote"
                 self.promoted = True
                 self.phase = "deciding"
-            case Waits():
+            case CandidateHeld():
                 self.waited = True
                 self.phase = "waiting"
-            case Declined():
+            case CandidateDeclined():
                 self.verdict = "reject"
                 self.phase = "deciding"
-            case Moved(adapter=adapter):
-                self._moved(adapter)
-            case Finished():
-                self._finished({**event.data, "n": event.n})
-            case Done():
+            case ActiveTagMoved(adapter=adapter):
+                self._active_tag_moved(adapter)
+            case TaskFinished():
+                self._task_finished({**event.data, "n": event.n})
+            case QueueFinished():
                 self.phase = "done"
                 self.order = ""
 
@@ -170,50 +172,50 @@ class Ledger:
 
     # -- events --------------------------------------------------------------------------------------------------
 
-    def _received(self, received: Received, number: int) -> None:
+    def _file_received(self, received: FileReceived, number: int) -> None:
         if received.type == EPISODE:
             if received.sha in self.arrivals:
                 return  # the same bytes under another key are the same episode
             self.arrivals[received.sha] = Arrival(received.sha, received.robot, received.key, received.meta, number)
-        self.unruled.append(Unruled(received.type, received.sha))
+        self.unruled.append(PendingFile(received.type, received.sha))
 
-    def _ruled(self, ruled: Ruled) -> None:
-        arrival = self.arrivals[ruled.sha]
-        arrival.decision = ruled.decision
-        arrival.code = ruled.code
-        arrival.reason = ruled.reason
-        arrival.slot = ruled.slot
-        arrival.adapter = ruled.adapter
-        arrival.success = ruled.success
-        arrival.source = ruled.source
-        arrival.compute_dtype = ruled.compute_dtype
-        if Unruled(EPISODE, arrival.sha) in self.unruled:
-            self.unruled.remove(Unruled(EPISODE, arrival.sha))
+    def _admission_decided(self, admission: AdmissionDecided) -> None:
+        arrival = self.arrivals[admission.sha]
+        arrival.decision = admission.decision
+        arrival.code = admission.code
+        arrival.reason = admission.reason
+        arrival.slot = admission.slot
+        arrival.adapter = admission.adapter
+        arrival.success = admission.success
+        arrival.source = admission.source
+        arrival.compute_dtype = admission.compute_dtype
+        if PendingFile(EPISODE, arrival.sha) in self.unruled:
+            self.unruled.remove(PendingFile(EPISODE, arrival.sha))
         if arrival.decision == "accepted" and arrival.slot >= 0:
             self.filled[arrival.slot] = arrival.sha
 
-    def _noted(self, noted: Noted) -> None:
-        self.unruled.remove(Unruled(noted.type, noted.sha))
-        if noted.type == SESSION and noted.ended:
+    def _record_ingested(self, record: RecordIngested) -> None:
+        self.unruled.remove(PendingFile(record.type, record.sha))
+        if record.type == SESSION and record.ended:
             self.session_ended = True
-        label = noted.label
+        label = record.label
         if label:
             self.labels[label["episode"]] = (label["success"], label["source"])
             if label["episode"] in self.arrivals and not self.arrivals[label["episode"]].used:
-                self.unruled.append(Unruled(EPISODE, label["episode"]))
+                self.unruled.append(PendingFile(EPISODE, label["episode"]))
 
-    def _ordered(self, ordered: Ordered) -> None:
+    def _rollouts_requested(self, request: RolloutsRequested) -> None:
         self.phase = "collecting"
-        self.order = ordered.order
-        self.task = ordered.task
-        self.stage = ordered.stage
-        self.update = ordered.update
-        self.attempt = ordered.attempt
-        self.training = ordered.adapter
-        self.start = ordered.start
-        self.serial = ordered.serial
-        if ordered.checkpoint is not None:
-            self.checkpoint = ordered.checkpoint
+        self.order = request.order
+        self.task = request.task
+        self.stage = request.stage
+        self.update = request.update
+        self.attempt = request.attempt
+        self.training = request.adapter
+        self.start = request.start
+        self.serial = request.serial
+        if request.checkpoint is not None:
+            self.checkpoint = request.checkpoint
         self.filled = {}
         self.session_ended = False
         self.verdict = ""
@@ -227,23 +229,23 @@ class Ledger:
                 arrival.code = "inbox.other_adapter"
                 arrival.reason = "the adapter moved on before it was used"
 
-    def _updated(self, updated: Updated, line: dict[str, Any]) -> None:
-        for sha in updated.episodes:
+    def _update_finished(self, update: UpdateFinished, line: dict[str, Any]) -> None:
+        for sha in update.episodes:
             self.arrivals[sha].used = True
-        self.retired.append(list(updated.episodes))
+        self.retired.append(list(update.episodes))
         self.batch = []
         self.update += 1
-        self.training = updated.adapter
-        self.checkpoint = updated.checkpoint
+        self.training = update.adapter
+        self.checkpoint = update.checkpoint
         self._keep(self.training)
         self.updates.append(line)
-        self.phase = "gating" if updated.gate else "deciding"
+        self.phase = "gating" if update.gate else "deciding"
 
     def _keep(self, adapter: str) -> None:
         if adapter not in self.adapters:
             self.adapters.append(adapter)
 
-    def _moved(self, adapter: str) -> None:
+    def _active_tag_moved(self, adapter: str) -> None:
         """The current task begins again from the adapter that a person made the active one."""
         self.active = self.start = adapter
         self.update = 0
@@ -251,7 +253,7 @@ class Ledger:
         self.verdict = "moved"
         self.phase = "done" if self.phase == "done" else "deciding"
 
-    def _finished(self, line: dict[str, Any]) -> None:
+    def _task_finished(self, line: dict[str, Any]) -> None:
         self.stages.append(line)
         self.stage += 1
         self.update = 0

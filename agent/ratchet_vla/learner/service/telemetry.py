@@ -1,7 +1,7 @@
-"""What the learner shows: metrics as JSON lines and in TensorBoard, one status file, alerts, and the story in words.
+"""What the learner shows: metrics as JSON lines and in TensorBoard, one status file, alerts, and the timeline in words.
 
-Knows the ledger's figures and how to present them. Knows no socket and decides nothing. All of it can be made again
-from the journal; a crash leaves no line twice.
+Knows the figures of the learner's state and how to present them. Knows no socket and decides nothing. All of it can be
+made again from the journal; a crash leaves no line twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ratchet_vla.learner.service.state import Ledger
+from ratchet_vla.learner.service.state import LearnerState
 from ratchet_vla.storage.journal import Event
 
 RECENT = 50  # episodes that the on-policy share looks back over
@@ -63,44 +63,42 @@ class Rates:
         }
 
 
-def alerts(ledger: Ledger, sync_age: float, free: int, limits: Limits) -> list[Alert]:
+def alerts(state: LearnerState, sync_age: float, free: int, limits: Limits) -> list[Alert]:
     """What is wrong at the moment. sync_age: seconds since the last word of any robot, inf for none yet."""
     found = []
-    ruled = sorted((a for a in ledger.arrivals.values() if a.decision), key=lambda a: a.number)[-RECENT:]
-    if len(ruled) >= 10:
+    decided = sorted((a for a in state.arrivals.values() if a.decision), key=lambda a: a.number)[-RECENT:]
+    if len(decided) >= 10:
         # What was used or still could be; an episode that came in time but was not needed is no sign of trouble.
-        share = sum(a.used or a.decision != "replay" for a in ruled) / len(ruled)
+        share = sum(a.used or a.decision != "replay" for a in decided) / len(decided)
         if share < limits.on_policy:
-            reasons = sorted({a.code for a in ruled if a.decision == "replay"})
-            text = f"{share:.0%} of the last {len(ruled)} episodes are on-policy: {', '.join(reasons)}"
+            reasons = sorted({a.code for a in decided if a.decision == "replay"})
+            text = f"{share:.0%} of the last {len(decided)} episodes are on-policy: {', '.join(reasons)}"
             found.append(Alert("learner.on_policy", text))
-    rates = [
-        u["successes"] / len(u["episodes"]) for u in ledger.updates if u["episodes"] and u["stage"] == ledger.stage
-    ]
+    rates = [u["successes"] / len(u["episodes"]) for u in state.updates if u["episodes"] and u["stage"] == state.stage]
     if len(rates) >= 4 and rates[-1] < sum(rates[-4:-1]) / 3 - limits.success_drop:
         before = sum(rates[-4:-1]) / 3
         found.append(Alert("learner.success", f"success fell to {rates[-1]:.0%}, was {before:.0%}"))
     if len(rates) >= 2 and rates[-1] == rates[-2] == 0.0:
         found.append(Alert("learner.success", "two updates without a single success: there is nothing to learn from"))
-    if ledger.phase == "collecting" and sync_age > limits.sync:
+    if state.phase == "collecting" and sync_age > limits.sync:
         age = "never" if math.isinf(sync_age) else f"{sync_age:.0f} s ago"
         found.append(Alert("learner.sync", f"episodes are wanted and the last word of a robot came {age}"))
-    if ledger.phase == "collecting" and ledger.config.get("batch_when") == "session" and not ledger.session_ended:
-        have, batch = len(ledger.accepted()), int(ledger.config["batch"])
-        if ledger.config.get("mode") == "robot" and have >= batch:
+    if state.phase == "collecting" and state.config.get("batch_when") == "session" and not state.session_ended:
+        have, batch = len(state.accepted()), int(state.config["batch"])
+        if state.config.get("mode") == "robot" and have >= batch:
             text = f"the batch is full ({have} of {batch}) and waits for the end of a session: `ratchet session stop`"
             found.append(Alert("learner.session", text))
-    if ledger.updates and ledger.updates[-1]["facts"].get("code") in ("learner.policy_mismatch", "learner.not_finite"):
-        found.append(Alert(ledger.updates[-1]["facts"]["code"], str(ledger.updates[-1]["facts"]["skipped"])))
-    if ledger.phase == "waiting":
-        found.append(Alert("learner.held", f"the gate held {ledger.candidate[:12]}; promote or decline it"))
+    if state.updates and state.updates[-1]["facts"].get("code") in ("learner.policy_mismatch", "learner.not_finite"):
+        found.append(Alert(state.updates[-1]["facts"]["code"], str(state.updates[-1]["facts"]["skipped"])))
+    if state.phase == "waiting":
+        found.append(Alert("learner.held", f"the gate held {state.candidate[:12]}; promote or decline it"))
     if free < limits.free:
         found.append(Alert("learner.disk", f"{free / 1024**3:.1f} GiB of disk are left"))
     return found
 
 
 def status(
-    ledger: Ledger,
+    state: LearnerState,
     tasks: Iterable[str],
     peers: list[dict[str, Any]],
     counts: Mapping[str, int],
@@ -111,37 +109,37 @@ def status(
     """Everything that `ratchet status` shows, as plain data. peers: name, age (seconds since the last word), report.
     rates: as `Rates.at` gives them."""
     age = min((p["age"] for p in peers), default=math.inf)
-    last = ledger.updates[-1] if ledger.updates else None
+    last = state.updates[-1] if state.updates else None
     return {
-        "phase": ledger.phase,
-        "stage": ledger.stage + 1,
+        "phase": state.phase,
+        "stage": state.stage + 1,
         "queue": [
-            {"task": t, "state": _state(ledger, i), "updates": sum(u["stage"] == i for u in ledger.updates)}
+            {"task": t, "state": _task_state(state, i), "updates": sum(u["stage"] == i for u in state.updates)}
             for i, t in enumerate(tasks)
         ],
-        "order": ledger.order,
-        "training": ledger.training,
-        "active": ledger.active,
-        "episodes": ledger.counts(),
-        "kept_out": ledger.reasons(),
+        "order": state.order,
+        "training": state.training,
+        "active": state.active,
+        "episodes": state.counts(),
+        "kept_out": state.reasons(),
         "last_update": last and {k: last[k] for k in ("task", "update", "adapter", "successes", "facts")},
         "last_update_episodes": len(last["episodes"]) if last else 0,
-        "last_gate": ledger.gates[-1] if ledger.gates else None,
+        "last_gate": state.gates[-1] if state.gates else None,
         "robots": peers,
         "link": dict(counts),
         "rates": dict(rates),
         "sync_age": None if math.isinf(age) else age,
         "free_bytes": free,
-        "alerts": [asdict(a) for a in alerts(ledger, age, free, limits)],
+        "alerts": [asdict(a) for a in alerts(state, age, free, limits)],
         "written": time.time(),
     }
 
 
-def _state(ledger: Ledger, stage: int) -> str:
-    over = [s for s in ledger.stages if s["stage"] == stage]
+def _task_state(state: LearnerState, stage: int) -> str:
+    over = [s for s in state.stages if s["stage"] == stage]
     if over:
         return "learned" if over[-1]["learned"] else "given up"
-    return "learning" if stage == ledger.stage and ledger.phase not in ("new", "done") else "waiting"
+    return "learning" if stage == state.stage and state.phase not in ("new", "done") else "waiting"
 
 
 def update_line(event: Event) -> dict[str, Any]:
@@ -214,19 +212,19 @@ class Recorder:
         return last
 
 
-def story(events: Iterable[Event]) -> list[str]:
+def timeline(events: Iterable[Event]) -> list[str]:
     """The journal in words, one line per event that a person cares for."""
-    teller = Story()
-    return [line for event in events if (line := teller.tell(event))]
+    words = Timeline()
+    return [line for event in events if (line := words.line(event))]
 
 
-class Story:
-    """Tells one event after the other."""
+class Timeline:
+    """Words for one event after the other."""
 
     def __init__(self) -> None:
         self._arrived: dict[str, str] = {}  # episode -> what was last decided about it, since the update before
 
-    def tell(self, event: Event) -> str:
+    def line(self, event: Event) -> str:
         """A line, or nothing where nobody would care."""
         text = self._words(event.kind, event.data)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))

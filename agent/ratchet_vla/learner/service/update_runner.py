@@ -1,4 +1,4 @@
-"""One update of the service, from the ledger's batch to a checkpoint and an adapter in the store.
+"""Update runner of the service: from a complete batch to a checkpoint and an adapter in the store.
 
 Knows trainer, checkpoints, store and what may be removed. Knows no journal: it gives the facts of the line to be
 written, and what it left on the disk before that line is simply made again.
@@ -17,8 +17,8 @@ from ratchet_vla.adapters.protocol import Provenance
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.service.config import ServiceConfig
-from ratchet_vla.learner.service.events import Updated
-from ratchet_vla.learner.service.state import Arrival, Ledger
+from ratchet_vla.learner.service.events import UpdateFinished
+from ratchet_vla.learner.service.state import Arrival, LearnerState
 from ratchet_vla.learner.service.trainer import Trainer
 from ratchet_vla.records import Episode
 from ratchet_vla.storage.disk import disk_errors
@@ -27,8 +27,8 @@ from ratchet_vla.storage.files import Files
 log = logging.getLogger("ratchet.learner")
 
 
-class Workshop:
-    """Keeps the trainer where the ledger says it is."""
+class UpdateRunner:
+    """Keeps the trainer where the learner's state says it is, and runs one update after the other."""
 
     def __init__(
         self,
@@ -51,11 +51,11 @@ class Workshop:
         self.store.put(first, Provenance(effect=0.0, notes="empty: acts as the base"))
         return first.id
 
-    def update(self, ledger: Ledger) -> Updated:
-        """Train on the ledger's batch, write checkpoint and adapter; what there is to write down."""
+    def update(self, state: LearnerState) -> UpdateFinished:
+        """Train on the current batch, write checkpoint and adapter; what there is to write down."""
         started = time.perf_counter()
-        self._load(ledger)
-        arrivals = [ledger.arrivals[sha] for sha in ledger.batch]
+        self._load(state)
+        arrivals = [state.arrivals[sha] for sha in state.batch]
         episodes = self._episodes(arrivals)
         self._files.step("phase", self.folder / "update")
         self._loaded = ()  # until the update is written down, what the trainer holds is nobody's
@@ -68,29 +68,29 @@ class Workshop:
         skipped = "skipped" in facts
         self._files.step("phase", self.folder / "updated")
         if skipped:
-            self._load(ledger)
-        path = self.folder / "checkpoints" / f"{ledger.serial}.pt"
+            self._load(state)
+        path = self.folder / "checkpoints" / f"{state.serial}.pt"
         checkpoint = {"file": path.name, "sha": self.trainer.save(path)}
         adapter = self.trainer.adapter()
         if not skipped:
             effect = self.trainer.lora.effect().overall
-            provenance = Provenance(parent=ledger.start, task=ledger.task, stage=ledger.stage + 1, effect=effect)
+            provenance = Provenance(parent=state.start, task=state.task, stage=state.stage + 1, effect=effect)
             self.store.put(adapter, provenance)
-            self.store.tag("training", adapter.id, reason=ledger.order)
-        last = ledger.update + 1 >= self.config.updates
-        changed = adapter.id != ledger.start
+            self.store.tag("training", adapter.id, reason=state.order)
+        last = state.update + 1 >= self.config.updates
+        changed = adapter.id != state.start
         gate = changed and (last or (self.config.gate_each == "update" and not skipped))
-        self._loaded = (adapter.id, checkpoint["sha"], ledger.stage, ledger.attempt)
-        return Updated(
-            order=ledger.order,
-            stage=ledger.stage,
-            task=ledger.task,
-            update=ledger.update,
-            attempt=ledger.attempt,
-            episodes=list(ledger.batch),
+        self._loaded = (adapter.id, checkpoint["sha"], state.stage, state.attempt)
+        return UpdateFinished(
+            order=state.order,
+            stage=state.stage,
+            task=state.task,
+            update=state.update,
+            attempt=state.attempt,
+            episodes=list(state.batch),
             successes=sum(bool(a.success) for a in arrivals),
-            before=ledger.training,
-            began=ledger.checkpoint,
+            before=state.training,
+            began=state.checkpoint,
             adapter=adapter.id,
             checkpoint=checkpoint,
             gate=gate,
@@ -98,7 +98,7 @@ class Workshop:
         )
 
     def _episodes(self, arrivals: list[Arrival]) -> list[Episode]:
-        """The files of a batch, with the success that was ruled on."""
+        """The files of a batch, with the success that was decided on."""
         episodes = []
         for arrival in arrivals:
             episode = self._read(self._path_of(arrival.sha))
@@ -114,57 +114,57 @@ class Workshop:
         repeated = Counter(e.initial_state for e in episodes if e.initial_state >= 0)
         return [e.initial_state if repeated[e.initial_state] > 1 else -1 for e in episodes]
 
-    def _load(self, ledger: Ledger) -> None:
+    def _load(self, state: LearnerState) -> None:
         """Bring the trainer to where the journal says it was."""
-        key = (ledger.training, ledger.checkpoint.get("sha", ""), ledger.stage, ledger.attempt)
+        key = (state.training, state.checkpoint.get("sha", ""), state.stage, state.attempt)
         if self._loaded == key:
             return
-        self._load_from(ledger, ledger.training, ledger.checkpoint)
-        if self.trainer.adapter().id != ledger.training:
+        self._load_from(state, state.training, state.checkpoint)
+        if self.trainer.adapter().id != state.training:
             raise RatchetError(
                 "learner.bad_checkpoint",
-                f"it holds {self.trainer.adapter().id[:12]}, the journal says {ledger.training[:12]}",
+                f"it holds {self.trainer.adapter().id[:12]}, the journal says {state.training[:12]}",
                 where=str(self.folder),
                 fix="restore the folder from a copy",
             )
         self._loaded = key
 
-    def _load_from(self, ledger: Ledger, adapter: str, checkpoint: Mapping[str, str]) -> None:
+    def _load_from(self, state: LearnerState, adapter: str, checkpoint: Mapping[str, str]) -> None:
         """The trainer's state behind an adapter. A damaged checkpoint is computed again from the one before and the
         same episodes, which is exact: the journal holds the batch."""
-        stage, attempt = ledger.stage, ledger.attempt
+        stage, attempt = state.stage, state.attempt
         if not checkpoint:
             self.trainer.begin(self.store.get(adapter), stage, attempt)
             return
         try:
             self.trainer.restore(self.folder / "checkpoints" / checkpoint["file"], checkpoint["sha"], stage, attempt)
         except RatchetError as error:
-            made = [u for u in ledger.updates if u["checkpoint"] == checkpoint]
+            made = [u for u in state.updates if u["checkpoint"] == checkpoint]
             if error.code != "learner.bad_checkpoint" or not made:
                 raise
             log.warning("%s", error)
             update = made[-1]
-            self._load_from(ledger, update["before"], update["began"])
+            self._load_from(state, update["before"], update["began"])
             if update["adapter"] != update["before"]:
-                arrivals = [ledger.arrivals[sha] for sha in update["episodes"]]
+                arrivals = [state.arrivals[sha] for sha in update["episodes"]]
                 episodes = self._episodes(arrivals)
                 self.trainer.train(episodes, self._groups(arrivals, episodes))
 
-    def prune(self, ledger: Ledger) -> None:
+    def prune(self, state: LearnerState) -> None:
         """Remove what nothing can need any more: old checkpoints, intermediate adapters and used batches."""
         config = self.config
         with disk_errors(self.folder):
             for path in (self.folder / "checkpoints").glob("*.pt"):
-                if path.stem.isdigit() and int(path.stem) < ledger.serial - 1:
+                if path.stem.isdigit() and int(path.stem) < state.serial - 1:
                     self._files.remove(path)
             if config.keep_batches:
-                for shas in ledger.retired[: -config.keep_batches]:
+                for shas in state.retired[: -config.keep_batches]:
                     for sha in shas:
                         self._files.remove(self._path_of(sha))
-        kept = {g["candidate"] for g in ledger.gates} | set(self.store.tags().values()) | {ledger.start}
+        kept = {g["candidate"] for g in state.gates} | set(self.store.tags().values()) | {state.start}
         stored = set(self.store.ids())
-        for adapter in ledger.adapters[: -config.keep_updates]:
-            if adapter in stored and adapter not in kept and adapter != ledger.adapters[0]:
+        for adapter in state.adapters[: -config.keep_updates]:
+            if adapter in stored and adapter not in kept and adapter != state.adapters[0]:
                 self.store.remove(adapter)
 
 

@@ -66,19 +66,21 @@ def claims(trials: Sequence[Trial], oracle: str = "oracle") -> list[Claim]:
     """The three claims for every method that learns one task after the other."""
     out = []
     for summary in summarise([t for t in trials if t.sequential]):
-        mine = [t for t in trials if t.method == summary.method]
-        others = {t.seed: t for t in trials if t.method == oracle}
-        pairs = [(t, others[t.seed]) for t in mine if t.seed in others]
-        gaps = [g for one, two in pairs if (g := _last(two, one)) is not None]
-        lost = [v for t in mine if (v := _held_out_loss(t)) is not None]
-        whole = bool(mine) and len(gaps) == len(mine)
+        method_trials = [t for t in trials if t.method == summary.method]
+        oracle_trials = {t.seed: t for t in trials if t.method == oracle}
+        same_seed = [(t, oracle_trials[t.seed]) for t in method_trials if t.seed in oracle_trials]
+        oracle_gaps = [gap for trial, best in same_seed if (gap := _last(best, trial)) is not None]
+        held_out_losses = [loss for t in method_trials if (loss := _held_out_loss(t)) is not None]
+        # A mean over some of the seeds would not be comparable with the other methods'.
+        all_gaps_known = bool(method_trials) and len(oracle_gaps) == len(method_trials)
+        all_losses_known = bool(held_out_losses) and len(held_out_losses) == len(method_trials)
         out += [
             Claim(summary.method, "loss on earlier tasks (NBT)", summary.values["NBT"], FORGETTING),
-            Claim(summary.method, "AVG below the oracle's", over_seeds(gaps) if whole else None, GAP),
+            Claim(summary.method, "AVG below the oracle's", over_seeds(oracle_gaps) if all_gaps_known else None, GAP),
             Claim(
                 summary.method,
                 "loss on held-out tasks against the base",
-                over_seeds(lost) if lost and len(lost) == len(mine) else None,
+                over_seeds(held_out_losses) if all_losses_known else None,
                 KEEPING,
             ),
         ]
@@ -100,5 +102,5 @@ def _held_out_loss(trial: Trial) -> Interval | None:
 
 
 def _mean(pairs: Sequence[tuple[Cell | None, Cell | None]]) -> Interval | None:
-    found = [difference(one, two) for one, two in pairs if one is not None and two is not None]
-    return mean(found) if found and len(found) == len(pairs) else None
+    differences = [difference(one, two) for one, two in pairs if one is not None and two is not None]
+    return mean(differences) if differences and len(differences) == len(pairs) else None

@@ -94,9 +94,9 @@ def summarise(trials: Sequence[Trial]) -> list[Summary]:
     """One line per method, in the order in which they first appear."""
     out = []
     for method in dict.fromkeys(t.method for t in trials):
-        mine = [t for t in trials if t.method == method]
+        method_trials = [t for t in trials if t.method == method]
         found: dict[str, list[Interval | None]] = {name: [] for name in MEASURES}
-        for trial in mine:
+        for trial in method_trials:
             scores = measures(trial.matrix)
             for name in ("AVG", "ZS", "NBT", "FWT"):
                 known = trial.sequential or name in ("AVG", "ZS")
@@ -108,8 +108,10 @@ def summarise(trials: Sequence[Trial]) -> list[Summary]:
             else None
             for name, items in found.items()
         }
-        hours = sum(t.seconds for t in mine) / 3600
-        out.append(Summary(method, tuple(t.seed for t in mine), values, hours, sum(t.episodes for t in mine)))
+        hours = sum(t.seconds for t in method_trials) / 3600
+        out.append(
+            Summary(method, tuple(t.seed for t in method_trials), values, hours, sum(t.episodes for t in method_trials))
+        )
     return out
 
 

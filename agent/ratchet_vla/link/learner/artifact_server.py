@@ -17,8 +17,8 @@ from ratchet_vla.storage.documents import hash_file
 FILES = (WEIGHTS, CONFIG, CARD)
 
 
-class AdapterShelf:
-    """`server.Shelf` over a `FolderStore`."""
+class ArtifactServer:
+    """`server.ArtifactSource` over a `FolderStore`."""
 
     def __init__(self, store: FolderStore) -> None:
         self._store = store

@@ -29,7 +29,7 @@ OPEN = 16  # partial files with an open descriptor at once
 
 
 @dataclass(frozen=True)
-class Parcel:
+class OfferedFile:
     """A file that a robot offers. key: unique name of what it is; sequence: its position in the outbox."""
 
     robot: str
@@ -43,7 +43,7 @@ class Parcel:
 
 @dataclass
 class _Partial:
-    parcel: Parcel
+    offered: OfferedFile
     handle: int
     offset: int
     sha: Any  # hashlib's object over the bytes so far
@@ -92,21 +92,21 @@ class Inbox:
     def knows(self, robot: str, key: str) -> bool:
         return f"{robot} {key}" in self._known
 
-    def offer(self, parcel: Parcel) -> int | None:
+    def offer(self, offered: OfferedFile) -> int | None:
         """From which byte to send, or None where this file (or another of its key) is here already.
 
         Raises:
             RatchetError: link.disk_full, link.io.
         """
-        if self.knows(parcel.robot, parcel.key):
+        if self.knows(offered.robot, offered.key):
             return None
-        if parcel.sha in self._sealed:
-            return parcel.size  # all bytes are here and being made durable; the answer to that is still to come
+        if offered.sha in self._sealed:
+            return offered.size  # all bytes are here and being made durable; the answer to that is still to come
         with disk_errors(self.root):
-            if self.path(parcel.sha).is_file() and self._same(parcel):
-                self._accept(parcel)
+            if self.path(offered.sha).is_file() and self._same(offered):
+                self._accept(offered)
                 return None
-            return self._begin(parcel).offset
+            return self._begin(offered).offset
 
     def write(self, sha: str, offset: int, piece: memoryview) -> int | None:
         """Add a piece; returns how many bytes are there now, or None where no such file was offered.
@@ -121,7 +121,7 @@ class Inbox:
             return None
         if offset != partial.offset:
             return partial.offset
-        if offset + len(piece) > partial.parcel.size:
+        if offset + len(piece) > partial.offered.size:
             raise RatchetError("link.too_large", "more bytes than were offered", where=sha[:12])
         with disk_errors(self.root):
             self._disk.step("write", self._partial_folder / sha)
@@ -136,7 +136,7 @@ class Inbox:
     def complete(self, sha: str) -> bool:
         """Whether every byte of an offered file is here, so that `finish` may be called."""
         partial = self._open.get(sha)
-        return partial is not None and partial.offset == partial.parcel.size
+        return partial is not None and partial.offset == partial.offered.size
 
     def finish(self, sha: str) -> None:
         """`seal`, then `settle`: afterwards the file may be acknowledged. Raises what they raise."""
@@ -170,7 +170,7 @@ class Inbox:
             with disk_errors(self.root):
                 self._disk.step("fsync", partial_path)
                 os.fsync(partial.handle)
-                self._accept(partial.parcel, partial_path)
+                self._accept(partial.offered, partial_path)
         finally:
             # What could not be settled is on the disk: the next offer finds it there.
             del self._sealed[sha]
@@ -182,21 +182,21 @@ class Inbox:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _begin(self, parcel: Parcel) -> _Partial:
-        open_partial = self._open.get(parcel.sha)
+    def _begin(self, offered: OfferedFile) -> _Partial:
+        open_partial = self._open.get(offered.sha)
         if open_partial is not None:
-            open_partial.parcel = parcel
-            self._open.move_to_end(parcel.sha)
+            open_partial.offered = offered
+            self._open.move_to_end(offered.sha)
             return open_partial
-        partial_path = self._partial_folder / parcel.sha
+        partial_path = self._partial_folder / offered.sha
         present_bytes = partial_path.stat().st_size if partial_path.exists() else 0
-        require_space(self.root, parcel.size - min(present_bytes, parcel.size), self.reserve)
+        require_space(self.root, offered.size - min(present_bytes, offered.size), self.reserve)
         while len(self._open) >= OPEN:
             self._forget(next(iter(self._open)))
         self._disk.step("open", partial_path)
         descriptor = os.open(partial_path, os.O_CREAT | os.O_RDWR, 0o644)
         hasher = hashlib.sha256()
-        if present_bytes > parcel.size:
+        if present_bytes > offered.size:
             os.ftruncate(descriptor, 0)
             present_bytes = 0
         offset = 0
@@ -205,29 +205,31 @@ class Inbox:
             piece = os.pread(descriptor, min(1 << 20, present_bytes - offset), offset)
             hasher.update(piece)
             offset += len(piece)
-        partial = self._open[parcel.sha] = _Partial(parcel, descriptor, present_bytes, hasher)
+        partial = self._open[offered.sha] = _Partial(offered, descriptor, present_bytes, hasher)
         return partial
 
     def _forget(self, sha: str) -> None:
         os.close(self._open.pop(sha).handle)
 
-    def _accept(self, parcel: Parcel, partial_path: Path | None = None) -> None:
+    def _accept(self, offered: OfferedFile, partial_path: Path | None = None) -> None:
         """Sidecar, then file, then journal: a crash in between is finished by the next start."""
-        sidecar = self._files / f"{parcel.sha}.json"
+        sidecar = self._files / f"{offered.sha}.json"
         if partial_path is not None:
-            scratch_path = self._partial_folder / f"{parcel.sha}.json"
+            scratch_path = self._partial_folder / f"{offered.sha}.json"
             self._disk.remove(scratch_path)
-            self._disk.create(scratch_path, (json.dumps(asdict(parcel)) + "\n").encode())
+            self._disk.create(scratch_path, (json.dumps(asdict(offered)) + "\n").encode())
             self._disk.rename(scratch_path, sidecar)
-            self._disk.rename(partial_path, self.path(parcel.sha))
+            self._disk.rename(partial_path, self.path(offered.sha))
             self._disk.sync_folder(self._partial_folder)
-        if not self.knows(parcel.robot, parcel.key):
-            event = self._journal.append("received", **asdict(parcel))
-            self._known[f"{parcel.robot} {parcel.key}"] = parcel.sha
+        if not self.knows(offered.robot, offered.key):
+            event = self._journal.append("received", **asdict(offered))
+            self._known[f"{offered.robot} {offered.key}"] = offered.sha
             self.on_received(event)
 
-    def _same(self, parcel: Parcel) -> bool:
-        return self.path(parcel.sha).stat().st_size == parcel.size and hash_file(self.path(parcel.sha)) == parcel.sha
+    def _same(self, offered: OfferedFile) -> bool:
+        return (
+            self.path(offered.sha).stat().st_size == offered.size and hash_file(self.path(offered.sha)) == offered.sha
+        )
 
     def _recover(self) -> None:
         """Count files that were complete when a crash came before the journal's line."""
@@ -237,12 +239,12 @@ class Inbox:
             if sha in received_hashes or not self.path(sha).is_file():
                 continue
             try:
-                parcel_fields: Mapping[str, Any] = json.loads(sidecar_path.read_bytes())
-                parcel = Parcel(**parcel_fields)
+                offered_fields: Mapping[str, Any] = json.loads(sidecar_path.read_bytes())
+                offered = OfferedFile(**offered_fields)
             except (ValueError, TypeError):
                 self._disk.remove(sidecar_path)  # never acknowledged: what it says comes again with the next offer
                 continue
-            if self._same(parcel):
-                self._accept(parcel)
+            if self._same(offered):
+                self._accept(offered)
             else:
                 self._disk.remove(self.path(sha))  # torn by a power cut, never acknowledged: it will be offered again

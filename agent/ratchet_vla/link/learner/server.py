@@ -22,7 +22,7 @@ import ratchet_vla
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.link import sockets, wire
 from ratchet_vla.link.keys import AllowList, KeyPair
-from ratchet_vla.link.learner.inbox import Inbox, Parcel
+from ratchet_vla.link.learner.inbox import Inbox, OfferedFile
 from ratchet_vla.link.learner.peers import Counts, Peer, version_of
 
 __all__ = ["LinkServer"]
@@ -40,7 +40,7 @@ AGAIN = {
 }
 
 
-class Shelf(Protocol):
+class ArtifactSource(Protocol):
     """Source of adapter files."""
 
     def files(self, adapter: str) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ class LinkServer:
         self,
         address: str,
         inbox: Inbox,
-        shelf: Shelf,
+        artifacts: ArtifactSource,
         *,
         keys: KeyPair | None = None,
         allow: Path | None = None,
@@ -76,7 +76,7 @@ class LinkServer:
         sockets.require_allowed(address, keys)
         self._asked = address
         self._inbox = inbox
-        self._shelf = shelf
+        self._artifacts = artifacts
         self._keys = keys
         self._allow = AllowList(allow) if allow is not None else None
         self._on_change = on_change
@@ -264,10 +264,10 @@ class LinkServer:
             self._send(routing, "got", {"sha": message["sha"], "offset": offset})
             self._finish(routing, message["sha"])
         elif message_kind == "offer":
-            parcel = Parcel(
+            offered = OfferedFile(
                 robot, *(message[field_name] for field_name in ("sha", "size", "type", "key", "sequence", "meta"))
             )
-            start_offset = self._inbox.offer(parcel)
+            start_offset = self._inbox.offer(offered)
             if start_offset is None:
                 self._send(routing, "stored", {"sha": message["sha"]})
                 return
@@ -284,10 +284,10 @@ class LinkServer:
         elif message_kind == "hello":
             self._send(routing, "welcome", {"software": ratchet_vla.__version__})
         elif message_kind == "parts":
-            adapter_files = self._shelf.files(message["adapter"])
+            adapter_files = self._artifacts.files(message["adapter"])
             self._send(routing, "files", {"adapter": message["adapter"], "files": adapter_files})
         elif message_kind == "read":
-            piece = self._shelf.read(message["adapter"], message["name"], message["offset"], message["size"])
+            piece = self._artifacts.read(message["adapter"], message["name"], message["offset"], message["size"])
             data_fields = {field_name: message[field_name] for field_name in ("adapter", "name", "offset")}
             self._send(routing, "data", data_fields, piece)
         else:

@@ -1,7 +1,7 @@
 """Following a tag of an adapter store: promotion and rollback reach the policy that runs, without anybody asking it.
 
 Knows one small file and one function that brings its tag into force. Knows no policy, no link and no robot. Whoever
-moves the tag (`ratchet courier`, `ratchet adapters promote|rollback`, a person) renames a new file over the old one, so
+moves the tag (`ratchet sync`, `ratchet adapters promote|rollback`, a person) renames a new file over the old one, so
 that a look at the file's number and time tells.
 """
 

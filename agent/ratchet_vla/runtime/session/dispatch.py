@@ -14,7 +14,7 @@ from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.verification import SIMULATOR, Standing, Verification
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.link.robot.outbox import Outbox, history
-from ratchet_vla.link.session_records import EPISODE, LABEL, SESSION, label_parcel, session_parcel
+from ratchet_vla.link.session_records import EPISODE, LABEL, SESSION, label_record, session_record
 from ratchet_vla.runtime.session.manifest import FILE, Session
 
 MODES = ("collect", "rollout")  # episodes sampled for learning; deployments and demonstrations stay on the robot
@@ -68,7 +68,7 @@ class Dispatcher:
         number = self._labels.get(episode, 0) + 1
         person = verdict[1] or "withdrawn"
         meta = {"episode": episode, "success": verdict[0], "person": verdict[1]}
-        self._outbox.put(label_parcel(episode, verdict[0], person), LABEL, f"label/{episode}/{number}", meta)
+        self._outbox.put(label_record(episode, verdict[0], person), LABEL, f"label/{episode}/{number}", meta)
         self._said[episode], self._labels[episode] = verdict, number
 
     def _end_sessions(self) -> None:
@@ -84,8 +84,8 @@ class Dispatcher:
             if not manifest.ended:
                 continue
             episodes = of_session(self.store, manifest.session)
-            parcel = session_parcel(manifest.session, True, dataclasses.asdict(manifest), episodes)
-            self._outbox.put(parcel, SESSION, key, {"session": manifest.session})
+            record = session_record(manifest.session, True, dataclasses.asdict(manifest), episodes)
+            self._outbox.put(record, SESSION, key, {"session": manifest.session})
 
 
 def of_session(store: EpisodeStore, session: str) -> list[dict[str, Any]]:

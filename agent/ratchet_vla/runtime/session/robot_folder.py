@@ -8,7 +8,7 @@ Knows files and one lock, which the kernel frees when the process dies. Knows no
     session.answer   what became of the wish
     session.current  the session that is open, so that a process killed in mid-session goes on with it
     sessions/<id>/   session.json, the manifest
-    learner.json     the learner's last word, see `orders`
+    learner.json     the learner's last known status, see `rollout_requests`
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Promotion from the command line: the exit code is what a script at night acts on.
 
-Pinned: 0 promoted, 3 held, 4 rejected; a stored verdict is used only against the adapter that is active now; an
+Pinned: 0 promoted, 3 held, 4 rejected; a stored decision is used only against the adapter that is active now; an
 override is kept in the history with its reason; what cannot be simulated here is held and the card says why; rollback
-and diff. Determinism: verdicts are on the cards, nothing is simulated.
+and diff. Determinism: decisions are on the cards, nothing is simulated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from ratchet_vla.adapters.protocol import Provenance
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli.main import main
-from ratchet_vla.learner.gate.decision import GateConfig, judge
+from ratchet_vla.learner.gate.decision import GateConfig, decide
 from tests.agent.adapters.tiny import made
 from tests.agent.learner.gate.test_decision import NEW, pair
 
@@ -31,18 +31,18 @@ def store(tmp_path: Path) -> FolderStore:
     return made_store
 
 
-def verdict(store: FolderStore, decision: str) -> None:
+def decided(store: FolderStore, decision: str) -> None:
     earlier = {"promote": (40, 0, 0, 10), "hold": (40, 4, 1, 5), "reject": (30, 10, 1, 9)}[decision]
-    judged = judge(made(2).id, made(1).id, [NEW, pair("earlier", *earlier)], GateConfig())
-    assert judged.decision == decision
-    store.annotate(made(2).id, {}, gate=judged.as_dict())
+    stored = decide(made(2).id, made(1).id, [NEW, pair("earlier", *earlier)], GateConfig())
+    assert stored.decision == decision
+    store.annotate(made(2).id, {}, gate=stored.as_dict())
 
 
 @pytest.mark.parametrize(("decision", "code"), [("promote", 0), ("hold", 3), ("reject", 4)])
-def test_the_exit_code_is_the_verdict(
+def test_the_exit_code_is_the_decision(
     store: FolderStore, decision: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verdict(store, decision)
+    decided(store, decision)
     assert main(["adapters", "promote", "candidate", "--store", str(store.root), "--json"]) == code
     printed = json.loads(capsys.readouterr().out)
     assert printed["decision"] == decision
@@ -51,7 +51,7 @@ def test_the_exit_code_is_the_verdict(
 
 
 def test_an_override_is_remembered(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
-    verdict(store, "hold")
+    decided(store, "hold")
     command = ["adapters", "promote", "candidate", "--store", str(store.root), "--override", "seen on the arm"]
     assert main(command) == 0
     assert store.tags()["active"] == made(2).id
@@ -60,7 +60,7 @@ def test_an_override_is_remembered(store: FolderStore, capsys: pytest.CaptureFix
 
 
 def test_rollback_goes_back_to_what_was_active(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
-    verdict(store, "promote")
+    decided(store, "promote")
     assert main(["adapters", "promote", "candidate", "--store", str(store.root)]) == 0
     assert main(["adapters", "rollback", "--store", str(store.root), "--reason", "hesitates", "--json"]) == 0
     assert store.tags()["active"] == made(1).id
@@ -124,7 +124,7 @@ def test_what_cannot_be_simulated_is_held_and_the_card_says_so(
 
 
 def test_a_verdict_under_laxer_demands_does_not_promote(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
-    lax = judge(made(2).id, made(1).id, [NEW, pair("earlier", 40, 4, 1, 5)], GateConfig(allowed_drop=0.5))
+    lax = decide(made(2).id, made(1).id, [NEW, pair("earlier", 40, 4, 1, 5)], GateConfig(allowed_drop=0.5))
     assert lax.decision == "promote"
     store.annotate(made(2).id, {}, gate=lax.as_dict())
     assert main(["adapters", "promote", "candidate", "--store", str(store.root), "--json"]) == 3

@@ -47,14 +47,14 @@ def test_the_shipped_store_is_sound_and_says_where_it_comes_from(tmp_path: Path)
     assert [(p.task, p.stage) for p in line] == [(LEARNED, 1)]
     assert all(f"ratchet demo --suite {SUITE}" in p.notes for p in line)
     assert all(p.effect for p in line)
-    verdict = card.provenance.gate
-    assert verdict["decision"] == "promote"
-    assert verdict["active"] == "", "measured against the base"
+    decision = card.provenance.gate
+    assert decision["decision"] == "promote"
+    assert decision["active"] == "", "measured against the base"
     # With noise of its own, which the demo's is not. One held-out task fell, which the card tells.
     measured = dataclasses.replace(SHIP.gate, seed=1, held_out="report")
-    assert verdict["config"] == dataclasses.asdict(measured)
-    assert all(row["episodes"] == 60 for row in verdict["tasks"])
-    told = {row["task"]: row["role"] for row in verdict["tasks"]}
+    assert decision["config"] == dataclasses.asdict(measured)
+    assert all(row["episodes"] == 60 for row in decision["tasks"])
+    told = {row["task"]: row["role"] for row in decision["tasks"]}
     assert told == {LEARNED: "new", **dict.fromkeys(SHIP.held_out, "held_out")}, (
         "what it cost on tasks that it never learned stands on the card"
     )
@@ -92,7 +92,7 @@ def test_the_part_measures_both_and_goes_on_from_the_adapter(tmp_path: Path) -> 
     for task, outcomes in told["outcomes"].items():
         states = [f"state-{s}" for s in registry.task(SUITE, task).evaluation_states[:2]]
         assert [list(outcomes[who]) for who in ("base", "adapter")] == [states, states]
-    assert (result.verdict.candidate, result.verdict.active) == (adapter, "")
+    assert (result.gate_decision.candidate, result.gate_decision.active) == (adapter, "")
     assert told["when_made"] == dict(FolderStore(SHIP.store).card("active").provenance.gate)
     # The update's episodes are the shipped adapter's, and its result runs but is not promoted.
     assert result.update["adapter_id"] == adapter

@@ -1,10 +1,10 @@
 """`ratchet run` is how a policy first meets the runtime: it must show the limits before it moves and say what happened.
 
 Pinned: one lock-step episode of the built-in policy on Meta-World: contract and times printed first, success, every
-action as sampled, a session manifest on disk, the episode in a store under that session; and with a learner: a courier
-is started beside it, what the learner ordered is run under the adapter that it named, and every episode arrives there.
-Determinism: lock-step; greedy and one initial state, or what a real learner orders (about fifteen seconds: learner,
-courier and policy are processes that load torch).
+action as sampled, a session manifest on disk, the episode in a store under that session; and with a learner: a sync
+agent is started beside it, its rollout request is run under the adapter that it names, and every episode arrives.
+Determinism: lock-step; greedy and one initial state, or what a real learner requests (about fifteen seconds: learner,
+sync agent and policy are processes that load torch).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from benchmarks.product.week import Verb, eventually
 from ratchet_vla.cli.main import main
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.learner.service.state import Ledger
+from ratchet_vla.learner.service.state import LearnerState
 from ratchet_vla.runtime.session.manifest import Session
 from ratchet_vla.storage.journal import read
 
@@ -68,25 +68,25 @@ def test_what_a_learner_orders_is_run_and_arrives_there(
         assert main([*asked, "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
 
-        def ledger() -> Ledger:
-            return Ledger.of(read(tmp_path / "runs" / "learner" / "journal.jsonl"))
+        def learner_state() -> LearnerState:
+            return LearnerState.of(read(tmp_path / "runs" / "learner" / "journal.jsonl"))
 
-        ordered = ledger().training
+        requested_adapter = learner_state().training
         store = EpisodeStore("runs/robot/episodes")
-        eventually(lambda: len(ledger().arrivals) == 3, "three episodes at the learner")
+        eventually(lambda: len(learner_state().arrivals) == 3, "three episodes at the learner")
     finally:
         signal.signal(signal.SIGTERM, before)
         learner.end()
-    assert (result["task"], result["adapter"], len(result["episodes"])) == ("button-press", ordered, 3)
-    arrivals = ledger().arrivals
+    assert (result["task"], result["adapter"], len(result["episodes"])) == ("button-press", requested_adapter, 3)
+    arrivals = learner_state().arrivals
     assert set(arrivals) == set(store.cards()) == {row["episode"] for row in result["episodes"]}
-    assert ledger().counts()["accepted"] == 3
+    assert learner_state().counts()["accepted"] == 3
     assert {a.source for a in arrivals.values()} == {"simulator"}
     (folder,) = (tmp_path / "runs" / "robot" / "sessions").iterdir()
     manifest = Session.read(folder)
     assert {e["sha"] for e in manifest.episodes} == set(arrivals)
     for card in store.cards().values():
-        assert (card.session, card.adapter_id, bool(card.meta["order"])) == (manifest.session, ordered, True)
+        assert (card.session, card.adapter_id, bool(card.meta["order"])) == (manifest.session, requested_adapter, True)
         assert {s.chunk.temperature for s in store.read(card.id).steps} == {1.0}
     seeds = {store.open(card.id).info.seed for card in store.cards().values()}
     assert len(seeds) == 3  # noise of its own for each

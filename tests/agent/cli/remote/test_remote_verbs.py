@@ -212,14 +212,14 @@ def test_status_of_a_robot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "link.damaged_file" in text
 
 
-def test_the_story_and_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_timeline_and_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append("started", pid=7, address="x")
     journal.append("promoted", adapter=ONE, by="the gate")
     journal.close()
-    assert main(["status", "--learner", str(tmp_path), "--story"]) == 0
+    assert main(["status", "--learner", str(tmp_path), "--timeline"]) == 0
     assert "is active, by the gate" in capsys.readouterr().out
-    assert [e["kind"] for e in told(capsys, "status", "--learner", str(tmp_path), "--story")[1]] == [
+    assert [e["kind"] for e in told(capsys, "status", "--learner", str(tmp_path), "--timeline")[1]] == [
         "started",
         "promoted",
     ]

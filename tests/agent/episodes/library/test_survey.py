@@ -33,7 +33,7 @@ VERBS = [
     ["episodes", "play", "abcd", "--store"],
     ["episodes", "judge", "success", "abcd", "--person", "Ada", "--store"],
     ["review", "--terminal", "--person", "Ada", "--store"],
-    ["courier", "--plain", "--episodes"],
+    ["sync", "--plain", "--episodes"],
 ]
 
 

@@ -18,12 +18,12 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.gate.decision import (
     Comparison,
     GateConfig,
+    GateDecision,
     Role,
-    Verdict,
     cannot_evaluate,
+    decide,
     decision_of,
     detectable_drop,
-    judge,
     power,
     sign_test,
 )
@@ -41,8 +41,8 @@ def pair(role: Role, both: int, lost: int, gained: int, neither: int, task: str 
 NEW = pair("new", 20, 0, 20, 10)
 
 
-def codes(verdict: Verdict) -> set[str]:
-    return {r.code for r in verdict.reasons if r.blocks}
+def codes(decided: GateDecision) -> set[str]:
+    return {r.code for r in decided.reasons if r.blocks}
 
 
 def test_sign_test_by_hand() -> None:
@@ -73,9 +73,9 @@ def test_what_can_be_seen_grows_with_the_episodes() -> None:
 
 
 def test_promote() -> None:
-    verdict = judge("c", "a", [NEW, pair("earlier", 40, 1, 1, 8), pair("held_out", 5, 1, 3, 41)], GateConfig())
-    assert verdict.decision == "promote"
-    assert [r.code for r in verdict.reasons] == ["gate.passed"]
+    decided = decide("c", "a", [NEW, pair("earlier", 40, 1, 1, 8), pair("held_out", 5, 1, 3, 41)], GateConfig())
+    assert decided.decision == "promote"
+    assert [r.code for r in decided.reasons] == ["gate.passed"]
 
 
 @pytest.mark.parametrize(
@@ -90,23 +90,23 @@ def test_promote() -> None:
     ],
 )
 def test_every_reason_to_block(comparisons: list[Comparison], decision: str, code: str) -> None:
-    verdict = judge("c", "a", comparisons, GateConfig())
-    assert verdict.decision == decision
-    assert code in codes(verdict)
+    decided = decide("c", "a", comparisons, GateConfig())
+    assert decided.decision == decision
+    assert code in codes(decided)
 
 
 def test_what_the_configuration_changes() -> None:
     held_out = [NEW, pair("held_out", 20, 12, 0, 18)]
-    assert judge("c", "a", held_out, GateConfig(held_out="report")).decision == "promote"
+    assert decide("c", "a", held_out, GateConfig(held_out="report")).decision == "promote"
     equal = [pair("new", 20, 3, 3, 24)]
-    assert judge("c", "a", equal, GateConfig(new_task="not_worse")).decision == "promote"
+    assert decide("c", "a", equal, GateConfig(new_task="not_worse")).decision == "promote"
     allowed = [NEW, pair("earlier", 40, 4, 1, 5)]
-    assert judge("c", "a", allowed, GateConfig(allowed_drop=0.06)).decision == "promote"
+    assert decide("c", "a", allowed, GateConfig(allowed_drop=0.06)).decision == "promote"
 
 
 def test_a_drop_of_exactly_what_is_allowed_passes() -> None:
     twenty = [pair("new", 5, 0, 10, 5), pair("earlier", 15, 1, 0, 4)]  # -1 of 20 = -5 points
-    assert judge("c", "a", twenty, GateConfig()).decision == "promote"
+    assert decide("c", "a", twenty, GateConfig()).decision == "promote"
 
 
 @settings(max_examples=200, deadline=None)
@@ -114,14 +114,14 @@ def test_a_drop_of_exactly_what_is_allowed_passes() -> None:
 def test_nothing_promoted_has_dropped(counts: list[tuple[int, int, int, int]]) -> None:
     config = GateConfig()
     earlier = [pair("earlier", *c, task=f"t{i}") for i, c in enumerate(counts)]
-    verdict = judge("c", "a", [NEW, *earlier], config)
-    if verdict.decision == "promote":
+    decided = decide("c", "a", [NEW, *earlier], config)
+    if decided.decision == "promote":
         for c in earlier:
             assert c.active.trials >= config.min_episodes
             assert c.candidate.rate.estimate >= c.active.rate.estimate - config.allowed_drop - 1e-9
             assert c.p_worse > config.significance
     else:
-        assert codes(verdict)
+        assert codes(decided)
 
 
 def test_unpaired_results_are_refused() -> None:
@@ -129,7 +129,7 @@ def test_unpaired_results_are_refused() -> None:
         Comparison("t", "new", Cell.of({"state-1": True}), Cell.of({"state-2": True}))
     assert refused.value.code == "gate.not_paired"
     with pytest.raises(RatchetError) as refused:
-        judge("c", "a", [pair("earlier", 1, 0, 0, 0)], GateConfig())
+        decide("c", "a", [pair("earlier", 1, 0, 0, 0)], GateConfig())
     assert refused.value.code == "gate.no_new_task"
     with pytest.raises(RatchetError) as refused:
         GateConfig(allowed_drop=-0.1)
@@ -140,14 +140,14 @@ def test_unpaired_results_are_refused() -> None:
 
 
 def test_a_stored_verdict_counts_only_against_the_adapter_it_was_reached_against() -> None:
-    stored = judge("c", "a", [NEW], GateConfig()).as_dict()
+    stored = decide("c", "a", [NEW], GateConfig()).as_dict()
     assert decision_of(stored, "a") == "promote"
     assert decision_of(stored, "other") is None
     assert decision_of({}, "a") is None
 
 
 def test_a_stored_verdict_counts_only_for_the_question_that_is_asked() -> None:
-    stored = judge("c", "a", [NEW, pair("held_out", 20, 0, 0, 30, task="h")], GateConfig()).as_dict()
+    stored = decide("c", "a", [NEW, pair("held_out", 20, 0, 0, 30, task="h")], GateConfig()).as_dict()
     assert decision_of(stored, "a", GateConfig(), ["h"]) == "promote"
     assert decision_of(stored, "a", GateConfig(), ["another"]) is None
     assert decision_of(stored, "a", GateConfig(allowed_drop=0.0)) is None

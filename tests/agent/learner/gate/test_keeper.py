@@ -1,7 +1,7 @@
 """A gate that measures the wrong adapter, or other episodes for the two, is worse than none.
 
-Pinned: both adapters run the same episodes through the hot swap, the verdict lies on the candidate's card, a gate
-that was cut off goes on where it was and gives the same verdict, and where there is nothing to run on it holds.
+Pinned: both adapters run the same episodes through the hot swap, the decision lies on the candidate's card, a gate
+that was cut off goes on where it was and gives the same decision, and where there is nothing to run on it holds.
 Determinism: fixed policy and seeds, sampled actions with noise from those seeds, a fake simulator.
 """
 
@@ -77,18 +77,18 @@ def keeper(world: World, env: ChunkVectorEnv | None, folder: Path, **options: An
 
 
 def test_the_verdict_lies_on_the_card(world: World, env: ChunkVectorEnv, tmp_path: Path) -> None:
-    verdict = keeper(world, env, tmp_path).run(world.second, world.first, held_out=("push",))
-    assert [(c.task, c.role) for c in verdict.comparisons] == [
+    decided = keeper(world, env, tmp_path).run(world.second, world.first, held_out=("push",))
+    assert [(c.task, c.role) for c in decided.comparisons] == [
         ("faucet-open", "new"),
         ("door-open", "earlier"),
         ("push", "held_out"),
     ]
     assert world.served == [world.first] * 3 + [world.second] * 3
-    assert all(c.active.episodes.keys() == c.candidate.episodes.keys() for c in verdict.comparisons)
+    assert all(c.active.episodes.keys() == c.candidate.episodes.keys() for c in decided.comparisons)
     card = world.store.card(world.second)
-    assert card.provenance.gate["decision"] == verdict.decision
+    assert card.provenance.gate["decision"] == decided.decision
     assert card.provenance.gate["active"] == world.first
-    assert card.provenance.metrics["gate/door-open"] == verdict.comparisons[1].candidate.rate.estimate
+    assert card.provenance.metrics["gate/door-open"] == decided.comparisons[1].candidate.rate.estimate
     assert world.store.verify() == []
 
 
@@ -115,9 +115,9 @@ def test_an_interrupted_gate_goes_on_and_agrees(world: World, env: ChunkVectorEn
 
 
 def test_the_base_is_the_rival_where_nothing_is_active(world: World, env: ChunkVectorEnv, tmp_path: Path) -> None:
-    verdict = keeper(world, env, tmp_path).run(world.first, "")
+    decided = keeper(world, env, tmp_path).run(world.first, "")
     assert world.served == ["", world.first]
-    assert verdict.active == ""
+    assert decided.active == ""
     assert earlier_tasks(world.store, world.first, "") == []
     assert earlier_tasks(world.store, world.second, world.first) == ["door-open"]
 
@@ -143,9 +143,9 @@ def test_a_horizon_cuts_every_episode(
 
 
 def test_without_a_simulator_it_holds(world: World, tmp_path: Path) -> None:
-    verdict = keeper(world, None, tmp_path).run(world.second, world.first)
-    assert verdict.decision == "hold"
-    assert [r.code for r in verdict.reasons] == ["gate.cannot_evaluate"]
+    decided = keeper(world, None, tmp_path).run(world.second, world.first)
+    assert decided.decision == "hold"
+    assert [r.code for r in decided.reasons] == ["gate.cannot_evaluate"]
     assert world.store.card(world.second).provenance.gate["decision"] == "hold"
 
 
@@ -156,9 +156,9 @@ def test_a_failing_simulator_makes_it_hold(
         raise RatchetError("sim.worker_lost", "the simulator died again and again")
 
     monkeypatch.setattr("ratchet_vla.learner.gate.keeper.run_episodes", fail)
-    verdict = keeper(world, env, tmp_path).run(world.second, world.first)
-    assert verdict.decision == "hold"
-    assert "sim.worker_lost" in verdict.reasons[0].text
+    decided = keeper(world, env, tmp_path).run(world.second, world.first)
+    assert decided.decision == "hold"
+    assert "sim.worker_lost" in decided.reasons[0].text
 
 
 def test_refusals(world: World, env: ChunkVectorEnv, tmp_path: Path) -> None:

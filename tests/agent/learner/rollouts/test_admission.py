@@ -1,6 +1,6 @@
 """What may enter an update decides whether learning is on-policy: every way to be off it is refused with its reason.
 
-Pinned: one code per reason, waiting without a verdict, trust only in the simulator and named people, masks of take-over
+Pinned: one code per reason, waiting without a label, trust only in the simulator and named people, masks of take-over
 and safety. Also that a rollout survives the way through records: to episodes, and back to the same batch.
 Deterministic: values built by hand, one small rollout in a fake environment.
 """
@@ -17,7 +17,7 @@ import torch
 from benchmarks.learner.small_world import TASKS, FakeChunkEnv, contract, tiny_policy
 from ratchet_vla.episodes.file.checking import check_chunk
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.rollouts.admission import Wanted, rule, sampled
+from ratchet_vla.learner.rollouts.admission import AdmissionCriteria, admission_of, sampled
 from ratchet_vla.learner.rollouts.collection import run_episodes
 from ratchet_vla.learner.rollouts.samples import log_prob_gap, to_batch, to_episodes
 from ratchet_vla.learner.rollouts.specs import training_specs
@@ -28,7 +28,7 @@ from ratchet_vla.policy.noise import chunk_noise
 from ratchet_vla.records import ActionChunk, Episode, Observation, Step
 
 ADAPTER = "a" * 64
-WANTED = Wanted("door-open", ADAPTER, 1.0, "open the door", "run/1", 4)
+CRITERIA = AdmissionCriteria("door-open", ADAPTER, 1.0, "open the door", "run/1", 4)
 
 
 def episode(steps: int = 2) -> Episode:
@@ -90,27 +90,27 @@ CASES: dict[str, Callable[[Episode], None]] = {
 
 
 def test_a_fitting_episode_is_accepted_into_its_slot() -> None:
-    ruling = rule(episode(), WANTED, {1})
-    assert (ruling.decision, ruling.slot) == ("accepted", 2)
+    admission = admission_of(episode(), CRITERIA, {1})
+    assert (admission.decision, admission.slot) == ("accepted", 2)
 
 
 @pytest.mark.parametrize("code", CASES)
 def test_every_misfit_is_kept_for_replay_with_its_reason(code: str) -> None:
     found = episode()
     CASES[code](found)
-    ruling = rule(found, WANTED, {1})
-    assert (ruling.decision, ruling.code) == ("replay", f"inbox.{code}")
-    assert ruling.reason
+    admission = admission_of(found, CRITERIA, {1})
+    assert (admission.decision, admission.code) == ("replay", f"inbox.{code}")
+    assert admission.reason
 
 
 def test_one_update_takes_episodes_of_one_dtype_and_says_which_two_met() -> None:
     found = episode()
     every("compute_dtype", "float32")(found)
-    assert rule(found, dataclasses.replace(WANTED, compute_dtype="float32"), {1}).decision == "accepted"
-    ruling = rule(found, dataclasses.replace(WANTED, compute_dtype="bfloat16"), {1})
-    assert (ruling.decision, ruling.code) == ("replay", "inbox.other_dtype")
-    assert "bfloat16 and float32" in ruling.reason
-    unrecorded = rule(found, dataclasses.replace(WANTED, compute_dtype=""), {1})
+    assert admission_of(found, dataclasses.replace(CRITERIA, compute_dtype="float32"), {1}).decision == "accepted"
+    admission = admission_of(found, dataclasses.replace(CRITERIA, compute_dtype="bfloat16"), {1})
+    assert (admission.decision, admission.code) == ("replay", "inbox.other_dtype")
+    assert "bfloat16 and float32" in admission.reason
+    unrecorded = admission_of(found, dataclasses.replace(CRITERIA, compute_dtype=""), {1})
     assert "an unrecorded dtype" in unrecorded.reason
 
 
@@ -118,33 +118,33 @@ def test_one_update_takes_episodes_of_one_dtype_and_says_which_two_met() -> None
 def test_a_slot_that_was_not_ordered_is_none(slot: int) -> None:
     found = episode()
     found.meta["slot"] = slot
-    assert rule(found, WANTED, set()).code == "inbox.not_ordered"
+    assert admission_of(found, CRITERIA, set()).code == "inbox.not_ordered"
 
 
 @pytest.mark.parametrize("source", ["simulator", "human:anna"])
-def test_trusted_verdicts(source: str) -> None:
+def test_trusted_labels(source: str) -> None:
     found = episode()
     found.success_source = source
-    assert rule(found, WANTED, set()).decision == "accepted"
+    assert admission_of(found, CRITERIA, set()).decision == "accepted"
 
 
 @pytest.mark.parametrize("source", ["", "human:", "policy", "human", "Simulator"])
-def test_other_verdicts_are_not_trusted(source: str) -> None:
+def test_other_labels_are_not_trusted(source: str) -> None:
     found = episode()
     found.success_source = source
-    assert rule(found, WANTED, set()).code == "inbox.untrusted_success"
+    assert admission_of(found, CRITERIA, set()).code == "inbox.untrusted_success"
 
 
 def test_a_person_may_judge_what_no_machine_could() -> None:
     found = episode()
     found.termination, found.success_source = "cancelled", "human:anna"
-    assert rule(found, WANTED, set()).decision == "accepted"
+    assert admission_of(found, CRITERIA, set()).decision == "accepted"
 
 
-def test_without_a_verdict_it_waits() -> None:
+def test_without_a_label_it_waits() -> None:
     found = episode()
     found.success, found.success_source = None, ""
-    assert rule(found, WANTED, set()).decision == "waiting"
+    assert admission_of(found, CRITERIA, set()).decision == "waiting"
 
 
 def test_log_probabilities_of_actions_that_were_not_executed_may_be_anything() -> None:
@@ -153,7 +153,7 @@ def test_log_probabilities_of_actions_that_were_not_executed_may_be_anything() -
     log_prob[2] = np.nan
     chunk = dataclasses.replace(found.steps[1].chunk, log_prob=log_prob)
     found.steps[1] = dataclasses.replace(found.steps[1], chunk=chunk, executed=np.array([True, True, False]))
-    assert rule(found, WANTED, set()).decision == "accepted"
+    assert admission_of(found, CRITERIA, set()).decision == "accepted"
 
 
 def test_masks_join_what_ran_and_what_was_sampled() -> None:
@@ -164,7 +164,7 @@ def test_masks_join_what_ran_and_what_was_sampled() -> None:
 def test_on_a_robot_no_order_is_needed() -> None:
     found = episode()
     found.meta = {}
-    assert rule(found, dataclasses.replace(WANTED, order="", slots=0), set()).slot == -1
+    assert admission_of(found, dataclasses.replace(CRITERIA, request_id="", slots=0), set()).slot == -1
 
 
 def tiny_flow() -> FlowPolicy:

@@ -1,7 +1,7 @@
-"""A policy that moves by heart seems to see, until the object stands elsewhere; this check tells the two apart.
+"""A policy that replays a motion seems to see, until the object stands elsewhere; vision ablation tells them apart.
 
-Pinned: a policy that reads its picture loses its success on others' pictures, one that does not loses nothing; what is
-shown is the neighbour's picture of the same decision; episodes that share a scene are refused.
+Pinned: a policy that reads its image loses its success on others' images, one that does not loses nothing; what is
+shown is the neighbour's image of the same decision; episodes that share a scene are refused.
 Determinism: a greedy policy of two lines in a fake environment; frames encode initial state and step.
 """
 
@@ -16,7 +16,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.metrics import Cell
 from ratchet_vla.learner.rollouts.collection import run_episodes
 from ratchet_vla.learner.rollouts.specs import EpisodeSpec, evaluated
-from ratchet_vla.learner.rollouts.vision_ablation import OtherPictures, OwnPictures, Sight, judge
+from ratchet_vla.learner.rollouts.vision_ablation import OtherImages, OwnImages, VisionAblation, compare
 from ratchet_vla.policy.protocol import Chunks, PolicyInput
 from tests import fakes
 from tests.agent.learner.runs import tiny_policy
@@ -25,7 +25,7 @@ SPECS = [EpisodeSpec("door-open", "open the door", 100 + i, 12, seed=i) for i in
 
 
 class Mover:
-    """Moves ahead where its picture shows an even state, else back; blind, always ahead."""
+    """Moves ahead where its image shows an even state, else back; blind, always ahead."""
 
     def __init__(self, looks: bool) -> None:
         self.spec, self.looks = tiny_policy().spec, looks
@@ -38,7 +38,7 @@ class Mover:
         return Chunks(actions, None, None, None)
 
 
-def compare(looks: bool, workers: int, slots: int) -> Sight:
+def ablation_of(looks: bool, workers: int, slots: int) -> VisionAblation:
     env = ChunkVectorEnv(
         "metaworld",
         cameras=("corner2",),
@@ -49,39 +49,39 @@ def compare(looks: bool, workers: int, slots: int) -> Sight:
         make_env=fakes.make_two_sided,
     )
     policy = Mover(looks)
-    own = OwnPictures(len(SPECS))
+    own = OwnImages(len(SPECS))
     try:
         results = []
-        for shown in (own, OtherPictures(own, SPECS)):
+        for shown in (own, OtherImages(own, SPECS)):
             outcomes, _ = run_episodes(policy, env, SPECS, temperature=0.0, keep=False, shown=shown)  # type: ignore[arg-type]
             results.append(evaluated(SPECS, outcomes.success))
     finally:
         env.close()
-    return judge({"door-open": results[0]}, {"door-open": results[1]})
+    return compare({"door-open": results[0]}, {"door-open": results[1]})
 
 
 @pytest.mark.parametrize(("workers", "slots"), [(1, 1), (2, 3)])
 def test_a_policy_that_looks_loses_its_success(workers: int, slots: int) -> None:
-    sight = compare(True, workers, slots)
-    assert sight.loss.estimate == 1.0
-    assert sight.verdict == "looks"
-    assert "looks" in sight.sentence()
+    ablation = ablation_of(True, workers, slots)
+    assert ablation.loss.estimate == 1.0
+    assert ablation.verdict == "looks"
+    assert "uses its cameras: success falls" in ablation.sentence()
 
 
-def test_a_policy_that_moves_by_heart_is_named() -> None:
-    sight = compare(False, 2, 3)
-    assert sight.loss.estimate == 0.0
-    assert sight.verdict == "does not show that it looks"
-    assert "by heart" in sight.sentence()
+def test_a_policy_that_replays_a_motion_is_named() -> None:
+    ablation = ablation_of(False, 2, 3)
+    assert ablation.loss.estimate == 0.0
+    assert ablation.verdict == "does not show that it looks"
+    assert "replay a motion" in ablation.sentence()
 
 
-def test_what_is_shown_is_the_neighbours_picture_of_the_same_decision() -> None:
-    own = OwnPictures(3)
+def test_what_is_shown_is_the_neighbours_image_of_the_same_decision() -> None:
+    own = OwnImages(3)
     for episode, length in ((1, 2), (0, 3), (2, 1)):
         for decision in range(length):
-            picture = np.full((1, 2, 2, 3), 10 * episode + decision, np.uint8)
-            assert own(episode, picture) is picture
-    others = OtherPictures(own, SPECS[:3])
+            image = np.full((1, 2, 2, 3), 10 * episode + decision, np.uint8)
+            assert own(episode, image) is image
+    others = OtherImages(own, SPECS[:3])
     nothing = np.zeros((1, 2, 2, 3), np.uint8)
     assert [int(others(0, nothing)[0, 0, 0, 0]) for _ in range(3)] == [10, 11, 11]  # episode 1 ended after 2
     assert int(others(2, nothing)[0, 0, 0, 0]) == 0
@@ -90,9 +90,9 @@ def test_what_is_shown_is_the_neighbours_picture_of_the_same_decision() -> None:
 
 @pytest.mark.parametrize("specs", [SPECS[:1], [SPECS[0], SPECS[0]]])
 def test_episodes_of_one_scene_are_refused(specs: list[EpisodeSpec]) -> None:
-    with pytest.raises(RatchetError, match=r"sight\.same_scene"):
-        OtherPictures(OwnPictures(len(specs)), specs)
+    with pytest.raises(RatchetError, match=r"vision_ablation\.same_scene"):
+        OtherImages(OwnImages(len(specs)), specs)
 
 
-def test_a_policy_that_fails_anyway_gives_no_verdict() -> None:
-    assert judge({"t": Cell(1, 20)}, {"t": Cell(0, 20)}).verdict == "cannot be told"
+def test_a_policy_that_fails_anyway_gives_no_result() -> None:
+    assert compare({"t": Cell(1, 20)}, {"t": Cell(0, 20)}).verdict == "cannot be told"

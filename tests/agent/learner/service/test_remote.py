@@ -1,7 +1,7 @@
 """Robot and learner as processes that are really killed: the end is that of a run nobody disturbed.
 
 Pinned: kill -9 at every phase of both (receiving, writing, rollout, update, checkpoint, evaluation, promotion,
-delivery), torn files, a full disk, a jumping clock, bad weather and foreign episodes; equal adapter ids, batches and
+delivery), torn files, a full disk, a jumping clock, network faults and foreign episodes; equal adapter ids, batches and
 verdicts; nothing lost, doubled or off-policy. Deterministic: faults strike at counted steps from a seed; the test waits
 for processes to end, never for a time. `benchmarks/learner/faults.py` does the same five hundred times.
 """

@@ -1,8 +1,8 @@
-"""Eyes that learn nothing leave a policy that moves by heart, and its success rate does not betray it.
+"""Localisation that learns nothing leaves a policy that replays a motion, and its success rate does not show it.
 
-Pinned: targets are positions within their own task, and only those that vary; the eyes find a square in the picture,
-on pictures they were not trained on; words and hands that take no part stay as they were; a killed training goes on to
-the same numbers.
+Pinned: targets are positions within their own task, and only those that vary; the tower finds a square in the image,
+on images it was not trained on; embeddings and action head that take no part stay as they were; a killed training goes
+on to the same numbers.
 Determinism: drawn squares, a fixed seed, two threads at most.
 """
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.supervised.auxiliary_localisation import SceneObjective, moving
+from ratchet_vla.learner.supervised.auxiliary_localisation import LocalisationObjective, normalised_positions
 from ratchet_vla.learner.supervised.training import PretrainConfig, Pretrainer, Progress
 from tests.agent.learner.runs import tiny_policy
 
@@ -45,7 +45,7 @@ class Squares:
 
 def test_targets_are_positions_within_their_task() -> None:
     scene = np.array([[0.0, 5.0, 0.1], [0.2, 5.0, 0.1], [9.0, 1.0, np.nan], [9.0, 2.0, np.nan]], np.float32)
-    targets, varies = moving(scene, np.array([0, 0, 1, 1]))
+    targets, varies = normalised_positions(scene, np.array([0, 0, 1, 1]))
     assert varies.tolist() == [[True, False, False], [False, True, False]]
     np.testing.assert_allclose(targets, [[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0]], atol=1e-6)
 
@@ -56,7 +56,7 @@ def train(folder: Path, stop_at: int = 0) -> tuple[list[Progress], dict[str, tor
     data, policy = Squares(), tiny_policy()
     before = {n: t.clone() for n, t in policy.network.state_dict().items()}
     torch.manual_seed(0)
-    scene = SceneObjective(policy, data.scene, data.task)
+    objective = LocalisationObjective(policy, data.scene, data.task)
     reports: list[Progress] = []
 
     def watch(report: Progress) -> None:
@@ -64,11 +64,11 @@ def train(folder: Path, stop_at: int = 0) -> tuple[list[Progress], dict[str, tor
         if report.step == stop_at:
             raise KeyboardInterrupt
 
-    Pretrainer(policy, scene.trained(), data, CONFIG, folder, objective=scene).run(watch, every=10)
+    Pretrainer(policy, objective.trained(), data, CONFIG, folder, objective=objective).run(watch, every=10)
     return reports, before, dict(policy.network.state_dict())
 
 
-def test_eyes_find_the_square_and_hands_stay_as_they_were(tmp_path: Path) -> None:
+def test_the_tower_finds_the_square_and_the_action_head_stays(tmp_path: Path) -> None:
     reports, before, after = train(tmp_path / "whole")
     assert reports[-1].validation_error < 0.15  # deviations; guessing gives 0.85
     assert reports[-1].validation_error < 0.6 * reports[0].validation_error
@@ -84,4 +84,4 @@ def test_eyes_find_the_square_and_hands_stay_as_they_were(tmp_path: Path) -> Non
 @pytest.mark.parametrize("scene", [np.zeros((400, 0), np.float32), np.full((400, 2), 0.5, np.float32)])
 def test_samples_that_do_not_tell_are_refused(scene: np.ndarray) -> None:
     with pytest.raises(RatchetError, match=r"learn\.no_scene"):
-        SceneObjective(tiny_policy(), scene, np.zeros(400, np.int64))
+        LocalisationObjective(tiny_policy(), scene, np.zeros(400, np.int64))

@@ -15,8 +15,8 @@ import pytest
 from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.verification import Verification
-from ratchet_vla.learner.service.ingest import note_of
-from ratchet_vla.learner.service.state import Unruled
+from ratchet_vla.learner.service.ingest import ingest_record
+from ratchet_vla.learner.service.state import PendingFile
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.runtime.session.dispatch import Dispatcher
 from ratchet_vla.runtime.session.manifest import Session
@@ -53,8 +53,8 @@ class Place:
 
     def labels(self) -> list[dict[str, Any]]:
         items = [i for i in self.outbox.waiting() if i.type == "label"]
-        notes = [note_of(Unruled("label", i.sha), self.outbox.path(i)) for i in items]
-        return [dict(note.label) for note in notes if note.label is not None]
+        records = [ingest_record(PendingFile("label", i.sha), self.outbox.path(i)) for i in items]
+        return [dict(record.label) for record in records if record.label is not None]
 
 
 @pytest.fixture
@@ -108,9 +108,9 @@ def test_a_sessions_end_comes_after_its_episodes(place: Place) -> None:
     place.kill()
     assert place.dispatcher.look() == 0
     assert place.sent() == ["episode", "label", "session"]
-    parcel = json.loads(place.outbox.path(place.outbox.waiting()[2]).read_bytes())
-    assert (parcel["ended"], [e["sha"] for e in parcel["episodes"]]) == (True, [one])
-    assert parcel["manifest"]["contract_id"] == place.contract.id
+    record = json.loads(place.outbox.path(place.outbox.waiting()[2]).read_bytes())
+    assert (record["ended"], [e["sha"] for e in record["episodes"]]) == (True, [one])
+    assert record["manifest"]["contract_id"] == place.contract.id
     (place.folder / "sessions" / "broken").mkdir()
     (place.folder / "sessions" / "broken" / "session.json").write_text("{")
     assert place.dispatcher.look() == 0

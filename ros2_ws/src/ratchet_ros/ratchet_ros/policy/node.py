@@ -47,7 +47,7 @@ from ratchet_vla.runtime.session.dispatch import recorded
 
 STEADY = Clock(clock_type=ClockType.STEADY_TIME)
 STATUS_PERIOD, FEEDBACK_PERIOD = 0.5, 0.2
-UNSAID = -1.0  # a goal's temperature that is left to the learner's order, or to acting greedily
+UNSAID = -1.0  # a goal's temperature that is left to the learner's rollout request, or to acting greedily
 SCENE_PATIENCE = 0.5  # s in which the scene's status after a reset must arrive
 NOT_LATCHED = "safety.not_latched"
 ANSWER = 5.0  # s that the safety node has to answer
@@ -117,7 +117,7 @@ class PolicyNode(RatchetNode):
             self._open_desk(calibrations)
         elif settings.ordered:
             raise RatchetError(
-                "ros.bad_parameter", "what the learner ordered lies in the robot's folder", where="robot"
+                "ros.bad_parameter", "the learner's rollout request lies in the robot's folder", where="robot"
             )
         self._make_publishers()
         self._make_servers()
@@ -415,7 +415,7 @@ class PolicyNode(RatchetNode):
             raise RatchetError("recorder.busy", what, fix="stop it")
 
     def _wanted(self, request: RunTask.Goal) -> task_run.Goal:
-        """The goal with what the learner ordered, or this node's defaults, filled in."""
+        """The goal with what the learner requested, or this node's defaults, filled in."""
         assert self.client is not None
         name, mode = self._new_name(), request.mode or self.settings.mode
         temperature = None if request.temperature == UNSAID else float(request.temperature)
@@ -423,7 +423,7 @@ class PolicyNode(RatchetNode):
             require_temperature(temperature)
         self._require_session(mode)
         if mode == "collect" and self.settings.ordered:
-            goal = rollout_requests.ordered(
+            goal = rollout_requests.requested(
                 rollout_requests.read(Path(self.settings.robot)),
                 task=request.task,
                 instruction=request.instruction,
@@ -434,7 +434,7 @@ class PolicyNode(RatchetNode):
                 episode=name,
             )
         else:
-            goal = rollout_requests.free(
+            goal = rollout_requests.unrequested(
                 request.task, request.instruction, int(request.horizon), temperature, int(request.seed), episode=name
             )
         return task_run.Goal(
@@ -447,7 +447,7 @@ class PolicyNode(RatchetNode):
             expected_adapter=request.expected_adapter or goal.adapter,
             episode=name,
             noise=goal.noise,
-            order=goal.order,
+            request_id=goal.request_id,
         )
 
     def _check(self, goal: task_run.Goal) -> None:
@@ -541,7 +541,7 @@ class PolicyNode(RatchetNode):
                 mode=goal.mode,
                 seed=goal.seed,
                 initial_state=self.judge.initial_state,
-                meta={"order": goal.order} if goal.order else {},
+                meta={"order": goal.request_id} if goal.request_id else {},
             )
             sink = Tee(self.sink, self.recording)
         self.loop = ControlLoop(

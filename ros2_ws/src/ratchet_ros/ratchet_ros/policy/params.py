@@ -95,7 +95,7 @@ class Parameters:
     )
     record_memory_mb: int = parameter(256, "Frames that may wait for the disk.", low=1, high=1 << 16)
     record_least_free_gb: float = parameter(2.0, "Recording stops when less disk than this is free.", low=0.0, high=1e6)
-    robot: str = parameter("", "The robot's folder: its sessions and the learner's last word; empty for no sessions.")
+    robot: str = parameter("", "The robot's folder: its sessions and the learner's last status; empty for no sessions.")
     session: str = parameter(
         "auto",
         "A session lasts as long as the node is configured, or from `ratchet session start` to stop.",
@@ -105,7 +105,7 @@ class Parameters:
         "{}", "JSON object: camera -> its newest look for having moved; kept in the manifest of the automatic session."
     )
     ordered: bool = parameter(
-        False, "In collect mode run what the learner ordered: its last word lies in the robot's folder."
+        False, "In collect mode run the learner's rollout request, which lies in the robot's folder."
     )
     calibrations: list[str] = parameter([], "Calibrations in force, as camera=id.")  # noqa: RUF009
 

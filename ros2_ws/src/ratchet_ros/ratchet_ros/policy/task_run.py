@@ -24,9 +24,9 @@ from ratchet_vla.runtime.inference.source import Noise
 
 @dataclass
 class Goal:
-    """A RunTask goal with the learner's order or the node's defaults filled in. temperature 0 acts greedily.
+    """A RunTask goal with the learner's rollout request or the node's defaults filled in. temperature 0 acts greedily.
 
-    noise: of the sampling, independent numbers if absent. order: the learner's, empty for none.
+    noise: of the sampling, independent numbers if absent. request_id: of the learner's rollout request, empty for none.
     """
 
     task: str
@@ -38,7 +38,7 @@ class Goal:
     expected_adapter: str
     episode: str
     noise: Noise | None = None
-    order: str = ""
+    request_id: str = ""
 
 
 @dataclass
