@@ -102,7 +102,7 @@ def small_flow(
     prompt_length: int = 16,
     compute_dtype: str = "bfloat16",
 ) -> FlowConfig:
-    """The built-in flow VLA: the small VLA's eyes and trunk, with an expert beside it as in pi0."""
+    """The built-in flow VLA: the small VLA's vision tower and trunk, with an expert beside it as in pi0."""
 
     def sizes(width: int) -> Sizes:
         inner = width * 8 // 3 // 32 * 32

@@ -118,7 +118,7 @@ class Graph:
             time.sleep(0.2)  # how soon a dead node is noticed; the arm's hold does not depend on it
 
     def _ended(self, name: str, status: int) -> RatchetError:
-        """Why the graph ends: the node's last word."""
+        """Why the graph ends: the last line that the node logged."""
         self.errors()
         if name in self._refused:
             return self._refused[name]

@@ -24,7 +24,7 @@ RECENT = 50  # episodes that the on-policy share looks back over
 @dataclass(frozen=True)
 class Limits:
     """When an alert line appears. on_policy: least share of recent episodes that could enter an update. success_drop:
-    largest fall of an update's success below the mean of the three before. sync: seconds without a word from any robot
+    largest fall of an update's success below the mean of the three before. sync: seconds without a message from any robot
     while episodes are wanted. free: bytes of disk."""
 
     on_policy: float = 0.5
@@ -64,7 +64,7 @@ class Rates:
 
 
 def alerts(state: LearnerState, sync_age: float, free: int, limits: Limits) -> list[Alert]:
-    """What is wrong at the moment. sync_age: seconds since the last word of any robot, inf for none yet."""
+    """What is wrong at the moment. sync_age: seconds since the last message of any robot, inf for none yet."""
     found = []
     decided = sorted((a for a in state.arrivals.values() if a.decision), key=lambda a: a.number)[-RECENT:]
     if len(decided) >= 10:
@@ -82,7 +82,7 @@ def alerts(state: LearnerState, sync_age: float, free: int, limits: Limits) -> l
         found.append(Alert("learner.success", "two updates without a single success: there is nothing to learn from"))
     if state.phase == "collecting" and sync_age > limits.sync:
         age = "never" if math.isinf(sync_age) else f"{sync_age:.0f} s ago"
-        found.append(Alert("learner.sync", f"episodes are wanted and the last word of a robot came {age}"))
+        found.append(Alert("learner.sync", f"episodes are wanted and the last message of a robot came {age}"))
     if state.phase == "collecting" and state.config.get("batch_when") == "session" and not state.session_ended:
         have, batch = len(state.accepted()), int(state.config["batch"])
         if state.config.get("mode") == "robot" and have >= batch:
@@ -106,7 +106,7 @@ def status(
     limits: Limits,
     rates: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything that `ratchet status` shows, as plain data. peers: name, age (seconds since the last word), report.
+    """Everything that `ratchet status` shows, as plain data. peers: name, age (seconds since the last message), report.
     rates: as `Rates.at` gives them."""
     age = min((p["age"] for p in peers), default=math.inf)
     last = state.updates[-1] if state.updates else None

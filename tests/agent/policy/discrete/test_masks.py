@@ -21,7 +21,7 @@ from tests.agent.policy import samples
 
 @lru_cache
 def trained(attention: str) -> PrismaticPolicy:
-    """Learns by heart what to do in eight observations."""
+    """Memorises what to do in eight observations."""
     policy = samples.policy(attention=attention)
     batch = samples.batch(policy, 8)
     tokens = torch.randint(0, 256, (8, 2, 4), generator=torch.Generator().manual_seed(3))
