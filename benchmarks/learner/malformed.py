@@ -70,7 +70,7 @@ def attack(root: Path, count: int, seed: int) -> dict[str, Any]:
     link_keys.allow(root / "l", root / "r" / "robot-1.key")
     journal = Journal(root / "journal.jsonl")
 
-    class NoShelf:
+    class NoArtifacts:
         def files(self, adapter: str) -> list[dict[str, Any]]:
             raise AssertionError("a malformed message reached the artifact server")
 
@@ -78,7 +78,7 @@ def attack(root: Path, count: int, seed: int) -> dict[str, Any]:
             raise AssertionError("a malformed message reached the artifact server")
 
     server = LinkServer(
-        "tcp://127.0.0.1:*", Inbox(root / "inbox", journal, reserve=0), NoShelf(), keys=learner, allow=root / "l"
+        "tcp://127.0.0.1:*", Inbox(root / "inbox", journal, reserve=0), NoArtifacts(), keys=learner, allow=root / "l"
     )
     server.start()
     context: zmq.Context[Any] = zmq.Context()

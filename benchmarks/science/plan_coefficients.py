@@ -89,7 +89,7 @@ def saved(network: torch.nn.Module, run: Callable[[], object]) -> float:
 
 
 def flow_sized() -> FlowConfig:
-    """pi0's architecture at a size that gave no coefficient; a small vision tower, because the stacks are what is counted."""
+    """pi0's architecture at a size that gave no coefficient; a small tower, because the stacks are what is counted."""
     language = Sizes(640, 4, 10, 2, 48, 1024, "gemma", 1e-6)
     return FlowConfig(
         vision="film_conv", vision_options={"image_size": 32, "channels": [8, 8, 16, 16]}, language=language,

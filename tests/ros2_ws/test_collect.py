@@ -1,4 +1,5 @@
-"""What the learner ordered, the session and what a person said must reach the episode through the nodes, or it is lost.
+"""What the learner requested, the session and what a person said must reach the episode through the nodes, or it is
+lost.
 
 Pinned, with simulated arm, safety node and policy node as processes: nothing is collected outside a session or against
 the order; an episode takes task, instruction, temperature and noise from the order and the session's id; two episodes

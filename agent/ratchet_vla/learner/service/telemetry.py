@@ -24,8 +24,8 @@ RECENT = 50  # episodes that the on-policy share looks back over
 @dataclass(frozen=True)
 class Limits:
     """When an alert line appears. on_policy: least share of recent episodes that could enter an update. success_drop:
-    largest fall of an update's success below the mean of the three before. sync: seconds without a message from any robot
-    while episodes are wanted. free: bytes of disk."""
+    largest fall of an update's success below the mean of the three before. sync: seconds without a message from any
+    robot while episodes are wanted. free: bytes of disk."""
 
     on_policy: float = 0.5
     success_drop: float = 0.25

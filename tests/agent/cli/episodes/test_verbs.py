@@ -1,4 +1,4 @@
-"""The command line is how most people meet their episodes: what it prints is read by eyes and by scripts.
+"""The command line is how most people meet their episodes: what it prints is read by people and by scripts.
 
 Pinned: every verb of `ratchet episodes` and the terminal side of `ratchet review` on a small store, JSON where scripts
 ask for it, exit codes, and refusals before anything changes. Deterministic: seeded episodes, scripted input.

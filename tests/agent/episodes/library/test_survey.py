@@ -61,7 +61,7 @@ def _foreign(root: Path) -> None:
 
 
 def _broken(root: Path) -> None:
-    (root / "parcel.mcap").write_text("{}")
+    (root / "record.mcap").write_text("{}")
 
 
 def _not_entered(root: Path) -> None:
@@ -253,7 +253,7 @@ def test_recovery_passes_over_what_it_cannot_mend(tmp_path: Path, capsys: pytest
         "00.mcap": "episode.not_an_episode",
         "2.mcap": "episode.damaged",
         "bag.mcap.open": "episode.not_an_episode",
-        "parcel.mcap": "episode.damaged",
+        "record.mcap": "episode.damaged",
     }
     assert (tmp_path / "bag.mcap.open").exists(), "what is not ours is not deleted"
     assert main(["episodes", "verify", "--store", str(tmp_path), "--json"]) == 0
