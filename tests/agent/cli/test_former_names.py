@@ -6,6 +6,8 @@ whatever was renamed; every renaming of the table leads to a name that the comma
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ratchet_vla.cli.former_names import RENAMINGS, Renaming, notice, translate
@@ -63,3 +65,12 @@ def test_every_renaming_leads_somewhere(renaming: Renaming, capsys: pytest.Captu
         assert " ".join(("usage: ratchet", *renaming.verb, renaming.present)) in told.out
         assert told.err.strip() == notice([renaming])
     assert renaming.former not in VERBS
+
+
+def test_a_script_of_last_year_runs_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Option and error code were both renamed: the refusal is the present one, and each says what it was."""
+    assert main(["eval", "--tasks", "door-open", "--sight", "--episodes", "1", "--json"]) == 2
+    told = capsys.readouterr()
+    assert told.err.strip() == "`--sight` is now `--vision-ablation`; the old name goes with 0.3"
+    error = json.loads(told.out)["error"]
+    assert (error["code"], error["former_code"]) == ("vision_ablation.same_scene", "sight.same_scene")
