@@ -1,5 +1,4 @@
-"""Fault injection, for `faults.py` beside it and for tests: kills, torn files, full disks, clocks, network faults,
-lies.
+"""Fault injection, for `faults.py` beside it and for tests: kills, torn files, full disks, clocks, network, lies.
 
 Everything is seeded and strikes at a counted step, so that a printed seed gives the same faults again.
 """

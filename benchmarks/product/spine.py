@@ -4,8 +4,7 @@ The commands of docs/story.md, all real: nodes over a simulated arm, recorder, s
 in peace, then with kill -9 at random instants of recorder, sync agent, learner and policy process. Counted is what a
 goal's result said was recorded, what is in the store, judged, received and learned from. Timed is the way from a
 round's last judgement to the first answer of the adapter that came of it, with a person who promotes as soon as the
-gate holds. Then
-the same nodes in real time, with and without recording in turns: what it costs the control loop.
+gate holds. Then the same nodes in real time, with and without recording in turns: what it costs the control loop.
 
     python -m benchmarks.product.spine [--quick] [--kills N] [--seed N]
 

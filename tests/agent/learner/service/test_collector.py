@@ -1,5 +1,4 @@
-"""The robot's side of a rollout request: the episodes that were asked for, under the adapter that was named, each sent
-once.
+"""The robot's side of a rollout request: the requested episodes, under the adapter that it names, each sent once.
 
 Pinned: a request cut off and run again sends the same episodes once, a withdrawn request and a pause stop in
 mid-rollout, a full disk holds the robot up and loses nothing, requests that cannot be read are refused. Deterministic:
