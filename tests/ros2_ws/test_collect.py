@@ -1,10 +1,10 @@
 """Rollout request, session and a person's label must reach the episode through the nodes, or they are lost.
 
 Pinned, with simulated arm, safety node and policy node as processes: nothing is collected outside a session or against
-the request; an episode takes task, instruction, temperature and noise from the request and the session's id; two episodes
-have noise of their own; a button that ends an attempt, a button after it, and `ratchet ctl judge` are labels in the
-store, with a name to each; stopping the session writes its episodes into the manifest. The learner's status is the file
-that its sync agent writes; the policy is a fake. Determinism: lock-step; waiting is for events.
+the request; an episode takes task, instruction, temperature and noise from the request and the session's id; two
+episodes have noise of their own; a button that ends an attempt, a button after it, and `ratchet ctl judge` are labels
+in the store, with a name to each; stopping the session writes its episodes into the manifest. The learner's status is
+the file that its sync agent writes; the policy is a fake. Determinism: lock-step; waiting is for events.
 """
 
 from __future__ import annotations
