@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPS = ("agent", "sim", "calibration", "ros2_ws/src", "launch", "benchmarks", "tests", "docs", "models", "robots")
-PAGES = ("README.md", "Makefile", "pyproject.toml")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml")
 SUFFIXES = {".py", ".md", ".js", ".html", ".css", ".yaml", ".toml", ""}
 # Terms that the field has a word for: as parts of identifiers, however they are joined, and in prose.
 FORMER = {
@@ -26,6 +26,7 @@ FORMER_PHRASES = ("by heart", "night without anybody")
 ABOUT = {
     "docs/glossary.md",
     "docs/moved.md",
+    "CHANGELOG.md",
     "agent/ratchet_vla/cli/former_names.py",
     "tests/agent/cli/test_former_names.py",
     "tests/test_glossary.py",

@@ -48,8 +48,11 @@ class RolloutRequest:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> RolloutRequest | None:
-        """The rollout request in a learner's published state, None where there is none. Raises RatchetError
-        robot.bad_order."""
+        """The rollout request in a learner's published state, if there is one.
+
+        Raises:
+            RatchetError: robot.bad_order.
+        """
         request_fields = state.get("order")
         if request_fields is None:
             return None

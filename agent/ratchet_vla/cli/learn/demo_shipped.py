@@ -297,8 +297,7 @@ class _Part:
 
 
 def measured_before(decision: Mapping[str, Any], held_out: bool) -> list[str]:
-    """What the gate's decision on a card says, a line per task: of those that were held out, or of those that were
-    learned."""
+    """What the gate's decision on a card says, a line per task: of held-out tasks, or of those that were learned."""
     return [
         f"{row['task']}: {row['active']:.0%} -> {row['candidate']:.0%}, {100 * row['change']:+.0f} points "
         f"[{100 * row['low']:+.0f}, {100 * row['high']:+.0f}], {row['episodes']} pairs"

@@ -60,8 +60,10 @@ class FileReceived(LearnerEvent):
 
 @dataclass(frozen=True)
 class AdmissionDecided(LearnerEvent):
-    """An episode was admitted, rejected or must wait; see `rollouts.admission.Admission`. compute_dtype: "" where
-    nobody recorded it."""
+    """An episode was admitted, rejected or must wait; see `rollouts.admission.Admission`.
+
+    compute_dtype: "" where nobody recorded it.
+    """
 
     kind: ClassVar[str] = "ruled"
     sha: str

@@ -33,8 +33,10 @@ class LearnerStatus:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is run: the requested task, sampled as requested. request_id: "" where nobody requested it. seed: of the
-    noise; temperature 0 acts greedily."""
+    """What is run: the requested task, sampled as requested.
+
+    request_id: "" where nobody requested it. seed: of the noise; temperature 0 acts greedily.
+    """
 
     task: str
     instruction: str
