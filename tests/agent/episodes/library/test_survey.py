@@ -154,7 +154,7 @@ def test_a_folder_inside_a_store_names_the_store_and_gets_no_index(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("verb", [v for v in VERBS if v[0] != "courier"], ids=lambda v: " ".join(v[:3]))  # it waits
+@pytest.mark.parametrize("verb", [v for v in VERBS if v[0] != "sync"], ids=lambda v: " ".join(v[:3]))  # it waits
 @pytest.mark.parametrize("there", [True, False])
 def test_an_empty_folder_is_refused_and_a_store_beside_it_is_named(
     verb: list[str], there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
