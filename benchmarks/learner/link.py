@@ -43,7 +43,7 @@ from ratchet_vla.link.learner.inbox import Inbox
 from ratchet_vla.link.learner.server import LinkServer
 from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.fetch import Fetcher
-from ratchet_vla.link.robot.follow import Follower
+from ratchet_vla.link.robot.learner_tag_watcher import Follower
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.link.wire import CHUNK
 from ratchet_vla.storage.journal import Journal

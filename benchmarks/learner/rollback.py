@@ -27,7 +27,7 @@ from ratchet_sim import registry
 from ratchet_vla.adapters.identity import Adapter, binding_of
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli import common
-from ratchet_vla.link.robot.follow import Follower
+from ratchet_vla.link.robot.learner_tag_watcher import Follower
 from ratchet_vla.records import Observation
 from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch
 

@@ -36,7 +36,7 @@ from ratchet_vla.policy.presets import small, spec_for
 from ratchet_vla.policy.protocol import PolicyInput
 from ratchet_vla.runtime.clock import ManualClock
 from ratchet_vla.runtime.control.chunks import CollectExecutor
-from ratchet_vla.runtime.control.judging import SceneJudge
+from ratchet_vla.runtime.control.labelling import SceneJudge
 from ratchet_vla.runtime.control.loop import ControlLoop
 from ratchet_vla.runtime.control.sink import MemorySink
 from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch

@@ -20,7 +20,7 @@ import numpy as np
 
 from ratchet_sim.base import TaskEnv
 from ratchet_vla.contract import RobotContract
-from ratchet_vla.episodes.earned import already_solved
+from ratchet_vla.episodes.success_rules import already_solved
 from ratchet_vla.errors import RatchetError
 
 # Workers use all cores; threads inside each would fight over them. OpenMP, two of BLAS, and the software rasteriser.

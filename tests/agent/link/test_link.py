@@ -24,7 +24,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.link import keys, wire
 from ratchet_vla.link.learner.server import LinkServer
 from ratchet_vla.link.robot.client import LinkClient
-from ratchet_vla.link.robot.follow import Follower
+from ratchet_vla.link.robot.learner_tag_watcher import Follower
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.storage.files import Files
 from tests.agent.adapters.tiny import made

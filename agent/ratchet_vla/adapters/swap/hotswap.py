@@ -24,7 +24,7 @@ from ratchet_vla.adapters.lora.layers import Effect, Lora
 from ratchet_vla.adapters.lora.merge import Merge
 from ratchet_vla.adapters.protocol import BASE, AdapterStore, Problem
 from ratchet_vla.adapters.swap.canary import Canary
-from ratchet_vla.adapters.swap.turns import Held, NoGap, Turns
+from ratchet_vla.adapters.swap.rw_lock import Held, NoGap, Turns
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.protocol import Policy, PolicyInput
 

@@ -24,13 +24,13 @@ from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.cli.policy.run_report import kept, print_times, report, table_of
 from ratchet_vla.cli.remote import options as remote
 from ratchet_vla.contract import RobotContract
-from ratchet_vla.episodes.earned import require_goal
 from ratchet_vla.episodes.recorder.client import Recorder
+from ratchet_vla.episodes.success_rules import require_goal
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.noise import derive_seed
 from ratchet_vla.runtime.clock import ManualClock, MonotonicClock
 from ratchet_vla.runtime.control.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
-from ratchet_vla.runtime.control.judging import SceneJudge
+from ratchet_vla.runtime.control.labelling import SceneJudge
 from ratchet_vla.runtime.control.loop import ControlLoop
 from ratchet_vla.runtime.control.priority import normal, real_time
 from ratchet_vla.runtime.control.sink import MemorySink, Tee
@@ -38,7 +38,7 @@ from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch
 from ratchet_vla.runtime.robots.restamped import Restamped
 from ratchet_vla.runtime.safety.filter import SafetyConfig, SafetyFilter
 from ratchet_vla.runtime.session import rollout_requests
-from ratchet_vla.runtime.session.desk import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionDesk
 from ratchet_vla.runtime.session.dispatch import recorded
 
 LOOK = 0.2  # seconds between two looks for a rollout request

@@ -28,7 +28,7 @@ from ratchet_vla.learner.service.collector import Collector
 from ratchet_vla.link.session_records import SESSION, session_record
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.records import Episode
-from ratchet_vla.runtime.session.desk import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionDesk
 from ratchet_vla.runtime.session.dispatch import of_session
 from ratchet_vla.runtime.session.manifest import Manifest
 

@@ -15,7 +15,7 @@ from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli.remote import options as remote
 from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.fetch import Fetcher
-from ratchet_vla.link.robot.follow import Follower
+from ratchet_vla.link.robot.learner_tag_watcher import Follower
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.runtime.session import rollout_requests
 from ratchet_vla.storage.documents import write_json

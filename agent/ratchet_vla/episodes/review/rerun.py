@@ -15,7 +15,7 @@ from ratchet_vla.episodes.file import format as fmt
 from ratchet_vla.episodes.file.assembly import tick_of
 from ratchet_vla.episodes.file.frames import Encoder
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
-from ratchet_vla.episodes.review.footage import group_of, start_of
+from ratchet_vla.episodes.review.preview_cache import group_of, start_of
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Mark
 from ratchet_vla.storage.growing import disk_refusals

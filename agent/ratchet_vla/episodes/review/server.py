@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from ratchet_vla.episodes.library.store import Card
 from ratchet_vla.episodes.library.verification import Label, Seen, Standing, Verification, latest_of
-from ratchet_vla.episodes.review.footage import Footage
+from ratchet_vla.episodes.review.preview_cache import Footage
 from ratchet_vla.errors import RatchetError
 
 PAGE = Path(__file__).parent / "page"

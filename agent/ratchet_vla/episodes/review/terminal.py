@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
-from ratchet_vla.episodes.review.footage import group_of
+from ratchet_vla.episodes.review.preview_cache import group_of
 from ratchet_vla.records import UInt8
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from ratchet_vla.episodes.earned import doubt
+from ratchet_vla.episodes.success_rules import doubt
 from ratchet_vla.records import Bool, Episode, Step
 
 Decision = Literal["accepted", "waiting", "replay"]

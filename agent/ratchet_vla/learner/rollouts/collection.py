@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ratchet_vla.contract import RobotContract
-from ratchet_vla.episodes.earned import require_goal, require_temperature
+from ratchet_vla.episodes.success_rules import require_goal, require_temperature
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.rollouts.batch import Outcomes, RolloutBatch
 from ratchet_vla.learner.rollouts.specs import EpisodeSpec

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ratchet_vla.records import ControlTick
-from ratchet_vla.runtime.control.judging import Judge
+from ratchet_vla.runtime.control.labelling import Judge
 from ratchet_vla.runtime.control.outcome import Termination
 from ratchet_vla.runtime.safety.filter import SafetyFilter, SafetyState
 

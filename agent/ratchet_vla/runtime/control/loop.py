@@ -13,13 +13,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ratchet_vla.episodes.earned import already_solved, require_goal
+from ratchet_vla.episodes.success_rules import already_solved, require_goal
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent
 from ratchet_vla.runtime.clock import Clock, MonotonicClock
 from ratchet_vla.runtime.control.chunks import ChunkExecutor
 from ratchet_vla.runtime.control.episode import until_end
-from ratchet_vla.runtime.control.judging import Attempt, Judge, Judgement
+from ratchet_vla.runtime.control.labelling import Attempt, Judge, Judgement
 from ratchet_vla.runtime.control.outcome import EpisodeEnd, FrameStamped, Termination, Timing
 from ratchet_vla.runtime.control.priority import undisturbed
 from ratchet_vla.runtime.control.sink import GuardedSink, NoSink, TickSink

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ratchet_vla.contract import PolicySpec, RobotContract
-from ratchet_vla.episodes.earned import require_temperature
+from ratchet_vla.episodes.success_rules import require_temperature
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, Observation
 from ratchet_vla.runtime.inference import wire

@@ -183,7 +183,7 @@ def open_prismatic(options: dict[str, Any], contract: RobotContract) -> ChunkSer
 
     options: policy (folder), store (folder of adapters, "" for none), adapter (id or tag, "" for the base alone), rank,
     alpha, targets (shape of the adapter layers where the store has no adapter to take it from), threads, device,
-    image_fit, follow (a tag whose moves the running policy follows at once, see `following`), static ("auto": fixed
+    image_fit, follow (a tag whose moves the running policy follows at once, see `tag_watcher`), static ("auto": fixed
     shapes, as CUDA graphs on a GPU, wherever the policy allows it; "off").
 
     Raises:

@@ -25,9 +25,9 @@ from ratchet_vla.contract import RobotContract, require_compatible
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.inference import wire
 from ratchet_vla.runtime.inference.chunk_server import ChunkServer, OpenServer
-from ratchet_vla.runtime.inference.following import TagFollower
 from ratchet_vla.runtime.inference.frames import FrameLayout, Frames
 from ratchet_vla.runtime.inference.source import Ahead
+from ratchet_vla.runtime.inference.tag_watcher import TagFollower
 
 PROTOCOL = 1
 

@@ -26,7 +26,7 @@ from ratchet_vla.cli.calibrate import arm as calibrate_arm
 from ratchet_vla.cli.main import main
 from ratchet_vla.contract import RobotContract, VerifiedFact, write_verified
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.runtime.session.desk import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionDesk
 from ratchet_vla.runtime.session.manifest import Session
 from tests.calibration import scenes
 from tests.calibration.scenes import BOARD, drawn

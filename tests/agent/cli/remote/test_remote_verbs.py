@@ -23,7 +23,7 @@ from ratchet_vla.cli.main import main
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.runtime.session.desk import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionDesk
 from ratchet_vla.runtime.session.dispatch import of_session
 from ratchet_vla.runtime.session.manifest import Session
 from ratchet_vla.storage.journal import Journal

@@ -36,7 +36,7 @@ from ratchet_vla.paths import REPOSITORY, python_path
 from ratchet_vla.records import Applied, Mark, Observation
 from ratchet_vla.runtime.clock import ManualClock
 from ratchet_vla.runtime.control.chunks import CollectExecutor
-from ratchet_vla.runtime.control.judging import SceneJudge
+from ratchet_vla.runtime.control.labelling import SceneJudge
 from ratchet_vla.runtime.control.loop import ControlLoop
 from ratchet_vla.runtime.control.sink import ChunkOutcome, MemorySink, TickSink
 from ratchet_vla.runtime.inference.source import Ahead, Reply

@@ -18,7 +18,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ControlTick, Mark, Observation
 from ratchet_vla.runtime.clock import ExternalClock, ManualClock
 from ratchet_vla.runtime.control.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
-from ratchet_vla.runtime.control.judging import SceneJudge
+from ratchet_vla.runtime.control.labelling import SceneJudge
 from ratchet_vla.runtime.control.loop import ControlLoop, Termination
 from ratchet_vla.runtime.control.sink import MemorySink
 from ratchet_vla.runtime.inference.source import PolicyFault

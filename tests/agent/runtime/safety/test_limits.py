@@ -16,7 +16,7 @@ from ratchet_vla.contract import RobotContract
 from ratchet_vla.records import Mark
 from ratchet_vla.runtime.safety.filter import Proposal, SafetyConfig, SafetyFilter, SafetyState
 from ratchet_vla.testing.fake_contract import MODES, arm
-from tests.agent.runtime.safety.referee import Referee
+from tests.agent.runtime.safety.invariant_checker import Referee
 
 CASES = [(m, "axis_angle", j) for m in MODES for j in (False, True)]
 CASES += [(m, r, False) for m in ("ee_delta", "ee_absolute") for r in ("none", "euler_xyz", "quaternion_xyzw")]

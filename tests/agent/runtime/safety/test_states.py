@@ -19,7 +19,7 @@ from ratchet_vla.records import ActionChunk, Mark
 from ratchet_vla.runtime.safety.filter import Proposal, SafetyConfig, SafetyFilter, SafetyState, Verdict
 from ratchet_vla.runtime.safety.types import LATCHING
 from ratchet_vla.testing.fake_contract import arm
-from tests.agent.runtime.safety.referee import Referee
+from tests.agent.runtime.safety.invariant_checker import Referee
 from tests.agent.runtime.safety.test_limits import state_at
 
 T = 0.05

@@ -30,11 +30,11 @@ from ratchet_ros.nodes.waiting import answered, in_thread, settled
 from ratchet_ros.policy import params as policy_params
 from ratchet_ros.policy import task_run, wire_tap
 from ratchet_ros.policy.episode_services import EpisodeServices
-from ratchet_ros.policy.judge import RosJudge
+from ratchet_ros.policy.labeller import RosJudge
 from ratchet_ros.policy.recording import EpisodeRecording
 from ratchet_ros.policy.robot import LockStepRosRobot, NotingSafety, RosRobot, StampedRosRobot
 from ratchet_vla.contract import RobotContract
-from ratchet_vla.episodes.earned import require_goal, require_temperature
+from ratchet_vla.episodes.success_rules import require_goal, require_temperature
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, SafetyEvent, UInt8
 from ratchet_vla.runtime.control.loop import ControlLoop
@@ -42,7 +42,7 @@ from ratchet_vla.runtime.control.priority import real_time
 from ratchet_vla.runtime.control.sink import Tee, TickSink
 from ratchet_vla.runtime.inference.client import PolicyClient
 from ratchet_vla.runtime.session import rollout_requests
-from ratchet_vla.runtime.session.desk import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionDesk
 from ratchet_vla.runtime.session.dispatch import recorded
 
 STEADY = Clock(clock_type=ClockType.STEADY_TIME)

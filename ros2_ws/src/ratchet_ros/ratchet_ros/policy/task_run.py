@@ -12,7 +12,7 @@ from typing import Any
 from ratchet_msgs import msg
 from ratchet_msgs.action import RunTask
 
-from ratchet_ros.policy.judge import RosJudge
+from ratchet_ros.policy.labeller import RosJudge
 from ratchet_ros.policy.recording import EpisodeRecording
 from ratchet_ros.policy.robot import RosRobot
 from ratchet_vla.errors import RatchetError

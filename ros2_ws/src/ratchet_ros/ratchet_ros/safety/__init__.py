@@ -1,5 +1,5 @@
 """The safety node: the independent last stage between whoever commands and the arm's own topics.
 
 Knows the contract alone. Knows no policy.
-Begin with `node`, then `last_stage`.
+Begin with `node`, then `command_filter`.
 """

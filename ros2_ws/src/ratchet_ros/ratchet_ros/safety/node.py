@@ -25,7 +25,7 @@ from ratchet_ros.messages.intake import Intake, require_wiring
 from ratchet_ros.messages.times import SimulatedTime, SteadyTime, TimeBase, seconds
 from ratchet_ros.nodes.base import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.nodes.params import parameter
-from ratchet_ros.safety.last_stage import LastStage, Order
+from ratchet_ros.safety.command_filter import LastStage, Order
 from ratchet_vla.contract import CommandSink, RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Mark, SafetyEvent

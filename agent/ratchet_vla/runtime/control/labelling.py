@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ratchet_vla.episodes.earned import machine_word
+from ratchet_vla.episodes.success_rules import machine_word
 from ratchet_vla.runtime.control.outcome import Termination
 
 SIMULATOR = "simulator"
@@ -63,6 +63,6 @@ class SceneJudge:
 
 
 def by_scene(attempt: Attempt) -> Judgement:
-    """The scene's word, where it counts; see `episodes.earned.machine_word`."""
+    """The scene's word, where it counts; see `episodes.success_rules.machine_word`."""
     success = machine_word(attempt.termination.value, attempt.decisions, attempt.human_ticks)
     return Judgement(success, SIMULATOR if success is not None else "")

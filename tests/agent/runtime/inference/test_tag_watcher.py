@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.runtime.inference.following import TagFollower
+from ratchet_vla.runtime.inference.tag_watcher import TagFollower
 from tests.agent.runtime.inference.test_process import ask, eventually, serving
 
 

@@ -13,9 +13,9 @@ import pytest
 from ratchet_msgs import msg
 
 from ratchet_ros.messages.times import to_time
-from ratchet_ros.policy.judge import RosJudge
+from ratchet_ros.policy.labeller import RosJudge
 from ratchet_vla.records import ControlTick, Mark
-from ratchet_vla.runtime.control.judging import Attempt, Judgement
+from ratchet_vla.runtime.control.labelling import Attempt, Judgement
 from ratchet_vla.runtime.control.outcome import Termination
 
 PERIOD = 0.05

@@ -10,17 +10,17 @@ import threading
 from ratchet_msgs import msg
 
 from ratchet_ros.messages.times import seconds
-from ratchet_vla.episodes.earned import already_solved, require_same
 from ratchet_vla.episodes.library.labels import HUMAN, named
+from ratchet_vla.episodes.success_rules import already_solved, require_same
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ControlTick
-from ratchet_vla.runtime.control.judging import Attempt, Judgement, by_scene
+from ratchet_vla.runtime.control.labelling import Attempt, Judgement, by_scene
 
 BUTTONS = {msg.OperatorInput.JUDGE_SUCCESS: True, msg.OperatorInput.JUDGE_FAILURE: False}
 
 
 class RosJudge:
-    """See `ratchet_vla.runtime.control.judging.Judge`. kind: "none", "operator" or "scene".
+    """See `ratchet_vla.runtime.control.labelling.Judge`. kind: "none", "operator" or "scene".
 
     period: seconds between two control periods. wait: real seconds to wait for the scene's word on the newest tick; 0
     in a simulation that runs by itself.

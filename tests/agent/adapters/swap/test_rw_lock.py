@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from ratchet_vla.adapters.swap.turns import NoGap, Turns
+from ratchet_vla.adapters.swap.rw_lock import NoGap, Turns
 
 
 def test_a_change_without_forwards_happens_at_once() -> None:

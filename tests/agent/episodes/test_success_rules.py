@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ratchet_vla.episodes.earned import doubt, machine_word, require_goal, require_same, require_temperature
+from ratchet_vla.episodes.success_rules import doubt, machine_word, require_goal, require_same, require_temperature
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observation, Step
 from ratchet_vla.runtime.control.outcome import Termination

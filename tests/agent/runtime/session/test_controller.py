@@ -19,7 +19,7 @@ import pytest
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.session import robot_folder
-from ratchet_vla.runtime.session.desk import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionDesk
 from ratchet_vla.runtime.session.manifest import Manifest, Session
 from ratchet_vla.testing.fake_contract import arm
 
