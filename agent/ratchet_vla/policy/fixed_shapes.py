@@ -151,15 +151,15 @@ class StaticPredictor:
         patches = self._see
         with policy.autocast():
             prefix, known = network.prefix(f["pixels"], f["ids"], f["mask"], state, dtype)
-        where = network.places(known, dtype)
+        rope = network.rope_mask(known, dtype)
         length = prefix.shape[1] + policy.actions
-        asked = slice(length - policy.actions - 1, length - 1)
+        query_slice = slice(length - policy.actions - 1, length - 1)
 
         def act() -> Tensor:
             with policy.autocast():
                 before, _ = network.prefix(f["pixels"], f["ids"], f["mask"], state, dtype, patches.out)
                 sequence = torch.cat([before, network.slots(before, None)], 1)
-                hidden = network.language_model.model(sequence, where, asked, dtype)
+                hidden = network.language_model.model(sequence, rope, query_slice, dtype)
                 if policy.config.head == "l1":
                     values: Tensor = network.action_head(hidden).float()
                     return values

@@ -21,7 +21,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.discrete.action_tokens import BINS
 from ratchet_vla.policy.images import Preparation
 from ratchet_vla.policy.layers.linear import linear
-from ratchet_vla.policy.layers.trunk import KeyValue, Llama, Places
+from ratchet_vla.policy.layers.trunk import KeyValue, Llama, RopeMask
 from ratchet_vla.policy.layers.vision import make_tower
 
 
@@ -236,11 +236,11 @@ class PrismaticNetwork(nn.Module):
         """
         prefix, seen = self.prefix(pixels, ids, mask, state, dtype)
         slots = self.slots(prefix, given)
-        where = self.places(seen, dtype)
+        rope = self.rope_mask(seen, dtype)
         # The token of a position is read one position earlier, as in any language model.
         length = prefix.shape[1] + self.actions
-        asked = slice(length - self.actions - 1, length - 1)
-        out: Tensor = self.language_model.model(torch.cat([prefix, slots], 1), where, asked, dtype)
+        query_slice = slice(length - self.actions - 1, length - 1)
+        out: Tensor = self.language_model.model(torch.cat([prefix, slots], 1), rope, query_slice, dtype)
         return out
 
     def see(self, pixels: Tensor, ids: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -286,10 +286,10 @@ class PrismaticNetwork(nn.Module):
             return self.placeholders.expand(len(prefix), -1, -1)
         return prefix.new_zeros(len(prefix), self.actions, self.config.hidden)
 
-    def places(self, seen: Tensor, dtype: torch.dtype) -> Places:
+    def rope_mask(self, seen: Tensor, dtype: torch.dtype) -> RopeMask:
         """Of the whole sequence: the prefix, of which `seen` (B, P) is not padding, and the slots."""
         seen = functional.pad(seen, (0, self.actions), value=True)
-        return self.language_model.model.places(seen, self.config.attention, dtype)
+        return self.language_model.model.rope_mask(seen, self.config.attention, dtype)
 
     @torch.no_grad()
     def one_by_one(
@@ -308,13 +308,13 @@ class PrismaticNetwork(nn.Module):
         """
         trunk = self.language_model.model
         x, seen = self.prefix(pixels, ids, mask, state, dtype)
-        where = self.places(seen, dtype)
-        memory = [KeyValue() for _ in trunk.layers]
+        rope = self.rope_mask(seen, dtype)
+        kv_cache = [KeyValue() for _ in trunk.layers]
         begin, tokens, states = 0, [], []
         for index in range(self.actions):
             end = begin + x.shape[1]
             last = slice(x.shape[1] - 1, x.shape[1])
-            hidden = trunk(x, where.part(begin, end), last, dtype, memory)
+            hidden = trunk(x, rope.part(begin, end), last, dtype, kv_cache)
             states.append(hidden)
             tokens.append(choose(self.action_logits(hidden[:, 0]), index))
             x, begin = trunk.embed_tokens(tokens[-1][:, None] + self.config.action_rows.start), end

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.policy.flow.trunk import Memory, Sizes, Stack, additive
+from ratchet_vla.policy.flow.trunk import LayerKeyValue, Sizes, Stack, additive
 from ratchet_vla.policy.flow.vision import make_vision
 from ratchet_vla.policy.images import Preparation
 from ratchet_vla.policy.layers.linear import linear
@@ -115,12 +115,12 @@ class FlowConfig:
 class Prefix:
     """What one pass of the language model leaves for the expert.
 
-    memory: keys and values per layer. seen: (B, P) True where not padding. summary: (B, F) what a value head reads:
+    kv_cache: keys and values per layer. seen: (B, P) True where not padding. summary: (B, F) what a value head reads:
     mean of what the last layer read, and beside it the state's own token where that comes after, each of unit scale.
     state: (B, 1, width) the state's own token in the suffix; None where it has none.
     """
 
-    memory: list[Memory]
+    kv_cache: list[LayerKeyValue]
     seen: Tensor
     summary: Tensor
     state: Tensor | None
@@ -136,7 +136,7 @@ class FlowNetwork(nn.Module):
         self.vision = make_vision(config.vision, config.vision_options, width)
         self.embed_tokens = nn.Embedding(config.vocabulary, width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
-        self.language = Stack(config.language, remembers=True)
+        self.language = Stack(config.language, prefill_only=True)
         crossed = frozenset(
             i for i in range(config.expert.layers) if config.crossed and i % config.crossed
         )  # every `crossed`-th layer attends beside the language model
@@ -200,13 +200,13 @@ class FlowNetwork(nn.Module):
         allowed = known[:, :, None] & known[:, None, :]
         if config.state == "prefix":
             allowed[:, :-1, -1] = False  # images and words do not look at the state
-        memory, last = self.language.remember(x, known.long().cumsum(1) - 1, additive(allowed), dtype)
+        kv_cache, last = self.language.prefill(x, known.long().cumsum(1) - 1, additive(allowed), dtype)
         weight = known[..., None].to(last.dtype)
         summary = _unit_scale((last * weight).sum(1) / weight.sum(1))
         if config.state != "suffix" or token is None:
-            return Prefix(memory, known, summary, None)
+            return Prefix(kv_cache, known, summary, None)
         # The language model never sees a state that comes after it, and without it nobody can tell how far a task is.
-        return Prefix(memory, known, torch.cat([summary, _unit_scale(token[:, 0])], 1), token)
+        return Prefix(kv_cache, known, torch.cat([summary, _unit_scale(token[:, 0])], 1), token)
 
     def velocity(self, prefix: Prefix, actions: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, H, A) float32: where noisy actions (B, H, A) move at times (B,)."""
@@ -231,7 +231,7 @@ class FlowNetwork(nn.Module):
         batch = len(x)
         allowed = torch.cat([prefix.seen[:, None].expand(-1, count, -1), own.expand(batch, -1, -1)], 2)
         position = prefix.seen.sum(1, keepdim=True) + torch.arange(count, device=x.device)
-        out = self.expert(x, prefix.memory, position, additive(allowed), condition, dtype)
+        out = self.expert(x, prefix.kv_cache, position, additive(allowed), condition, dtype)
         # Read in float32 as published: the integration adds many small steps.
         with torch.autocast(x.device.type, enabled=False):
             v: Tensor = linear(self.action_out_proj, out[:, -config.horizon :].float().contiguous())

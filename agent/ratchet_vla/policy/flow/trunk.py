@@ -110,13 +110,13 @@ class Stack(nn.Module):
     wide."""
 
     def __init__(
-        self, sizes: Sizes, crossed: frozenset[int] = frozenset(), source: int = 0, remembers: bool = False
+        self, sizes: Sizes, crossed: frozenset[int] = frozenset(), source: int = 0, prefill_only: bool = False
     ) -> None:
         super().__init__()
         self.sizes, self.crossed = sizes, crossed
-        self.checkpointing = False  # True recomputes each remembered layer in the backward pass
+        self.checkpointing = False  # True recomputes each prefilled layer in the backward pass
         self.layers = nn.ModuleList(Layer(sizes, source if i in crossed else sizes.width) for i in range(sizes.layers))
-        if remembers:  # the last layer leaves keys and values; nothing else of it is ever read
+        if prefill_only:  # the last layer leaves keys and values; nothing else of it is ever read
             last = cast(Layer, self.layers[-1])
             del last.self_attn.q_proj, last.self_attn.o_proj, last.mlp, last.post_attention_layernorm
         else:
@@ -127,14 +127,14 @@ class Stack(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def remember(self, x: Tensor, position: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[list[Memory], Tensor]:
+    def prefill(self, x: Tensor, position: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[list[LayerKeyValue], Tensor]:
         """Run as the language model: keys and values of every layer, and the last layer's input, normed.
 
         x: (B, P, width). position: (B, P). hidden: (B, 1, P, P) float, added to scores.
         The last layer's own output is never read, so it is not computed.
         """
         cosine, sine = rotary(position, self.sizes.head, dtype)
-        memory: list[Memory] = []
+        kv_cache: list[LayerKeyValue] = []
 
         def keys(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             attention = layer.self_attn
@@ -153,14 +153,14 @@ class Stack(nn.Module):
                 key, value, x = checkpoint(whole, layer, x, use_reentrant=False)
             else:
                 key, value, x = whole(layer, x)
-            memory.append((key, value))
+            kv_cache.append((key, value))
         key, value, normed = keys(cast(Layer, self.layers[-1]), x)
-        return [*memory, (key, value)], normed
+        return [*kv_cache, (key, value)], normed
 
     def forward(
         self,
         x: Tensor,
-        memory: list[Memory],
+        kv_cache: list[LayerKeyValue],
         position: Tensor,
         hidden: Tensor,
         condition: Tensor | None,
@@ -168,12 +168,12 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Run as the expert: (B, T, width) -> (B, T, width) normed, in `dtype`.
 
-        memory: the language model's, per layer. position: (B, T), counted on from the language model's.
+        kv_cache: the language model's, per layer. position: (B, T), counted on from the language model's.
         hidden: (B, 1, T, P + T), added to scores.
         """
         cosine, sine = rotary(position, self.sizes.head, dtype)
         apart = rotary(position - position.amin(1, keepdim=True), self.sizes.head, dtype) if self.crossed else None
-        for index, (module, (key, value)) in enumerate(zip(self.layers, memory, strict=True)):
+        for index, (module, (key, value)) in enumerate(zip(self.layers, kv_cache, strict=True)):
             layer = cast(Layer, module)
             attention = layer.self_attn
             normed, gate = layer.input_layernorm(x, condition, dtype)
@@ -194,7 +194,7 @@ class Stack(nn.Module):
         return cast(Tensor, normed)
 
 
-Memory = tuple[Tensor, Tensor]
+LayerKeyValue = tuple[Tensor, Tensor]
 """Keys and values (B, P, groups, head) of one layer."""
 
 

@@ -43,7 +43,7 @@ def linear(layer: nn.Module, x: Tensor, rows: slice = ALL) -> Tensor:
     return _add_low_rank(out, x, _cat(down), _cat([b[rows] for b in up], 1))
 
 
-def together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+def fused_linear(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """`[linear(layer, x) for layer in layers]`, as one product where that is cheaper."""
     parts = [_parts(layer) for layer in layers]
     known = [part for part in parts if part is not None]

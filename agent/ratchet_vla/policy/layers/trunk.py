@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ratchet_vla.policy.layers.linear import ALL, linear, together
+from ratchet_vla.policy.layers.linear import ALL, fused_linear, linear
 
 # Below this width plain matrix products beat the fused kernel on a CPU: 1.5 times at a hundred tokens.
 _FUSED_FROM = 1024
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the tokens of a batch stand and what they may see; made by `places`.
+class RopeMask:
+    """Rotary factors of the tokens of a batch and what they may attend to; made by `rope_mask`.
 
     cosine, sine: (B or 1, T, 1, d) rotary factors; the first half of `sine` is negated.
     mask: (B or 1, 1, T or 1, T), added to attention scores; None where everything is seen.
@@ -35,12 +35,12 @@ class Places:
     sine: Tensor
     mask: Tensor | None
 
-    def part(self, begin: int, end: int) -> Places:
+    def part(self, begin: int, end: int) -> RopeMask:
         """Of the positions from `begin` to before `end`, which may see themselves and all before them."""
         mask = self.mask
         if mask is not None:
             mask = (mask if mask.shape[2] == 1 else mask[:, :, begin:end])[..., :end]
-        return Places(self.cosine[:, begin:end], self.sine[:, begin:end], mask)
+        return RopeMask(self.cosine[:, begin:end], self.sine[:, begin:end], mask)
 
 
 @dataclass
@@ -58,9 +58,9 @@ class KeyValue:
         return key, value
 
 
-def places(
+def rope_mask(
     seen: Tensor, attention: Literal["bidirectional", "causal"], width: int, theta: float, dtype: torch.dtype
-) -> Places:
+) -> RopeMask:
     """Rotary factors and mask.
 
     seen: (B, T) bool, False for padding, which takes no position; the first token of a row is never padding.
@@ -82,7 +82,7 @@ def places(
         mask = _hidden(allowed & seen[:, None, None, :] if padded else allowed)
     elif padded:
         mask = _hidden(seen[:, None, None, :])
-    return Places(cosine[position][:, :, None], sine[position][:, :, None], mask)
+    return RopeMask(cosine[position][:, :, None], sine[position][:, :, None], mask)
 
 
 def _hidden(allowed: Tensor) -> Tensor:
@@ -158,25 +158,28 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, where: Places, asked: slice, memory: KeyValue | None = None) -> Tensor:
-        """(B, T, width) -> (B, asked, width). memory: of the positions before x; those of x are added to it."""
+    def forward(self, x: Tensor, rope: RopeMask, query_slice: slice, kv_cache: KeyValue | None = None) -> Tensor:
+        """(B, T, width) -> (B, Q, width), of the Q positions in query_slice.
+
+        kv_cache: of the positions before x; those of x are added to it.
+        """
         batch, _, width = x.shape
         shape = (batch, -1, self.heads, width // self.heads)
-        if asked == ALL:
-            query, key, value = together([self.q_proj, self.k_proj, self.v_proj], x)
+        if query_slice == ALL:
+            query, key, value = fused_linear([self.q_proj, self.k_proj, self.v_proj], x)
         else:
-            key, value = together([self.k_proj, self.v_proj], x)
-            query = linear(self.q_proj, x[:, asked])
-        cosine, sine = where.cosine, where.sine
-        query = rotate(query.view(shape), cosine[:, asked], sine[:, asked]).transpose(1, 2)
+            key, value = fused_linear([self.k_proj, self.v_proj], x)
+            query = linear(self.q_proj, x[:, query_slice])
+        cosine, sine = rope.cosine, rope.sine
+        query = rotate(query.view(shape), cosine[:, query_slice], sine[:, query_slice]).transpose(1, 2)
         key = rotate(key.view(shape), cosine, sine).transpose(1, 2)
         value = value.view(shape).transpose(1, 2)
-        if memory is not None:
-            key, value = memory.extend(key, value)
+        if kv_cache is not None:
+            key, value = kv_cache.extend(key, value)
         scale = 1 / math.sqrt(shape[-1])
-        mask = where.mask
+        mask = rope.mask
         if mask is not None and mask.shape[2] > 1:
-            mask = mask[:, :, asked]
+            mask = mask[:, :, query_slice]
         if width >= _FUSED_FROM:
             mask = None if mask is None else mask.to(query.dtype)
             out = functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
@@ -196,7 +199,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = together([self.gate_proj, self.up_proj], x)
+        gate, up = fused_linear([self.gate_proj, self.up_proj], x)
         return linear(self.down_proj, functional.silu(gate) * up)
 
 
@@ -209,9 +212,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, epsilon)
 
     def forward(
-        self, x: Tensor, where: Places, asked: slice, dtype: torch.dtype, memory: KeyValue | None = None
+        self, x: Tensor, rope: RopeMask, query_slice: slice, dtype: torch.dtype, kv_cache: KeyValue | None = None
     ) -> Tensor:
-        x = x[:, asked] + self.self_attn(self.input_layernorm(x, dtype), where, asked, memory)
+        x = x[:, query_slice] + self.self_attn(self.input_layernorm(x, dtype), rope, query_slice, kv_cache)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x, dtype))
         return out
 
@@ -232,28 +235,28 @@ class Llama(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def places(self, seen: Tensor, attention: Literal["bidirectional", "causal"], dtype: torch.dtype) -> Places:
+    def rope_mask(self, seen: Tensor, attention: Literal["bidirectional", "causal"], dtype: torch.dtype) -> RopeMask:
         """See the function of the same name."""
-        return places(seen, attention, self.width // self.heads, self.theta, dtype)
+        return rope_mask(seen, attention, self.width // self.heads, self.theta, dtype)
 
     def forward(
         self,
         x: Tensor,
-        where: Places,
-        asked: slice,
+        rope: RopeMask,
+        query_slice: slice,
         dtype: torch.dtype,
-        memory: Sequence[KeyValue] | None = None,
+        kv_cache: Sequence[KeyValue] | None = None,
     ) -> Tensor:
-        """Embeddings (B, T, width) -> final hidden states (B, asked, width) in `dtype`.
+        """Embeddings (B, T, width) -> final hidden states (B, Q, width) in `dtype`.
 
-        asked: the positions that are read. dtype: of matrix products and attention; sums and norms keep x's.
-        memory: one per layer, of the positions before x.
+        query_slice: the Q positions that are read. dtype: of matrix products and attention; sums and norms keep x's.
+        kv_cache: one per layer, of the positions before x.
         """
         for index, layer in enumerate(self.layers):
-            wanted = asked if index == len(self.layers) - 1 else ALL
-            if self.checkpointing and torch.is_grad_enabled() and memory is None:
-                x = checkpoint(layer, x, where, wanted, dtype, use_reentrant=False)
+            wanted = query_slice if index == len(self.layers) - 1 else ALL
+            if self.checkpointing and torch.is_grad_enabled() and kv_cache is None:
+                x = checkpoint(layer, x, rope, wanted, dtype, use_reentrant=False)
             else:
-                x = layer(x, where, wanted, dtype, None if memory is None else memory[index])
+                x = layer(x, rope, wanted, dtype, None if kv_cache is None else kv_cache[index])
         out: Tensor = self.norm(x, dtype)
         return out

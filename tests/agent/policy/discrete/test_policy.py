@@ -99,9 +99,9 @@ def test_the_last_layer_gives_what_all_positions_would(attention: str) -> None:
     x = torch.randn(2, 20, policy.config.hidden, generator=torch.Generator().manual_seed(0))
     seen = torch.ones(2, 20, dtype=torch.bool)
     seen[0, 1:4] = False
-    where = trunk.places(seen, policy.config.attention, torch.float32)
-    some = trunk(x, where, slice(11, 19), torch.float32)
-    everything = trunk(x, where, slice(None), torch.float32)
+    rope = trunk.rope_mask(seen, policy.config.attention, torch.float32)
+    some = trunk(x, rope, slice(11, 19), torch.float32)
+    everything = trunk(x, rope, slice(None), torch.float32)
     assert torch.allclose(some, everything[:, 11:19], atol=1e-5)
 
 

@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ratchet_vla.policy.layers.linear import linear, together
-from ratchet_vla.policy.layers.trunk import RMSNorm, places, rotate
+from ratchet_vla.policy.layers.linear import fused_linear, linear
+from ratchet_vla.policy.layers.trunk import RMSNorm, rope_mask, rotate
 
 
 class Pair(nn.Module):
@@ -92,7 +92,7 @@ def test_equal_to_pefts_forward(state: str, positions: int) -> None:
 
     theirs, their_gradients, their_x = run(lambda: pair(x))
     apart = run(lambda: torch.cat([linear(pair.one, x), linear(pair.two, x)], -1))
-    at_once = run(lambda: torch.cat(together([pair.one, pair.two], x), -1))
+    at_once = run(lambda: torch.cat(fused_linear([pair.one, pair.two], x), -1))
     for out, gradients, of_x in (apart, at_once):
         assert torch.allclose(out, theirs, atol=1e-5)
         assert torch.allclose(of_x, their_x, atol=1e-5)
@@ -113,7 +113,7 @@ def test_the_result_has_the_inputs_dtype() -> None:
     pair = adapted().base_model.model
     x = torch.randn(5, 6).bfloat16()
     assert linear(pair.one, x).dtype == torch.bfloat16
-    assert {out.dtype for out in together([pair.one, pair.two], x)} == {torch.bfloat16}
+    assert {out.dtype for out in fused_linear([pair.one, pair.two], x)} == {torch.bfloat16}
 
 
 def test_the_norms_gradient_is_autograds() -> None:
@@ -138,25 +138,25 @@ def test_the_norms_gradient_is_autograds() -> None:
 
 def test_rotation_is_a_rotation_and_its_gradient_turns_back() -> None:
     torch.manual_seed(0)
-    where = places(torch.ones(2, 7, dtype=torch.bool), "bidirectional", 8, 10000.0, torch.float64)
-    assert where.mask is None
+    rope = rope_mask(torch.ones(2, 7, dtype=torch.bool), "bidirectional", 8, 10000.0, torch.float64)
+    assert rope.mask is None
     x = torch.randn(2, 7, 3, 8, dtype=torch.float64, requires_grad=True)
-    turned = rotate(x, where.cosine, where.sine)
+    turned = rotate(x, rope.cosine, rope.sine)
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-6)
-    assert torch.autograd.gradcheck(lambda t: rotate(t, where.cosine, where.sine), x)
+    assert torch.autograd.gradcheck(lambda t: rotate(t, rope.cosine, rope.sine), x)
     # What attention sees depends on the distance of two positions alone.
-    same = rotate(x[:, :1].expand(-1, 7, -1, -1), where.cosine, where.sine)
+    same = rotate(x[:, :1].expand(-1, 7, -1, -1), rope.cosine, rope.sine)
     products = [float((same[0, i, 0] * same[0, i + 2, 0]).sum().detach()) for i in range(5)]
     assert products == pytest.approx([products[0]] * 5, abs=1e-6)
 
 
 def test_padding_takes_no_position_and_is_not_seen() -> None:
     seen = torch.tensor([[True, False, False, True, True], [True] * 5])
-    where = places(seen, "bidirectional", 4, 100.0, torch.float32)
-    assert torch.equal(where.cosine[0, [0, 3, 4]], where.cosine[1, [0, 1, 2]])
-    assert where.mask is not None
-    assert (where.mask[0, 0, 0] == 0).tolist() == seen[0].tolist()
-    causal = places(seen, "causal", 4, 100.0, torch.float32).mask
+    rope = rope_mask(seen, "bidirectional", 4, 100.0, torch.float32)
+    assert torch.equal(rope.cosine[0, [0, 3, 4]], rope.cosine[1, [0, 1, 2]])
+    assert rope.mask is not None
+    assert (rope.mask[0, 0, 0] == 0).tolist() == seen[0].tolist()
+    causal = rope_mask(seen, "causal", 4, 100.0, torch.float32).mask
     assert causal is not None
     assert (causal[0, 0] == 0).tolist() == [[seen[0, j].item() and j <= i for j in range(5)] for i in range(5)]
-    assert places(seen[1:], "bidirectional", 4, 100.0, torch.float32).mask is None
+    assert rope_mask(seen[1:], "bidirectional", 4, 100.0, torch.float32).mask is None
