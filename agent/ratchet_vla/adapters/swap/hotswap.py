@@ -24,7 +24,7 @@ from ratchet_vla.adapters.lora.layers import Effect, Lora
 from ratchet_vla.adapters.lora.merge import Merge
 from ratchet_vla.adapters.protocol import BASE, AdapterStore, Problem
 from ratchet_vla.adapters.swap.canary import Canary
-from ratchet_vla.adapters.swap.rw_lock import Held, NoGap, Turns
+from ratchet_vla.adapters.swap.rw_lock import Interruption, RWLock, WriteTimeout
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.protocol import Policy, PolicyInput
 
@@ -115,7 +115,7 @@ class HotSwapper:
         self._timeout = timeout
         self._binding = binding_of(policy)
         self._canary = Canary(policy, lora, canary)
-        self._turns = Turns()
+        self._lock = RWLock()
         # One staging at a time: the canary's shadow policy is shared. Forwards and commits go on meanwhile.
         self._staging = threading.Lock()
         # Orders commit, rollback, merge and unmerge; guards _current, _previous, _resident and _merge.
@@ -158,7 +158,7 @@ class HotSwapper:
 
         On a GPU the results must have reached the host (or been synchronised) before the block ends.
         """
-        with self._turns.forward():
+        with self._lock.read():
             yield self._current.id
 
     # -- swapping ------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ class HotSwapper:
             self._current = staged
 
         requested_s = time.perf_counter()
-        interruption = Held(0.0, False) if staged.id == old_staged.id else self._change(flip)
+        interruption = Interruption(0.0, False) if staged.id == old_staged.id else self._change(flip)
         if staged.id != old_staged.id:
             self._previous = old_staged
             self._resident[staged.id] = staged
@@ -326,10 +326,10 @@ class HotSwapper:
             warnings=self._warnings(staged, old_staged),
         )
 
-    def _change(self, action: Callable[[], None]) -> Held:
+    def _change(self, action: Callable[[], None]) -> Interruption:
         try:
-            return self._turns.change(action, self._timeout)
-        except NoGap as error:
+            return self._lock.write(action, self._timeout)
+        except WriteTimeout as error:
             raise RatchetError(
                 "adapter.busy", str(error), fix="the running adapter was kept; try again between forwards"
             ) from None

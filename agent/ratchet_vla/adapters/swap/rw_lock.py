@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class NoGap(Exception):
+class WriteTimeout(Exception):
     """A change could not happen: a forward is running and does not end."""
 
 
-class Held(NamedTuple):
+class Interruption(NamedTuple):
     """How long a change held forwards off, in seconds, and whether another process took the core meanwhile."""
 
     seconds: float
@@ -27,35 +27,35 @@ class Held(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Change:
+class _Write:
     action: Callable[[], None]
     done: bool = False
     error: BaseException | None = None
-    held: Held = field(default_factory=lambda: Held(0.0, False))
+    interruption: Interruption = field(default_factory=lambda: Interruption(0.0, False))
 
 
-class Turns:
-    """Many forwards at once, or one change alone; a waiting change goes before new forwards."""
+class RWLock:
+    """Readers are forwards, many at once; a writer is one change, alone. A waiting change goes before new forwards."""
 
     def __init__(self) -> None:
-        # Guards _forwards and _waiting, and is held while a change runs: that is what keeps new forwards out.
+        # Guards _readers and _waiting, and is held while a change runs: that is what keeps new forwards out.
         self._condition = threading.Condition()
-        self._forwards = 0
-        self._waiting: list[_Change] = []
-        # Depth of nested forwards per thread: only the outermost one takes part in the count.
+        self._readers = 0
+        self._waiting: list[_Write] = []
+        # Depth of nested reads per thread: only the outermost one takes part in the count.
         self._inside = threading.local()
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
+    def read(self) -> Iterator[None]:
         """Hold changes off while the block runs. May be nested within one thread."""
         outer_depth = getattr(self._inside, "depth", 0)
         if outer_depth == 0:
             with self._condition:
                 # A waiting change goes first, otherwise a steady stream of forwards would starve it.
-                while self._waiting and self._forwards:
+                while self._waiting and self._readers:
                     self._condition.wait()
                 self._run_waiting()
-                self._forwards += 1
+                self._readers += 1
         self._inside.depth = outer_depth + 1
         try:
             yield
@@ -63,34 +63,34 @@ class Turns:
             self._inside.depth = outer_depth
             if outer_depth == 0:
                 with self._condition:
-                    self._forwards -= 1
+                    self._readers -= 1
                     # The last forward to end runs what waits, in this thread: no wake-up lies between the forward
                     # and the flip.
-                    if self._forwards == 0:
+                    if self._readers == 0:
                         self._run_waiting()
                         self._condition.notify_all()
 
-    def change(self, action: Callable[[], None], timeout: float) -> Held:
+    def write(self, action: Callable[[], None], timeout: float) -> Interruption:
         """Run `action` while no forward runs.
 
         Raises:
-            NoGap: none within `timeout` seconds, or asked from inside this thread's own forward; `action` was not run
-                and will not be.
+            WriteTimeout: forwards ran for all of `timeout` seconds, or the call came from inside this thread's
+                own forward; `action` was not run and will not be.
         """
         if getattr(self._inside, "depth", 0):
-            raise NoGap("a change cannot happen inside this thread's own forward")
-        pending = _Change(action)
+            raise WriteTimeout("a change cannot happen inside this thread's own forward")
+        pending = _Write(action)
         with self._condition:
             self._waiting.append(pending)
-            if self._forwards == 0:
+            if self._readers == 0:
                 self._run_waiting()
             elif not self._condition.wait_for(lambda: pending.done, timeout):
                 self._waiting.remove(pending)
                 self._condition.notify_all()
-                raise NoGap(f"a forward has been running for {timeout} s")
+                raise WriteTimeout(f"a forward has been running for {timeout} s")
         if pending.error is not None:
             raise pending.error
-        return pending.held
+        return pending.interruption
 
     def _run_waiting(self) -> None:
         """With the condition held and no forward running."""
@@ -102,7 +102,7 @@ class Turns:
                 pending.action()
             except BaseException as error:  # handed to the thread that asked for the change, not to the forward's
                 pending.error = error
-            pending.held = Held(time.perf_counter() - started_s, _preemptions() > preemptions_before)
+            pending.interruption = Interruption(time.perf_counter() - started_s, _preemptions() > preemptions_before)
             pending.done = True
 
 

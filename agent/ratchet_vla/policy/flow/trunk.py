@@ -127,7 +127,9 @@ class Stack(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def prefill(self, x: Tensor, position: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[list[LayerKeyValue], Tensor]:
+    def prefill(
+        self, x: Tensor, position: Tensor, hidden: Tensor, dtype: torch.dtype
+    ) -> tuple[list[LayerKeyValue], Tensor]:
         """Run as the language model: keys and values of every layer, and the last layer's input, normed.
 
         x: (B, P, width). position: (B, P). hidden: (B, 1, P, P) float, added to scores.
