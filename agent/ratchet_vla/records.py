@@ -121,7 +121,7 @@ class Mark(enum.IntFlag):
 
 @dataclass(frozen=True)
 class SafetyEvent:
-    """One intervention of the safety stage, with its numbers.
+    """One intervention of the safety filter, with its numbers.
 
     stamp: seconds, robot's monotonic clock.
     code: stable dotted identifier such as `safety.velocity`; dim: action dimension or field concerned, empty if none.
@@ -148,7 +148,7 @@ class ControlTick:
     command: (D,) float32, physical units, what the robot was sent; None where it was told to hold.
     chunk_sequence, chunk_offset: `ActionChunk.observation_sequence` and index of the action within it; -1 for none.
     state: measured state at this tick, as in `Observation.state`.
-    applied, applied_marks: what a last safety stage behind this loop made of `command`, as in `Applied`; None and
+    applied, applied_marks: what a command filter behind this loop made of `command`, as in `Applied`; None and
         SKIPPED where it told nothing of it. `applied_marks` is None where there is no such stage.
     """
 
@@ -172,13 +172,13 @@ class ControlTick:
 
     @property
     def fate(self) -> Mark:
-        """Everything that was done to the sampled action on its way, by this loop and by a last stage behind it."""
+        """Everything that was done to the sampled action on its way, by this loop and by a command filter behind it."""
         return self.marks | (self.applied_marks or Mark.NONE)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What the last safety stage before the robot made of one command.
+    """What the command filter before the robot made of one command.
 
     number: of the command, as its sender counts them. action: (D,) float32, physical units, what the driver was sent;
     None for a hold. marks: the command's own, and what was done here.

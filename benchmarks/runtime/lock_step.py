@@ -2,7 +2,7 @@
 
 LIBERO with a small VLA of random weights (an episode that moves; success is not the point), and Meta-World with the
 built-in VLA, which solves its task. In process means: observe, infer, execute the chunk. Through the runtime: policy
-process, executor, safety stage, loop. Through ROS: simulated arm, safety node and policy node as processes, over DDS.
+process, executor, safety filter, loop. Through ROS: simulated arm, safety node and policy node as processes, over DDS.
 
     python -m benchmarks.runtime.lock_step [--quick]
 

@@ -1,4 +1,4 @@
-"""Whether anything gets past the safety stage, and what it costs: a million random and hostile chunks, then judged.
+"""Whether anything gets past the safety filter, and what it costs: a million random and hostile chunks, then judged.
 
 Every control mode, with and without jerk limits, and every contract in robots/. Chunks are random walks, full-range
 jumps, values up to 10^6 times too large, NaN and infinity, wrong shapes, repeats, late and early ones; the clock
@@ -143,18 +143,18 @@ class Episode:
                     if np.isfinite(action).all():
                         last = action.astype(np.float64)
                 clock = time.perf_counter()
-                verdict = stage.step(proposal, state, self.now, self.now, expected=not admitted)
+                result = stage.step(proposal, state, self.now, self.now, expected=not admitted)
                 self.costs.append(time.perf_counter() - clock + cost)
                 cost = 0.0
-                self.codes.update(e.code for e in verdict.events)
-                stopping = verdict.state is SafetyState.STOPPING
+                self.codes.update(e.code for e in result.events)
+                stopping = result.state is SafetyState.STOPPING
                 self.rows.append(
-                    (self.now, verdict.command, self.place, self.turn, stopping, stage.cause == "safety.clock")
+                    (self.now, result.command, self.place, self.turn, stopping, stage.cause == "safety.clock")
                 )
-                if verdict.command is not None:
-                    moved = verdict.command[self.stage.limiter.linear].astype(np.float64)
+                if result.command is not None:
+                    moved = result.command[self.stage.limiter.linear].astype(np.float64)
                     if mode.endswith("absolute"):
-                        self.place, self.turn = moved, verdict.command[self.turning].astype(np.float64)
+                        self.place, self.turn = moved, result.command[self.turning].astype(np.float64)
                     else:
                         self.place = self.place + moved * (
                             1.0 if mode.endswith("delta") else min(gap, 1.0) * self.period
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = arguments.chunks or (6_000 if arguments.quick else 1_000_000)
     robots = contracts()
     episodes = max(1, round(wanted / CHUNKS_PER_EPISODE / len(robots)))
-    table = Table(title=f"{episodes * CHUNKS_PER_EPISODE * len(robots):,} chunks through the safety stage")
+    table = Table(title=f"{episodes * CHUNKS_PER_EPISODE * len(robots):,} chunks through the safety filter")
     for column in ("contract", "actions", "violations", "velocity", "acceleration", "jerk", "p50 ms", "p99 ms"):
         table.add_column(column, justify="left" if column == "contract" else "right")
     every: list[np.ndarray] = []

@@ -405,7 +405,7 @@ def test_a_cancelled_task_has_come_to_rest(running: Running) -> None:
     assert running.watcher.result(handle).result.termination == "cancelled"
     running.watcher.until(running.at_rest, "the hold after the cancelled motion")
     status = running.watcher.collect(msg.SafetyStatus, "safety_status", qos.STATUS)
-    running.watcher.until(lambda: status and status[-1].state == "idle", "an idle last stage")
+    running.watcher.until(lambda: status and status[-1].state == "idle", "an idle command filter")
 
 
 def test_ctl_and_doctor_speak_with_the_graph(running: Running) -> None:

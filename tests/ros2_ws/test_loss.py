@@ -1,6 +1,6 @@
 """What happens when something is lost while an arm moves: the sender, the state, the clock, a person's hand.
 
-It is the reason for a last stage of its own. Pinned: silence brakes and then holds with an event, and motion comes
+It is the reason for a command filter of its own. Pinned: silence brakes and then holds with an event, and motion comes
 back with the ramp; a state that stops arriving holds; an emergency stop, a value that is not finite and a second sender
 latch until a named person clears them, and never while the stop is pressed; a dead-man switch that is not held stops; a
 policy node killed with SIGKILL and a simulation that stands still leave the arm at rest. Determinism: only the order of
@@ -60,7 +60,9 @@ def test_silence_brakes_then_holds_and_motion_comes_back_with_the_ramp(make: Cal
     own = [a for a in rig.applied if a.number == 0]
     assert own
     assert all(a.marks & msg.Applied.HELD for a in own)
-    rig.watcher.until(lambda: rig.safety.stage and rig.safety.stage.filter.state.value == "holding", "a hold")
+    rig.watcher.until(
+        lambda: rig.safety.command_filter and rig.safety.command_filter.safety.state.value == "holding", "a hold"
+    )
     action = small_action(rig.contract, rig.arm)
     action[0] = rig.contract.action.dims[0].high
     back = rig.send(msg.Command.ACTION, action)

@@ -68,7 +68,7 @@ class ExternalClock:
         return self._now
 
     def update(self, now: float) -> None:
-        """Told time. A step back is passed on: the safety stage treats it as a fault."""
+        """Told time. A step back is passed on: the safety filter treats it as a fault."""
         with self._changed:
             self._now, self._stalled = now, False
             self._changed.notify_all()

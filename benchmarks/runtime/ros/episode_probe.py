@@ -1,6 +1,6 @@
 """One episode through the nodes in lock-step, told action by action: `episode.py REQUEST` (JSON).
 
-Knows the graph of simulated arm, safety node and policy node. What is told is what the last stage sent to the arm.
+Knows the graph of simulated arm, safety node and policy node. What is told is what the command filter sent to the arm.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A driver in lock-step publishes state, frames and time, and waits for the arm's command. On the way lie: frames through
 DDS, decoding, alignment, shared memory, the policy process (a fake policy, which thinks for no time), the node's safety
-stage, the command through DDS, the last safety stage, encoding, DDS again.
+stage, the command through DDS, the command filter, encoding, DDS again.
 """
 
 from __future__ import annotations

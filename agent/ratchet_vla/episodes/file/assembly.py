@@ -180,7 +180,7 @@ def decode_frame(decoder: Decoder, body: Any) -> UInt8:
 
 
 def tick_of(body: Any) -> ControlTick:
-    applied_marks = getattr(body, "applied_marks", -1)  # files from before a last stage was recorded lack it
+    applied_marks = getattr(body, "applied_marks", -1)  # files from before a command filter was recorded lack it
     return ControlTick(
         stamp=body.stamp,
         deadline=body.deadline,

@@ -32,7 +32,7 @@ from ratchet_vla.storage.growing import GrowingFile, disk_refusals
 __all__ = ["EpisodeWriter", "make_info"]
 
 CHUNK_BYTES = 4 << 20
-NOT_TOLD = -1  # in the place of marks: there is no last stage
+NOT_TOLD = -1  # in the place of marks: there is no command filter
 
 
 def make_info(contract: RobotContract, task: str, instruction: str, **facts: Any) -> EpisodeInfo:

@@ -57,14 +57,14 @@ class Recorder:
         *,
         session: str = "",
         calibrations: dict[str, str] | None = None,
-        last_stage: bool = False,
+        command_filter: bool = False,
         wire: Mapping[str, tuple[str, str]] | None = None,
         ready_timeout: float = 60.0,
     ) -> None:
         """Start the recorder process; files that an earlier one left unfinished are recovered first.
 
         wire: topics that are kept as they are on the wire -> type, and its definition in words; see `wire`.
-        last_stage: another safety stage stands behind the loop, and `applied` will tell what it made of each command.
+        command_filter: a command filter stands behind the loop, and `applied` will tell what it made of each command.
 
         Raises:
             RatchetError: recorder.bad_config, recorder.not_started, episode.other_folder.
@@ -72,7 +72,7 @@ class Recorder:
         self.root, self.contract, self.config = Path(root), contract, config or RecorderConfig()
         self.config.check(str(self.root))
         require_room(self.root)
-        self._session, self._last_stage, self._wire = session, last_stage, dict(wire or {})
+        self._session, self._command_filter, self._wire = session, command_filter, dict(wire or {})
         # What every episode begins with, made once: the contract as text takes longer than a tick may.
         same = make_info(
             contract,
@@ -238,7 +238,7 @@ class Recorder:
             self._episode += 1
             self._before = Counter(self._dropped)
             body = {"kind": "begin", "same": self._same, "facts": json.dumps(facts), "number": self._episode}
-            body |= {"last_stage": self._last_stage, "wire": self._wire}
+            body |= {"command_filter": self._command_filter, "wire": self._wire}
             self._recording = self._send(body, must=True)
             if not self._recording:  # what followed would be taken for a part of the episode before
                 self._ended[self._episode] = ("", "the recorder process did not keep up with the episodes before")
@@ -264,7 +264,7 @@ class Recorder:
             self._send(messages.of_tick(tick, number))
 
     def applied(self, applied: Applied) -> None:
-        """What the last stage made of a command; in any order with the tick of that command."""
+        """What the command filter made of a command; in any order with the tick of that command."""
         if self._recording:
             self._send(messages.of_applied(applied))
 

@@ -41,7 +41,7 @@ class Recording:
 
     def __init__(self, writer: EpisodeWriter, config: RecorderConfig, begin: dict[str, Any]) -> None:
         self.writer, self._config = writer, config
-        self.number, self._last_stage, self._wire = begin["number"], begin["last_stage"], begin["wire"]
+        self.number, self._command_filter, self._wire = begin["number"], begin["command_filter"], begin["wire"]
         self.dropped: Counter[str] = Counter()
         self._raw: dict[str, OrderedDict[int, UInt8]] = {}  # newest frames, for decisions that share them
         self._written: dict[str, OrderedDict[int, int]] = {}  # camera -> number -> index in the stream
@@ -115,8 +115,10 @@ class Recording:
         return self.writer.finish(success, source, reason, dropped=every)
 
     def _settle(self, late: int) -> None:
-        """Write what waited, in order, up to the first tick of whose command the last stage may still tell. late: how
-        many may wait."""
+        """Write what waited, in order, up to the first tick whose command the command filter may still report on.
+
+        late: how many may wait.
+        """
         while self._queue:
             first = self._queue[0]
             if isinstance(first, messages.ChunkOutcome):
@@ -125,7 +127,7 @@ class Recording:
                 self._pending = first
             else:
                 number, tick = first
-                if self._last_stage and number >= 0:
+                if self._command_filter and number >= 0:
                     told = self._applied.pop(number, None)
                     if told is None and self._newest < number and len(self._queue) <= late:
                         return

@@ -2,7 +2,7 @@
 
 Knows which action of which chunk comes next, and what became of the others. Knows no robot, no policy and no limits.
 An action j of a chunk is meant for the observation's stamp + j periods. `collect` sends all K in order, however late
-they are (the safety stage judges their age). `deploy` skips what is past, blends over the seam and drops the rest of
+they are (the safety filter judges their age). `deploy` skips what is past, blends over the seam and drops the rest of
 the chunk before. A chunk that begins from standstill is never cut at its head: nothing has moved since its observation.
 """
 
@@ -45,7 +45,7 @@ class ChunkExecutor(Protocol):
         ...
 
     def offer(self, chunk: ActionChunk, now: float, resting: bool) -> None:
-        """A chunk that the safety stage admitted. resting: the arm has stood still since its observation."""
+        """A chunk that the safety filter admitted. resting: the arm has stood still since its observation."""
         ...
 
     def next(self, now: float) -> Proposal | None:

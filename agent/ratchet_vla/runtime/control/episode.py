@@ -1,6 +1,6 @@
 """When an episode is over: success, horizon, cancel, latched fault, or a hold that does not end.
 
-Knows a loop's ticks and its safety stage. Knows neither how a tick works nor who judges.
+Knows a loop's ticks and its safety filter. Knows neither how a tick works nor who judges.
 """
 
 from __future__ import annotations

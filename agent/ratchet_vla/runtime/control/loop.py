@@ -1,7 +1,7 @@
 """The fixed-rate control loop: observe, decide, check, command, once per period, on absolute deadlines.
 
 Knows the order of a tick and how time is kept. Knows no model, no process, no ROS: robot, chunk source, executor,
-safety stage, sink and clock are arguments. Requests to the policy never hold a tick up; in lock-step they do, on
+safety filter, sink and clock are arguments. Requests to the policy never hold a tick up; in lock-step they do, on
 purpose.
 """
 
@@ -26,7 +26,7 @@ from ratchet_vla.runtime.control.sink import GuardedSink, NoSink, TickSink
 from ratchet_vla.runtime.control.watchdog import Watchdog
 from ratchet_vla.runtime.inference.source import ChunkSource, PolicyFault
 from ratchet_vla.runtime.robots.protocol import Robot
-from ratchet_vla.runtime.safety.filter import MOVING, Proposal, SafetyFilter, SafetyState, Verdict
+from ratchet_vla.runtime.safety.filter import MOVING, FilterResult, Proposal, SafetyFilter, SafetyState
 
 __all__ = ["ControlLoop", "EpisodeEnd", "FrameStamped", "Termination", "Timing"]
 
@@ -77,7 +77,7 @@ class ControlLoop:
     # -- an episode ----------------------------------------------------------------------------------------------
 
     def begin(self, task: str, instruction: str) -> None:
-        """Arm the safety stage at the measured pose and start counting ticks.
+        """Arm the safety filter at the measured pose and start counting ticks.
 
         Raises:
             RatchetError: safety.latched, safety.state, and what the robot raises.
@@ -175,7 +175,7 @@ class ControlLoop:
     def human(self, action: Float32 | None) -> None:
         """A person's command for the coming ticks: (D,) float32, physical units; None hands back. Any thread.
 
-        It passes the safety stage like any other, is marked HUMAN, and is too old after `action_max_age`. After the
+        It passes the safety filter like any other, is marked HUMAN, and is too old after `action_max_age`. After the
         hand-back the policy starts from a new observation, with the ramp.
         """
         self._human = None if action is None else (np.array(action, np.float32), self.clock.now())
@@ -197,10 +197,10 @@ class ControlLoop:
             self._answers(self.source.poll(), now)
         self._watch(now)
         proposal = self._propose(self._human, deadline, now)
-        verdict = self.safety.step(proposal, seen.state, seen.stamp, now, expected=self.executor.expecting)
-        sent = self._send(verdict)
+        result = self.safety.step(proposal, seen.state, seen.stamp, now, expected=self.executor.expecting)
+        sent = self._send(result)
         after = self.clock.now()
-        tick = self._account(proposal, verdict, sent, seen, after, deadline)
+        tick = self._account(proposal, result, sent, seen, after, deadline)
         if not self._lock_step and time_goes_on:
             self._ask(deadline, now)
         self._settle()
@@ -217,31 +217,37 @@ class ControlLoop:
             return None
         return self.executor.next(deadline)
 
-    def _send(self, verdict: Verdict) -> bool:
+    def _send(self, result: FilterResult) -> bool:
         """Command the robot; a refusal is a fault, and the arm holds."""
         try:
-            if verdict.command is None:
+            if result.command is None:
                 self.robot.hold()
                 return False
-            self.robot.act(verdict.command)
+            self.robot.act(result.command)
         except RatchetError as error:
             self.safety.fail("runtime.robot", f"{error.code}: {error.what}")
             return False
         return True
 
     def _account(
-        self, proposal: Proposal | None, verdict: Verdict, sent: bool, seen: Observation, after: float, deadline: float
+        self,
+        proposal: Proposal | None,
+        result: FilterResult,
+        sent: bool,
+        seen: Observation,
+        after: float,
+        deadline: float,
     ) -> ControlTick:
-        marks = verdict.marks
-        taken = proposal if proposal is not None and verdict.accepted and sent else None
+        marks = result.marks
+        taken = proposal if proposal is not None and result.accepted and sent else None
         if taken is not None and not marks & Mark.HUMAN:
             self.executor.sent(taken, marks)
             self._decided.add(taken.chunk_sequence)
         self._human_ticks += bool(marks & Mark.HUMAN)
         if not self.safety.resting:
             self._moved_at = after
-        moving = verdict.state in MOVING
-        self.watchdog.waiting(verdict.state is SafetyState.WAITING, deadline)
+        moving = result.state in MOVING
+        self.watchdog.waiting(result.state is SafetyState.WAITING, deadline)
         if self._was_moving and not moving:
             self._drop_plan()
         self._was_moving = moving
@@ -250,7 +256,7 @@ class ControlLoop:
             deadline=deadline,
             index=self._index,
             sampled=proposal.sampled if proposal is not None else None,
-            command=verdict.command if sent else None,
+            command=result.command if sent else None,
             marks=marks,
             chunk_sequence=proposal.chunk_sequence if proposal is not None else -1,
             chunk_offset=proposal.chunk_offset if proposal is not None else -1,
@@ -259,7 +265,7 @@ class ControlLoop:
         )
         self._index += 1
         self.sink.tick(tick)
-        for event in verdict.events:
+        for event in result.events:
             self._tell(event)
         return tick
 

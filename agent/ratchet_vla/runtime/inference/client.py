@@ -1,7 +1,7 @@
 """The control process's end of the policy process: start it, ask it, exchange its adapter, notice that it is gone.
 
 Knows requests, answers and restarts. Imports no model code: neither torch nor transformers reach the process that holds
-the arm. A dead, hanging or swapping policy is only a late chunk, which the safety stage knows how to handle.
+the arm. A dead, hanging or swapping policy is only a late chunk, which the safety filter knows how to handle.
 """
 
 from __future__ import annotations

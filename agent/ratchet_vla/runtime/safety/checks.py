@@ -1,4 +1,4 @@
-"""Checks of what reaches the safety stage: chunks, single actions, measurements. Each tells what is wrong, or nothing.
+"""Checks of what reaches the safety filter: chunks, single actions, measurements. Each tells what is wrong, or nothing.
 
 Ages and sequence numbers of chunks and states are checked here, those of frames in `control.watchdog`. Knows contract,
 limits and times. Changes nothing; what follows from a finding is decided in filter.py.

@@ -1,4 +1,4 @@
-"""The safety stage: the last thing an action passes before the robot, on by default.
+"""The safety filter: the last thing an action passes before the robot, on by default.
 
 Knows the contract's limits and times, faults, holds and who may end them. Knows no policy, no camera driver and no ROS.
 It is not a safety-rated function; it works inside the robot's own limits. States and transitions: docs/safety.md.
@@ -19,16 +19,16 @@ from ratchet_vla.runtime.safety import checks
 from ratchet_vla.runtime.safety.limits import Limiter
 from ratchet_vla.runtime.safety.measured import Measured
 from ratchet_vla.runtime.safety.pacing import Pacer
-from ratchet_vla.runtime.safety.types import Proposal, SafetyConfig, SafetyState, Verdict
+from ratchet_vla.runtime.safety.types import FilterResult, Proposal, SafetyConfig, SafetyState
 
-__all__ = ["MOVING", "Proposal", "SafetyConfig", "SafetyFilter", "SafetyState", "Verdict"]
+__all__ = ["MOVING", "FilterResult", "Proposal", "SafetyConfig", "SafetyFilter", "SafetyState"]
 
 MOVING = (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
 """States of an attempt under way: nothing has stopped it."""
 
 
 class SafetyFilter:
-    """One per arm. Call `start`, then `step` once per control period; send what the verdict says and nothing else.
+    """One per arm. Call `start`, then `step` once per control period; send what the result says and nothing else.
 
     Time is what the caller passes as `now`: seconds on the clock that also stamps observations. Within any window of w
     seconds no dimension is displaced by more than its velocity limit times (w + 1.25 periods). Not thread-safe; the
@@ -179,7 +179,7 @@ class SafetyFilter:
         now: float,
         *,
         expected: bool = False,
-    ) -> Verdict:
+    ) -> FilterResult:
         """Decide what the robot is sent in this period.
 
         proposal: the next action, None where there is none.
@@ -211,7 +211,7 @@ class SafetyFilter:
         if self._state is SafetyState.STOPPING:
             return self._brake(measured, pace.dt, now, events)
         if self._state not in MOVING:
-            return Verdict(None, Mark.HELD, self._state, False, tuple(events))
+            return FilterResult(None, Mark.HELD, self._state, False, tuple(events))
         if proposal is None:
             return self._wait(measured, pace.dt, events)
         return self._move(proposal, measured, pace.dt, now, events)
@@ -303,7 +303,7 @@ class SafetyFilter:
     def _may_resume(self) -> bool:
         return not self._blocked and (self.config.resume == "automatic" or self._resume_asked)
 
-    def _brake(self, measured: Measured, dt: float, now: float, events: list[SafetyEvent]) -> Verdict:
+    def _brake(self, measured: Measured, dt: float, now: float, events: list[SafetyEvent]) -> FilterResult:
         self._stop_steps += 1
         allowed = self.contract.watchdog.stop_time + 2 * self.period
         overdue = now - self._stopping_since > allowed or self._stop_steps * self.period > allowed
@@ -312,20 +312,20 @@ class SafetyFilter:
         if self.limiter.resting or overdue:
             self.limiter.halt()
             self._state = self._after_stop
-            return Verdict(None, Mark.HELD, self._state, False, tuple(events))
+            return FilterResult(None, Mark.HELD, self._state, False, tuple(events))
         command = self.limiter.brake(measured, dt)
-        return Verdict(command, Mark.HELD, self._state, False, tuple(events))
+        return FilterResult(command, Mark.HELD, self._state, False, tuple(events))
 
-    def _wait(self, measured: Measured, dt: float, events: list[SafetyEvent]) -> Verdict:
+    def _wait(self, measured: Measured, dt: float, events: list[SafetyEvent]) -> FilterResult:
         self._state = SafetyState.WAITING
         if self.limiter.resting:
             self.limiter.halt()
-            return Verdict(None, Mark.HELD, self._state, False, tuple(events))
-        return Verdict(self.limiter.brake(measured, dt), Mark.HELD, self._state, False, tuple(events))
+            return FilterResult(None, Mark.HELD, self._state, False, tuple(events))
+        return FilterResult(self.limiter.brake(measured, dt), Mark.HELD, self._state, False, tuple(events))
 
     def _move(
         self, proposal: Proposal, measured: Measured, dt: float, now: float, events: list[SafetyEvent]
-    ) -> Verdict:
+    ) -> FilterResult:
         human = bool(proposal.marks & Mark.HUMAN)
         if self._by_human and not human:
             self._moving_since = now  # handed back: the policy begins as after a start
@@ -341,7 +341,7 @@ class SafetyFilter:
             slowed = ramping and cut.kind == "velocity"
             marks |= Mark.RAMPED if slowed else Mark.CLIPPED
             events.append(checks.cut_event(self.contract, now, name, cut, slowed))
-        return Verdict(command, marks, self._state, True, tuple(events))
+        return FilterResult(command, marks, self._state, True, tuple(events))
 
     def _event(
         self, now: float, code: str, message: str, *, value: float = 0.0, limit: float = 0.0, latched: bool = False

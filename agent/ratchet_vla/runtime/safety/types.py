@@ -1,4 +1,4 @@
-"""What goes into the safety stage and what comes out: proposals, verdicts, states and settings.
+"""What goes into the safety filter and what comes out: proposals, results, states and settings.
 
 Knows words and defaults. Decides nothing.
 """
@@ -13,7 +13,7 @@ from ratchet_vla.records import Float32, Mark, SafetyEvent
 
 
 class SafetyState(enum.StrEnum):
-    """Where the safety stage is; the transitions are drawn in docs/safety.md.
+    """Where the safety filter is; the transitions are drawn in docs/safety.md.
 
     IDLE: holds, `start` has not been called. RAMPING: moves, the permitted speed still grows. RUNNING: moves.
     WAITING: stands (or brakes) because the next action is expected and not there yet. STOPPING: brakes.
@@ -95,8 +95,8 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the safety stage decided for one tick.
+class FilterResult:
+    """What the safety filter decided for one tick.
 
     command: (D,) float32 to send, within every limit; None means `Robot.hold`.
     marks: the proposal's marks and what was done here: CLIPPED, RAMPED, HELD.

@@ -1,7 +1,7 @@
 """Teleoperation: what a person's hands want, turned into commands of any contract, and taking over without a jump.
 
 Knows intents, the `Teleoperator` protocol and control modes. Knows no device and no policy. A command starts where the
-arm is measured to be, grows over the contract's ramp time, and passes the safety stage like any other.
+arm is measured to be, grows over the contract's ramp time, and passes the safety filter like any other.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Takeover:
     """Connects a device to a running loop: give `on_tick` to `ControlLoop.run_episode`.
 
     Engaging takes over, disengaging hands back. A device that goes silent while engaged hands nothing back: its last
-    command grows too old, and the safety stage holds the arm until the person is there again. A judgement ends the
+    command grows too old, and the safety filter holds the arm until the person is there again. A judgement ends the
     episode and is kept in `judgement`.
     """
 

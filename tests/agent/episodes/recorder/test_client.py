@@ -79,13 +79,13 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Recorder]]:
         kind: type[Recorder] = InThread,
         contract: Any = CONTRACT,
         *,
-        last_stage: bool = False,
+        command_filter: bool = False,
         wire: dict[str, tuple[str, str]] | None = None,
         **config: Any,
     ) -> Recorder:
         given = {"memory_mb": 2, "min_free_gb": 0.0, **config}
         settings = RecorderConfig(**given)
-        made.append(kind(tmp_path, contract, settings, session="s", last_stage=last_stage, wire=wire))
+        made.append(kind(tmp_path, contract, settings, session="s", command_filter=command_filter, wire=wire))
         return made[-1]
 
     yield start
@@ -222,9 +222,9 @@ def test_shared_frames_are_found_again(tmp_path: Path, started: Callable[..., Re
     assert sorted(ending.frames.values()) == sorted([8, 8] + [1, 1] * (groups - 1))
 
 
-def test_a_last_stage_has_the_last_word(tmp_path: Path, started: Callable[..., Recorder]) -> None:
+def test_a_command_filter_has_the_last_word(tmp_path: Path, started: Callable[..., Recorder]) -> None:
     """What it clipped or never passed on was not executed as sampled, whenever its word comes; silence is none."""
-    recorder = started(last_stage=True)
+    recorder = started(command_filter=True)
     rng = np.random.default_rng(0)
     recorder.describe(name="s-0001")
     recorder.begin("bowl", "go", 0.0)

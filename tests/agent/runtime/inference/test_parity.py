@@ -2,8 +2,8 @@
 the one that drives the arm.
 
 Pinned: Meta-World with the built-in VLA, greedy and sampled: identical actions, tokens and log-probabilities, bit by
-bit, and identical success, in process and through policy process, executor, safety stage and loop in lock-step; nothing
-is clipped on the way. Determinism: same initial state, noise from the episode's seed as rollouts draw it.
+bit, and identical success, in process and through policy process, executor, safety filter and loop in lock-step;
+nothing is clipped on the way. Determinism: same initial state, noise from the episode's seed as rollouts draw it.
 """
 
 from __future__ import annotations

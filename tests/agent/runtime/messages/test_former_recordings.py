@@ -1,7 +1,7 @@
 """Recordings that people already have must not be lost with the recorder that made them.
 
 Pinned: a file that the nodes' former recorder really wrote (tests/golden/node_recording) becomes an episode: frames bit
-by bit, what was sampled, what the last stage applied, both people's verdicts; a second time changes nothing; a file
+by bit, what was sampled, what the command filter applied, both people's verdicts; a second time changes nothing; a file
 that was cut off before its first block, a verdict on another file and a torn verdict are passed over by name.
 """
 

@@ -1,4 +1,4 @@
-"""An independent judge of what a safety stage lets through: it sees times, commands and measured positions only.
+"""An independent check of what a safety filter lets through: it sees times, commands and measured positions only.
 
 Shares no code with the filter: differences of the commands it saw, divided by the time that passed (never more than one
 period, jitter of a quarter period forgiven as docs/safety.md says), against the contract's numbers.
@@ -38,7 +38,7 @@ class Referee:
         self.worst: dict[str, float] = {}
 
     def see(self, now: float, command: np.ndarray | None, measured: np.ndarray, braking: bool) -> None:
-        """One decision. braking: the stage is in a controlled stop, which may overrun the box but no other limit."""
+        """One decision. braking: the filter is in a controlled stop, which may overrun the box but no other limit."""
         if now - self.now > 2.0 * self.period:
             self.speed[:] = 0.0
             self.push[:] = 0.0

@@ -1,4 +1,4 @@
-"""The safety stage is the last thing between a policy and an arm: whatever comes in, what goes out keeps the limits.
+"""The safety filter is the last thing between a policy and an arm: whatever comes in, what goes out keeps the limits.
 
 Pinned: velocity, acceleration, jerk, workspace and gripper rate at the output, judged by an independent referee, for
 every control mode, over random and hostile actions, jittering and bursting clocks; actions within limits pass bit by
@@ -45,11 +45,11 @@ def drive(contract: RobotContract, actions: np.ndarray, gaps: np.ndarray, slip: 
     for k, (action, gap) in enumerate(zip(actions, gaps, strict=True)):
         now += gap * period
         state = state_at(contract, place)
-        verdict = stage.step(Proposal(action, action, now, k, 0), state, now, now)
-        referee.see(now, verdict.command, state["place"], verdict.state is SafetyState.STOPPING)
-        if verdict.command is not None:
-            assert np.isfinite(verdict.command).all()
-            linear = verdict.command[:3].astype(np.float64)
+        result = stage.step(Proposal(action, action, now, k, 0), state, now, now)
+        referee.see(now, result.command, state["place"], result.state is SafetyState.STOPPING)
+        if result.command is not None:
+            assert np.isfinite(result.command).all()
+            linear = result.command[:3].astype(np.float64)
             place = (
                 linear
                 if mode.endswith("absolute")
@@ -127,11 +127,11 @@ def test_actions_within_limits_pass_bit_by_bit(mode: str) -> None:
         action = action + rng.normal(size=action.shape).astype(np.float32) * np.float32(1e-4)
         action[-1] = 1.0 - abs(action[0])
         now = 0.05 * k + rng.uniform(-0.002, 0.002)
-        verdict = stage.step(Proposal(action, action, now, k, 0), state, now, now)
-        assert verdict.command is not None
-        np.testing.assert_array_equal(verdict.command, action)
-        assert verdict.marks == Mark.NONE
-        assert verdict.events == ()
+        result = stage.step(Proposal(action, action, now, k, 0), state, now, now)
+        assert result.command is not None
+        np.testing.assert_array_equal(result.command, action)
+        assert result.marks == Mark.NONE
+        assert result.events == ()
 
 
 def test_a_far_target_is_approached_from_the_measured_pose() -> None:
@@ -142,11 +142,11 @@ def test_a_far_target_is_approached_from_the_measured_pose() -> None:
     place, steps = np.full(3, -0.5), []
     for k in range(60):
         now = k * 0.05
-        verdict = stage.step(Proposal(target, target, now, k, 0), state_at(contract, place), now, now)
-        assert verdict.command is not None
-        steps.append(float(verdict.command[0] - place[0]))
-        assert bool(verdict.marks & Mark.RAMPED) == (k < 19)
-        place = verdict.command[:3].astype(float)
+        result = stage.step(Proposal(target, target, now, k, 0), state_at(contract, place), now, now)
+        assert result.command is not None
+        steps.append(float(result.command[0] - place[0]))
+        assert bool(result.marks & Mark.RAMPED) == (k < 19)
+        place = result.command[:3].astype(float)
     assert 0 < steps[0] <= 1.5 * 0.05 * 0.05 + 1e-6  # a twentieth of full speed in the first period
     np.testing.assert_allclose(place, 0.5, atol=1e-3)
 
@@ -159,9 +159,9 @@ def test_straight_lines_stay_straight_when_shortened() -> None:
     wish = np.array([1.5, 0.5, -0.25, 1.0], np.float32)
     for k in range(6):
         now = k * 0.05
-        verdict = stage.step(Proposal(wish * 4, wish, now, k, 0), state, now, now)
-    assert verdict.command is not None
-    np.testing.assert_allclose(verdict.command[:3], [1.5, 1.5, -1.0], atol=1e-5)  # range first, as a controller does
+        result = stage.step(Proposal(wish * 4, wish, now, k, 0), state, now, now)
+    assert result.command is not None
+    np.testing.assert_allclose(result.command[:3], [1.5, 1.5, -1.0], atol=1e-5)  # range first, as a controller does
 
 
 def test_commands_in_a_burst_get_only_the_time_that_passed() -> None:
@@ -174,8 +174,8 @@ def test_commands_in_a_burst_get_only_the_time_that_passed() -> None:
     total, now = 0.0, 0.0
     for k in range(40):
         now += 0.001
-        verdict = stage.step(Proposal(full, full, now, k, 0), state, now, now)
-        total += float(verdict.command[0]) if verdict.command is not None else 0.0
+        result = stage.step(Proposal(full, full, now, k, 0), state, now, now)
+        total += float(result.command[0]) if result.command is not None else 0.0
     assert total <= 0.4 * (0.04 + 1.25 * 0.05) * (1 + 1e-6)
 
 
@@ -195,9 +195,9 @@ def test_a_gripper_with_inertia_brakes_before_its_stops(seed: int, jitter: float
     sent = []
     for k, action in enumerate(actions):
         now += abs(1.0 + jitter * rng.standard_normal()) / contract.control_hz
-        verdict = stage.step(Proposal(action, action, now, k, 0), state, now, now)
-        if verdict.command is not None:
-            sent.append(float(verdict.command[-1]))
+        result = stage.step(Proposal(action, action, now, k, 0), state, now, now)
+        if result.command is not None:
+            sent.append(float(result.command[-1]))
     assert min(sent) >= -1e-5
     assert max(sent) <= 1.0 + 1e-5
     assert max(sent) - min(sent) > 0.5  # it did move

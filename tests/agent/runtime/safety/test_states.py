@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, Mark
-from ratchet_vla.runtime.safety.filter import Proposal, SafetyConfig, SafetyFilter, SafetyState, Verdict
+from ratchet_vla.runtime.safety.filter import FilterResult, Proposal, SafetyConfig, SafetyFilter, SafetyState
 from ratchet_vla.runtime.safety.types import LATCHING
 from ratchet_vla.testing.fake_contract import arm
 from tests.agent.runtime.safety.invariant_checker import Referee
@@ -38,14 +38,14 @@ class Rig:
 
     def tick(
         self, action: np.ndarray | None = FULL, *, age: float = 0.0, late: float = 0.0, **options: bool
-    ) -> Verdict:
+    ) -> FilterResult:
         self.now += T
         self.count += 1
         proposal = None if action is None else Proposal(action, action, self.now - late, self.count, 0)
-        verdict = self.stage.step(proposal, state_at(self.contract, self.place), self.now - age, self.now, **options)
-        if verdict.command is not None:
-            self.place = self.place + verdict.command[:3]
-        return verdict
+        result = self.stage.step(proposal, state_at(self.contract, self.place), self.now - age, self.now, **options)
+        if result.command is not None:
+            self.place = self.place + result.command[:3]
+        return result
 
     def back_and_forth(self) -> np.ndarray:
         return FULL * (1.0 if (self.count // 10) % 2 else -1.0) * np.array([1, 0, 0, 0]) + np.array([0, 0, 0, 1.0])
@@ -63,9 +63,9 @@ def test_a_fault_stops_and_stays_stopped_until_a_person_clears_it(code: str) -> 
     rig.tick()
     rig.tick()
     rig.stage.fail(code, "on purpose")
-    verdict = rig.tick()
-    assert verdict.state is SafetyState.STOPPING
-    assert [e.code for e in verdict.events if e.latched] == [code]
+    result = rig.tick()
+    assert result.state is SafetyState.STOPPING
+    assert [e.code for e in result.events if e.latched] == [code]
     assert rig.until_standing() * T <= CONTRACT.watchdog.stop_time + T
     assert rig.stage.state is SafetyState.LATCHED
     assert all(rig.tick().command is None for _ in range(5))
@@ -101,9 +101,9 @@ def test_no_going_on_while_the_cause_lasts() -> None:
     rig.tick()
     rig.tick(age=1.0)
     rig.until_standing()
-    verdicts = [rig.tick(age=1.0) for _ in range(5)]
-    assert all(v.command is None for v in verdicts)
-    assert sum(len(v.events) for v in verdicts) <= 1  # one cause, one event
+    results = [rig.tick(age=1.0) for _ in range(5)]
+    assert all(v.command is None for v in results)
+    assert sum(len(v.events) for v in results) <= 1  # one cause, one event
 
 
 def test_manual_resume_waits_for_a_person() -> None:
@@ -142,9 +142,9 @@ def test_the_e_stop_latches_and_its_release_does_not_clear() -> None:
 def test_the_e_stop_also_latches_an_idle_arm() -> None:
     stage = SafetyFilter(CONTRACT)
     stage.e_stop(True)
-    verdict = stage.step(None, state_at(CONTRACT, np.zeros(3)), 0.0, 0.0)
-    assert verdict.state is SafetyState.LATCHED
-    assert verdict.events[0].latched
+    result = stage.step(None, state_at(CONTRACT, np.zeros(3)), 0.0, 0.0)
+    assert result.state is SafetyState.LATCHED
+    assert result.events[0].latched
     with pytest.raises(RatchetError, match=r"safety\.latched"):
         stage.start(state_at(CONTRACT, np.zeros(3)), 0.0)
 
@@ -173,8 +173,8 @@ def test_motion_needs_the_dead_man_switch() -> None:
 def test_hostile_actions_are_faults(change: object, code: str) -> None:
     rig = Rig()
     rig.tick()
-    verdict = rig.tick(change(FULL))  # type: ignore[operator]
-    assert [e.code for e in verdict.events] == [code]
+    result = rig.tick(change(FULL))  # type: ignore[operator]
+    assert [e.code for e in result.events] == [code]
     rig.until_standing()
     assert rig.stage.state is SafetyState.LATCHED
 
@@ -191,11 +191,11 @@ def test_hostile_measurements_are_faults(state: dict[str, np.ndarray], code: str
     rig = Rig()
     rig.tick()
     rig.now += T
-    verdict = rig.stage.step(
+    result = rig.stage.step(
         Proposal(FULL, FULL, rig.now, 99, 0), {**state_at(CONTRACT, rig.place), **state}, rig.now, rig.now
     )
-    assert [e.code for e in verdict.events] == [code]
-    assert verdict.state is SafetyState.STOPPING
+    assert [e.code for e in result.events] == [code]
+    assert result.state is SafetyState.STOPPING
 
 
 def test_late_actions_and_repeated_ones_are_not_sent() -> None:
@@ -218,10 +218,10 @@ def test_a_clock_that_stands_still_or_goes_back_is_a_fault() -> None:
     codes = []
     for _ in range(16):
         rig.now -= T
-        verdict = rig.tick()
-        codes += [e.code for e in verdict.events if e.latched]
+        result = rig.tick()
+        codes += [e.code for e in result.events if e.latched]
     assert codes == ["safety.clock"]
-    assert verdict.state is SafetyState.LATCHED  # the stop needs no working clock
+    assert result.state is SafetyState.LATCHED  # the stop needs no working clock
 
 
 def test_an_arm_that_does_not_follow_is_a_fault() -> None:
@@ -232,8 +232,8 @@ def test_an_arm_that_does_not_follow_is_a_fault() -> None:
     target = np.array([0.7, 0, 0, 0], np.float32)
     codes = []
     for k in range(30):
-        verdict = stage.step(Proposal(target, target, k * T, k, 0), still, k * T, k * T)
-        codes += [e.code for e in verdict.events if e.latched]
+        result = stage.step(Proposal(target, target, k * T, k, 0), still, k * T, k * T)
+        codes += [e.code for e in result.events if e.latched]
     assert codes == ["safety.tracking"]
 
 
@@ -266,7 +266,7 @@ def test_limits_that_allow_no_stop_in_time_are_refused() -> None:
 
 
 class AnythingCanHappen(RuleBasedStateMachine):
-    """Everything that can be done to a safety stage, in any order."""
+    """Everything that can be done to a safety filter, in any order."""
 
     @initialize(
         mode=st.sampled_from(["ee_delta", "joint_absolute", "joint_velocity"]),
@@ -281,7 +281,7 @@ class AnythingCanHappen(RuleBasedStateMachine):
         self.place, self.now, self.count = np.zeros(3), 0.0, 0
         self.pressed = self.started = False
         self.stopping = 0
-        self.verdict: Verdict | None = None
+        self.result: FilterResult | None = None
         self.referee: Referee | None = None
         self.latched_since_clear = False
 
@@ -356,13 +356,13 @@ class AnythingCanHappen(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
-    @precondition(lambda self: self.verdict is not None)
+    @precondition(lambda self: self.result is not None)
     @invariant()
     def no_command_outside_motion(self) -> None:
-        assert self.verdict is not None
-        if self.verdict.state in (SafetyState.IDLE, SafetyState.HOLDING, SafetyState.LATCHED):
-            assert self.verdict.command is None
-            assert not self.verdict.accepted
+        assert self.result is not None
+        if self.result.state in (SafetyState.IDLE, SafetyState.HOLDING, SafetyState.LATCHED):
+            assert self.result.command is None
+            assert not self.result.accepted
 
     @precondition(lambda self: self.referee is not None)
     @invariant()
@@ -390,15 +390,15 @@ class AnythingCanHappen(RuleBasedStateMachine):
         state = state_at(self.contract, self.place)
         if lost:
             state["place"][:] = np.nan
-        verdict = self.verdict = self.stage.step(proposal, state, self.now - age, self.now, expected=expected)
-        self.stopping = self.stopping + 1 if verdict.state is SafetyState.STOPPING else 0
+        result = self.result = self.stage.step(proposal, state, self.now - age, self.now, expected=expected)
+        self.stopping = self.stopping + 1 if result.state is SafetyState.STOPPING else 0
         if before is SafetyState.LATCHED or self.latched_since_clear:
-            assert verdict.command is None
-        self.latched_since_clear |= verdict.state is SafetyState.LATCHED
+            assert result.command is None
+        self.latched_since_clear |= result.state is SafetyState.LATCHED
         if self.referee is not None:
-            self.referee.see(self.now, verdict.command, self.place, verdict.state is SafetyState.STOPPING)
-        if verdict.command is not None:
-            linear = verdict.command[:3].astype(float)
+            self.referee.see(self.now, result.command, self.place, result.state is SafetyState.STOPPING)
+        if result.command is not None:
+            linear = result.command[:3].astype(float)
             scale = 1.0 if self.mode.endswith("delta") else T
             self.place = linear if self.mode.endswith("absolute") else self.place + linear * scale
 

@@ -1,6 +1,6 @@
 """teleop_node: a gamepad or SpaceMouse (sensor_msgs/Joy) as an operator: dead-man switch, take-over, judgement.
 
-Knows axes, buttons and the contract's action dimensions. What it sends passes both safety stages like any command.
+Knows axes, buttons and the contract's action dimensions. What it sends passes both safety filters like any command.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class EpisodeServices:
         return name
 
     def _tick(self) -> None:
-        """What was measured in this control period, and what the last stage sent in it for whoever commands."""
+        """What was measured in this control period, and what the command filter sent in it for whoever commands."""
         recording = self._recording
         try:
             state, _ = self._intake.aligner.newest_state()

@@ -70,7 +70,7 @@ class PolicyNode(RatchetNode):
         self._ticking: list[Any] = []
         self._goal: task_run.Goal | None = None
         self._thread: Any = None
-        self._last_stage: msg.SafetyStatus | None = None
+        self._filter_status: msg.SafetyStatus | None = None
         self._episodes, self._started = 0, uuid.uuid4().hex[:8]
 
     # -- lifecycle -------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class PolicyNode(RatchetNode):
         if self.intake.aligner.cameras:
             ages["frame_age_s"] = f"{self.clock.now() - self.intake.aligner.frames_stamp():.4f}"
         lines.append((ERROR if missing or problems else OK, "observation", text, ages | {"skew_s": self.robot.skew}))
-        if self._last_stage is None:
+        if self._filter_status is None:
             lines.append((ERROR, "safety node", "not heard of", {}))
         if self.recording is not None:
             lines.append(self.recording.diagnose())
@@ -224,7 +224,7 @@ class PolicyNode(RatchetNode):
 
     def _make_servers(self) -> None:
         keep = self._keep
-        keep(self.create_subscription(msg.SafetyStatus, "safety_status", self._on_last_stage, qos.STATUS))
+        keep(self.create_subscription(msg.SafetyStatus, "safety_status", self._on_filter_status, qos.STATUS))
         keep(self.create_subscription(msg.OperatorInput, "operator", self._on_operator, qos.INPUT))
         for profile in qos.STOP_BUTTONS:
             keep(self.create_subscription(Bool, "e_stop", self._on_e_stop, profile))
@@ -246,7 +246,7 @@ class PolicyNode(RatchetNode):
         keep(self.create_service(srv.SwapAdapter, "~/swap_adapter", self._serve_swap))
         keep(self.create_service(srv.ListAdapters, "~/list_adapters", self._serve_list))
         apart = ReentrantCallbackGroup()  # a callback that awaits another node holds up its group, its answer too
-        self._clear_last_stage = keep(
+        self._clear_command_filter = keep(
             self.create_client(srv.ClearFault, "safety_node/clear_fault", callback_group=apart)
         )
         keep(self.create_service(srv.ClearFault, "~/clear_fault", self._serve_clear, callback_group=apart))
@@ -256,12 +256,12 @@ class PolicyNode(RatchetNode):
     def _on_clock(self, message: ClockMessage) -> None:
         self.clock.update(seconds(message.clock))  # type: ignore[attr-defined]
 
-    def _on_last_stage(self, message: msg.SafetyStatus) -> None:
-        self._last_stage = message
+    def _on_filter_status(self, message: msg.SafetyStatus) -> None:
+        self._filter_status = message
         if message.latched and self._goal is not None:
             if isinstance(self.robot, LockStepRosRobot):
                 self.robot.abandon(True)
-            self.safety.fail("safety.last_stage", f"the safety node stopped the arm: {message.cause}")
+            self.safety.fail(policy_params.FILTER_LATCHED, f"the safety node stopped the arm: {message.cause}")
 
     def _on_e_stop(self, message: Bool) -> None:
         self.safety.e_stop(message.data)
@@ -325,14 +325,14 @@ class PolicyNode(RatchetNode):
         return response
 
     async def _serve_clear(self, request: srv.ClearFault.Request, response: srv.ClearFault.Response) -> Any:
-        """Both stages of the arm, the last one first, so that nothing moves while it is still latched."""
+        """Both filters of the arm, the one before the arm first, so that nothing moves while it is still latched."""
         cleared, said = [], []
         try:
-            last = await answered(self, self._clear_last_stage, request, ANSWER)
-            if last.success:
-                cleared, said = [last.cleared], [last.message]
-            elif last.code != NOT_LATCHED:
-                return last
+            filter_answer = await answered(self, self._clear_command_filter, request, ANSWER)
+            if filter_answer.success:
+                cleared, said = [filter_answer.cleared], [filter_answer.message]
+            elif filter_answer.code != NOT_LATCHED:
+                return filter_answer
             cause = self.safety.cause
             try:
                 event = self.safety.clear(request.person)
@@ -458,9 +458,9 @@ class PolicyNode(RatchetNode):
         misfit = self.judge.refusal(goal.task, goal.instruction)
         if misfit is not None:
             raise misfit
-        stage = self._require_safety_node()
-        if stage.latched:
-            text = f"the safety node is latched by {stage.cause}"
+        filter_status = self._require_safety_node()
+        if filter_status.latched:
+            text = f"the safety node is latched by {filter_status.cause}"
             raise RatchetError("safety.latched", text, fix="ratchet ctl clear")
         status = self.client.status()
         if status.state != "ready":
@@ -472,9 +472,9 @@ class PolicyNode(RatchetNode):
 
     def _require_safety_node(self) -> msg.SafetyStatus:
         """What the safety node last said. Raises RatchetError ros.no_safety_node where none takes commands."""
-        if self._last_stage is None or not self._commands.get_subscription_count():
+        if self._filter_status is None or not self._commands.get_subscription_count():
             raise RatchetError("ros.no_safety_node", "no safety node listens", fix="start safety_node and activate it")
-        return self._last_stage
+        return self._filter_status
 
     def _new_name(self) -> str:
         """Of the next episode; unique, also where a session goes on after its process was killed."""

@@ -1,4 +1,4 @@
-"""Parameters of policy_node, and what they mean for the policy process and the safety stage."""
+"""Parameters of policy_node, and what they mean for the policy process and the safety filter."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ratchet_vla.runtime.control.chunks import ChunkExecutor, CollectExecutor, D
 from ratchet_vla.runtime.inference.client import PolicyLaunch
 from ratchet_vla.runtime.safety.filter import SafetyConfig
 from ratchet_vla.runtime.safety.types import LATCHING
+
+FILTER_LATCHED = "safety.last_stage"  # the command filter stopped the arm; episodes on disk carry this code
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,9 @@ def launch(settings: Parameters) -> PolicyLaunch:
 
 
 def safety_config(settings: Parameters, simulated: bool) -> SafetyConfig:
-    """The node's own stage; a latched last stage latches it too. simulated: time is a simulation's."""
+    """The node's own safety filter; a latched command filter latches it too. simulated: time is a simulation's."""
     return SafetyConfig(
-        latch_on=LATCHING | {"safety.last_stage"},
+        latch_on=LATCHING | {FILTER_LATCHED},
         resume="manual" if settings.resume == "manual" else "automatic",
         dead_man=settings.dead_man,
         dead_man_timeout=settings.dead_man_timeout,

@@ -1,4 +1,4 @@
-"""What policy_node sees, decides and sends, and what the last stage makes of it, handed to the episode recorder.
+"""What policy_node sees, decides and sends, and what the command filter makes of it, handed to the episode recorder.
 
 Knows the recorder and our messages. Nothing here waits for it but `finish`, which is called when the arm is at rest.
 """
@@ -23,14 +23,14 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, Applied, ControlTick, Mark, Observation, SafetyEvent, UInt8
 from ratchet_vla.runtime.control.sink import ChunkOutcome
 
-TELL = 0.5  # s that the last stage has to tell what became of the last command
+TELL = 0.5  # s that the command filter has to tell what became of the last command
 FINISH = 20.0  # s until an episode's file must be whole on the disk
 
 
 class EpisodeRecording:
     """A TickSink that records into an episode store. Frames, `applied` and events come from the node's own thread.
 
-    An episode ends with `finish`: its `end` comes while the last stage still tells of the last commands.
+    An episode ends with `finish`: its `end` comes while the command filter still tells of the last commands.
     """
 
     def __init__(
@@ -46,7 +46,9 @@ class EpisodeRecording:
     ) -> None:
         """Starts the recorder process. Raises what `Recorder` raises."""
         self.folder = folder
-        self.recorder = Recorder(folder, contract, config, calibrations=dict(calibrations), wire=wire, last_stage=True)
+        self.recorder = Recorder(
+            folder, contract, config, calibrations=dict(calibrations), wire=wire, command_filter=True
+        )
         self._clock, self._robot = clock, robot
         self._heard = threading.Condition()
         self._sent = self._told = 0  # numbers of the newest command sent, and of the newest that was told of
@@ -124,7 +126,7 @@ class EpisodeRecording:
 
     def on_applied(self, message: msg.Applied) -> None:
         if message.session != self._robot.session:
-            return  # another sender's, or what the stage did by itself: that is an event
+            return  # another sender's, or what the filter did by itself: that is an event
         action = np.array(message.action, np.float32) if len(message.action) else None
         self.recorder.applied(Applied(int(message.number), action, Mark(message.marks)))
         with self._heard:
@@ -132,7 +134,7 @@ class EpisodeRecording:
             self._heard.notify_all()
 
     def on_event(self, message: msg.SafetyEvent) -> None:
-        """Of the last stage; the loop's own come as a sink's."""
+        """Of the command filter; the loop's own come as a sink's."""
         fields = ("code", "message", "dim", "value", "limit", "latched")
         said = {name: getattr(message, name) for name in fields}
         self.recorder.event(SafetyEvent(stamp=self._clock.from_ros(message.stamp), **said))

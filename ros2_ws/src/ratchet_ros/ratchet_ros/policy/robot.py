@@ -18,7 +18,7 @@ from ratchet_ros.messages.times import TimeBase
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Float32, Mark, Observation
-from ratchet_vla.runtime.safety.filter import Proposal, SafetyFilter, Verdict
+from ratchet_vla.runtime.safety.filter import FilterResult, Proposal, SafetyFilter
 
 Publish = Callable[[Command], None]
 
@@ -76,15 +76,15 @@ class RosRobot:
         self.image_stamps = [aligned.observation.stamp + aligned.skew.get(c.name, 0.0) for c in self._contract.cameras]
         return aligned.observation
 
-    def note(self, proposal: Proposal | None, verdict: Verdict) -> None:
+    def note(self, proposal: Proposal | None, result: FilterResult) -> None:
         """What the next `act` or `hold` carries; forgotten by it."""
-        taken = proposal if verdict.accepted else None
+        taken = proposal if result.accepted else None
         self._about = (
             taken.due if taken else 0.0,
             taken.chunk_sequence if taken else -1,
             taken.chunk_offset if taken else -1,
             taken.adapter_id if taken else "",
-            int(verdict.marks),
+            int(result.marks),
         )
 
     def act(self, action: Float32) -> None:
@@ -102,7 +102,7 @@ class RosRobot:
         self._send(Command.HOLD)
 
     def release(self) -> None:
-        """Motion has ended and nothing more is to come: the last stage goes idle instead of missing commands."""
+        """Motion has ended and nothing more is to come: the command filter goes idle instead of missing commands."""
         self._send(Command.STOP)
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class LockStepRosRobot(RosRobot):
 
 
 class NotingSafety(SafetyFilter):
-    """A safety stage that tells what it decided on, so that a command on the wire says what it carries."""
+    """A safety filter that tells what it decided on, so that a command on the wire says what it carries."""
 
     robot: RosRobot
 
@@ -207,7 +207,7 @@ class NotingSafety(SafetyFilter):
         now: float,
         *,
         expected: bool = False,
-    ) -> Verdict:
-        verdict = super().step(proposal, state, stamp, now, expected=expected)
-        self.robot.note(proposal, verdict)
-        return verdict
+    ) -> FilterResult:
+        result = super().step(proposal, state, stamp, now, expected=expected)
+        self.robot.note(proposal, result)
+        return result

@@ -90,7 +90,7 @@ def run(
     mark: Callable[[int, RunTask.Result | None], None],
     recording: EpisodeRecording | None = None,
 ) -> RunTask.Result:
-    """Run the goal to its end; then the last stage is told that nothing more comes. mark: told begin and end."""
+    """Run the goal to its end; then the command filter is told that nothing more comes. mark: told begin and end."""
     robot.instruction = goal.instruction
     judge.begin(loop.clock.now())
     mark(msg.EpisodeMark.BEGIN, None)

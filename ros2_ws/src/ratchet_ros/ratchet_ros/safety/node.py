@@ -1,4 +1,4 @@
-"""safety_node: the independent last stage between whoever commands and the arm's own topics.
+"""safety_node: the independent command filter between whoever commands and the arm's own topics.
 
 Knows the arm's command topics and is their only publisher. Commands come on `command`, what became of them goes out on
 `applied`; kill the sender and the arm brakes and holds. Not a safety-rated function: the robot's own limits and
@@ -25,15 +25,15 @@ from ratchet_ros.messages.intake import Intake, require_wiring
 from ratchet_ros.messages.times import SimulatedTime, SteadyTime, TimeBase, seconds
 from ratchet_ros.nodes.base import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.nodes.params import parameter
-from ratchet_ros.safety.command_filter import LastStage, Order
+from ratchet_ros.safety.command_filter import CommandFilter, IncomingCommand
 from ratchet_vla.contract import CommandSink, RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Mark, SafetyEvent
 from ratchet_vla.runtime.control.priority import real_time
-from ratchet_vla.runtime.safety.filter import SafetyConfig, SafetyState, Verdict
+from ratchet_vla.runtime.safety.filter import FilterResult, SafetyConfig, SafetyState
 from ratchet_vla.runtime.safety.types import LATCHING
 
-BROKEN = 70  # exit status of a node whose last stage ended
+BROKEN = 70  # exit status of a node whose command filter ended
 FOREVER = 1e9  # s; in lock-step the clock stands still for as long as the policy thinks
 KINDS = {msg.Command.ACTION: "action", msg.Command.HOLD: "hold", msg.Command.STOP: "stop"}
 
@@ -63,7 +63,7 @@ class SafetyNode(RatchetNode):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("safety_node", **options)
-        self.stage: LastStage | None = None
+        self.command_filter: CommandFilter | None = None
         self._things: list[Any] = []
         self._kinds: dict[str, Any] = {}
         self._e_stop_pressed = False
@@ -89,7 +89,7 @@ class SafetyNode(RatchetNode):
             cameras=(),
             max_skew=np.inf,
             reliable=lock_step,
-            on_data=lambda: self.stage.arrived() if self.stage else None,
+            on_data=lambda: self.command_filter.arrived() if self.command_filter else None,
         )
         config = SafetyConfig(
             latch_on=LATCHING | {"safety.second_sender"},
@@ -98,7 +98,7 @@ class SafetyNode(RatchetNode):
             dead_man_timeout=self.settings.dead_man_timeout,
             clock_may_pause=simulated and not lock_step,
         )
-        self.stage = LastStage(
+        self.command_filter = CommandFilter(
             self.contract,
             self.intake.aligner,
             self.clock,
@@ -109,7 +109,7 @@ class SafetyNode(RatchetNode):
             lock_step=lock_step,
             wake=(lambda: None) if simulated else self._hurry,
         )
-        gauge = self.stage.filter.limiter.gauge
+        gauge = self.command_filter.safety.limiter.gauge
         self._sinks: list[tuple[CommandSink, Any, list[int], Callable[[Any], None]]] = []
         self._to_arm: list[Any] = []
         names = [d.name for d in self.contract.action.dims]
@@ -135,21 +135,21 @@ class SafetyNode(RatchetNode):
             self._require_alone(sink.topic)
         if self.settings.lock_step:
             self._require_arm()
-        assert self.stage is not None
+        assert self.command_filter is not None
         if self._e_stop_pressed:
-            self.stage.e_stop(True)
-        self.stage.start()
+            self.command_filter.e_stop(True)
+        self.command_filter.start()
         self._publish_status()
 
     def halt(self) -> None:
-        if self.stage is not None:
-            self.stage.stop()
+        if self.command_filter is not None:
+            self.command_filter.stop()
             self._publish_status()
 
     def teardown(self) -> None:
-        if self.stage is None and not self._things:
+        if self.command_filter is None and not self._things:
             return
-        self.stage = None
+        self.command_filter = None
         if hasattr(self, "intake"):
             self.intake.close()
         if hasattr(self, "_timer"):
@@ -160,13 +160,20 @@ class SafetyNode(RatchetNode):
         self._kinds = {}
 
     def diagnose(self) -> list[Line]:
-        assert self.stage is not None
-        stage = self.stage
+        assert self.command_filter is not None
+        command_filter = self.command_filter
         lines: list[Line] = []
-        state = stage.filter.state
+        state = command_filter.safety.state
         level = ERROR if state is SafetyState.LATCHED else WARN if state is SafetyState.HOLDING else OK
-        text = f"{state.value}{f' ({stage.filter.cause})' if stage.filter.cause else ''}"
-        lines.append((level, "safety", text, {"commands": stage.commands, "interventions": stage.interventions}))
+        text = f"{state.value}{f' ({command_filter.safety.cause})' if command_filter.safety.cause else ''}"
+        lines.append(
+            (
+                level,
+                "safety",
+                text,
+                {"commands": command_filter.commands, "interventions": command_filter.interventions},
+            )
+        )
         missing = self.intake.missing()
         problems = "; ".join(str(e) for e in self.intake.problems.values())
         text = f"missing {', '.join(missing)}" if missing else problems or "complete"
@@ -176,7 +183,7 @@ class SafetyNode(RatchetNode):
             try:
                 self._require_alone(sink.topic)
             except RatchetError as error:
-                stage.fail("safety.second_sender", error.what)
+                command_filter.fail("safety.second_sender", error.what)
                 lines.append((ERROR, "command topic", str(error), {}))
         return lines
 
@@ -186,15 +193,15 @@ class SafetyNode(RatchetNode):
         self.clock.update(seconds(message.clock))  # type: ignore[attr-defined]
 
     def _on_command(self, message: msg.Command) -> None:
-        if not self.active or self.stage is None:
+        if not self.active or self.command_filter is None:
             return
         kind = KINDS.get(message.kind)
         if kind is None:
-            self.stage.fail("safety.bad_action", f"a command of unknown kind {message.kind}")
+            self.command_filter.fail("safety.bad_action", f"a command of unknown kind {message.kind}")
             return
         action = np.frombuffer(message.action, np.float32) if kind == "action" else None
-        self.stage.put(
-            Order(
+        self.command_filter.put(
+            IncomingCommand(
                 kind=kind,
                 action=action,
                 stamp=self.clock.from_ros(message.stamp),
@@ -209,13 +216,13 @@ class SafetyNode(RatchetNode):
         )
 
     def _on_operator(self, message: msg.OperatorInput) -> None:
-        if self.stage is not None:
-            self.stage.dead_man(message.dead_man)
+        if self.command_filter is not None:
+            self.command_filter.dead_man(message.dead_man)
 
     def _on_e_stop(self, message: Bool) -> None:
         self._e_stop_pressed = message.data
-        if self.stage is not None:
-            self.stage.e_stop(message.data)
+        if self.command_filter is not None:
+            self.command_filter.e_stop(message.data)
             self._publish_status()
 
     def _serve_e_stop(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
@@ -225,16 +232,16 @@ class SafetyNode(RatchetNode):
         return response
 
     def _serve_resume(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        assert self.stage is not None
-        self.stage.filter.resume()
+        assert self.command_filter is not None
+        self.command_filter.safety.resume()
         response.success = True
         return response
 
     def _serve_clear(self, request: srv.ClearFault.Request, response: srv.ClearFault.Response) -> Any:
-        assert self.stage is not None
+        assert self.command_filter is not None
         try:
-            response.cleared = self.stage.filter.cause
-            event = self.stage.clear(request.person)
+            response.cleared = self.command_filter.safety.cause
+            event = self.command_filter.clear(request.person)
         except RatchetError as error:
             return convert.refused(response, error)
         response.success, response.message = True, event.message
@@ -243,12 +250,12 @@ class SafetyNode(RatchetNode):
 
     # -- out -------------------------------------------------------------------------------------------------------
 
-    def _send(self, verdict: Verdict, order: Order | None, new: bool) -> None:
-        """To the arm first, then what became of it to whoever wants to know. Called from the stage's thread."""
+    def _send(self, result: FilterResult, command: IncomingCommand | None, new: bool) -> None:
+        """To the arm first, then what became of it to whoever wants to know. Called from the filter's thread."""
         stamp = self.clock.to_ros(self.clock.now())
         state = self._measured()
-        if verdict.command is not None:
-            values = verdict.command.astype(np.float64)
+        if result.command is not None:
+            values = result.command.astype(np.float64)
             for _, encoder, places, out in self._sinks:
                 message = encoder.action(values[places], state, stamp)
                 if message is not None:
@@ -261,27 +268,27 @@ class SafetyNode(RatchetNode):
         self._applied_out.publish(
             msg.Applied(
                 stamp=stamp,
-                session=order.session if order else 0,
-                number=order.number if order else 0,
-                marks=int(verdict.marks),
-                sent=verdict.command is not None or new,
-                action=convert.floats(verdict.command) if verdict.command is not None else convert.floats([]),
-                chunk_sequence=order.chunk_sequence if order else -1,
-                chunk_offset=order.chunk_offset if order else -1,
-                adapter_id=order.adapter_id if order else "",
+                session=command.session if command else 0,
+                number=command.number if command else 0,
+                marks=int(result.marks),
+                sent=result.command is not None or new,
+                action=convert.floats(result.command) if result.command is not None else convert.floats([]),
+                chunk_sequence=command.chunk_sequence if command else -1,
+                chunk_offset=command.chunk_offset if command else -1,
+                adapter_id=command.adapter_id if command else "",
             )
         )
-        words = (verdict.state.value, self.stage.filter.cause if self.stage else "")
-        if words != self._said and verdict.state != SafetyState.WAITING:
+        words = (result.state.value, self.command_filter.safety.cause if self.command_filter else "")
+        if words != self._said and result.state != SafetyState.WAITING:
             self._publish_status()
 
     _said = ("", "")
 
     def _hurry(self) -> None:
-        self.get_logger().info(f"last stage: {real_time()}")
+        self.get_logger().info(f"command filter: {real_time()}")
 
     def _broken(self, error: BaseException) -> None:
-        """The stage's thread ended: one last hold, then the process goes, so that nobody takes it for alive."""
+        """The filter's thread ended: one last hold, then the process goes, so that nobody takes it for alive."""
         self.get_logger().fatal("".join(traceback.format_exception(error)))
         try:
             for _, encoder, _, out in self._sinks:
@@ -297,20 +304,20 @@ class SafetyNode(RatchetNode):
         (log.error if event.latched else log.debug)(f"{event.code}: {event.message}")
 
     def _publish_status(self) -> None:
-        stage = self.stage
-        if stage is None:
+        command_filter = self.command_filter
+        if command_filter is None:
             return
-        state, now = stage.filter.state, self.clock.now()
-        self._said = (state.value, stage.filter.cause)
+        state, now = command_filter.safety.state, self.clock.now()
+        self._said = (state.value, command_filter.safety.cause)
         age = now - self.intake.aligner.state_stamp()
         status = msg.SafetyStatus(
             state=state.value,
-            cause=stage.filter.cause,
+            cause=command_filter.safety.cause,
             latched=state is SafetyState.LATCHED,
             e_stop=self._e_stop_pressed,
             dead_man_required=bool(self.settings.dead_man),
-            commands=stage.commands,
-            interventions=stage.interventions,
+            commands=command_filter.commands,
+            interventions=command_filter.interventions,
             state_age=float(age) if np.isfinite(age) else -1.0,
         )
         status.header.stamp = self.clock.to_ros(now)
