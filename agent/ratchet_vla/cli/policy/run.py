@@ -38,7 +38,7 @@ from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch
 from ratchet_vla.runtime.robots.restamped import Restamped
 from ratchet_vla.runtime.safety.filter import SafetyConfig, SafetyFilter
 from ratchet_vla.runtime.session import rollout_requests
-from ratchet_vla.runtime.session.controller import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionController
 from ratchet_vla.runtime.session.dispatch import recorded
 
 LOOK = 0.2  # seconds between two looks for a rollout request
@@ -145,14 +145,14 @@ class Run(remote.LearnerOptions, ComputingOptions):
                 console.print(f"the policy computes in {client.computing}", markup=False, highlight=False)
             for warning in client.warnings:
                 console.print(f"[yellow]{warning}[/]")
-            desk = self._desk(contract, client, opened)
+            sessions = self._sessions(contract, client, opened)
             recorder = None if self.record is None else opened.enter_context(Recorder(self.record, contract))
             robots = Robots(self.suite, contract)
             opened.callback(robots.close)
-            for attempt in self._requested(client, desk, console) if self.learner else self._asked():
-                rows.append(self._episode(robots.at(attempt), client, safety, attempt, recorder, desk))
-                if desk is not None:
-                    desk.look()
+            for attempt in self._requested(client, sessions, console) if self.learner else self._asked():
+                rows.append(self._episode(robots.at(attempt), client, safety, attempt, recorder, sessions))
+                if sessions is not None:
+                    sessions.look()
             adapter_id = client.adapter_id
             tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
         if self.json:
@@ -182,19 +182,21 @@ class Run(remote.LearnerOptions, ComputingOptions):
             goal = rollout_requests.Goal(info.name, info.instruction, horizon, self.temperature or 0.0, seed)
             yield Attempt(info, state, goal, uuid.uuid4().hex[:12])
 
-    def _requested(self, client: PolicyClient, desk: SessionDesk | None, console: Console) -> Iterator[Attempt]:
+    def _requested(
+        self, client: PolicyClient, sessions: SessionController | None, console: Console
+    ) -> Iterator[Attempt]:
         """Episodes as the learner wants them, each asked for when the one before is over."""
         assert self.robot is not None
         started = uuid.uuid4().hex[:8]
         for number in range(self.episodes):
-            name = f"{desk.id if desk else ''}-{started}-{number + 1:04d}"
+            name = f"{sessions.id if sessions else ''}-{started}-{number + 1:04d}"
             with console.status("waiting for the learner's rollout request"):
-                goal = self._next_goal(client, desk, name)
+                goal = self._next_goal(client, sessions, name)
             info = common.find_tasks(self.suite, [goal.task])[goal.task]
             state = info.train_states[derive_seed("state", name) % len(info.train_states)]
             yield Attempt(info, state, goal, name)
 
-    def _next_goal(self, client: PolicyClient, desk: SessionDesk | None, name: str) -> rollout_requests.Goal:
+    def _next_goal(self, client: PolicyClient, sessions: SessionController | None, name: str) -> rollout_requests.Goal:
         """What the learner wants now; waited for where it wants nothing, or where its adapter is still on its way."""
         assert self.robot is not None
         while True:
@@ -211,8 +213,8 @@ class Run(remote.LearnerOptions, ComputingOptions):
             except RatchetError as error:
                 if error.code not in ("order.no_word", "order.none", "order.other_adapter"):
                     raise
-            if desk is not None:
-                desk.look()
+            if sessions is not None:
+                sessions.look()
             time.sleep(LOOK)
 
     def _episode(
@@ -222,7 +224,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
         safety: SafetyFilter,
         attempt: Attempt,
         recorder: Recorder | None,
-        desk: SessionDesk | None,
+        sessions: SessionController | None,
     ) -> dict[str, Any]:
         robot.reset(attempt.state)
         robot.observe()  # the first frame compiles shaders; that must not happen in the first control period
@@ -238,7 +240,7 @@ class Run(remote.LearnerOptions, ComputingOptions):
             recorder.require_ready()
             recorder.describe(
                 name=attempt.name,
-                session=desk.id if desk is not None else "",
+                session=sessions.id if sessions is not None else "",
                 adapter_id=client.adapter_id,
                 mode=self.execute,
                 seed=goal.seed,
@@ -264,12 +266,12 @@ class Run(remote.LearnerOptions, ComputingOptions):
                 normal()
         return {"task": goal.task, **report(attempt.state, end, sink, loop), **kept(recorder)}
 
-    def _desk(self, contract: RobotContract, client: PolicyClient, opened: ExitStack) -> SessionDesk | None:
+    def _sessions(self, contract: RobotContract, client: PolicyClient, opened: ExitStack) -> SessionController | None:
         """The robot's sessions; one is open until this verb ends."""
         if self.robot is None:
             return None
         store = "" if self.record is None else str(self.record.resolve())
-        desk = SessionDesk(
+        sessions = SessionController(
             self.robot,
             "run",
             contract,
@@ -278,10 +280,10 @@ class Run(remote.LearnerOptions, ComputingOptions):
             episodes=lambda session: recorded(store, session),
             store=store,
         )
-        opened.callback(desk.close)
-        desk.start({"command": common.command_line(), "simulated": True})
-        opened.callback(lambda: desk.stop("done"))
-        return desk
+        opened.callback(sessions.close)
+        sessions.start({"command": common.command_line(), "simulated": True})
+        opened.callback(lambda: sessions.stop("done"))
+        return sessions
 
 
 class Robots:

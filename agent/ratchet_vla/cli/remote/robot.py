@@ -28,7 +28,7 @@ from ratchet_vla.learner.service.collector import Collector
 from ratchet_vla.link.session_records import SESSION, session_record
 from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.records import Episode
-from ratchet_vla.runtime.session.controller import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionController
 from ratchet_vla.runtime.session.dispatch import of_session
 from ratchet_vla.runtime.session.manifest import Manifest
 
@@ -97,7 +97,7 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             record = session_record(manifest.session, True, dataclasses.asdict(manifest), manifest.episodes)
             outbox.put(record, SESSION, f"session/{manifest.session}", {"session": manifest.session})
 
-        desk = SessionDesk(
+        sessions = SessionController(
             self.out,
             "robot",
             contract,
@@ -123,20 +123,20 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             return running.serve(adapter)
 
         def write(path: Path, episode: Episode) -> None:
-            keep(kept, path, episode, contract, desk.id)
+            keep(kept, path, episode, contract, sessions.id)
 
         def show() -> None:
             link.show(
                 doing=collector.doing,
                 error=collector.error,
                 adapter=swapper.current_id,
-                session=desk.id,
+                session=sessions.id,
                 pid=os.getpid(),
             )
 
         def pulse() -> None:
             nonlocal shown
-            desk.look()
+            sessions.look()
             if time.monotonic() - shown >= 1.0:
                 shown = time.monotonic()
                 show()
@@ -150,28 +150,28 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             {info.name: info for info in registry.tasks(self.suite)},
             write,
             self.out / "spool",
-            meta=lambda: {"session": desk.id, "contract": contract.id, "robot": self.name},
-            paused=lambda: not desk.id,
+            meta=lambda: {"session": sessions.id, "contract": contract.id, "robot": self.name},
+            paused=lambda: not sessions.id,
             pulse=pulse,
         )
         for sign in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sign, lambda *_: collector.stop())
         if self.session == "auto":
-            desk.start({"by": "ratchet robot"})
+            sessions.start({"by": "ratchet robot"})
         link.start()
         console.print(f"robot {self.name} in {self.out}, learner {self.learner}, outbox {len(outbox)} files")
         console.print(f"episodes in {kept.root}")
         try:
             collector.run(lambda: self.until_done and client.state.get("phase") == "done" and not len(outbox))
             if self.session == "auto":
-                desk.stop("done")
+                sessions.stop("done")
             if self.until_done:
                 client.wait(lambda: not len(outbox), 30.0)
         finally:
             show()
             link.stop()
             env.close()
-            desk.close()
+            sessions.close()
             outbox.close()
         return 0
 

@@ -24,7 +24,7 @@ POINTS = 600  # of a plot
 QUALITY = 80
 
 
-class Footage:
+class PreviewCache:
     """Packed frames and facts of the episodes looked at last. Thread-safe."""
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from ratchet_vla.episodes.library.store import Card
 from ratchet_vla.episodes.library.verification import Label, Seen, Standing, Verification, latest_of
-from ratchet_vla.episodes.review.preview_cache import Footage
+from ratchet_vla.episodes.review.preview_cache import PreviewCache
 from ratchet_vla.errors import RatchetError
 
 PAGE = Path(__file__).parent / "page"
@@ -64,7 +64,7 @@ class Filters(BaseModel):
         )
 
 
-class Desk:
+class ReviewQueue:
     """Who watches which episode right now, so that two readers are not given the same one."""
 
     def __init__(self) -> None:
@@ -103,7 +103,8 @@ def check_address(host: str, token: str) -> None:
 def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) -> FastAPI:
     """The page and its interface. token: demanded of every request, empty for none. hosts: names it answers to."""
     app = FastAPI(title="Ratchet review", docs_url=None, redoc_url=None, openapi_url=None)
-    desk, footage = Desk(), Footage()
+    queue = ReviewQueue()
+    previews = PreviewCache()
 
     @app.middleware("http")
     async def guard(request: Request, follow: Any) -> Response:
@@ -157,7 +158,7 @@ def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) 
         person: str, filters: Annotated[Filters, Depends()], skip: Annotated[list[str] | None, Query()] = None
     ) -> dict[str, Any]:
         waiting = waiting_for(said, " ".join(person.split()), filters)
-        return {"episode": desk.next(waiting, person, frozenset(skip or ())), "left": len(waiting)}
+        return {"episode": queue.next(waiting, person, frozenset(skip or ())), "left": len(waiting)}
 
     @app.get("/api/episodes/{reference}")
     def show(reference: str, person: str = "") -> dict[str, Any]:
@@ -173,13 +174,13 @@ def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) 
             # A second reader must not know the first one's opinion; once opinions differ, or one is given, all may.
             "labels": [_label(x) for x in labels] if judged or standing.state == "disputed" else [],
             "readers": standing.readers,
-            **footage.facts(said.store, card),
+            **previews.facts(said.store, card),
         }
 
     @app.get("/api/episodes/{reference}/frames/{camera}")
     def frames(reference: str, camera: str, fps: float = 30.0) -> Response:
         card = said.store.card(reference)
-        data = footage.pack(said.store, card, camera, min(max(fps, 1.0), 120.0))
+        data = previews.pack(said.store, card, camera, min(max(fps, 1.0), 120.0))
         return Response(data, media_type="application/octet-stream", headers={"Cache-Control": "max-age=3600"})
 
     @app.post("/api/episodes/{reference}/label")

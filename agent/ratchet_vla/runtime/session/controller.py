@@ -1,4 +1,4 @@
-"""The sessions of one robot, kept by the process that runs it: opened, continued after a kill, ended, wished for.
+"""The sessions of one robot, kept by the process that runs it: opened, continued after a kill, ended, asked for.
 
 Knows the robot's folder and the manifest. Knows no policy, no link and no recorder: who wants to hear of an end gives a
 function.
@@ -20,7 +20,7 @@ from ratchet_vla.storage.disk import disk_errors
 from ratchet_vla.storage.files import Files
 
 
-class SessionDesk:
+class SessionController:
     """One per robot's folder. `look` is called whenever the process has a moment between two episodes; `close` at its
     end.
 

@@ -26,7 +26,7 @@ from ratchet_vla.cli.calibrate import arm as calibrate_arm
 from ratchet_vla.cli.main import main
 from ratchet_vla.contract import RobotContract, VerifiedFact, write_verified
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.runtime.session.controller import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionController
 from ratchet_vla.runtime.session.manifest import Session
 from tests.calibration import scenes
 from tests.calibration.scenes import BOARD, drawn
@@ -98,37 +98,37 @@ def _a_session(tmp_path: Path, identity: str, shown: Path, store: list[str]) -> 
     (tmp_path / "contract.yaml").write_text((ROOT / "robots" / "so101.yaml").read_text())
     assert main(["calibrate", "use", identity[:12], "--contract", "contract.yaml", *store]) == 0
     assert RobotContract.load(tmp_path / "contract.yaml").camera("front").calibration_id == identity
-    with _arm(tmp_path / "robot", RobotContract.load(tmp_path / "contract.yaml")) as desk:
-        _sessions(tmp_path, desk, shown, store)
+    with _arm(tmp_path / "robot", RobotContract.load(tmp_path / "contract.yaml")) as controller:
+        _sessions(tmp_path, controller, shown, store)
 
 
 @contextmanager
-def _arm(folder: Path, contract: RobotContract) -> Iterator[SessionDesk]:
+def _arm(folder: Path, contract: RobotContract) -> Iterator[SessionController]:
     """The process that runs the robot, played by a thread: it answers whoever asks for a session."""
     base = "b" * 64
     calibrations = {camera.name: camera.calibration_id for camera in contract.cameras if camera.calibration_id}
-    desk = SessionDesk(folder, "nodes", contract, base, lambda: base, calibrations=calibrations)
+    controller = SessionController(folder, "nodes", contract, base, lambda: base, calibrations=calibrations)
     over = threading.Event()
 
     def answer() -> None:
         while not over.wait(0.01):
-            desk.look()
+            controller.look()
 
     thread = threading.Thread(target=answer)
     thread.start()
-    yield desk
+    yield controller
     over.set()
     thread.join()
-    desk.close()
+    controller.close()
 
 
-def _sessions(tmp_path: Path, desk: SessionDesk, shown: Path, store: list[str]) -> None:
+def _sessions(tmp_path: Path, controller: SessionController, shown: Path, store: list[str]) -> None:
     start = ["session", "start", "--robot", "robot", "--contract", "contract.yaml", "--calibrations", store[1]]
     drift = ["calibrate", "drift", "front", *store, "--picture"]
     then, now = str(shown / "hand" / "000.png"), str(shown / "hand" / "001.png")
 
     def checks() -> Mapping[str, Any]:
-        return Session.read(tmp_path / "robot" / "sessions" / desk.id).checks["front"]
+        return Session.read(tmp_path / "robot" / "sessions" / controller.id).checks["front"]
 
     assert main(start) == 2  # nobody has looked
     assert main([*drift, then]) == 2  # no reference yet
@@ -136,7 +136,7 @@ def _sessions(tmp_path: Path, desk: SessionDesk, shown: Path, store: list[str]) 
     assert main([*drift, now]) == 2  # moved
     assert (tmp_path / "drift.png").is_file()
     assert main(start) == 2
-    assert desk.id == ""
+    assert controller.id == ""
     assert main([*drift, now, "--override", "on purpose"]) == 2  # nobody takes responsibility
     assert main([*drift, now, "--override", "on purpose", "--person", "Ada"]) == 0
     assert main(start) == 0

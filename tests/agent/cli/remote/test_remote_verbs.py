@@ -1,7 +1,7 @@
 """The verbs of the remote learner, as a person gives them: keys, status, session, and refusals in one line.
 
 Pinned: what they print with --json, exit codes, and what a session leaves on the disk. Deterministic: no sockets, no
-simulator; the robot's process is played by `SessionDesk` in this one.
+simulator; the robot's process is played by `SessionController` in this one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ratchet_vla.cli.main import main
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.runtime.session.controller import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionController
 from ratchet_vla.runtime.session.dispatch import of_session
 from ratchet_vla.runtime.session.manifest import Session
 from ratchet_vla.storage.journal import Journal
@@ -64,22 +64,22 @@ class Robot:
 
     def open(self) -> None:
         self.store = EpisodeStore(self.folder / "episodes", create=True)
-        self.desk = SessionDesk(
+        self.controller = SessionController(
             self.folder, "robot", self.contract, BASE, lambda: self.adapter,
             calibrations={c.name: c.calibration_id for c in self.contract.cameras if c.calibration_id},
             episodes=lambda session: of_session(self.store, session), store=str(self.store.root),
         )  # fmt: skip
 
     def close(self) -> None:
-        self.desk.close()
+        self.controller.close()
 
     def kill(self) -> None:
         self.close()
         self.open()
 
     def episode(self, name: str) -> None:
-        path, contract = self.store.folder(self.desk.id) / f"{name}.mcap", small_contract(8)
-        write_episode(path, episode(contract, seed=ord(name[0])), contract, session=self.desk.id, name=name)
+        path, contract = self.store.folder(self.controller.id) / f"{name}.mcap", small_contract(8)
+        write_episode(path, episode(contract, seed=ord(name[0])), contract, session=self.controller.id, name=name)
         self.store.add(path)
 
     def told(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
@@ -88,7 +88,7 @@ class Robot:
         verb = threading.Thread(target=lambda: codes.append(main([*arguments, "--robot", str(self.folder), "--json"])))
         verb.start()
         while verb.is_alive():
-            self.desk.look()
+            self.controller.look()
             verb.join(0.01)
         return codes[0], json.loads(capsys.readouterr().out)
 
@@ -97,20 +97,20 @@ def test_a_session_from_start_to_stop_with_a_kill_between(tmp_path: Path, capsys
     folder = str(tmp_path / "robot")
     robot = Robot(tmp_path / "robot")
     code, answer = robot.told(capsys, "session", "start", "--note", "new cups")
-    session = robot.desk.id
+    session = robot.controller.id
     assert (code, answer) == (0, {"session": session, "state": "open"})
     robot.episode("a")
     robot.adapter = ONE
-    robot.desk.look()
+    robot.controller.look()
     robot.kill()
-    assert robot.desk.id == session
+    assert robot.controller.id == session
     robot.episode("b")
     status = told(capsys, "session", "status", "--robot", folder)[1]
     assert (status["open"], status["running"]) == (session, True)
     assert [e["key"] for e in status["sessions"][0]["episodes"]] == ["a", "b"]
     code, answer = robot.told(capsys, "session", "stop", "--reason", "lunch")
     assert (code, answer) == (0, {"session": session, "state": "ended"})
-    assert robot.desk.id == ""
+    assert robot.controller.id == ""
     robot.episode("outside")
     [row] = told(capsys, "session", "status", "--robot", folder)[1]["sessions"]
     assert [e["key"] for e in row["episodes"]] == ["a", "b"]

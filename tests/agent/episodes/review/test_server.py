@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.verification import Proposal, Verification
-from ratchet_vla.episodes.review.preview_cache import Footage
+from ratchet_vla.episodes.review.preview_cache import PreviewCache
 from ratchet_vla.episodes.review.server import PAGE, check_address, make_app
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Mark
@@ -212,8 +212,8 @@ def test_frames_and_plots_are_the_recordings(start: Start) -> None:
 
 def test_memory_of_frames_is_bounded(start: Start) -> None:
     _, said, ids = start(None, None, None)
-    footage = Footage(limit=1)
+    previews = PreviewCache(limit=1)
     cards = said.store.cards()
     for one in ids:
-        footage.pack(said.store, cards[one], "wrist", 30.0)
-        assert len(footage._packs) == 1
+        previews.pack(said.store, cards[one], "wrist", 30.0)
+        assert len(previews._packs) == 1

@@ -16,7 +16,7 @@ from ratchet_vla.contract import RobotContract
 FORGIVEN = 0.25
 
 
-class Referee:
+class InvariantChecker:
     """Call `see` with every command. `violations` lists what broke a limit, in words."""
 
     def __init__(self, contract: RobotContract, start: np.ndarray, orientation: np.ndarray, now: float) -> None:

@@ -1,8 +1,8 @@
 """The safety filter is the last thing between a policy and an arm: whatever comes in, what goes out keeps the limits.
 
-Pinned: velocity, acceleration, jerk, workspace and gripper rate at the output, judged by an independent referee, for
-every control mode, over random and hostile actions, jittering and bursting clocks; actions within limits pass bit by
-bit. Deterministic: hypothesis draws the inputs, time is an argument, nothing sleeps.
+Pinned: velocity, acceleration, jerk, workspace and gripper rate at the output, checked by code that shares nothing with
+the filter, for every control mode, over random and hostile actions, jittering and bursting clocks; actions within
+limits pass bit by bit. Deterministic: hypothesis draws the inputs, time is an argument, nothing sleeps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ratchet_vla.contract import RobotContract
 from ratchet_vla.records import Mark
 from ratchet_vla.runtime.safety.filter import Proposal, SafetyConfig, SafetyFilter, SafetyState
 from ratchet_vla.testing.fake_contract import MODES, arm
-from tests.agent.runtime.safety.invariant_checker import Referee
+from tests.agent.runtime.safety.invariant_checker import InvariantChecker
 
 CASES = [(m, "axis_angle", j) for m in MODES for j in (False, True)]
 CASES += [(m, r, False) for m in ("ee_delta", "ee_absolute") for r in ("none", "euler_xyz", "quaternion_xyzw")]
@@ -31,22 +31,22 @@ def state_at(contract: RobotContract, place: np.ndarray) -> dict[str, np.ndarray
     return state
 
 
-def drive(contract: RobotContract, actions: np.ndarray, gaps: np.ndarray, slip: float = 0.0) -> Referee:
-    """Send every action through a filter to an arm that follows (but for `slip`); the referee sees all of it."""
+def drive(contract: RobotContract, actions: np.ndarray, gaps: np.ndarray, slip: float = 0.0) -> InvariantChecker:
+    """Send every action through a filter to an arm that follows (but for `slip`); the checker sees all of it."""
     mode = contract.action.control_mode
     stage = SafetyFilter(contract, SafetyConfig(tracking_factor=1e9, jump_factor=1e9))
     place = np.zeros(3)
     now = 0.0
     state = state_at(contract, place)
     stage.start(state, now)
-    referee = Referee(contract, place, state.get("turned", np.zeros(3)), now)
+    checker = InvariantChecker(contract, place, state.get("turned", np.zeros(3)), now)
     rng = np.random.default_rng(len(actions))
     period = 1.0 / contract.control_hz
     for k, (action, gap) in enumerate(zip(actions, gaps, strict=True)):
         now += gap * period
         state = state_at(contract, place)
         result = stage.step(Proposal(action, action, now, k, 0), state, now, now)
-        referee.see(now, result.command, state["place"], result.state is SafetyState.STOPPING)
+        checker.see(now, result.command, state["place"], result.state is SafetyState.STOPPING)
         if result.command is not None:
             assert np.isfinite(result.command).all()
             linear = result.command[:3].astype(np.float64)
@@ -56,7 +56,7 @@ def drive(contract: RobotContract, actions: np.ndarray, gaps: np.ndarray, slip: 
                 else place + linear * (1.0 if mode.endswith("delta") else min(gap, 1.0) * period)
             )
             place = place + slip * rng.normal(size=3)
-    return referee
+    return checker
 
 
 def hostile(contract: RobotContract, rng: np.random.Generator, count: int) -> np.ndarray:
@@ -100,8 +100,8 @@ def test_the_output_keeps_every_limit(
     contract = arm(mode, rotation=rotation, jerk=jerk)
     rng = np.random.default_rng(seed)
     gaps = np.abs(1.0 + jitter * rng.standard_normal(120))
-    referee = drive(contract, hostile(contract, rng, 120), gaps, 0.0 if jerk else slip)
-    assert referee.violations == []
+    checker = drive(contract, hostile(contract, rng, 120), gaps, 0.0 if jerk else slip)
+    assert checker.violations == []
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -109,10 +109,10 @@ def test_full_speed_is_used_not_only_forbidden(mode: str) -> None:
     """A filter that never moves would keep every limit too."""
     contract = arm(mode, rotation="none")
     target = np.array([d.high for d in contract.action.dims], np.float32)
-    referee = drive(contract, np.tile(target, (12, 1)), np.ones(12))
-    assert referee.worst["velocity"] > 0.99
-    assert referee.worst["acceleration"] > 0.99
-    assert referee.violations == []
+    checker = drive(contract, np.tile(target, (12, 1)), np.ones(12))
+    assert checker.worst["velocity"] > 0.99
+    assert checker.worst["acceleration"] > 0.99
+    assert checker.violations == []
 
 
 @pytest.mark.parametrize("mode", MODES)

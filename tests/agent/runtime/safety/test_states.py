@@ -19,7 +19,7 @@ from ratchet_vla.records import ActionChunk, Mark
 from ratchet_vla.runtime.safety.filter import FilterResult, Proposal, SafetyConfig, SafetyFilter, SafetyState
 from ratchet_vla.runtime.safety.types import LATCHING
 from ratchet_vla.testing.fake_contract import arm
-from tests.agent.runtime.safety.invariant_checker import Referee
+from tests.agent.runtime.safety.invariant_checker import InvariantChecker
 from tests.agent.runtime.safety.test_limits import state_at
 
 T = 0.05
@@ -282,7 +282,7 @@ class AnythingCanHappen(RuleBasedStateMachine):
         self.pressed = self.started = False
         self.stopping = 0
         self.result: FilterResult | None = None
-        self.referee: Referee | None = None
+        self.checker: InvariantChecker | None = None
         self.latched_since_clear = False
 
     @rule(count=st.integers(1, 12), seed=st.integers(0, 1000))
@@ -337,7 +337,7 @@ class AnythingCanHappen(RuleBasedStateMachine):
     def start(self) -> None:
         if self.stage.state in (SafetyState.IDLE, SafetyState.HOLDING) and not self.pressed:
             self.stage.start(state_at(self.contract, self.place), self.now)
-            self.referee = Referee(self.contract, self.place, np.zeros(3), self.now)
+            self.checker = InvariantChecker(self.contract, self.place, np.zeros(3), self.now)
             self.stopping = 0
         elif self.stage.state is SafetyState.LATCHED or self.pressed:
             with pytest.raises(RatchetError, match=r"safety\.latched"):
@@ -364,11 +364,11 @@ class AnythingCanHappen(RuleBasedStateMachine):
             assert self.result.command is None
             assert not self.result.accepted
 
-    @precondition(lambda self: self.referee is not None)
+    @precondition(lambda self: self.checker is not None)
     @invariant()
     def limits_hold(self) -> None:
-        assert self.referee is not None
-        assert self.referee.violations == []
+        assert self.checker is not None
+        assert self.checker.violations == []
 
     @invariant()
     def stops_end(self) -> None:
@@ -395,8 +395,8 @@ class AnythingCanHappen(RuleBasedStateMachine):
         if before is SafetyState.LATCHED or self.latched_since_clear:
             assert result.command is None
         self.latched_since_clear |= result.state is SafetyState.LATCHED
-        if self.referee is not None:
-            self.referee.see(self.now, result.command, self.place, result.state is SafetyState.STOPPING)
+        if self.checker is not None:
+            self.checker.see(self.now, result.command, self.place, result.state is SafetyState.STOPPING)
         if result.command is not None:
             linear = result.command[:3].astype(float)
             scale = 1.0 if self.mode.endswith("delta") else T

@@ -19,7 +19,7 @@ import pytest
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.session import robot_folder
-from ratchet_vla.runtime.session.controller import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionController
 from ratchet_vla.runtime.session.manifest import Manifest, Session
 from ratchet_vla.testing.fake_contract import arm
 
@@ -40,7 +40,7 @@ class Robot:
         self.ended: list[Manifest] = []
         self.adapter = base
         contract = contract or calibrated()
-        self.desk = SessionDesk(
+        self.controller = SessionController(
             folder, "nodes", contract, base, lambda: self.adapter,
             calibrations={c.name: c.calibration_id for c in contract.cameras if c.calibration_id},
             episodes=lambda session: [{"id": "e" * 64, "name": f"{session}-0001"}], on_end=self.ended.append,
@@ -52,14 +52,14 @@ class Robot:
 
         def ask() -> None:
             try:
-                told.append(robot_folder.ask(self.desk.folder, action, 30.0, **details))
+                told.append(robot_folder.ask(self.controller.folder, action, 30.0, **details))
             except RatchetError as error:
                 told.append(error.code)
 
         asking = threading.Thread(target=ask)
         asking.start()
         while asking.is_alive():
-            self.desk.look()
+            self.controller.look()
             asking.join(0.01)
         return told[0]
 
@@ -72,15 +72,15 @@ def refused(call: Callable[[], object]) -> str:
 
 def test_one_manifest_holds_what_a_session_was(tmp_path: Path) -> None:
     robot = Robot(tmp_path)
-    assert robot.desk.id == ""
+    assert robot.controller.id == ""
     assert robot.asked("stop") == "session.none"
     session = robot.asked("start", notes={"note": "new cups"}, checks=CHECK)
-    assert robot.desk.id == session
+    assert robot.controller.id == session
     assert robot.asked("start") == "session.open"
     robot.adapter = "1" * 64
-    robot.desk.look()
+    robot.controller.look()
     assert robot.asked("stop", reason="lunch") == session
-    assert robot.desk.id == ""
+    assert robot.controller.id == ""
     manifest = Session.read(tmp_path / "sessions" / session)
     assert manifest == robot.ended[0]
     assert manifest.checks == CHECK
@@ -88,7 +88,7 @@ def test_one_manifest_holds_what_a_session_was(tmp_path: Path) -> None:
     assert (manifest.contract_id, manifest.notes, manifest.reason) == (calibrated().id, {"note": "new cups"}, "lunch")
     assert [i for _, i in manifest.adapters] == [BASE, "1" * 64]
     assert manifest.episodes == [{"id": "e" * 64, "name": f"{session}-0001"}]
-    robot.desk.close()
+    robot.controller.close()
 
 
 def test_a_robot_that_does_not_run_is_not_asked(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_robot_that_does_not_run_is_not_asked(tmp_path: Path) -> None:
     robot = Robot(tmp_path)
     assert robot_folder.who(tmp_path).pid == os.getpid()
     assert robot_folder.who(tmp_path).robot().id == calibrated().id
-    robot.desk.close()
+    robot.controller.close()
     assert refused(lambda: robot_folder.ask(tmp_path, "start", 1.0)) == "session.no_robot"
     assert not (tmp_path / "session.wish").exists()
 
@@ -104,49 +104,49 @@ def test_a_robot_that_does_not_run_is_not_asked(tmp_path: Path) -> None:
 def test_a_wish_that_a_dead_process_left_unread_opens_nothing(tmp_path: Path) -> None:
     robot = Robot(tmp_path)
     dead = robot_folder.who(tmp_path)
-    robot.desk.close()
+    robot.controller.close()
     robot_folder.replace(
         tmp_path / "session.wish", {"number": "1", "process": dead.process, "action": "start", "checks": CHECK}
     )
     robot = Robot(tmp_path)
-    robot.desk.look()
-    assert robot.desk.id == ""
+    robot.controller.look()
+    assert robot.controller.id == ""
     assert not (tmp_path / "session.wish").exists()
-    robot.desk.close()
+    robot.controller.close()
 
 
 def test_one_robot_per_folder(tmp_path: Path) -> None:
     robot = Robot(tmp_path)
     assert refused(lambda: Robot(tmp_path)) == "session.busy"
-    robot.desk.close()
-    Robot(tmp_path).desk.close()
+    robot.controller.close()
+    Robot(tmp_path).controller.close()
 
 
 def test_a_process_that_does_not_look_is_told_of(tmp_path: Path) -> None:
     robot = Robot(tmp_path)
     assert refused(lambda: robot_folder.ask(tmp_path, "start", 0.01)) == "session.no_answer"
-    robot.desk.look()
-    assert robot.desk.id == ""
-    robot.desk.close()
+    robot.controller.look()
+    assert robot.controller.id == ""
+    robot.controller.close()
 
 
 def test_a_killed_process_goes_on_with_its_session_and_another_robot_does_not(tmp_path: Path) -> None:
     robot = Robot(tmp_path)
-    session = robot.desk.start({}, CHECK)
-    robot.desk.close()
+    session = robot.controller.start({}, CHECK)
+    robot.controller.close()
     robot = Robot(tmp_path)
-    assert robot.desk.id == session
-    robot.desk.close()
+    assert robot.controller.id == session
+    robot.controller.close()
     other = Robot(tmp_path, base="c" * 64)
-    assert other.desk.id == ""
+    assert other.controller.id == ""
     assert [m.session for m in other.ended] == [session]
     assert "another contract or base" in Session.read(tmp_path / "sessions" / session).reason
-    other.desk.close()
+    other.controller.close()
 
 
 def test_a_wrong_calibration_is_the_answer(tmp_path: Path) -> None:
     robot = Robot(tmp_path)
-    robot.desk._calibrations = {"front": "cal-0"}
+    robot.controller._calibrations = {"front": "cal-0"}
     assert robot.asked("start") == "session.calibration"
-    assert robot.desk.id == ""
-    robot.desk.close()
+    assert robot.controller.id == ""
+    robot.controller.close()

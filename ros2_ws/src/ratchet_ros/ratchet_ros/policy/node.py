@@ -42,7 +42,7 @@ from ratchet_vla.runtime.control.priority import real_time
 from ratchet_vla.runtime.control.sink import Tee, TickSink
 from ratchet_vla.runtime.inference.client import PolicyClient
 from ratchet_vla.runtime.session import rollout_requests
-from ratchet_vla.runtime.session.controller import SessionDesk
+from ratchet_vla.runtime.session.controller import SessionController
 from ratchet_vla.runtime.session.dispatch import recorded
 
 STEADY = Clock(clock_type=ClockType.STEADY_TIME)
@@ -63,7 +63,7 @@ class PolicyNode(RatchetNode):
         super().__init__("policy_node", **options)
         self.client: PolicyClient | None = None
         self.intake: Intake | None = None
-        self.desk: SessionDesk | None = None
+        self.sessions: SessionController | None = None
         self.recording: EpisodeRecording | None = None
         self.loop: ControlLoop | None = None
         self._things: list[Any] = []
@@ -114,7 +114,7 @@ class PolicyNode(RatchetNode):
             )
             self._keep(wire_tap.WireTap(self, on_the_wire, self.recording.recorder.wire))
         if settings.robot:
-            self._open_desk(calibrations)
+            self._open_sessions(calibrations)
         elif settings.ordered:
             raise RatchetError(
                 "ros.bad_parameter", "the learner's rollout request lies in the robot's folder", where="robot"
@@ -141,9 +141,9 @@ class PolicyNode(RatchetNode):
         if self.recording is not None:
             self.recording.close()
             self.recording = None
-        if self.desk is not None:
-            self._close_desk(self.desk)
-            self.desk = None
+        if self.sessions is not None:
+            self._close_sessions(self.sessions)
+            self.sessions = None
         if self.intake is not None:
             self.intake.close()
             self.intake = None
@@ -482,20 +482,22 @@ class PolicyNode(RatchetNode):
         return f"{self._stem()}-{self._episodes:04d}"
 
     def _stem(self) -> str:
-        return f"{self.desk.id}-{self._started}" if self.desk is not None and self.desk.id else self._started
+        return (
+            f"{self.sessions.id}-{self._started}" if self.sessions is not None and self.sessions.id else self._started
+        )
 
     # -- the session -----------------------------------------------------------------------------------------------
 
     def _require_session(self, mode: str) -> None:
-        if mode == "collect" and self.desk is not None and not self.desk.id:
+        if mode == "collect" and self.sessions is not None and not self.sessions.id:
             raise RatchetError("session.none", "nothing is collected outside a session", fix="ratchet session start")
 
-    def _open_desk(self, calibrations: dict[str, str]) -> None:
+    def _open_sessions(self, calibrations: dict[str, str]) -> None:
         assert self.client is not None
         settings, client = self.settings, self.client
         checks = policy_params.checks(settings)
         store = str(Path(settings.episodes).resolve()) if settings.episodes else ""
-        self.desk = SessionDesk(
+        self.sessions = SessionController(
             Path(settings.robot),
             "nodes",
             self.contract,
@@ -506,21 +508,21 @@ class PolicyNode(RatchetNode):
             store=store,
         )
         if settings.session == "auto":
-            self.desk.start({"by": "policy_node"}, checks)
+            self.sessions.start({"by": "policy_node"}, checks)
 
-    def _close_desk(self, desk: SessionDesk) -> None:
+    def _close_sessions(self, sessions: SessionController) -> None:
         try:
-            desk.stop("powered down")
+            sessions.stop("powered down")
         except RatchetError as error:  # nothing may keep the node from ending; the next start ends the session
             self.get_logger().error(str(error))
-        desk.close()
+        sessions.close()
 
     def _look(self) -> None:
         """Whether somebody wishes for a session; between two episodes, so that each belongs to one."""
-        if self.desk is None or self._goal is not None or self.episode_services.by_hand:
+        if self.sessions is None or self._goal is not None or self.episode_services.by_hand:
             return
         try:
-            self.desk.look()
+            self.sessions.look()
         except RatchetError as error:
             self.get_logger().error(str(error))
 
@@ -536,7 +538,7 @@ class PolicyNode(RatchetNode):
         if self.recording is not None:
             self.recording.prepare(
                 goal.episode,
-                session=self.desk.id if self.desk is not None else "",
+                session=self.sessions.id if self.sessions is not None else "",
                 adapter_id=self.client.adapter_id,
                 mode=goal.mode,
                 seed=goal.seed,
@@ -597,8 +599,8 @@ class PolicyNode(RatchetNode):
         if client is None:
             return
         policy, goal, loop = client.status(), self._goal, self.loop
-        if self.desk is not None and self.desk.session is not None and policy.adapter_id:
-            self.desk.session.adapter(policy.adapter_id)  # a policy that follows a tag swaps without being asked
+        if self.sessions is not None and self.sessions.session is not None and policy.adapter_id:
+            self.sessions.session.adapter(policy.adapter_id)  # a policy that follows a tag swaps without being asked
         status = msg.PolicyStatus(
             state=policy.state,
             error=policy.error,
