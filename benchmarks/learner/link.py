@@ -43,7 +43,7 @@ from ratchet_vla.link.learner.inbox import Inbox
 from ratchet_vla.link.learner.server import LinkServer
 from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.fetch import Fetcher
-from ratchet_vla.link.robot.learner_tag_watcher import Follower
+from ratchet_vla.link.robot.learner_tag_watcher import LearnerTagWatcher
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.link.wire import CHUNK
 from ratchet_vla.storage.journal import Journal
@@ -258,7 +258,7 @@ def adapter(root: Path) -> dict[str, float]:
         with changed:
             arrived[name] = time.time()
             changed.notify_all()
-        follower.on_adapter(name)
+        tag_watcher.on_adapter(name)
 
     def on_swap(name: str) -> None:
         with changed:
@@ -267,10 +267,10 @@ def adapter(root: Path) -> dict[str, float]:
 
     def on_state(state: dict[str, Any]) -> None:
         told.append(time.perf_counter())
-        follower.on_state(state)
+        tag_watcher.on_state(state)
 
     flips: list[float] = []
-    follower = Follower(store, lambda name: flips.append(swapper.swap(name).unavailable), on_swap=on_swap)
+    tag_watcher = LearnerTagWatcher(store, lambda name: flips.append(swapper.swap(name).unavailable), on_swap=on_swap)
     fetcher = Fetcher(store, root / "robot" / "incoming", on_adapter=on_adapter)
     client = ends.client(outbox, fetcher, on_state)
     client.start()
@@ -295,7 +295,7 @@ def adapter(root: Path) -> dict[str, float]:
     results["rollback"] = swapped[-1][1] - told[-1]
     results["flip"] = max(flips)
     client.stop()
-    follower.stop()
+    tag_watcher.stop()
     outbox.close()
     tell("stop")
     os.waitpid(pid, 0)

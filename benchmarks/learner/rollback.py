@@ -27,7 +27,7 @@ from ratchet_sim import registry
 from ratchet_vla.adapters.identity import Adapter, binding_of
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli import common
-from ratchet_vla.link.robot.learner_tag_watcher import Follower
+from ratchet_vla.link.robot.learner_tag_watcher import LearnerTagWatcher
 from ratchet_vla.records import Observation
 from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch
 
@@ -75,14 +75,14 @@ def main() -> int:
                     client.request(Observation(images, state, "press the button", 0.0, answered))
                     answered += len(client.wait(5.0))
 
-            follower = Follower(store, store.resolve)
+            tag_watcher = LearnerTagWatcher(store, store.resolve)
             arm = threading.Thread(target=drive)
             arm.start()
             try:
                 for number in range(moves + 2):  # the first move of each kind loads its adapter from the disk
                     wanted = names[number % 2]
                     began = time.perf_counter()
-                    follower.on_state({"tags": {"active": wanted}})
+                    tag_watcher.on_state({"tags": {"active": wanted}})
                     with client._arrived:
                         assert client._arrived.wait_for(lambda w=wanted: client.adapter_id == w, 30.0)  # type: ignore[misc]
                     if number >= 2:
@@ -90,7 +90,7 @@ def main() -> int:
             finally:
                 stop.set()
                 arm.join()
-                follower.stop()
+                tag_watcher.stop()
     middle, late = median(seconds), float(np.quantile(seconds, 0.95))
     report = {
         "command": " ".join(["python -m benchmarks.learner.rollback", *sys.argv[1:]]),

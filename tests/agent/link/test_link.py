@@ -24,7 +24,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.link import keys, wire
 from ratchet_vla.link.learner.server import LinkServer
 from ratchet_vla.link.robot.client import LinkClient
-from ratchet_vla.link.robot.learner_tag_watcher import Follower
+from ratchet_vla.link.robot.learner_tag_watcher import LearnerTagWatcher
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.storage.files import Files
 from tests.agent.adapters.tiny import made
@@ -339,16 +339,16 @@ def test_the_running_adapter_follows_promotion_and_rollback(tmp_path: Path) -> N
             swapped.append(adapter)
             swap_seen.notify_all()
 
-    follower = Follower(robot.store, swap)
-    robot.start(on_state=follower.on_state)
-    robot.client._fetcher._on_adapter = follower.on_adapter  # type: ignore[union-attr]
+    tag_watcher = LearnerTagWatcher(robot.store, swap)
+    robot.start(on_state=tag_watcher.on_state)
+    robot.client._fetcher._on_adapter = tag_watcher.on_adapter  # type: ignore[union-attr]
     first_id = learner.store.put(made(1)).id
     second_id = learner.store.put(made(2)).id
     for active in (first_id, second_id, first_id, BASE):
         learner.server.publish({"adapters": [first_id, second_id], "tags": {"active": active}})
         with swap_seen:
             assert swap_seen.wait_for(lambda active=active: swapped[-1:] == [active], 30)  # type: ignore[misc]
-    follower.stop()
+    tag_watcher.stop()
     assert swapped == [first_id, second_id, first_id, BASE]
     assert robot.store.tags()["active"] == BASE
     robot.stop()
@@ -360,16 +360,16 @@ def test_a_candidate_arrives_as_a_name_and_runs_only_when_a_person_says_so(tmp_p
     store = FolderStore(tmp_path, create=True)
     swapped: list[str] = []
     arrived = threading.Event()
-    follower = Follower(store, swapped.append, on_swap=lambda adapter: arrived.set())
+    tag_watcher = LearnerTagWatcher(store, swapped.append, on_swap=lambda adapter: arrived.set())
     first = made(1)
     second = made(2)
-    follower.on_state({"tags": {"active": first.id, "candidate": second.id}})  # before either is here
+    tag_watcher.on_state({"tags": {"active": first.id, "candidate": second.id}})  # before either is here
     store.put(second)
-    follower.on_adapter(second.id)
+    tag_watcher.on_adapter(second.id)
     store.put(first)
-    follower.on_adapter(first.id)
+    tag_watcher.on_adapter(first.id)
     assert arrived.wait(30)
-    follower.stop()
+    tag_watcher.stop()
     assert store.tags()["candidate"] == second.id
     assert swapped == [first.id]
 
@@ -387,11 +387,11 @@ def test_a_refused_swap_is_told_and_not_tried_forever(tmp_path: Path) -> None:
         errors.append(error.code)
         reported.set()
 
-    follower = Follower(store, swap, on_error=on_error)
-    follower.on_state({"tags": {"active": card.id}})
+    tag_watcher = LearnerTagWatcher(store, swap, on_error=on_error)
+    tag_watcher.on_state({"tags": {"active": card.id}})
     assert reported.wait(30)
-    follower.on_adapter(card.id)
-    follower.stop()
+    tag_watcher.on_adapter(card.id)
+    tag_watcher.stop()
     assert errors == ["adapter.wrong_base"]
     assert store.tags() == {}
 

@@ -15,7 +15,7 @@ from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli.remote import options as remote
 from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.fetch import Fetcher
-from ratchet_vla.link.robot.learner_tag_watcher import Follower
+from ratchet_vla.link.robot.learner_tag_watcher import LearnerTagWatcher
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.runtime.session import rollout_requests
 from ratchet_vla.storage.documents import write_json
@@ -35,8 +35,8 @@ class Link:
     ) -> None:
         """folder: the robot's. Raises RatchetError link.no_key and others."""
         self._options, self._folder = options, folder
-        self._follower = Follower(store, store.resolve)
-        fetcher = Fetcher(store, folder / "incoming", on_adapter=self._follower.on_adapter, reserve=options.reserve)
+        self._tag_watcher = LearnerTagWatcher(store, store.resolve)
+        fetcher = Fetcher(store, folder / "incoming", on_adapter=self._tag_watcher.on_adapter, reserve=options.reserve)
         try:
             self.client = LinkClient(
                 address,
@@ -48,7 +48,7 @@ class Link:
                 on_state=self._on_state,
             )
         except BaseException:
-            self._follower.stop()
+            self._tag_watcher.stop()
             raise
 
     def start(self) -> None:
@@ -56,7 +56,7 @@ class Link:
 
     def stop(self) -> None:
         self.client.stop()
-        self._follower.stop()
+        self._tag_watcher.stop()
 
     def __enter__(self) -> Link:
         self.start()
@@ -87,7 +87,7 @@ class Link:
             log.warning("no status file: %s", error)
 
     def _on_state(self, state: Mapping[str, Any]) -> None:
-        self._follower.on_state(state)
+        self._tag_watcher.on_state(state)
         try:
             rollout_requests.write(self._folder, state)
         except OSError as error:  # the collecting process keeps to the status before

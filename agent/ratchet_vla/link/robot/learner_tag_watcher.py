@@ -1,4 +1,4 @@
-"""Tag follower, on the robot: its running adapter follows the learner's `active` tag.
+"""Watcher of the learner's tags, on the robot: its running adapter follows the learner's `active` tag.
 
 Promotion and rollback reach the arm this way. Knows the learner's state, the robot's store and one function that swaps.
 Knows no policy. It swaps only to adapters that are in the store under their own hash, and always to the newest target.
@@ -16,7 +16,7 @@ from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.errors import RatchetError
 
 
-class Follower:
+class LearnerTagWatcher:
     """Give `on_state` to the client and `on_adapter` to the fetcher; both return at once.
 
     Args:
@@ -46,7 +46,7 @@ class Follower:
         self._done = store.tags().get("active", "")
         self._refused = ""
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="link-follower", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="learner-tag-watcher", daemon=True)
         self._thread.start()
 
     def on_state(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Following a tag of an adapter store: promotion and rollback reach the policy that runs, without anybody asking it.
+"""Watcher of a tag in an adapter store: promotion and rollback reach the policy that runs, without anybody asking it.
 
 Knows one small file and one function that brings its tag into force. Knows no policy, no link and no robot. Whoever
 moves the tag (`ratchet sync`, `ratchet adapters promote|rollback`, a person) renames a new file over the old one, so
@@ -14,7 +14,7 @@ from pathlib import Path
 Stamp = tuple[int, int, int] | None
 
 
-class TagFollower:
+class TagWatcher:
     """A thread that calls `changed` whenever the tag was moved, and once at the start where there is one.
 
     Args:
@@ -27,7 +27,7 @@ class TagFollower:
     def __init__(self, path: Path, period: float, changed: Callable[[], bool], *, again: float = 1.0) -> None:
         self._path, self._period, self._changed, self._again = path, period, changed, again
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tag-follower", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="tag-watcher", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -36,21 +36,21 @@ class TagFollower:
         self._thread.join()
 
     def _run(self) -> None:
-        seen: Stamp = None
+        last_stamp: Stamp = None
         pause = self._period
         while not self._stop.wait(pause):
             pause = self._period
             stamp = self._stamp()
-            if stamp is None or stamp == seen:
+            if stamp is None or stamp == last_stamp:
                 continue
             if self._changed():
-                seen = stamp
+                last_stamp = stamp
             else:
                 pause = self._again
 
     def _stamp(self) -> Stamp:
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size

@@ -27,7 +27,7 @@ from ratchet_vla.runtime.inference import wire
 from ratchet_vla.runtime.inference.chunk_server import ChunkServer, OpenServer
 from ratchet_vla.runtime.inference.frames import FrameLayout, Frames
 from ratchet_vla.runtime.inference.source import Ahead
-from ratchet_vla.runtime.inference.tag_watcher import TagFollower
+from ratchet_vla.runtime.inference.tag_watcher import TagWatcher
 
 PROTOCOL = 1
 
@@ -38,7 +38,7 @@ class _Worker:
         self._sending = threading.Lock()
         self._swapping = threading.Lock()
         self._server: ChunkServer | None = None
-        self._following = ("", "", 1.0)  # store, tag, seconds between looks
+        self._watched_tag = ("", "", 1.0)  # store, tag, seconds between looks
         self._told = ""
         self._frames: Frames | None = None
 
@@ -70,9 +70,9 @@ class _Worker:
             case "layout":
                 self._frames = Frames(self._memory, FrameLayout.from_dict(message["layout"]), create=False)
                 self._send({"type": "serving"})
-                store, tag, period = self._following
+                store, tag, period = self._watched_tag
                 if tag:
-                    TagFollower(Path(store) / "tags" / tag, period, lambda: self._follow(tag))
+                    TagWatcher(Path(store) / "tags" / tag, period, lambda: self._follow(tag))
             case "infer":
                 self._infer(message, arrays)
             case "swap":
@@ -96,7 +96,7 @@ class _Worker:
                 "policy.cannot_follow", f"no tag '{tag}' to follow", where=store, fix="name a store and a tag in it"
             )
         # A quarter of a control period, so that what a tag's move leads to is in force within one.
-        self._following = (store, tag, 0.25 / contract.control_hz)
+        self._watched_tag = (store, tag, 0.25 / contract.control_hz)
         server = self._open(message["options"], contract)
         require_compatible(server.spec, contract)
         self._server = server

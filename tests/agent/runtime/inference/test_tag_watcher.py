@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.runtime.inference.tag_watcher import TagFollower
+from ratchet_vla.runtime.inference.tag_watcher import TagWatcher
 from tests.agent.runtime.inference.test_process import ask, eventually, serving
 
 
@@ -45,14 +45,14 @@ class Calls:
 
 def test_every_move_is_seen_once_and_a_refused_one_again(tmp_path: Path) -> None:
     calls = Calls(True, False, True)
-    follower = TagFollower(tmp_path / "tags" / "active", 0.001, calls, again=0.001)
+    watcher = TagWatcher(tmp_path / "tags" / "active", 0.001, calls, again=0.001)
     move(tmp_path, "active", "one")
     calls.wait(1)
     move(tmp_path, "active", "two")
     calls.wait(3)
     move(tmp_path, "active", "two")  # the same text in a new file: moved there and back
     calls.wait(4)
-    follower.stop()
+    watcher.stop()
     assert calls.count == 4
 
 
