@@ -389,8 +389,8 @@ def test_an_adapter_is_exchanged_in_motion_between_two_chunks(running: Running) 
             of_chunk.setdefault(a.chunk_sequence, set()).add(a.adapter_id)
     assert all(len(ids) == 1 for ids in of_chunk.values())
     order = [next(iter(of_chunk[n])) for n in sorted(of_chunk)]
-    seam = order.index(running.adapter)
-    assert order == [running.base] * seam + [running.adapter] * (len(order) - seam)
+    flip = order.index(running.adapter)
+    assert order == [running.base] * flip + [running.adapter] * (len(order) - flip)
     numbers = [a.number for a in running.applied if a.number]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))  # no tick without its command
     assert not [e for e in running.events if e.latched]

@@ -93,7 +93,8 @@ class Run(remote.LearnerOptions, ComputingOptions):
     record: Path | None = None
     """Episode store to record into; nothing is kept if absent. With --learner <robot>/episodes."""
     execute: Literal["collect", "deploy"] = "collect"
-    """collect: exactly what was sampled. deploy: inference overlaps motion, stale actions skipped, seams blended."""
+    """collect: exactly what was sampled. deploy: inference overlaps motion, stale actions skipped, chunks blended into
+    one another."""
     use: int = 0
     """With deploy: actions of each chunk before the next takes over; 0 for three quarters of the chunk."""
     realtime: bool = False

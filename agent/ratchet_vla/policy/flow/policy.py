@@ -194,17 +194,18 @@ class FlowPolicy(Computing):
         actions = self.actions_of(x)
         return Chunks(actions, None, torch.zeros(actions.shape, device=actions.device), prefix.summary.float())
 
-    def predict_ahead(self, batch: PolicyInput, committed: Tensor, delay: int) -> Chunks:
+    def predict_ahead(self, batch: PolicyInput, previous_actions: Tensor, delay: int) -> Chunks:
         """A chunk that goes on from the one that is being executed (real-time chunking).
 
-        committed: (B, P, D) physical, in this policy's numbers: the running plan from the observation's moment on.
+        previous_actions: (B, P, D) physical, in this policy's numbers: the running plan from the observation's moment
+        on.
         delay: of these, how many will have been sent before this answer is in force. The pull fades over the others.
         """
-        return self.predict(batch, self.guide(committed, delay))
+        return self.predict(batch, self.guide(previous_actions, delay))
 
-    def guide(self, committed: Tensor, delay: int) -> rtc.Guide:
+    def guide(self, previous_actions: Tensor, delay: int) -> rtc.Guide:
         """What `predict` needs to go on from a plan; arguments as `predict_ahead`."""
-        return rtc.Guide(self.normalised(committed.to(self.device)), delay, horizon=committed.shape[1])
+        return rtc.Guide(self.normalised(previous_actions.to(self.device)), delay, horizon=previous_actions.shape[1])
 
     @property
     def sampled_shape(self) -> tuple[int, int, int]:

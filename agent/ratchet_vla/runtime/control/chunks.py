@@ -2,7 +2,7 @@
 
 Knows which action of which chunk comes next, and what became of the others. Knows no robot, no policy and no limits.
 An action j of a chunk is meant for the observation's stamp + j periods. `collect` sends all K in order, however late
-they are (the safety filter judges their age). `deploy` skips what is past, blends over the seam and drops the rest of
+they are (the safety filter judges their age). `deploy` skips what is past, blends over a window and drops the rest of
 the chunk before. A chunk that begins from standstill is never cut at its head: nothing has moved since its observation.
 """
 
@@ -66,10 +66,10 @@ class ChunkExecutor(Protocol):
 
 
 class _Plan:
-    """One chunk under execution."""
+    """One chunk under execution. t0: seconds, when its first action is due."""
 
-    def __init__(self, chunk: ActionChunk, anchor: float) -> None:
-        self.chunk, self.anchor = chunk, anchor
+    def __init__(self, chunk: ActionChunk, t0: float) -> None:
+        self.chunk, self.t0 = chunk, t0
         self.marks = np.full(len(chunk.actions), int(Mark.SKIPPED), np.int64)
 
     def outcome(self) -> ChunkOutcome:
@@ -139,7 +139,7 @@ class CollectExecutor(_Executor):
             return None
         assert self._plan is not None
         offset, self._offset = self._offset, self._offset + 1
-        return self._propose(offset, self._plan.chunk.actions[offset], self._plan.anchor + offset * self.period)
+        return self._propose(offset, self._plan.chunk.actions[offset], self._plan.t0 + offset * self.period)
 
     def _exhausted(self) -> bool:
         if self._plan is None:
@@ -152,7 +152,8 @@ class DeployExecutor(_Executor):
 
     use: actions of each chunk meant to be sent before the next chunk takes over; 1..K. The rest is the reserve that
         covers a late answer.
-    blend: ticks over which the new chunk is mixed with the old one at a seam; 0 for none. The gripper is never mixed.
+    blend: ticks over which the new chunk is mixed with the old one where it takes over; 0 for none. The gripper is
+    never mixed.
     window: answers whose latency is remembered for asking early enough; the first after a start is not one of them.
     """
 
@@ -167,7 +168,7 @@ class DeployExecutor(_Executor):
         self._asked_at = 0.0
         self._first, self._moved = True, False  # moved: a chunk has been in force since the last reset
         self._last = -1  # offset sent last, in the running plan
-        self._seam: _Plan | None = None  # the chunk before, as long as it is blended
+        self._blend_from: _Plan | None = None  # the chunk before, while the blend window lasts
         self._blended = 0
         gripper = contract.action.gripper
         names = [d.name for d in contract.action.dims]
@@ -211,14 +212,14 @@ class DeployExecutor(_Executor):
             if not self._first:
                 self._latencies.append(now - self._asked_at)
             self._first = self._asked = False
-        anchor = now if resting else chunk.observation_stamp
-        if round((now - anchor) / self.period) >= len(chunk.actions):
+        t0 = now if resting else chunk.observation_stamp
+        if round((now - t0) / self.period) >= len(chunk.actions):
             return  # all of it is past; the running plan goes on
         old = self._plan
         if old is not None:
             self._done.append(old.outcome())
-        self._plan, self._last, self._moved = _Plan(chunk, anchor), -1, True
-        self._seam, self._blended = (old if self._blend and not resting else None), 0
+        self._plan, self._last, self._moved = _Plan(chunk, t0), -1, True
+        self._blend_from, self._blended = (old if self._blend and not resting else None), 0
 
     def next(self, now: float) -> Proposal | None:
         if self._plan is None:
@@ -226,32 +227,32 @@ class DeployExecutor(_Executor):
         offset = max(self._offset(now), self._last + 1)
         if offset >= len(self._plan.chunk.actions):
             self._retire()
-            self._seam = None
+            self._blend_from = None
             return None
         self._last = offset
         action, marks = self._plan.chunk.actions[offset], Mark.NONE
-        if self._seam is not None:
+        if self._blend_from is not None:
             action, marks = self._mix(action, now)
         return self._propose(offset, action, self._plan.chunk.observation_stamp + offset * self.period, marks)
 
     def reset(self) -> None:
         super().reset()
-        self._seam, self._last, self._moved = None, -1, False
+        self._blend_from, self._last, self._moved = None, -1, False
 
     def _offset(self, now: float) -> int:
         assert self._plan is not None
-        return round((now - self._plan.anchor) / self.period)
+        return round((now - self._plan.t0) / self.period)
 
     def _mix(self, action: Float32, now: float) -> tuple[Float32, Mark]:
         """Weight 1/(B+1), 2/(B+1), … for the new chunk over B ticks, against what the old one planned for now."""
-        assert self._seam is not None
+        assert self._blend_from is not None
         self._blended += 1
-        before = round((now - self._seam.anchor) / self.period)
-        if self._blended > self._blend or before >= len(self._seam.chunk.actions):
-            self._seam = None
+        before = round((now - self._blend_from.t0) / self.period)
+        if self._blended > self._blend or before >= len(self._blend_from.chunk.actions):
+            self._blend_from = None
             return action, Mark.NONE
         weight = self._blended / (self._blend + 1.0)
-        old = self._seam.chunk.actions[before]
+        old = self._blend_from.chunk.actions[before]
         mixed = np.where(self._mixed, weight * action + (1.0 - weight) * old, action).astype(np.float32)
         if self._quaternion:
             start = 3  # x, y, z, then the quaternion

@@ -142,7 +142,7 @@ class PolicyClient:
             noise = self._sampling.draw((spec.chunk, len(spec.action_names)))
             arrays: dict[str, Any] = {} if noise is None else {"noise": noise}
             if ahead is not None:
-                arrays["committed"] = np.asarray(ahead.committed, np.float32)
+                arrays["committed"] = np.asarray(ahead.previous_actions, np.float32)
             self._numbers += 1
             message = {
                 "type": "infer",

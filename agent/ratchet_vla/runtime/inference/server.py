@@ -41,7 +41,7 @@ __all__ = ["PolicyServer", "RealTimeChunking"]
 class RealTimeChunking(Protocol):
     """A policy that completes a chunk whose first actions are already on their way (arXiv 2506.07339)."""
 
-    def predict_ahead(self, batch: PolicyInput, committed: Tensor, delay: int) -> Chunks:
+    def predict_ahead(self, batch: PolicyInput, previous_actions: Tensor, delay: int) -> Chunks:
         """committed: (1, P, D) float32, physical units; of these the first `delay` are certain to be executed."""
         ...
 
@@ -154,16 +154,16 @@ class PolicyServer:
         return Inferred(actions, tokens, log_prob, adapter_id, name_of(self.policy))
 
     def _greedy(self, batch: PolicyInput, ahead: Ahead | None) -> Chunks:
-        committed = None
+        previous_actions = None
         if ahead is not None and isinstance(self.policy, RealTimeChunking):
-            committed = torch.from_numpy(policy_actions(ahead.committed, self.spec, self._contract))[None]
+            previous_actions = torch.from_numpy(policy_actions(ahead.previous_actions, self.spec, self._contract))[None]
         if self._static is not None:
             guide = None
-            if committed is not None and ahead is not None and isinstance(self.policy, FlowPolicy):
-                guide = self.policy.guide(committed, ahead.delay)
+            if previous_actions is not None and ahead is not None and isinstance(self.policy, FlowPolicy):
+                guide = self.policy.guide(previous_actions, ahead.delay)
             return self._static.chunks(batch, guide)
-        if committed is not None and ahead is not None and isinstance(self.policy, RealTimeChunking):
-            return self.policy.predict_ahead(batch, committed, ahead.delay)
+        if previous_actions is not None and ahead is not None and isinstance(self.policy, RealTimeChunking):
+            return self.policy.predict_ahead(batch, previous_actions, ahead.delay)
         return self.policy.predict(batch)
 
     def _fitted(self, image: UInt8) -> UInt8:

@@ -48,12 +48,13 @@ class Sampling:
 class Ahead:
     """What will already have been sent when an answer arrives: for policies with real-time chunking.
 
-    committed: (P, D) float32, the actions of the running plan from the observation's moment on, physical units: the
+    previous_actions: (P, D) float32, the actions of the running plan from the observation's moment on, physical units:
+    the
         answer's first action is for the same moment as the first of these.
     delay: of these, how many have been sent or will surely be before the answer is in force.
     """
 
-    committed: Float32
+    previous_actions: Float32
     delay: int
 
 

@@ -153,7 +153,7 @@ def test_the_hook_for_real_time_chunking_tells_what_will_have_been_sent() -> Non
     assert ahead.delay == 2  # the command of the observation's own tick, and the one while the answer is made
     asked = rig.source.seen[4].stamp
     sent = [t for t in rig.sink.ticks if t.deadline > asked - 1e-6][: ahead.delay]
-    np.testing.assert_array_equal(ahead.committed[: ahead.delay], np.stack([t.command for t in sent]))
+    np.testing.assert_array_equal(ahead.previous_actions[: ahead.delay], np.stack([t.command for t in sent]))
     # The answer is taken up at the action after those, so both count from the same moment.
     first = next(t for t in rig.sink.ticks if t.chunk_sequence == rig.source.seen[4].sequence)
     assert first.chunk_offset == ahead.delay
