@@ -107,7 +107,7 @@ class Mark(enum.IntFlag):
 
     CLIPPED: a safety limit changed it. SKIPPED: it was too old and never sent. BLENDED: mixed with the previous chunk.
     HUMAN: a person's command replaced it. HELD: nothing fit was available and the robot held its pose.
-    RAMPED: approached from the measured pose at a start, after a hold or after a hand-back.
+    RAMPED: approached from the measured pose at a start, after a hold or after an intervention.
     """
 
     NONE = 0
@@ -121,7 +121,7 @@ class Mark(enum.IntFlag):
 
 @dataclass(frozen=True)
 class SafetyEvent:
-    """One intervention of the safety filter, with its numbers.
+    """One act of the safety filter, with its numbers.
 
     stamp: seconds, robot's monotonic clock.
     code: stable dotted identifier such as `safety.velocity`; dim: action dimension or field concerned, empty if none.

@@ -196,7 +196,7 @@ def test_a_stick_becomes_an_action_and_silence_releases_it(start: Start) -> None
         joy.publish(Joy(axes=[1.0, -0.5, 0.0], buttons=buttons))
         return bool(got) and ready(got[-1])
 
-    watcher.until(lambda: said(lambda m: m.intervene), "take-over")
+    watcher.until(lambda: said(lambda m: m.intervene), "an intervention")
     action = np.array(got[-1].action)
     assert got[-1].person == "Ada"
     np.testing.assert_allclose(action[:3], [-0.5 * 0.5 * 0.02, -0.5 * 0.02, 0.0], atol=1e-7)

@@ -144,7 +144,7 @@ def open_running(
     return Running(policy, HotSwapper(policy, lora, store=store), [])
 
 
-def take_over(store: FolderStore, source: FolderStore, reference: str) -> str:
+def copy_adapter(store: FolderStore, source: FolderStore, reference: str) -> str:
     """Copy an adapter and those it descends from into another store, with what their cards tell; returns its id."""
     for identity in reversed(source.lineage(reference)):
         store.put(source.get(identity), source.card(identity).provenance)

@@ -105,7 +105,7 @@ class Limits:
         not the gripper; empty otherwise.
     jerk: units/s^3, one value per action dimension (inf to exempt one); empty where the arm needs none.
     ramp_time: seconds over which the permitted speed grows from zero to the limit at a start, after a hold and after a
-        hand-back; 0 leaves the start to the acceleration limit alone.
+        intervention; 0 leaves the start to the acceleration limit alone.
     position_state, rotation_state: names of the state fields that measure what the actions move: the end effector's
         position and orientation, or the joints (`position_state`). Empty takes the only field that fits.
     """

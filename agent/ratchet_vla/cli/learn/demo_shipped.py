@@ -140,7 +140,7 @@ class _Part:
         self.card: Card = source.card("active")
         # The run has a store of its own: what it measures and learns must not change the one that is shipped.
         self.store = FolderStore(folder / "adapters", create=True)
-        self.adapter_id = common.take_over(self.store, source, "active")
+        self.adapter_id = common.copy_adapter(self.store, source, "active")
         self.lora = common.lora_of(source, "active")
         self.running = common.open_running(self.base, self.contract, self.lora, self.store)
         self.learned = [self.card.provenance.task, *earlier_tasks(self.store, self.adapter_id, "")]

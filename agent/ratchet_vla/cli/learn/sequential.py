@@ -170,7 +170,7 @@ def _open(plan: RunPlan) -> Opened:
     policy, adapter = common.open_policy(plan.policy_folder, contract, lora, plan.device, made_for)
     store = FolderStore(plan.folder / "adapters", create=True)
     if origin is not None:
-        common.take_over(store, origin, first)
+        common.copy_adapter(store, origin, first)
     running: common.Running | None = None
     if plan.shard and plan.ranks is not None:
         # A second policy would be whole on every rank: what is trained is evaluated itself, and no videos are made.

@@ -227,7 +227,7 @@ class Real(_Shared):
     cameras: list[str] = field(default_factory=list)
     """Cameras that we open: name=realsense:SERIAL, name=uvc:/dev/video0, name=recorded:FILE."""
     joy: list[str] = field(default_factory=list)
-    """Take-over by gamepad: dimension=axis pairs; the joy driver runs already."""
+    """Intervention by gamepad: dimension=axis pairs; the joy driver runs already."""
     person: str = ""
     """Who holds the gamepad and judges with it; needed with --joy."""
     resume: Literal["automatic", "manual"] = "manual"

@@ -137,7 +137,7 @@ CHANGES: tuple[tuple[str, str, str, str], ...] = (
     (
         "masking",
         "after first success",
-        "also take-over, clipped, skipped, blended",
+        "also interventions, clipped, skipped, blended",
         "only what was sampled has a gradient",
     ),
     ("gate", "none", "before every adapter that moves the arm", "a bad update costs hardware, not a rollout"),

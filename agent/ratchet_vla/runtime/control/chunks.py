@@ -61,7 +61,7 @@ class ChunkExecutor(Protocol):
         ...
 
     def reset(self) -> None:
-        """Drop everything that is planned: after a hold, a hand-back, at an episode's end."""
+        """Drop everything that is planned: after a hold, an intervention, at an episode's end."""
         ...
 
 

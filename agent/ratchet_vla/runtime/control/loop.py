@@ -173,10 +173,11 @@ class ControlLoop:
         self._cancel.set()
 
     def human(self, action: Float32 | None) -> None:
-        """A person's command for the coming ticks: (D,) float32, physical units; None hands back. Any thread.
+        """A person's command for the coming ticks: (D,) float32, physical units; None ends the intervention. Any
+        thread.
 
         It passes the safety filter like any other, is marked HUMAN, and is too old after `action_max_age`. After the
-        hand-back the policy starts from a new observation, with the ramp.
+        intervention the policy starts from a new observation, with the ramp.
         """
         self._human = None if action is None else (np.array(action, np.float32), self.clock.now())
 

@@ -328,7 +328,7 @@ class SafetyFilter:
     ) -> FilterResult:
         human = bool(proposal.marks & Mark.HUMAN)
         if self._by_human and not human:
-            self._moving_since = now  # handed back: the policy begins as after a start
+            self._moving_since = now  # the intervention ended: the policy begins as after a start
         self._by_human = human
         ramp = self.contract.limits.ramp_time
         moved = now - self._moving_since + self.period

@@ -58,7 +58,7 @@ JUDGE: dict[str, Judgement] = {"1": "success", "2": "failure", "3": "discard"}
 
 
 class Keyboard:
-    """t takes over and hands back; w s a d r f move, l j i k u o turn, space is the gripper; 1 2 3 judge.
+    """t starts and ends an intervention; w s a d r f move, l j i k u o turn, space is the gripper; 1 2 3 judge.
 
     A key counts for `hold` seconds after it was last heard, which is longer than a terminal's repetition.
     """

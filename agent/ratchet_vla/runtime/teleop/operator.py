@@ -1,4 +1,4 @@
-"""Teleoperation: what a person's hands want, turned into commands of any contract, and taking over without a jump.
+"""Teleoperation: what a person's hands want, turned into commands of any contract, and interventions without a jump.
 
 Knows intents, the `Teleoperator` protocol and control modes. Knows no device and no policy. A command starts where the
 arm is measured to be, grows over the contract's ramp time, and passes the safety filter like any other.
@@ -88,7 +88,7 @@ class Jog:
         self._grip = math.nan
 
     def take(self, state: Mapping[str, Float32], now: float, last: Float32 | None = None) -> None:
-        """The person takes over: targets start at the measured pose. last: what the arm was sent last, if anything."""
+        """An intervention starts: targets start at the measured pose. last: what the arm was sent last, if anything."""
         measured = self._limiter.measure(state)
         self._position = measured.position.copy()
         self._orientation = measured.orientation.copy()
@@ -178,16 +178,16 @@ class Jog:
 
 
 class Loop(Protocol):
-    """What a takeover needs of `loop.ControlLoop`."""
+    """What an intervention needs of `loop.ControlLoop`."""
 
     def human(self, action: Float32 | None) -> None: ...
     def cancel(self) -> None: ...
 
 
-class Takeover:
+class Intervention:
     """Connects a device to a running loop: give `on_tick` to `ControlLoop.run_episode`.
 
-    Engaging takes over, disengaging hands back. A device that goes silent while engaged hands nothing back: its last
+    Engaging starts an intervention, disengaging ends it. A device that goes silent while engaged ends nothing: its last
     command grows too old, and the safety filter holds the arm until the person is there again. A judgement ends the
     episode and is kept in `judgement`.
     """

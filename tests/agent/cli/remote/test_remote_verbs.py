@@ -230,5 +230,5 @@ def test_the_timeline_and_what_is_not_there(tmp_path: Path, capsys: pytest.Captu
 def test_what_the_robot_mode_changes_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["learner", "--mode", "robot", "--tasks", "door-open", "--explain"]) == 0
     text = capsys.readouterr().out
-    for word in ("1,024", "leave-one-out", "take-over"):
+    for word in ("1,024", "leave-one-out", "interventions"):
         assert word in text

@@ -1,6 +1,6 @@
 """What may enter an update decides whether learning is on-policy: every way to be off it is refused with its reason.
 
-Pinned: one code per reason, waiting without a label, trust only in the simulator and named people, masks of take-over
+Pinned: one code per reason, waiting without a label, trust only in the simulator and named people, masks of interventions
 and safety. Also that a rollout survives the way through records: to episodes, and back to the same batch.
 Deterministic: values built by hand, one small rollout in a fake environment.
 """
@@ -218,7 +218,7 @@ def test_a_rollout_survives_the_way_through_records(make: Callable[[], Prismatic
     drawn = policy.sample(batch.policy_input(first), 1.0, noise).actions[0]
     np.testing.assert_allclose(episodes[0].steps[0].chunk.actions, drawn.numpy(), atol=1e-6)
     check_chunk(episodes[0].steps[0].chunk, contract())
-    # Take-over: what a person drove has no gradient, the rest keeps it.
+    # Intervention: what a person drove has no gradient, the rest keeps it.
     episodes[0].steps[0].executed[1:] = False
     masked = to_batch(episodes, [s.group for s in specs], policy)
     assert masked.valid[0].tolist() == [True, False, False, False]

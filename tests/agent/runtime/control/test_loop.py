@@ -424,11 +424,11 @@ def test_a_success_without_a_decision_of_the_policy_is_nobodys() -> None:
 def test_what_a_person_solved_or_stopped_is_not_the_policys() -> None:
     rig = Rig(CollectExecutor(CONTRACT), lock_step=True)
 
-    def take_over(tick: ControlTick) -> None:
+    def intervene(tick: ControlTick) -> None:
         rig.loop.human(np.array([1e-4, 0.0, 0.0, 1.0], np.float32) if 4 <= tick.index < 8 else None)
 
     judge = SceneJudge(lambda: len(rig.sink.ticks) > 12)
-    end = rig.loop.run_episode("t", "move", horizon=40, judge=judge, on_tick=take_over)
+    end = rig.loop.run_episode("t", "move", horizon=40, judge=judge, on_tick=intervene)
     assert (end.termination, end.success, end.human_ticks) == (Termination.SUCCESS, None, 4)
     rig = Rig(CollectExecutor(CONTRACT), lock_step=True)
 

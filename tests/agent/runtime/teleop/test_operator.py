@@ -1,9 +1,9 @@
-"""A person who takes over stands beside the arm: the first motion must be theirs, small, and from where the arm is.
+"""A person who intervenes stands beside the arm: the first motion must be theirs, small, and from where the arm is.
 
-Pinned: in every control mode taking over does not move the arm by itself, and full deflection grows over the ramp and
-stays within the limits; absolute targets stay on a leash; hand-back, lost devices and judgements reach the loop as
-promised; each device's bytes mean what its documentation says. Deterministic: the clock is moved by hand, and devices
-are fakes that give scripted keys, axes and reports.
+Pinned: in every control mode an intervention does not move the arm by itself, and full deflection grows over the ramp
+and stays within the limits; absolute targets stay on a leash; interventions that end, lost devices and judgements reach
+the loop as promised; each device's bytes mean what its documentation says. Deterministic: the clock is moved by hand,
+and devices are fakes that give scripted keys, axes and reports.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ratchet_vla.runtime.control.sink import MemorySink
 from ratchet_vla.runtime.inference.source import Ahead, Reply
 from ratchet_vla.runtime.safety.filter import SafetyFilter
 from ratchet_vla.runtime.teleop.devices import Gamepad, Keyboard, LinuxGamepad, SpaceMouse, TerminalKeys
-from ratchet_vla.runtime.teleop.operator import Intent, Jog, Takeover, Teleoperator
+from ratchet_vla.runtime.teleop.operator import Intent, Intervention, Jog, Teleoperator
 from ratchet_vla.testing.fake_arm import FakeArm
 from ratchet_vla.testing.fake_contract import HZ, MODES, arm
 
@@ -72,7 +72,7 @@ class FakeSource:
 
 
 class FakeLoop:
-    """Remembers what a takeover tells it."""
+    """Remembers what an intervention tells it."""
 
     def __init__(self) -> None:
         self.told: list[Float32 | None] = []
@@ -193,18 +193,22 @@ def test_over_and_back_in_a_running_loop() -> None:
     script = [Intent()] * 20 + [Intent(True, (-1, 0, 0))] * 20 + [Intent()] * 19 + [Intent(judgement="success")]
     events: list[str] = []
     frames: list[float] = []
-    takeover = Takeover(FakeDevice(list(script)), loop, Jog(contract), on_event=events.append, frames=frames.append)
-    end = loop.run_episode("t", "move", horizon=100, on_tick=takeover.on_tick)
+    intervention = Intervention(
+        FakeDevice(list(script)), loop, Jog(contract), on_event=events.append, frames=frames.append
+    )
+    end = loop.run_episode("t", "move", horizon=100, on_tick=intervention.on_tick)
     human = [bool(t.marks & Mark.HUMAN) for t in memory.ticks]
     assert human[:60] == [False] * 21 + [True] * 20 + [False] * 19, "an intent holds for the next tick"
     assert events == ["taken", "returned"]
-    assert (end.termination, takeover.judgement, len(frames)) == ("cancelled", "success", 20)
+    assert (end.termination, intervention.judgement, len(frames)) == ("cancelled", "success", 20)
     commands = np.array([t.command[0] if t.command is not None else 0.0 for t in memory.ticks])
     jumps = np.abs(np.diff(commands)) * HZ * HZ
     assert jumps.max() <= contract.limits.acceleration[0] * 1.001, "neither way with a jump"
     assert commands[21] < commands[20]
     assert commands[30] < 0
-    assert memory.ticks[41].marks & (Mark.RAMPED | Mark.HELD | Mark.CLIPPED), "handed back, the policy begins anew"
+    assert memory.ticks[41].marks & (Mark.RAMPED | Mark.HELD | Mark.CLIPPED), (
+        "the intervention ended, the policy begins anew"
+    )
 
 
 def tick_at(contract: RobotContract, stamp: float) -> ControlTick:
@@ -213,13 +217,15 @@ def tick_at(contract: RobotContract, stamp: float) -> ControlTick:
 
 def test_a_lost_device_hands_nothing_back() -> None:
     contract, loop, events = arm(), FakeLoop(), list[str]()
-    takeover = Takeover(
+    intervention = Intervention(
         FakeDevice([Intent(True), None, None, Intent(True)]), loop, Jog(contract), on_event=events.append
     )
     for i in range(4):
-        takeover.on_tick(tick_at(contract, i / HZ))
+        intervention.on_tick(tick_at(contract, i / HZ))
     assert events == ["taken", "lost", "found"]
-    assert [a is None for a in loop.told] == [False, False], "silence is neither a command nor a hand-back"
+    assert [a is None for a in loop.told] == [False, False], (
+        "silence is neither a command nor an end of the intervention"
+    )
 
 
 # -- devices -----------------------------------------------------------------------------------------------------

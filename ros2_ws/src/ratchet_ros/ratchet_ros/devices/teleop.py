@@ -1,4 +1,4 @@
-"""teleop_node: a gamepad or SpaceMouse (sensor_msgs/Joy) as an operator: dead-man switch, take-over, judgement.
+"""teleop_node: a gamepad or SpaceMouse (sensor_msgs/Joy) as an operator: dead-man switch, intervention, label.
 
 Knows axes, buttons and the contract's action dimensions. What it sends passes both safety filters like any command.
 """
@@ -67,7 +67,7 @@ class TeleopNode(RatchetNode):
                 "ros.teleop_mode",
                 f"a stick cannot command {action.control_mode}",
                 where=self.contract.name,
-                fix="use a contract with deltas or velocities for take-over",
+                fix="use a contract with deltas or velocities for interventions",
             )
         names = [d.name for d in action.dims]
         self._axes: list[tuple[int, int, float]] = []

@@ -132,7 +132,7 @@ def finished(end: EpisodeEnd, loop: ControlLoop) -> RunTask.Result:
         result.code = end.reason
     result.message = f"{result.termination} after {end.ticks} ticks"
     if end.termination in (Termination.SUCCESS, Termination.FAILURE) and end.success is None:
-        result.message += ", judged by nobody: no decision of the policy, a take-over, or no person's name"
+        result.message += ", judged by nobody: no decision of the policy, an intervention, or no person's name"
     result.ticks, result.seconds, result.events = end.ticks, float(end.seconds), end.events
     result.missed = loop.timing.missed
     return result

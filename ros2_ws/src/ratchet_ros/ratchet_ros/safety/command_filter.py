@@ -80,7 +80,7 @@ class CommandFilter:
         self._heard = self._stepped = -np.inf
         self._session, self._number = 0, 0
         self._silent = True  # the hold that ends a motion has been sent
-        self.commands = self.interventions = 0
+        self.commands = self.changed_commands = 0
         clock.watch(self._wake)
 
     # -- from outside --------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class CommandFilter:
         changed = proposal is not None and (
             not result.accepted or bool((result.marks & ~proposal.marks) & (Mark.CLIPPED | Mark.RAMPED))
         )
-        self.interventions += changed
+        self.changed_commands += changed
         for event in result.events:
             self._told(event)
         new = result.command is not None or not self._silent

@@ -171,7 +171,7 @@ class SafetyNode(RatchetNode):
                 level,
                 "safety",
                 text,
-                {"commands": command_filter.commands, "interventions": command_filter.interventions},
+                {"commands": command_filter.commands, "interventions": command_filter.changed_commands},
             )
         )
         missing = self.intake.missing()
@@ -317,7 +317,7 @@ class SafetyNode(RatchetNode):
             e_stop=self._e_stop_pressed,
             dead_man_required=bool(self.settings.dead_man),
             commands=command_filter.commands,
-            interventions=command_filter.interventions,
+            interventions=command_filter.changed_commands,
             state_age=float(age) if np.isfinite(age) else -1.0,
         )
         status.header.stamp = self.clock.to_ros(now)
