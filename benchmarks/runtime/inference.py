@@ -9,8 +9,8 @@ alternate, so that they share the host's load. A dtype that the processor emulat
 
 Exit 1 where a goal is missed: p50 of one chunk at batch 1, one thread, in the dtype that the device chooses, at most
 15 ms; and the choice not slower than the other dtype beyond the spread of five repeats. Calls in whose middle another
-process took the core (counted by the operating system) tell of the host's load and are not judged; where fewer than 20
-calls are left, processor time is judged instead, which is what the wall would show on a core of one's own.
+process took the core (counted by the operating system) tell of the host's load and do not count; where fewer than 20
+calls are left, processor time counts instead, which is what the wall would show on a core of one's own.
 """
 
 from __future__ import annotations
@@ -224,9 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     console.print(choices(verdicts))
 
     choice = verdicts["1"]["1"]
-    judged = results["1"]["1"][choice.choice.name]
-    enough = judged["not_preempted"] >= 20
-    p50 = judged["not_preempted_p50_ms" if enough else "processor_p50_ms"]
+    measured = results["1"]["1"][choice.choice.name]
+    enough = measured["not_preempted"] >= 20
+    p50 = measured["not_preempted_p50_ms" if enough else "processor_p50_ms"]
     result = {
         "command": ["python", "-m", "benchmarks.runtime.inference", *(sys.argv[1:] if argv is None else argv)],
         "machine": machine(),
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         "parameters": parameters,
         "judged": {"ms": p50, "by": "wall, not preempted" if enough else "processor", "dtype": choice.choice.name},
         "repeats": REPEATS,
-        "spread": {key: judged[key] for key in ("min_ms", "p50_ms", "p99_ms")},
+        "spread": {key: measured[key] for key in ("min_ms", "p50_ms", "p99_ms")},
         "dtypes": {t: {b: v.as_dict() for b, v in by_batch.items()} for t, by_batch in verdicts.items()},
         "threads": results,
         "goal_ms": GOAL,
@@ -242,8 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(
-        f"{judged['not_preempted']} of {judged['count']} calls had the core to themselves; "
-        f"p50 of all {judged['p50_ms']:.1f} ms"
+        f"{measured['not_preempted']} of {measured['count']} calls had the core to themselves; "
+        f"p50 of all {measured['p50_ms']:.1f} ms"
     )
     what = "p50" if enough else "processor time, p50"
     print(f"inference: {what} {p50:.1f} ms (goal <= {GOAL:.0f} ms) in {choice.figure}")

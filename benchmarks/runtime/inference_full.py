@@ -11,7 +11,7 @@ takes).
 Goals on one H100, batch 1, bfloat16: OpenVLA-OFT 7B <= 40 ms, SmolVLA <= 15 ms, pi0 <= 30 ms per chunk; an adapter is
 ready within 1.2 times its copy; a merged adapter costs nothing (within 3 %); an exchange holds up no 20 ms period. On
 a CPU: fixed shapes give the policy's own actions and are not slower (within 10 %), and a merged adapter costs nothing
-(within 5 %). Exit 1 where one is missed; figures of another GPU are printed and not judged.
+(within 5 %). Exit 1 where one is missed; figures of another GPU are printed only.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def measure(name: str, device: torch.device, calls: int) -> dict[str, Any]:
     return result
 
 
-def judge(name: str, found: dict[str, Any], device: torch.device) -> list[str]:
+def missed_goals(name: str, found: dict[str, Any], device: torch.device) -> list[str]:
     """The goals that were missed, in words."""
     missed = []
     if found.get("difference", 0.0) > 0.05:
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         found = measure(name, device, calls)
         results[name] = found
-        missed += judge(name, found, device)
+        missed += missed_goals(name, found, device)
         for i, (way, times) in enumerate(found["ways"].items()):
             table.add_row(name if i == 0 else "", way, *(f"{times[k]:.1f}" for k in ("p50", "p99", "min", "processor")))
         swap = found["swap"]

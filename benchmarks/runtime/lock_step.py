@@ -36,7 +36,7 @@ from ratchet_vla.policy.presets import small, spec_for
 from ratchet_vla.policy.protocol import PolicyInput
 from ratchet_vla.runtime.clock import ManualClock
 from ratchet_vla.runtime.control.chunks import CollectExecutor
-from ratchet_vla.runtime.control.labelling import SceneJudge
+from ratchet_vla.runtime.control.labelling import SceneLabeller
 from ratchet_vla.runtime.control.loop import ControlLoop
 from ratchet_vla.runtime.control.sink import MemorySink
 from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch
@@ -96,7 +96,7 @@ def through_runtime(robot: SimRobot, policy_folder: Path, state: int, horizon: i
             lock_step=True,
             patience=120.0,
         )
-        end = loop.run_episode("bench", robot.instruction, horizon=horizon, judge=SceneJudge(robot.success))
+        end = loop.run_episode("bench", robot.instruction, horizon=horizon, labeller=SceneLabeller(robot.success))
     commands = [t.command for t in sink.ticks if t.chunk_sequence >= 0 and t.command is not None]
     return np.stack(commands), bool(end.success)
 

@@ -1,9 +1,9 @@
-"""Whether anything gets past the safety filter, and what it costs: a million random and hostile chunks, then judged.
+"""Whether anything gets past the safety filter, and what it costs: a million random and hostile chunks, then checked.
 
 Every control mode, with and without jerk limits, and every contract in robots/. Chunks are random walks, full-range
 jumps, values up to 10^6 times too large, NaN and infinity, wrong shapes, repeats, late and early ones; the clock
-jitters, bursts and pauses; measurements turn NaN. A judge that shares no code with the filter differentiates what came
-out.
+jitters, bursts and pauses; measurements turn NaN. A checker that shares no code with the filter differentiates what
+came out.
 
     python -m benchmarks.runtime.safety [--quick]
 
@@ -161,16 +161,16 @@ class Episode:
                         )
 
 
-def judge(episode: Episode, worst: dict[str, float]) -> list[str]:
+def check_episode(episode: Episode, worst: dict[str, float]) -> list[str]:
     """What broke a limit, in words; `worst` gets the largest share of each limit that was used."""
     found: list[str] = []
     bounds = [*episode.starts, len(episode.rows)]
     for first, last in itertools.pairwise(bounds):
-        found += judge_segment(episode, episode.rows[first:last], worst)
+        found += check_segment(episode, episode.rows[first:last], worst)
     return found
 
 
-def judge_segment(episode: Episode, rows: list[Row], worst: dict[str, float]) -> list[str]:
+def check_segment(episode: Episode, rows: list[Row], worst: dict[str, float]) -> list[str]:
     if not rows:
         return []
     contract, period, count = episode.contract, episode.period, episode.count
@@ -248,9 +248,9 @@ def judge_segment(episode: Episode, rows: list[Row], worst: dict[str, float]) ->
         lows = np.array([d.low for d in contract.action.dims])
         highs = np.array([d.high for d in contract.action.dims])
         slack = 1e-5 * np.maximum(np.abs(lows), np.abs(highs))
-        judged = np.ones(len(out), bool)
-        judged[turning] = not absolute  # a rotation may be written in more than one way
-        if (((out < lows - slack) | (out > highs + slack)) & judged).any():
+        is_bounded = np.ones(len(out), bool)
+        is_bounded[turning] = not absolute  # a rotation may be written in more than one way
+        if (((out < lows - slack) | (out > highs + slack)) & is_bounded).any():
             found.append(f"range left: {out}")
         speed, push = now_speed, now_push
     return found
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         for k in range(episodes):
             episode = Episode(contract, arguments.seed + 1_000_003 * number + k)
             episode.run()
-            found += judge(episode, worst)
+            found += check_episode(episode, worst)
             costs += episode.costs
             codes.update(episode.codes)
         spent = np.array(costs) * 1e3

@@ -13,17 +13,17 @@ import pytest
 from ratchet_msgs import msg
 
 from ratchet_ros.messages.times import to_time
-from ratchet_ros.policy.labeller import RosJudge
+from ratchet_ros.policy.labeller import RosLabeller
 from ratchet_vla.records import ControlTick, Mark
-from ratchet_vla.runtime.control.labelling import Attempt, Judgement
+from ratchet_vla.runtime.control.labelling import Attempt, SuccessLabel
 from ratchet_vla.runtime.control.outcome import Termination
 
 PERIOD = 0.05
 STOPPED = Attempt(Termination.FAILURE, 4, 0)
 
 
-def pressed(judge: RosJudge, button: int, person: str) -> None:
-    judge.operator(msg.OperatorInput(judge=button, person=person))
+def pressed(labeller: RosLabeller, button: int, person: str) -> None:
+    labeller.operator(msg.OperatorInput(judge=button, person=person))
 
 
 def scene(
@@ -35,74 +35,74 @@ def scene(
 
 
 def test_a_named_person_ends_the_attempt_and_judges_it() -> None:
-    judge = RosJudge("operator", PERIOD, 0.0)
-    judge.begin(1.0)
-    assert judge.verdict() is None
-    assert judge.judgement(STOPPED) == Judgement()
-    pressed(judge, msg.OperatorInput.JUDGE_FAILURE, " Ada ")
-    pressed(judge, msg.OperatorInput.JUDGE_SUCCESS, "Ada")  # the next report, while the arm brakes
-    assert judge.verdict() is False
-    assert judge.judgement(STOPPED) == Judgement(False, "human:Ada")
-    judge.begin(2.0)
-    assert judge.verdict() is None
+    labeller = RosLabeller("operator", PERIOD, 0.0)
+    labeller.begin(1.0)
+    assert labeller.outcome() is None
+    assert labeller.label(STOPPED) == SuccessLabel()
+    pressed(labeller, msg.OperatorInput.JUDGE_FAILURE, " Ada ")
+    pressed(labeller, msg.OperatorInput.JUDGE_SUCCESS, "Ada")  # the next report, while the arm brakes
+    assert labeller.outcome() is False
+    assert labeller.label(STOPPED) == SuccessLabel(False, "human:Ada")
+    labeller.begin(2.0)
+    assert labeller.outcome() is None
 
 
 @pytest.mark.parametrize("person", ["", "  ", "robot:1"])
 def test_a_button_without_a_name_ends_the_attempt_and_judges_nothing(person: str) -> None:
-    judge = RosJudge("operator", PERIOD, 0.0)
-    judge.begin(1.0)
-    pressed(judge, msg.OperatorInput.JUDGE_SUCCESS, person)
-    assert judge.verdict() is True
-    assert judge.judgement(Attempt(Termination.SUCCESS, 4, 0)) == Judgement()
+    labeller = RosLabeller("operator", PERIOD, 0.0)
+    labeller.begin(1.0)
+    pressed(labeller, msg.OperatorInput.JUDGE_SUCCESS, person)
+    assert labeller.outcome() is True
+    assert labeller.label(Attempt(Termination.SUCCESS, 4, 0)) == SuccessLabel()
 
 
 def test_buttons_say_nothing_where_the_scene_judges() -> None:
-    judge = RosJudge("scene", PERIOD, 0.0)
-    judge.begin(1.0)
-    pressed(judge, msg.OperatorInput.JUDGE_SUCCESS, "Ada")
-    assert judge.verdict() is None
-    assert judge.judgement(Attempt(Termination.HORIZON, 4, 0)) == Judgement(False, "simulator")
-    assert judge.judgement(Attempt(Termination.CANCELLED, 4, 0)) == Judgement()
-    assert judge.judgement(Attempt(Termination.SUCCESS, 4, 1)) == Judgement()
+    labeller = RosLabeller("scene", PERIOD, 0.0)
+    labeller.begin(1.0)
+    pressed(labeller, msg.OperatorInput.JUDGE_SUCCESS, "Ada")
+    assert labeller.outcome() is None
+    assert labeller.label(Attempt(Termination.HORIZON, 4, 0)) == SuccessLabel(False, "simulator")
+    assert labeller.label(Attempt(Termination.CANCELLED, 4, 0)) == SuccessLabel()
+    assert labeller.label(Attempt(Termination.SUCCESS, 4, 1)) == SuccessLabel()
 
 
 def test_a_scene_is_asked_for_its_own_task_only() -> None:
-    judge = RosJudge("scene", PERIOD, 0.0)
+    labeller = RosLabeller("scene", PERIOD, 0.0)
 
     def code(task: str, text: str) -> str:
-        refusal = judge.refusal(task, text)
+        refusal = labeller.refusal(task, text)
         return "" if refusal is None else refusal.code
 
     assert code("door-open", "open the door") == "goal.no_scene"
-    judge.scene(scene(1.0))
+    labeller.scene(scene(1.0))
     assert code("door-open", "open the door") == ""
     assert code("push", "open the door") == "goal.other_task"
     assert code("door-open", "stand still") == "goal.other_instruction"
-    judge.scene(scene(1.05, solved=True))
+    labeller.scene(scene(1.05, solved=True))
     assert code("door-open", "open the door") == "goal.already_solved"
-    assert RosJudge("none", PERIOD, 0.0).refusal("anything", "at all") is None
+    assert RosLabeller("none", PERIOD, 0.0).refusal("anything", "at all") is None
 
 
 def test_the_news_of_a_reset_is_waited_for() -> None:
-    judge = RosJudge("scene", PERIOD, 0.0)
-    judge.scene(scene(1.0, solved=True))
-    waiting = threading.Thread(target=judge.settle, args=("door-open", "open the door", 60.0))
+    labeller = RosLabeller("scene", PERIOD, 0.0)
+    labeller.scene(scene(1.0, solved=True))
+    waiting = threading.Thread(target=labeller.settle, args=("door-open", "open the door", 60.0))
     waiting.start()
-    judge.scene(scene(1.05))
+    labeller.scene(scene(1.05))
     waiting.join(30.0)
     assert not waiting.is_alive()
-    judge.scene(scene(1.1, solved=True))
-    judge.settle("door-open", "open the door", 0.01)  # nothing comes: it goes on, and the goal is refused
-    assert judge.refusal("door-open", "open the door") is not None
+    labeller.scene(scene(1.1, solved=True))
+    labeller.settle("door-open", "open the door", 0.01)  # nothing comes: it goes on, and the goal is refused
+    assert labeller.refusal("door-open", "open the door") is not None
 
 
 def test_no_news_is_waited_for_where_nothing_was_sent() -> None:
     """In lock-step only a command makes the simulation go on: after a second hold it has nothing to tell."""
-    judge = RosJudge("scene", PERIOD, 60.0)
-    judge.begin(1.0)
-    judge.scene(scene(1.05))
-    judge.ticked(ControlTick(1.1, 1.1, 3, None, None, Mark.HELD, -1, -1, "", {}))
-    asking = threading.Thread(target=judge.verdict, daemon=True)
+    labeller = RosLabeller("scene", PERIOD, 60.0)
+    labeller.begin(1.0)
+    labeller.scene(scene(1.05))
+    labeller.ticked(ControlTick(1.1, 1.1, 3, None, None, Mark.HELD, -1, -1, "", {}))
+    asking = threading.Thread(target=labeller.outcome, daemon=True)
     asking.start()
     asking.join(30.0)
     assert not asking.is_alive()

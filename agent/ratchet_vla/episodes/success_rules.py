@@ -71,7 +71,7 @@ def already_solved(task: str) -> RatchetError:
     )
 
 
-def machine_word(termination: str, decisions: int, human_ticks: int) -> bool | None:
+def machine_label(termination: str, decisions: int, human_ticks: int) -> bool | None:
     """Whether the policy succeeded, as far as a machine that watches the scene may say; None where it may not.
 
     termination: why the attempt ended. decisions: answers of the policy of which at least one action was sent.
@@ -90,7 +90,7 @@ def doubt(episode: Episode) -> str:
     decisions = sum(bool(step.steps_run) for step in episode.steps)
     if not decisions:
         return "the policy decided nothing in it"
-    said = machine_word(episode.termination, decisions, human)
+    said = machine_label(episode.termination, decisions, human)
     if said is None or said is not episode.success:
         ended = episode.termination or "nobody knows how"
         return f"it is called a {'success' if episode.success else 'failure'}, and ended: {ended}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ratchet_vla.episodes.success_rules import doubt, machine_word, require_goal, require_same, require_temperature
+from ratchet_vla.episodes.success_rules import doubt, machine_label, require_goal, require_same, require_temperature
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observation, Step
 from ratchet_vla.runtime.control.outcome import Termination
@@ -42,13 +42,13 @@ def test_the_scene_judges_its_own_task_in_its_own_words_only() -> None:
 
 
 def test_a_machine_speaks_of_finished_attempts_of_the_policy_alone() -> None:
-    words = {t: machine_word(t.value, decisions=3, human_ticks=0) for t in Termination}
+    words = {t: machine_label(t.value, decisions=3, human_ticks=0) for t in Termination}
     known = {Termination.SUCCESS: True, Termination.HORIZON: False}
     assert words == {t: known.get(t) for t in Termination}
-    assert machine_word("success", decisions=0, human_ticks=0) is None
-    assert machine_word("success", decisions=3, human_ticks=1) is None
-    assert machine_word("horizon", decisions=3, human_ticks=40) is None
-    assert machine_word("cut_off", decisions=3, human_ticks=0) is None
+    assert machine_label("success", decisions=0, human_ticks=0) is None
+    assert machine_label("success", decisions=3, human_ticks=1) is None
+    assert machine_label("horizon", decisions=3, human_ticks=40) is None
+    assert machine_label("cut_off", decisions=3, human_ticks=0) is None
 
 
 def episode(termination: str, success: bool, marks: Mark = Mark.NONE) -> Episode:

@@ -30,7 +30,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.noise import derive_seed
 from ratchet_vla.runtime.clock import ManualClock, MonotonicClock
 from ratchet_vla.runtime.control.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
-from ratchet_vla.runtime.control.labelling import SceneJudge
+from ratchet_vla.runtime.control.labelling import SceneLabeller
 from ratchet_vla.runtime.control.loop import ControlLoop
 from ratchet_vla.runtime.control.priority import normal, real_time
 from ratchet_vla.runtime.control.sink import MemorySink, Tee
@@ -260,8 +260,8 @@ class Run(remote.LearnerOptions, ComputingOptions):
         try:
             if self.realtime and self.priority:
                 Console(stderr=True).print(real_time(self.priority))
-            judge = SceneJudge(robot.success)
-            end = loop.run_episode(goal.task, goal.instruction, horizon=goal.horizon, judge=judge)
+            labeller = SceneLabeller(robot.success)
+            end = loop.run_episode(goal.task, goal.instruction, horizon=goal.horizon, labeller=labeller)
         finally:
             if self.realtime and self.priority:
                 normal()

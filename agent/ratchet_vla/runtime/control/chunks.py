@@ -2,7 +2,7 @@
 
 Knows which action of which chunk comes next, and what became of the others. Knows no robot, no policy and no limits.
 An action j of a chunk is meant for the observation's stamp + j periods. `collect` sends all K in order, however late
-they are (the safety filter judges their age). `deploy` skips what is past, blends over a window and drops the rest of
+they are (the safety filter checks their age). `deploy` skips what is past, blends over a window and drops the rest of
 the chunk before. A chunk that begins from standstill is never cut at its head: nothing has moved since its observation.
 """
 

@@ -1,6 +1,6 @@
 """When an episode is over: success, horizon, cancel, latched fault, or a hold that does not end.
 
-Knows a loop's ticks and its safety filter. Knows neither how a tick works nor who judges.
+Knows a loop's ticks and its safety filter. Knows neither how a tick works nor who labels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ratchet_vla.records import ControlTick
-from ratchet_vla.runtime.control.labelling import Judge
+from ratchet_vla.runtime.control.labelling import Labeller
 from ratchet_vla.runtime.control.outcome import Termination
 from ratchet_vla.runtime.safety.filter import SafetyFilter, SafetyState
 
@@ -29,13 +29,13 @@ class Ticking(Protocol):
 def until_end(
     loop: Ticking,
     horizon: int,
-    judge: Judge | None,
+    labeller: Labeller | None,
     hold_timeout: float,
     on_tick: Callable[[ControlTick], None] | None,
 ) -> Termination:
     """Tick until something ends the episode; how it ended.
 
-    Arguments as in `ControlLoop.run_episode`. A verdict goes before everything else that happens in the same tick.
+    Arguments as in `ControlLoop.run_episode`. An outcome goes before everything else that happens in the same tick.
     """
     held_since: float | None = None
     deadline, ticks, standing = -math.inf, 0, 0
@@ -46,9 +46,9 @@ def until_end(
         deadline, ticks = tick.deadline, ticks + (standing == 0)
         if on_tick is not None:
             on_tick(tick)
-        verdict = None if judge is None else judge.verdict()
-        if verdict is not None:
-            return Termination.SUCCESS if verdict else Termination.FAILURE
+        outcome = None if labeller is None else labeller.outcome()
+        if outcome is not None:
+            return Termination.SUCCESS if outcome else Termination.FAILURE
         state = loop.safety.state
         if state is SafetyState.LATCHED:
             return Termination.FAULT

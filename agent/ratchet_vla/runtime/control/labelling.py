@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ratchet_vla.episodes.success_rules import machine_word
+from ratchet_vla.episodes.success_rules import machine_label
 from ratchet_vla.runtime.control.outcome import Termination
 
 SIMULATOR = "simulator"
@@ -29,40 +29,40 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class SuccessLabel:
     """success, source: as in `records.Episode`; None and empty where nobody may say."""
 
     success: bool | None = None
     source: str = ""
 
 
-class Judge(Protocol):
+class Labeller(Protocol):
     """Asked by a control loop, in its thread; must return at once (in lock-step it may wait for the scene)."""
 
-    def verdict(self) -> bool | None:
+    def outcome(self) -> bool | None:
         """Asked before the first period and after each: True where the task is solved, False where somebody ended the
         attempt as failed, None while it goes on."""
         ...
 
-    def judgement(self, attempt: Attempt) -> Judgement:
+    def label(self, attempt: Attempt) -> SuccessLabel:
         """Asked once, when the arm has come to rest."""
         ...
 
 
-class SceneJudge:
+class SceneLabeller:
     """The simulated scene's own predicate."""
 
     def __init__(self, solved: Callable[[], bool]) -> None:
         self._solved = solved
 
-    def verdict(self) -> bool | None:
+    def outcome(self) -> bool | None:
         return True if self._solved() else None
 
-    def judgement(self, attempt: Attempt) -> Judgement:
-        return by_scene(attempt)
+    def label(self, attempt: Attempt) -> SuccessLabel:
+        return label_by_scene(attempt)
 
 
-def by_scene(attempt: Attempt) -> Judgement:
-    """The scene's word, where it counts; see `episodes.success_rules.machine_word`."""
-    success = machine_word(attempt.termination.value, attempt.decisions, attempt.human_ticks)
-    return Judgement(success, SIMULATOR if success is not None else "")
+def label_by_scene(attempt: Attempt) -> SuccessLabel:
+    """The scene's word, where it counts; see `episodes.success_rules.machine_label`."""
+    success = machine_label(attempt.termination.value, attempt.decisions, attempt.human_ticks)
+    return SuccessLabel(success, SIMULATOR if success is not None else "")

@@ -19,7 +19,7 @@ from ratchet_vla.records import ActionChunk, ControlTick, Float32, Mark, Observa
 from ratchet_vla.runtime.clock import Clock, MonotonicClock
 from ratchet_vla.runtime.control.chunks import ChunkExecutor
 from ratchet_vla.runtime.control.episode import until_end
-from ratchet_vla.runtime.control.labelling import Attempt, Judge, Judgement
+from ratchet_vla.runtime.control.labelling import Attempt, Labeller, SuccessLabel
 from ratchet_vla.runtime.control.outcome import EpisodeEnd, FrameStamped, Termination, Timing
 from ratchet_vla.runtime.control.priority import undisturbed
 from ratchet_vla.runtime.control.sink import GuardedSink, NoSink, TickSink
@@ -106,33 +106,33 @@ class ControlLoop:
         instruction: str,
         *,
         horizon: int,
-        judge: Judge | None = None,
+        labeller: Labeller | None = None,
         hold_timeout: float = 10.0,
         on_tick: Callable[[ControlTick], None] | None = None,
     ) -> EpisodeEnd:
-        """Run until a verdict, `horizon` ticks, a cancel, a latched fault, or a hold of `hold_timeout` seconds.
+        """Run until an outcome, `horizon` ticks, a cancel, a latched fault, or a hold of `hold_timeout` seconds.
 
-        judge: None where nobody can tell, and `EpisodeEnd.success` stays None.
+        labeller: None where nobody can tell, and `EpisodeEnd.success` stays None.
 
         Raises:
             RatchetError: goal.no_task, goal.no_instruction, goal.already_solved, and what `begin` raises; nothing has
                 moved then.
         """
         require_goal(task, instruction)
-        if judge is not None and judge.verdict() is not None:
+        if labeller is not None and labeller.outcome() is not None:
             raise already_solved(task)
         with undisturbed():  # before `begin`: from there on the first deadline runs
             self.begin(task, instruction)
             started = self.clock.now()
-            termination, said = Termination.FAULT, Judgement()
+            termination, said = Termination.FAULT, SuccessLabel()
             try:
-                termination = until_end(self, horizon, judge, hold_timeout, on_tick)
+                termination = until_end(self, horizon, labeller, hold_timeout, on_tick)
             finally:
                 reason = self.safety.cause
                 self._stop_or_hold()
                 seconds = self.clock.now() - started
-                if judge is not None:
-                    said = judge.judgement(Attempt(termination, len(self._decided), self._human_ticks))
+                if labeller is not None:
+                    said = labeller.label(Attempt(termination, len(self._decided), self._human_ticks))
                 self.sink.end(termination.value, said.success, said.source, self.clock.now())
         return EpisodeEnd(
             termination,

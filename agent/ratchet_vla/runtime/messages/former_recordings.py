@@ -26,7 +26,7 @@ from ratchet_vla.episodes.file.recording import EpisodeWriter, make_info
 from ratchet_vla.episodes.library.labels import HUMAN, Seen
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.episodes.library.verification import Verification
-from ratchet_vla.episodes.success_rules import machine_word
+from ratchet_vla.episodes.success_rules import machine_label
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent
 from ratchet_vla.runtime.messages import readings
@@ -183,7 +183,7 @@ class _Writing:
         if success is not None and end is not None:
             source = end.get("source", "")
         decided = [n for n in self._seen if self._marks.get(n)]
-        if not source.startswith(HUMAN) and success is not machine_word(reason, len(decided), self._human):
+        if not source.startswith(HUMAN) and success is not machine_label(reason, len(decided), self._human):
             success = None
         last = max(decided, default=-1)
         for sequence in decided:

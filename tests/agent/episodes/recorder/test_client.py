@@ -36,7 +36,7 @@ from ratchet_vla.paths import REPOSITORY, python_path
 from ratchet_vla.records import Applied, Mark, Observation
 from ratchet_vla.runtime.clock import ManualClock
 from ratchet_vla.runtime.control.chunks import CollectExecutor
-from ratchet_vla.runtime.control.labelling import SceneJudge
+from ratchet_vla.runtime.control.labelling import SceneLabeller
 from ratchet_vla.runtime.control.loop import ControlLoop
 from ratchet_vla.runtime.control.sink import ChunkOutcome, MemorySink, TickSink
 from ratchet_vla.runtime.inference.source import Ahead, Reply
@@ -167,7 +167,7 @@ def test_what_a_control_loop_does_comes_back(tmp_path: Path, started: Callable[.
         lock_step=True,
     )
     recorder.describe(adapter_id="ab" * 32, mode="collect", seed=5, meta={"why": "test"})
-    loop.run_episode("bowl", "move", horizon=18, judge=SceneJudge(lambda: False))
+    loop.run_episode("bowl", "move", horizon=18, labeller=SceneLabeller(lambda: False))
     digest = recorder.wait_ended(WAIT)
     store = EpisodeStore(tmp_path)
     read = store.read(digest)

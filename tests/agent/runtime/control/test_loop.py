@@ -18,7 +18,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ControlTick, Mark, Observation
 from ratchet_vla.runtime.clock import ExternalClock, ManualClock
 from ratchet_vla.runtime.control.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
-from ratchet_vla.runtime.control.labelling import SceneJudge
+from ratchet_vla.runtime.control.labelling import SceneLabeller
 from ratchet_vla.runtime.control.loop import ControlLoop, Termination
 from ratchet_vla.runtime.control.sink import MemorySink
 from ratchet_vla.runtime.inference.source import PolicyFault
@@ -387,7 +387,7 @@ def test_episodes_end_for_a_reason_apart_from_success() -> None:
     end = (r := rig()).loop.run_episode("t", "move", horizon=20)
     assert (end.termination, end.success) == (Termination.HORIZON, None)
     assert r.sink.episodes[-1] == ("end", "horizon", "None", "")
-    end = (r := rig()).loop.run_episode("t", "move", horizon=20, judge=SceneJudge(lambda: len(r.sink.ticks) > 7))
+    end = (r := rig()).loop.run_episode("t", "move", horizon=20, labeller=SceneLabeller(lambda: len(r.sink.ticks) > 7))
     assert (end.termination, end.success, end.ticks >= 8) == (Termination.SUCCESS, True, True)
     assert r.sink.episodes[-1] == ("end", "success", "True", "simulator")
     end = (r := rig()).loop.run_episode("t", "move", horizon=20, on_tick=lambda t: r.loop.cancel())
@@ -399,7 +399,7 @@ def test_episodes_end_for_a_reason_apart_from_success() -> None:
     assert (end.termination, end.reason) == (Termination.FAULT, "policy.crashed")
     r = rig()
     r.source.silent = True
-    end = r.loop.run_episode("t", "move", horizon=400, hold_timeout=1.0, judge=SceneJudge(lambda: False))
+    end = r.loop.run_episode("t", "move", horizon=400, hold_timeout=1.0, labeller=SceneLabeller(lambda: False))
     assert (end.termination, end.success, end.reason) == (Termination.HOLD_TIMEOUT, None, "safety.policy_timeout")
 
 
@@ -408,15 +408,15 @@ def test_a_solved_scene_and_a_goal_without_words_move_nothing() -> None:
         rig = Rig(CollectExecutor(CONTRACT))
         rig.sink.episodes.clear()
         with pytest.raises(RatchetError) as caught:
-            rig.loop.run_episode("t", instruction, horizon=20, judge=SceneJudge(lambda solved=solved: solved))
+            rig.loop.run_episode("t", instruction, horizon=20, labeller=SceneLabeller(lambda solved=solved: solved))
         assert caught.value.code == f"goal.{code}"
         assert (rig.robot.commands, rig.sink.episodes) == ([], [])
 
 
 def test_a_success_without_a_decision_of_the_policy_is_nobodys() -> None:
     rig = Rig(CollectExecutor(CONTRACT), delay=1.0)  # the answer comes long after the scene has solved itself
-    judge = SceneJudge(lambda: len(rig.sink.ticks) >= 4)
-    end = rig.loop.run_episode("t", "move", horizon=20, judge=judge)
+    labeller = SceneLabeller(lambda: len(rig.sink.ticks) >= 4)
+    end = rig.loop.run_episode("t", "move", horizon=20, labeller=labeller)
     assert (end.termination, end.success, end.decisions) == (Termination.SUCCESS, None, 0)
     assert rig.sink.episodes[-1] == ("end", "success", "None", "")
 
@@ -427,8 +427,8 @@ def test_what_a_person_solved_or_stopped_is_not_the_policys() -> None:
     def intervene(tick: ControlTick) -> None:
         rig.loop.human(np.array([1e-4, 0.0, 0.0, 1.0], np.float32) if 4 <= tick.index < 8 else None)
 
-    judge = SceneJudge(lambda: len(rig.sink.ticks) > 12)
-    end = rig.loop.run_episode("t", "move", horizon=40, judge=judge, on_tick=intervene)
+    labeller = SceneLabeller(lambda: len(rig.sink.ticks) > 12)
+    end = rig.loop.run_episode("t", "move", horizon=40, labeller=labeller, on_tick=intervene)
     assert (end.termination, end.success, end.human_ticks) == (Termination.SUCCESS, None, 4)
     rig = Rig(CollectExecutor(CONTRACT), lock_step=True)
 
@@ -436,7 +436,7 @@ def test_what_a_person_solved_or_stopped_is_not_the_policys() -> None:
         if tick.index == 10:
             rig.loop.cancel()
 
-    end = rig.loop.run_episode("t", "move", horizon=40, judge=SceneJudge(lambda: False), on_tick=cancel)
+    end = rig.loop.run_episode("t", "move", horizon=40, labeller=SceneLabeller(lambda: False), on_tick=cancel)
     assert (end.termination, end.success, end.decisions) == (Termination.CANCELLED, None, 2)
-    end = rig.loop.run_episode("t", "move", horizon=24, judge=SceneJudge(lambda: False))
+    end = rig.loop.run_episode("t", "move", horizon=24, labeller=SceneLabeller(lambda: False))
     assert (end.termination, end.success, end.source, end.decisions) == (Termination.HORIZON, False, "simulator", 3)

@@ -22,7 +22,7 @@ from ratchet_vla.policy.protocol import Chunks, PolicyInput
 from ratchet_vla.records import Mark
 from ratchet_vla.runtime.clock import ManualClock
 from ratchet_vla.runtime.control.chunks import CollectExecutor
-from ratchet_vla.runtime.control.labelling import SceneJudge
+from ratchet_vla.runtime.control.labelling import SceneLabeller
 from ratchet_vla.runtime.control.loop import ControlLoop, Termination
 from ratchet_vla.runtime.control.sink import MemorySink
 from ratchet_vla.runtime.inference.client import PolicyClient, PolicyLaunch
@@ -92,7 +92,7 @@ def test_an_episode_is_the_same_in_process_and_through_the_runtime(
         clock=ManualClock(),
         lock_step=True,
     )
-    end = loop.run_episode(TASK, "open the door", horizon=HORIZON, judge=SceneJudge(robot.success))
+    end = loop.run_episode(TASK, "open the door", horizon=HORIZON, labeller=SceneLabeller(robot.success))
     assert [e.code for e in sink.events] == []
     ticks = [t for t in sink.ticks if t.chunk_sequence >= 0]
     np.testing.assert_array_equal(np.stack([t.command for t in ticks]), expected)

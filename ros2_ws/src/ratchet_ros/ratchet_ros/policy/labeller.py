@@ -14,13 +14,13 @@ from ratchet_vla.episodes.library.labels import HUMAN, named
 from ratchet_vla.episodes.success_rules import already_solved, require_same
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ControlTick
-from ratchet_vla.runtime.control.labelling import Attempt, Judgement, by_scene
+from ratchet_vla.runtime.control.labelling import Attempt, SuccessLabel, label_by_scene
 
 BUTTONS = {msg.OperatorInput.JUDGE_SUCCESS: True, msg.OperatorInput.JUDGE_FAILURE: False}
 
 
-class RosJudge:
-    """See `ratchet_vla.runtime.control.labelling.Judge`. kind: "none", "operator" or "scene".
+class RosLabeller:
+    """See `ratchet_vla.runtime.control.labelling.Labeller`. kind: "none", "operator" or "scene".
 
     period: seconds between two control periods. wait: real seconds to wait for the scene's word on the newest tick; 0
     in a simulation that runs by itself.
@@ -58,14 +58,14 @@ class RosJudge:
     # -- before a goal -----------------------------------------------------------------------------------------------
 
     def refusal(self, task: str, instruction: str) -> RatchetError | None:
-        """Why the scene, as it was last heard of, cannot judge this goal; None where it can."""
+        """Why the scene, as it was last heard of, cannot label this goal; None where it can."""
         if self.kind != "scene":
             return None
         scene = self._scene
         if scene is None:
             return RatchetError(
                 "goal.no_scene",
-                "no scene has told what it judges",
+                "no scene has told what it watches for",
                 where=task,
                 fix="start sim_robot_node, or judge:=none",
             )
@@ -88,21 +88,21 @@ class RosJudge:
 
     # -- what the loop asks ------------------------------------------------------------------------------------------
 
-    def verdict(self) -> bool | None:
+    def outcome(self) -> bool | None:
         if self.kind != "scene":
             return self._pressed
         return True if self._scene_solved() else None
 
-    def judgement(self, attempt: Attempt) -> Judgement:
+    def label(self, attempt: Attempt) -> SuccessLabel:
         """A person's word counts however the attempt ended, and needs a name to it; the scene's as machines' do."""
         if self.kind == "scene":
-            return by_scene(attempt)
+            return label_by_scene(attempt)
         if self._pressed is None:
-            return Judgement()
+            return SuccessLabel()
         try:
-            return Judgement(self._pressed, HUMAN + named(self._person))
+            return SuccessLabel(self._pressed, HUMAN + named(self._person))
         except RatchetError:
-            return Judgement()
+            return SuccessLabel()
 
     def _scene_solved(self) -> bool:
         tick = self._tick

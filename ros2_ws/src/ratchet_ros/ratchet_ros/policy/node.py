@@ -30,7 +30,7 @@ from ratchet_ros.nodes.waiting import answered, in_thread, settled
 from ratchet_ros.policy import params as policy_params
 from ratchet_ros.policy import task_run, wire_tap
 from ratchet_ros.policy.episode_services import EpisodeServices
-from ratchet_ros.policy.labeller import RosJudge
+from ratchet_ros.policy.labeller import RosLabeller
 from ratchet_ros.policy.recording import EpisodeRecording
 from ratchet_ros.policy.robot import LockStepRosRobot, NotingSafety, RosRobot, StampedRosRobot
 from ratchet_vla.contract import RobotContract
@@ -98,7 +98,7 @@ class PolicyNode(RatchetNode):
         self.safety.robot = self.robot
         self.robot.fail = self.safety.fail
         period = 1.0 / self.contract.control_hz
-        self.judge = RosJudge(settings.judge, period, settings.patience if lock_step else 0.0)
+        self.labeller = RosLabeller(settings.judge, period, settings.patience if lock_step else 0.0)
         self.sink = task_run.NodeSink(self._on_chunk, self._on_event)
         calibrations = policy_params.calibrations(settings)
         if settings.episodes:
@@ -242,7 +242,7 @@ class PolicyNode(RatchetNode):
             keep(self.create_subscription(msg.Applied, "applied", self._on_applied, qos.EVENTS))
             keep(self.create_subscription(msg.SafetyEvent, "safety_events", self._on_other_event, qos.EVENTS))
         if self.settings.judge == "scene":
-            keep(self.create_subscription(msg.SceneStatus, "scene_status", self.judge.scene, qos.STATUS))
+            keep(self.create_subscription(msg.SceneStatus, "scene_status", self.labeller.scene, qos.STATUS))
         keep(self.create_service(srv.SwapAdapter, "~/swap_adapter", self._serve_swap))
         keep(self.create_service(srv.ListAdapters, "~/list_adapters", self._serve_list))
         apart = ReentrantCallbackGroup()  # a callback that awaits another node holds up its group, its answer too
@@ -269,7 +269,7 @@ class PolicyNode(RatchetNode):
     def _on_operator(self, message: msg.OperatorInput) -> None:
         now = self.clock.now()
         self.safety.dead_man(message.dead_man, now)
-        self.judge.operator(message)
+        self.labeller.operator(message)
         self.episode_services.on_operator(message)
         if self.loop is None or self._goal is None:
             return
@@ -381,7 +381,7 @@ class PolicyNode(RatchetNode):
         def work() -> RunTask.Result:
             if not simulated:
                 self.get_logger().info(f"control loop: {real_time()}")
-            return task_run.run(loop, robot, self.judge, goal, timeout, self._mark, self.recording)
+            return task_run.run(loop, robot, self.labeller, goal, timeout, self._mark, self.recording)
 
         self._thread = in_thread(work, "control-loop")
         try:
@@ -402,8 +402,8 @@ class PolicyNode(RatchetNode):
 
     async def _scene_settled(self, goal: task_run.Goal) -> None:
         words = goal.task, goal.instruction
-        if self.judge.refusal(*words) is not None:
-            await settled(self, in_thread(lambda: self.judge.settle(*words, SCENE_PATIENCE), "scene"))
+        if self.labeller.refusal(*words) is not None:
+            await settled(self, in_thread(lambda: self.labeller.settle(*words, SCENE_PATIENCE), "scene"))
 
     def _require_free(self) -> None:
         if not self.active:
@@ -455,7 +455,7 @@ class PolicyNode(RatchetNode):
         assert self.client is not None
         self._require_session(goal.mode)  # one may have ended while the scene was waited for
         require_goal(goal.task, goal.instruction)
-        misfit = self.judge.refusal(goal.task, goal.instruction)
+        misfit = self.labeller.refusal(goal.task, goal.instruction)
         if misfit is not None:
             raise misfit
         filter_status = self._require_safety_node()
@@ -542,7 +542,7 @@ class PolicyNode(RatchetNode):
                 adapter_id=self.client.adapter_id,
                 mode=goal.mode,
                 seed=goal.seed,
-                initial_state=self.judge.initial_state,
+                initial_state=self.labeller.initial_state,
                 meta={"order": goal.request_id} if goal.request_id else {},
             )
             sink = Tee(self.sink, self.recording)

@@ -1,6 +1,6 @@
 """One RunTask goal, from the checks before motion to the result, in the thread that keeps the control loop's deadlines.
 
-Knows the control loop and its judge. Knows no ROS node: what it publishes goes through the arguments.
+Knows the control loop and its labeller. Knows no ROS node: what it publishes goes through the arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from ratchet_msgs import msg
 from ratchet_msgs.action import RunTask
 
-from ratchet_ros.policy.labeller import RosJudge
+from ratchet_ros.policy.labeller import RosLabeller
 from ratchet_ros.policy.recording import EpisodeRecording
 from ratchet_ros.policy.robot import RosRobot
 from ratchet_vla.errors import RatchetError
@@ -84,7 +84,7 @@ class NodeSink:
 def run(
     loop: ControlLoop,
     robot: RosRobot,
-    judge: RosJudge,
+    labeller: RosLabeller,
     goal: Goal,
     hold_timeout: float,
     mark: Callable[[int, RunTask.Result | None], None],
@@ -92,16 +92,16 @@ def run(
 ) -> RunTask.Result:
     """Run the goal to its end; then the command filter is told that nothing more comes. mark: told begin and end."""
     robot.instruction = goal.instruction
-    judge.begin(loop.clock.now())
+    labeller.begin(loop.clock.now())
     mark(msg.EpisodeMark.BEGIN, None)
     try:
         end = loop.run_episode(
             goal.task,
             goal.instruction,
             horizon=goal.horizon,
-            judge=None if judge.kind == "none" else judge,
+            labeller=None if labeller.kind == "none" else labeller,
             hold_timeout=hold_timeout,
-            on_tick=judge.ticked,
+            on_tick=labeller.ticked,
         )
         result = finished(end, loop)
     except RatchetError as error:
@@ -132,7 +132,7 @@ def finished(end: EpisodeEnd, loop: ControlLoop) -> RunTask.Result:
         result.code = end.reason
     result.message = f"{result.termination} after {end.ticks} ticks"
     if end.termination in (Termination.SUCCESS, Termination.FAILURE) and end.success is None:
-        result.message += ", judged by nobody: no decision of the policy, an intervention, or no person's name"
+        result.message += ", labelled by nobody: no decision of the policy, an intervention, or no person's name"
     result.ticks, result.seconds, result.events = end.ticks, float(end.seconds), end.events
     result.missed = loop.timing.missed
     return result

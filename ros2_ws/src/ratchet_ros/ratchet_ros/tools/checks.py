@@ -123,7 +123,7 @@ class GraphCheck:
 
         return read
 
-    # -- judging -----------------------------------------------------------------------------------------------------
+    # -- checking -----------------------------------------------------------------------------------------------------
 
     def _topic(self, heard: Heard) -> list[Finding]:
         infos = self.node.get_publishers_info_by_topic(heard.topic)

@@ -21,7 +21,7 @@ DISCOVERY = 10.0  # s that the middleware may need to tell which node a publishe
 
 
 def check(node: Node, contract: RobotContract, duration: float, *, alone: bool) -> list[Finding]:
-    """Listen for `duration` seconds and judge; longer only while some publisher has not told its name yet."""
+    """Listen for `duration` seconds and report; longer only while some publisher has not told its name yet."""
     graph = GraphCheck(node, contract, alone=alone)
     executor = SingleThreadedExecutor()
     executor.add_node(node)
