@@ -36,8 +36,8 @@ from benchmarks.harness.results import machine
 from ratchet_vla.episodes.exchange.hdf5 import export_hdf5
 from ratchet_vla.episodes.exchange.lerobot_export import ExportOptions, export_lerobot
 from ratchet_vla.episodes.exchange.rows import rows, state_vector
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 
 ROOT = Path(__file__).resolve().parents[2]
 

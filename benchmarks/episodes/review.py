@@ -33,8 +33,8 @@ from rich.table import Table
 
 from benchmarks.episodes.recorded import TASKS, fill, rollout, two_cameras
 from benchmarks.harness.results import machine
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.paths import python_path
 
 GOAL = 1.0  # s, median beyond playback

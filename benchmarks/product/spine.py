@@ -36,8 +36,8 @@ from rich.table import Table
 from benchmarks.harness.ros_probe import DOMAIN, arguments, write
 from benchmarks.product.week import LIMIT, ROOT, Beside, Lines, Week, eventually, stop
 from ratchet_vla.cli.nodes import ros
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.storage.journal import read
 
 GOAL_MS = 0.2

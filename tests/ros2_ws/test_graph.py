@@ -33,8 +33,8 @@ from ratchet_ros.messages import qos
 from ratchet_sim.robot import SimRobot
 from ratchet_vla.adapters.lora.layers import attach, lora_config
 from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.learner.rollouts.batch import RolloutBatch
 from ratchet_vla.learner.rollouts.samples import log_prob_gap, to_batch
 from ratchet_vla.learner.update.step import UpdateConfig, Updater

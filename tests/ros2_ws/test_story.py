@@ -18,8 +18,8 @@ import pytest
 
 from benchmarks.product.week import AT_THE_ARM, ROOT, Beside, Week, eventually
 from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 
 JAZZY = str(ROOT / ".venv-jazzy" / "bin" / "python")
 ENDLESS = 100_000  # control periods of a motion that ends when somebody ends it

@@ -22,8 +22,8 @@ from ratchet_vla.episodes.exchange.lerobot_check import Progress as Tell
 from ratchet_vla.episodes.exchange.lerobot_export import ExportOptions, export_lerobot
 from ratchet_vla.episodes.exchange.returning import import_own, is_own
 from ratchet_vla.episodes.file.format import Codec
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.episodes.review.rerun import export_rrd
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.messages.former_recordings import import_recordings, recordings

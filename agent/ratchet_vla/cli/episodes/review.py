@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ratchet_vla.cli.episodes.exchange import STORE, opened
 from ratchet_vla.cli.episodes.verbs import play
-from ratchet_vla.episodes.library.verification import Seen, Verification
+from ratchet_vla.episodes.library.annotations import Seen, Verification
 from ratchet_vla.episodes.review.server import LOOPBACK, Filters, check_address, make_app, new_token, waiting_for
 from ratchet_vla.errors import RatchetError
 

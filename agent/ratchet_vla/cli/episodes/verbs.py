@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ratchet_vla.cli.episodes.exchange import STORE, Export, Gc, Import, opened, progress
+from ratchet_vla.episodes.library.annotations import Seen, Standing
 from ratchet_vla.episodes.library.store import Card, Damage, EpisodeStore, Stock
 from ratchet_vla.episodes.library.survey import INDEX
-from ratchet_vla.episodes.library.verification import Seen, Standing
 from ratchet_vla.episodes.review import terminal
 from ratchet_vla.errors import RatchetError
 

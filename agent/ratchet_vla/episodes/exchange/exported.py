@@ -15,8 +15,8 @@ import numpy as np
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.exchange.rows import Rate, Row
 from ratchet_vla.episodes.file.reader import EpisodeReader
+from ratchet_vla.episodes.library.annotations import Standing
 from ratchet_vla.episodes.library.store import Card
-from ratchet_vla.episodes.library.verification import Standing
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observation, Step
 

@@ -21,7 +21,7 @@ from ratchet_vla.episodes.exchange.exported import FORMAT, facts_of
 from ratchet_vla.episodes.exchange.lerobot_check import Progress
 from ratchet_vla.episodes.exchange.lerobot_export import choose, empty_episode
 from ratchet_vla.episodes.exchange.rows import Rate, Row, best_rate, rows
-from ratchet_vla.episodes.library.verification import Verification
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.documents import sync_folder
 from ratchet_vla.storage.growing import disk_refusals

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from ratchet_vla.episodes.exchange import lerobot_layout as lerobot
 from ratchet_vla.episodes.exchange.rows import Rate, rows, state_vector
 from ratchet_vla.episodes.exchange.video import read_video
+from ratchet_vla.episodes.library.annotations import Standing, Verification
 from ratchet_vla.episodes.library.store import Card
-from ratchet_vla.episodes.library.verification import Standing, Verification
 from ratchet_vla.errors import RatchetError
 
 Progress = Callable[[str, int, int], None]

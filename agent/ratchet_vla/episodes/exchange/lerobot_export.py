@@ -24,8 +24,8 @@ from ratchet_vla.episodes.exchange.exported import FORMAT, facts_of
 from ratchet_vla.episodes.exchange.lerobot_check import Progress, compare
 from ratchet_vla.episodes.exchange.rows import Rate, Row, best_rate, rows, state_vector
 from ratchet_vla.episodes.exchange.video import VideoCodec, VideoFile
+from ratchet_vla.episodes.library.annotations import Standing, Verification
 from ratchet_vla.episodes.library.store import Card
-from ratchet_vla.episodes.library.verification import Standing, Verification
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.documents import sync_folder
 from ratchet_vla.storage.growing import disk_refusals

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ratchet_vla.episodes.exchange.rows import Row, best_rate, rows
-from ratchet_vla.episodes.library.verification import Verification
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Float32, Int64, UInt8
 

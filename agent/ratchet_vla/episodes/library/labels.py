@@ -1,6 +1,6 @@
 """What a person said of an episode, as an entry of the store's index: who, what, having seen how much, and where.
 
-Knows the entry's form and what a person's name looks like. What follows from the entries is `verification`'s.
+Knows the entry's form and what a person's name looks like. What follows from the entries is `annotations`'s.
 """
 
 from __future__ import annotations

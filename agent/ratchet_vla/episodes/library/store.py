@@ -1,6 +1,6 @@
 """A folder of episodes and its index: what is there, under which id, and how to get it.
 
-Knows files and cards. What persons think of an episode is `verification`'s business; it shares the index.
+Knows files and cards. What persons think of an episode is `annotations`'s business; it shares the index.
 Layout: `index.jsonl`, and one folder per session with the episode files. Deleting is `gc`'s alone.
 """
 

@@ -1,6 +1,6 @@
 """The review page's server: episodes to watch and judge, for a browser on this machine or a phone beside the robot.
 
-Knows HTTP, tokens and who watches what at the moment. Judging itself is `verification`'s. Needs no network: the page's
+Knows HTTP, tokens and who watches what at the moment. Judging itself is `annotations`'s. Needs no network: the page's
 files lie beside this module.
 """
 
@@ -18,8 +18,8 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel, Field
 
+from ratchet_vla.episodes.library.annotations import Label, Seen, Standing, Verification, latest_of
 from ratchet_vla.episodes.library.store import Card
-from ratchet_vla.episodes.library.verification import Label, Seen, Standing, Verification, latest_of
 from ratchet_vla.episodes.review.preview_cache import PreviewCache
 from ratchet_vla.errors import RatchetError
 

@@ -23,9 +23,9 @@ from ratchet_vla.contract import CameraSpec, RobotContract
 from ratchet_vla.episodes.file.format import SUFFIX, Codec
 from ratchet_vla.episodes.file.reader import RECORD_LIMIT, TORN
 from ratchet_vla.episodes.file.recording import EpisodeWriter, make_info
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.labels import HUMAN, Seen
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.episodes.success_rules import machine_label
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent

@@ -10,8 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ratchet_vla.episodes.library.annotations import SIMULATOR, Standing, Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import SIMULATOR, Standing, Verification
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.link.robot.outbox import Outbox, history
 from ratchet_vla.link.session_records import EPISODE, LABEL, SESSION, label_record, session_record

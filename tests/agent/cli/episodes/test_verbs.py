@@ -17,8 +17,8 @@ import pytest
 
 from ratchet_vla.cli.main import main
 from ratchet_vla.episodes.file.writer import write_episode
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.episodes.review.terminal import as_text, side_by_side
 from tests.agent.episodes.samples import episode, small_contract
 

@@ -31,8 +31,8 @@ from ratchet_vla.episodes.exchange.rows import best_rate, rows, state_vector
 from ratchet_vla.episodes.exchange.samples import human_samples
 from ratchet_vla.episodes.exchange.video import VideoFile, read_video
 from ratchet_vla.episodes.file.writer import write_episode
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Episode, Mark
 from tests.agent.episodes.samples import episode, picture, small_contract, state

@@ -22,8 +22,8 @@ from ratchet_vla.cli.main import main
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.exchange.rows import Row, rows
 from ratchet_vla.episodes.file.writer import write_episode
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observation, Step
 from tests.agent.episodes.samples import ROOT, picture, same
 

@@ -20,8 +20,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ratchet_vla.episodes.file.writer import write_episode
+from ratchet_vla.episodes.library.annotations import Proposal, Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Proposal, Verification
 from ratchet_vla.episodes.review.preview_cache import PreviewCache
 from ratchet_vla.episodes.review.server import PAGE, check_address, make_app
 from ratchet_vla.errors import RatchetError

@@ -18,8 +18,8 @@ from mcap_ros2.decoder import DecoderFactory
 
 from ratchet_vla.cli.main import main
 from ratchet_vla.contract import RobotContract
+from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Verification
 from ratchet_vla.records import Mark
 from ratchet_vla.runtime.messages.former_recordings import import_recordings, recordings
 

@@ -17,9 +17,9 @@ from ratchet_ros.messages.times import TimeBase
 from ratchet_ros.nodes.base import RatchetNode
 from ratchet_ros.nodes.waiting import in_thread, settled
 from ratchet_ros.policy.recording import EpisodeRecording
+from ratchet_vla.episodes.library.annotations import Label, Seen, Verdict, Verification
 from ratchet_vla.episodes.library.labels import BESIDE_THE_ARM
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Label, Seen, Verdict, Verification
 from ratchet_vla.episodes.success_rules import require_goal
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ControlTick, Mark

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ratchet_vla.episodes.file.writer import write_episode
+from ratchet_vla.episodes.library.annotations import Proposal, Seen, Verification
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.verification import Proposal, Seen, Verification
 from ratchet_vla.errors import RatchetError
 from tests.agent.episodes.samples import episode, small_contract
 
