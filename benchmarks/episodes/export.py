@@ -36,7 +36,7 @@ from benchmarks.harness.results import machine
 from ratchet_vla.episodes.exchange.hdf5 import export_hdf5
 from ratchet_vla.episodes.exchange.lerobot_export import ExportOptions, export_lerobot
 from ratchet_vla.episodes.exchange.rows import rows, state_vector
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,13 +76,13 @@ print(json.dumps({
 """
 
 
-def expected(said: Verification, count: int, path: Path) -> int:
+def expected(annotations: Annotations, count: int, path: Path) -> int:
     """What the loader must give, per rollout; returns the rows of all episodes together."""
-    cards = list(said.store.cards().values())
+    cards = list(annotations.store.cards().values())
     table: dict[str, Any] = {"rollouts": count}
     lengths = []
     for i, card in enumerate(cards[:count]):
-        reader = said.store.open(card.id)
+        reader = annotations.store.open(card.id)
         kept = list(rows(reader, "control", card.success))
         robot = reader.info.robot()
         table[f"{i}/observation.state"] = np.stack([state_vector(r.state, robot) for r in kept])
@@ -111,15 +111,15 @@ def main(argv: list[str] | None = None) -> int:
     made = [rollout(robot, TASKS[i % len(TASKS)], i // len(TASKS), steps) for i in range(unique)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        said = Verification(EpisodeStore(folder / "store", create=True))
+        annotations = Annotations(EpisodeStore(folder / "store", create=True))
         began = time.monotonic()
-        fill(said.store, robot, made, episodes)
-        recorded = sum(c.bytes for c in said.store.cards().values())
+        fill(annotations.store, robot, made, episodes)
+        recorded = sum(c.bytes for c in annotations.store.cards().values())
         writing = time.monotonic() - began
-        total = expected(said, unique, folder / "expected.npz")
+        total = expected(annotations, unique, folder / "expected.npz")
         console.print(f"exporting {episodes} episodes, {total} rows", style="dim")
-        report = export_lerobot(said, folder / "set", options=ExportOptions(codec=arguments.codec))
-        hdf5 = export_hdf5(said, folder / "set.hdf5")
+        report = export_lerobot(annotations, folder / "set", options=ExportOptions(codec=arguments.codec))
+        hdf5 = export_hdf5(annotations, folder / "set.hdf5")
         loaded: dict[str, Any] | None = None
         if arguments.lerobot:
             console.print("LeRobot's loader reads every row", style="dim")

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from benchmarks.episodes.recorded import TASKS, fill, rollout, two_cameras
 from benchmarks.harness.results import machine
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.paths import python_path
 
@@ -230,11 +230,11 @@ def main(argv: list[str] | None = None) -> int:
         browser.close()
         server.terminate()
         server.wait()
-    said = Verification(EpisodeStore(folder))
-    labels = [label for one in ids for label in said.labels(one)]
-    mine = [label for label in labels if label.person == "Ada"]
-    lost = 3 * count - sum(label.person != "Ada" for label in labels) + count - len({x.episode for x in mine})
-    watched = [label.seen.share for label in mine]
+    annotations = Annotations(EpisodeStore(folder))
+    labels = [label for one in ids for label in annotations.labels(one)]
+    mine = [label for label in labels if label.annotator == "Ada"]
+    lost = 3 * count - sum(label.annotator != "Ada" for label in labels) + count - len({x.episode for x in mine})
+    watched = [label.viewed.share for label in mine]
     shutil.rmtree(folder)
     p50, p99 = np.percentile(overhead, [50, 99])
     took = time.monotonic() - began

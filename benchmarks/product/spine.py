@@ -36,7 +36,7 @@ from rich.table import Table
 from benchmarks.harness.ros_probe import DOMAIN, arguments, write
 from benchmarks.product.week import LIMIT, ROOT, Beside, Lines, Week, eventually, stop
 from ratchet_vla.cli.nodes import ros
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.storage.journal import read
 
@@ -206,17 +206,17 @@ class Spine(Week):
     def count(self) -> Counts:
         """The books, compared."""
         store = EpisodeStore("runs/robot/episodes")
-        said, state = Verification(store), self.learner_state()
+        annotations, state = Annotations(store), self.learner_state()
         journal = read(self.folder / "runs" / "learner" / "journal.jsonl")
         cards = list(store.cards().values())
         names = Counter(card.name for card in cards)
-        verdicts = {card.id: said.standing(card.id).state for card in cards}
+        verdicts = {card.id: annotations.status(card.id).state for card in cards}
         judged = {episode for episode, state in verdicts.items() if state == "verified"}
         arrived = [e.data["sha"] for e in journal if e.kind == "received" and e.data["type"] == "episode"]
         used = Counter(sha for batch in state.retired for sha in batch)
         twice = [*(n for n in names.values() if n > 1), *(n for n in Counter(arrived).values() if n > 1)]
         twice += [n for n in used.values() if n > 1]
-        wrong = {a.sha for a in state.arrivals.values() if a.success != said.standing(a.sha).success}
+        wrong = {a.sha for a in state.arrivals.values() if a.success != annotations.status(a.sha).success}
         return Counts(
             goals=self.goals,
             recorded=len(self.told),

@@ -19,7 +19,7 @@ from ratchet_msgs import msg
 from ratchet_msgs.action import RunTask
 
 from ratchet_ros.messages import qos
-from ratchet_vla.episodes.library.annotations import Label, Verification
+from ratchet_vla.episodes.library.annotations import Annotations, Label
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.annotations import Label, Verification
 from ratchet_vla.runtime.session import rollout_requests
@@ -75,8 +75,8 @@ class Arm:
         self.operator.publish(msg.OperatorInput(person=person, judge=judge))
 
     def labels(self, name: str) -> list[Label]:
-        said = Verification(EpisodeStore(self.robot / "episodes"))
-        return said.labels(said.store.resolve(name))
+        annotations = Annotations(EpisodeStore(self.robot / "episodes"))
+        return annotations.labels(annotations.store.resolve(name))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,9 @@ def test_the_button_that_ends_an_attempt_is_its_label(arm: Arm) -> None:
     arm.watcher.until(ended, "the end of the attempt")
     result = future.result().result
     assert (result.termination, result.outcome_source) == ("success", "human:Ada")
-    assert [(x.person, x.verdict, x.seen.via) for x in arm.labels(result.episode)] == [("Ada", "success", "operator")]
+    assert [(x.annotator, x.value, x.viewed.via) for x in arm.labels(result.episode)] == [
+        ("Ada", "success", "operator")
+    ]
     # Released and pressed again at rest: she has changed her mind. What was held on said nothing more.
     arm.press(msg.OperatorInput.JUDGE_NONE, "Ada")
 
@@ -158,16 +160,16 @@ def test_the_button_that_ends_an_attempt_is_its_label(arm: Arm) -> None:
         return len(arm.labels(result.episode)) == 2
 
     arm.watcher.until(changed, "the second label")
-    assert [x.verdict for x in arm.labels(result.episode)] == ["success", "failure"]
+    assert [x.value for x in arm.labels(result.episode)] == ["success", "failure"]
 
 
 def test_a_person_judges_from_another_terminal(arm: Arm) -> None:
     arm.request()
     first, last = arm.run(), arm.run()
     assert ratchet("ctl", "judge", "success", "--person", "Bob", "--note", "barely")[0] == 0
-    assert [(x.person, x.verdict, x.note) for x in arm.labels(last.episode)] == [("Bob", "success", "barely")]
+    assert [(x.annotator, x.value, x.note) for x in arm.labels(last.episode)] == [("Bob", "success", "barely")]
     assert ratchet("ctl", "judge", "failure", "--person", "Bob", "--episode", first.episode)[0] == 0
-    assert [(x.person, x.verdict) for x in arm.labels(first.episode)] == [("Bob", "failure")]
+    assert [(x.annotator, x.value) for x in arm.labels(first.episode)] == [("Bob", "failure")]
     code, told = ratchet("ctl", "judge", "success")
     assert (code, told["error"]["code"]) == (2, "episode.no_person")
     code, told = ratchet("ctl", "judge", "success", "--person", "Bob", "--episode", "nothing")

@@ -33,7 +33,7 @@ from ratchet_ros.messages import qos
 from ratchet_sim.robot import SimRobot
 from ratchet_vla.adapters.lora.layers import attach, lora_config
 from ratchet_vla.adapters.store.folder import FolderStore
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.learner.rollouts.batch import RolloutBatch
 from ratchet_vla.learner.rollouts.samples import log_prob_gap, to_batch
@@ -244,8 +244,8 @@ def test_a_person_judges_it_through_the_node(running: Running) -> None:
     request = srv.VerifyEpisode.Request(episode=card.name, label=srv.VerifyEpisode.Request.SUCCESS, person="Ada")
     answer = running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", request)
     assert answer.success, answer.message
-    label = Verification(store).labels(card.id)[0]
-    assert (label.verdict, label.person, label.seen.via) == ("success", "Ada", "ros")
+    label = Annotations(store).labels(card.id)[0]
+    assert (label.value, label.annotator, label.viewed.via) == ("success", "Ada", "ros")
     nobody = srv.VerifyEpisode.Request(episode=card.name, label=1, person=" ")
     assert running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", nobody).code == "episode.no_person"
     other = srv.VerifyEpisode.Request(episode="of yesterday", label=1, person="Ada")
@@ -296,7 +296,7 @@ def test_a_person_records_by_hand(running: Running) -> None:
     store = EpisodeStore(running.episodes)
     card = store.card(started.episode)
     assert (card.task, card.mode, card.reason, card.success) == ("wave", "demonstration", "discarded", None)
-    assert Verification(store).standing(card.id).state == "discarded"
+    assert Annotations(store).status(card.id).state == "discarded"
     assert list(store.open(card.id).frames("corner2"))
 
 

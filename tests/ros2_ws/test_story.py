@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.product.week import AT_THE_ARM, ROOT, Beside, Week, eventually
 from ratchet_vla.adapters.store.folder import FolderStore
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
 
 JAZZY = str(ROOT / ".venv-jazzy" / "bin" / "python")
@@ -183,15 +183,15 @@ def check_the_books(week: Told, first: str, second: str) -> None:
     sessions = json.loads(week.say("ratchet session status", "--json")[1])["sessions"]
     assert [bool(s["ended"]) for s in sessions] == [True]  # it went on after the power cut
     store = EpisodeStore("runs/robot/episodes")
-    said = Verification(store)
+    annotations = Annotations(store)
     names = [card.name for card in store.cards().values()]
     assert [names.count(name) for name in week.named] == [1] * len(week.named)
-    standings = {card.id: said.standing(card.id) for card in store.cards().values()}
-    assert sorted(s.state for s in standings.values()) == ["discarded"] * 2 + ["verified"] * 10
+    statuses = {card.id: annotations.status(card.id) for card in store.cards().values()}
+    assert sorted(s.state for s in statuses.values()) == ["discarded"] * 2 + ["verified"] * 10
     state = week.learner_state()
-    verified = {episode for episode, standing in standings.items() if standing.state == "verified"}
+    verified = {episode for episode, status in statuses.items() if status.state == "verified"}
     assert set(state.arrivals) == verified
-    assert {a.sha: a.success for a in state.arrivals.values()} == {e: standings[e].success for e in verified}
+    assert {a.sha: a.success for a in state.arrivals.values()} == {e: statuses[e].success for e in verified}
     assert {a.source for a in state.arrivals.values()} == {"human:Ada", "human:ada"}
     assert state.counts() == {"accepted": 8, "waiting": 0, "replay": 2, "unruled": 0, "used": 8}
     assert state.reasons() == {"inbox.other_adapter": 1, "inbox.mixed_adapters": 1}

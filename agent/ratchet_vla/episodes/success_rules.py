@@ -1,4 +1,4 @@
-"""When a success counts: what must hold before an attempt begins, and when a machine's word on it holds afterwards.
+"""When a success counts: what must hold before an attempt begins, and when a machine's label holds afterwards.
 
 Knows the words of an episode's record. Knows no robot, no scene and no policy: every path that runs episodes asks here
 before it moves and after it ended, and the learner's intake asks again.
@@ -41,7 +41,7 @@ def require_temperature(temperature: float) -> None:
 
 
 def require_same(task: str, instruction: str, scene_task: str, scene_instruction: str) -> None:
-    """Refuse a goal that the scene would judge as another one.
+    """Refuse a goal that the scene would count as another one.
 
     Raises:
         RatchetError: goal.other_task, goal.other_instruction.
@@ -49,15 +49,15 @@ def require_same(task: str, instruction: str, scene_task: str, scene_instruction
     if task != scene_task:
         raise RatchetError(
             "goal.other_task",
-            f"the goal is {task!r}, the scene judges {scene_task!r}",
+            f"the goal is {task!r}, the scene watches for {scene_task!r}",
             fix=f"reset the scene to {task!r}, or run {scene_task!r}",
         )
     if instruction != scene_instruction:
         raise RatchetError(
             "goal.other_instruction",
-            f"the policy would be told {instruction!r}, the scene judges {scene_instruction!r}",
+            f"the policy would be told {instruction!r}, the scene watches for {scene_instruction!r}",
             where=task,
-            fix=f'say "{scene_instruction}", or run without a judge',
+            fix=f'say "{scene_instruction}", or run without a labeller',
         )
 
 
@@ -90,8 +90,8 @@ def doubt(episode: Episode) -> str:
     decisions = sum(bool(step.steps_run) for step in episode.steps)
     if not decisions:
         return "the policy decided nothing in it"
-    said = machine_label(episode.termination, decisions, human)
-    if said is None or said is not episode.success:
+    success = machine_label(episode.termination, decisions, human)
+    if success is None or success is not episode.success:
         ended = episode.termination or "nobody knows how"
         return f"it is called a {'success' if episode.success else 'failure'}, and ended: {ended}"
     return ""

@@ -22,7 +22,7 @@ from ratchet_vla.episodes.exchange.lerobot_check import Progress as Tell
 from ratchet_vla.episodes.exchange.lerobot_export import ExportOptions, export_lerobot
 from ratchet_vla.episodes.exchange.returning import import_own, is_own
 from ratchet_vla.episodes.file.format import Codec
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.review.rerun import export_rrd
 from ratchet_vla.errors import RatchetError
@@ -49,17 +49,17 @@ class Export:
     """Print JSON."""
 
     def run(self) -> int:
-        said = opened(self.store)
+        annotations = opened(self.store)
         with progress("written", quiet=self.json) as tell:
             report: dict[str, Any]
             if self.format == "lerobot":
-                report = dataclasses.asdict(export_lerobot(said, self.target, self.episodes, self.options, tell))
+                report = dataclasses.asdict(export_lerobot(annotations, self.target, self.episodes, self.options, tell))
             elif self.format == "hdf5":
                 unverified = self.options.unverified
-                made = export_hdf5(said, self.target, self.episodes, unverified=unverified, progress=tell)
+                made = export_hdf5(annotations, self.target, self.episodes, unverified=unverified, progress=tell)
                 report = dataclasses.asdict(made)
             else:
-                report = self._rrd(said, tell)
+                report = self._rrd(annotations, tell)
         if self.json:
             print(json.dumps(report))
         else:
@@ -68,11 +68,11 @@ class Export:
             print(f"{report['episodes']} episodes to {self.target}: {size}, read back and compared{errors}")
         return 0
 
-    def _rrd(self, said: Verification, tell: Tell) -> dict[str, Any]:
-        cards = [said.store.card(e) for e in self.episodes] or [card for card, _ in said.verified()]
+    def _rrd(self, annotations: Annotations, tell: Tell) -> dict[str, Any]:
+        cards = [annotations.store.card(e) for e in self.episodes] or [card for card, _ in annotations.verified()]
         began, size = time.monotonic(), 0
         for i, card in enumerate(cards):
-            size += export_rrd(said.store, card, self.target / f"{card.id[:12]}.rrd")
+            size += export_rrd(annotations.store, card, self.target / f"{card.id[:12]}.rrd")
             tell("written", i + 1, len(cards))
         return {"episodes": len(cards), "bytes": size, "seconds": time.monotonic() - began}
 
@@ -80,8 +80,8 @@ class Export:
 @dataclass
 class Import:
     """Demonstrations of others (a LeRobot data set, v3.0 or v2.1, or a LIBERO HDF5 file) and exports of this project,
-    as unjudged episodes. Own exports come back row by row as they were recorded; recordings of the ROS nodes' former
-    recorder with the verdicts beside them."""
+    as episodes without labels. Own exports come back row by row as they were recorded; recordings of the ROS nodes'
+    former recorder with the labels beside them."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of a LeRobot data set, HDF5 file, or folder or file of the nodes' former recorder."""
@@ -126,7 +126,7 @@ class Import:
         if self.json:
             print(json.dumps([card.id for card in cards]))
         else:
-            print(f"{len(cards)} episodes imported; judge them with `ratchet review --store {self.store}`")
+            print(f"{len(cards)} episodes imported; label them with `ratchet review --store {self.store}`")
         return 0
 
     def _former(self, store: EpisodeStore) -> int:
@@ -156,18 +156,18 @@ class Gc:
     """Print JSON."""
 
     def run(self) -> int:
-        said = opened(self.store)
+        annotations = opened(self.store)
         limit = time.time() - self.days * 86400
         going = []
-        for card in said.store.cards().values():
-            path = said.store.root / card.file
+        for card in annotations.store.cards().values():
+            path = annotations.store.root / card.file
             old = not path.exists() or path.stat().st_mtime < limit
-            if old and said.standing(card.id).state == "discarded":
+            if old and annotations.status(card.id).state == "discarded":
                 going.append(card)
-        leftovers = said.store.leftovers()
+        leftovers = annotations.store.leftovers()
         freed = sum(c.bytes for c in going) + sum(p.stat().st_size for p in leftovers)
         if self.apply:
-            said.store.remove([c.id for c in going], "discarded")
+            annotations.store.remove([c.id for c in going], "discarded")
             for path in leftovers:
                 path.unlink(missing_ok=True)
         if self.json:
@@ -179,15 +179,15 @@ class Gc:
         return 0
 
 
-def opened(root: Path) -> Verification:
-    """A store and what was said of its episodes.
+def opened(root: Path) -> Annotations:
+    """A store and the annotations on its episodes.
 
     Raises:
         RatchetError: episode.no_store, episode.nothing_here, which tell what lies there instead.
     """
     store = EpisodeStore(root)
     store.require_some()
-    return Verification(store)
+    return Annotations(store)
 
 
 @contextmanager

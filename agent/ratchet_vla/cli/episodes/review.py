@@ -1,4 +1,4 @@
-"""`ratchet review`: watch episodes and judge them, on a page of this machine or in the terminal."""
+"""`ratchet review`: watch episodes and label them, on a page of this machine or in the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ratchet_vla.cli.episodes.exchange import STORE, opened
 from ratchet_vla.cli.episodes.verbs import play
-from ratchet_vla.episodes.library.annotations import Seen, Verification
+from ratchet_vla.episodes.library.annotations import Annotations, Viewed
 from ratchet_vla.episodes.review.server import LOOPBACK, Filters, check_address, make_app, new_token, waiting_for
 from ratchet_vla.errors import RatchetError
 
@@ -20,7 +20,7 @@ KEYS = {"s": "success", "f": "failure", "d": "discard"}
 
 @dataclass
 class Review:
-    """Open the review page, or judge in the terminal.
+    """Open the review page, or label in the terminal.
 
     Commands to copy:
 
@@ -28,7 +28,7 @@ class Review:
 
         ratchet review --store runs/episodes --host 0.0.0.0    # for a phone beside the robot; the address has the token
 
-        ratchet review --store runs/episodes --terminal --person Ada
+        ratchet review --store runs/episodes --terminal --annotator Ada
     """
 
     store: Path = STORE
@@ -42,21 +42,21 @@ class Review:
     second_reader: float | None = None
     """From now on, this share of the episodes needs two readers who agree."""
     terminal: bool = False
-    """Judge in the terminal instead."""
-    person: str = ""
+    """Label in the terminal instead."""
+    annotator: str = ""
     """Your name, for the terminal."""
     columns: int = 80
-    """Width of the picture in the terminal."""
+    """Width of the image in the terminal."""
     speed: float = 1.0
     """Times real time, in the terminal."""
 
     def run(self) -> int:
-        said = opened(self.store)
+        annotations = opened(self.store)
         if self.second_reader is not None:
-            said.require_second_reader(self.second_reader)
-        return self._terminal(said) if self.terminal else self._page(said)
+            annotations.require_second_reader(self.second_reader)
+        return self._terminal(annotations) if self.terminal else self._page(annotations)
 
-    def _page(self, said: Verification) -> int:
+    def _page(self, annotations: Annotations) -> int:
         import uvicorn
 
         token = new_token() if self.token else ""
@@ -69,7 +69,7 @@ class Review:
         console = Console(soft_wrap=True)
         console.print(f"review page: http://{names[0]}:{port}/{query}", highlight=False)
         console.print("stop with Ctrl-C; labels are on the disk as soon as they are given", style="dim")
-        config = uvicorn.Config(make_app(said, token, hosts), log_level="warning", access_log=False)
+        config = uvicorn.Config(make_app(annotations, token, hosts), log_level="warning", access_log=False)
         uvicorn.Server(config).run(sockets=[listening])
         return 0
 
@@ -90,20 +90,22 @@ class Review:
             ) from error
         return listening
 
-    def _terminal(self, said: Verification) -> int:
-        if not self.person.strip():
-            raise RatchetError("episode.no_person", "a judgement needs a person's name", fix="give --person")
-        person, skipped, judged = " ".join(self.person.split()), set[str](), 0
-        while left := [e for e in waiting_for(said, person, Filters()) if e not in skipped]:
+    def _terminal(self, annotations: Annotations) -> int:
+        if not self.annotator.strip():
+            raise RatchetError("episode.no_annotator", "a label needs its annotator's name", fix="give --annotator")
+        annotator = " ".join(self.annotator.split())
+        skipped: set[str] = set()
+        labelled = 0
+        while left := [e for e in waiting_for(annotations, annotator, Filters()) if e not in skipped]:
             episode = left[0]
-            card = said.store.card(episode)
-            proposal = said.proposal(card)
+            card = annotations.store.card(episode)
+            proposal = annotations.proposal(card)
             says = f"; {proposal.source} says {'success' if proposal.success else 'failure'}" if proposal else ""
             print(f"\n{card.instruction}  ({card.task}, {card.seconds:.1f} s, ended: {card.reason or '?'}{says})")
             began, share = time.monotonic(), 0.0
             while True:
                 if share == 0.0:
-                    play(said.store, card, self.speed, self.columns, 10.0)
+                    play(annotations.store, card, self.speed, self.columns, 10.0)
                     share = 1.0
                 try:
                     answer = input("s success, f failure, d discard, r replay, n next, q quit; then a note: ").strip()
@@ -113,17 +115,17 @@ class Review:
                 if key == "r":
                     share = 0.0
                 elif key in KEYS:
-                    seen = Seen(share, time.monotonic() - began, card.cameras, "terminal")
-                    settles = said.standing(card.id).state == "disputed"
-                    said.judge(card.id, KEYS[key], self.person, note=note, seen=seen, settles=settles)
-                    judged += 1
+                    viewed = Viewed(share, time.monotonic() - began, card.cameras, "terminal")
+                    settles = annotations.status(card.id).state == "disputed"
+                    annotations.annotate(card.id, KEYS[key], self.annotator, note=note, viewed=viewed, settles=settles)
+                    labelled += 1
                     break
                 elif key in ("n", "q"):
                     skipped.add(episode)
                     break
             if key == "q":
                 break
-        print(f"{judged} judged")
+        print(f"{labelled} labelled")
         return 0
 
 

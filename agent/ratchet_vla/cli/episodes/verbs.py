@@ -1,4 +1,4 @@
-"""`ratchet episodes list|show|play|verify|judge|export|import|gc`: the episodes of a store."""
+"""`ratchet episodes list|show|play|verify|label|export|import|gc`: the episodes of a store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ratchet_vla.cli.episodes.exchange import STORE, Export, Gc, Import, opened, progress
-from ratchet_vla.episodes.library.annotations import Seen, Standing
+from ratchet_vla.episodes.library.annotations import LabelStatus, Viewed
 from ratchet_vla.episodes.library.store import Card, Damage, EpisodeStore, Stock
 from ratchet_vla.episodes.library.survey import INDEX
 from ratchet_vla.episodes.review import terminal
@@ -42,27 +42,27 @@ class List:
     """Print JSON."""
 
     def run(self) -> int:
-        said = opened(self.store)
+        annotations = opened(self.store)
         found = []
-        for card in said.store.cards().values():
-            standing = said.standing(card.id)
+        for card in annotations.store.cards().values():
+            status = annotations.status(card.id)
             if (
                 self.task in ("", card.task)
                 and card.adapter_id.startswith(self.adapter)
                 and self.session in ("", card.session)
-                and self.state in ("", standing.state)
+                and self.state in ("", status.state)
             ):
-                found.append((card, standing))
+                found.append((card, status))
         if self.json:
-            print(json.dumps([_facts(card, standing) for card, standing in found]))
+            print(json.dumps([_facts(card, status) for card, status in found]))
             return 0
         table = Table(box=None, padding=(0, 1, 0, 0))
-        for column in ("id", "task", "adapter", "mode", "s", "human", "success", "by", "standing"):
+        for column in ("id", "task", "adapter", "mode", "s", "human", "success", "by", "status"):
             right = column in ("s", "human")
             width = 12 if column == "task" else None
             table.add_column(column, justify="right" if right else "left", no_wrap=column != "task", min_width=width)
-        for card, standing in found:
-            success = standing.success if standing.state == "verified" else card.success
+        for card, status in found:
+            success = status.success if status.state == "verified" else card.success
             table.add_row(
                 card.id[:12],
                 card.task[:24],
@@ -71,8 +71,8 @@ class List:
                 f"{card.seconds:.1f}",
                 f"{card.human_share:.0%}" if card.human_share else "",
                 "" if success is None else "yes" if success else "no",
-                standing.source or card.source,
-                f"[{STATES[standing.state]}]{standing.state.replace('_', ' ')}[/]",
+                status.source or card.source,
+                f"[{STATES[status.state]}]{status.state.replace('_', ' ')}[/]",
             )
         console = Console()
         console.print(table)
@@ -95,14 +95,14 @@ class Show:
     """Print JSON."""
 
     def run(self) -> int:
-        said = opened(self.store)
-        card = said.store.card(self.episode)
-        reader = said.store.open(card.id)
+        annotations = opened(self.store)
+        card = annotations.store.card(self.episode)
+        reader = annotations.store.open(card.id)
         ending = reader.ending()
-        facts = _facts(card, said.standing(card.id))
+        facts = _facts(card, annotations.status(card.id))
         facts |= {
-            "path": str(said.store.path(card.id)),
-            "labels": [dataclasses.asdict(label) for label in said.labels(card.id)],
+            "path": str(annotations.store.path(card.id)),
+            "labels": [label.as_dict() for label in annotations.labels(card.id)],
             "frames": ending.frames if ending else {},
             "dropped_records": ending.dropped if ending else {},
             "calibrations": reader.info.calibrations,
@@ -194,14 +194,14 @@ class Verify:
 
 
 @dataclass
-class Judge:
-    """Say how episodes went. Labels are kept for good; a later one of the same person counts instead."""
+class Label:
+    """Say how episodes went. Labels are kept for good; a later one of the same annotator counts instead."""
 
-    verdict: Annotated[Literal["success", "failure", "discard"], tyro.conf.Positional]
+    label: Annotated[Literal["success", "failure", "discard"], tyro.conf.Positional]
     """What you say."""
     episodes: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Ids or beginnings of ids."""
-    person: str
+    annotator: str
     """Your name."""
     note: str = ""
     """Why."""
@@ -213,25 +213,27 @@ class Judge:
     """Print JSON."""
 
     def run(self) -> int:
-        said = opened(self.store)
-        ids = [said.store.resolve(e) for e in self.episodes]
-        seen = Seen(0.0, 0.0, (), "command line")
+        annotations = opened(self.store)
+        ids = [annotations.store.resolve(e) for e in self.episodes]
+        viewed = Viewed(0.0, 0.0, (), "command line")
         for episode in ids:
-            said.judge(episode, self.verdict, self.person, note=self.note, seen=seen, settles=self.settles)
-        states = {episode: said.standing(episode).state for episode in ids}
+            annotations.annotate(
+                episode, self.label, self.annotator, note=self.note, viewed=viewed, settles=self.settles
+            )
+        states = {episode: annotations.status(episode).state for episode in ids}
         print(json.dumps(states) if self.json else "\n".join(f"{e[:12]} {s}" for e, s in states.items()))
         return 0
 
 
 @dataclass
 class Episodes:
-    """Look at, judge, export and import episodes.
+    """Look at, label, export and import episodes.
 
     Commands to copy:
 
         ratchet episodes list --store runs/episodes --state unjudged
 
-        ratchet episodes judge failure 3f2a --person Ada --note "dropped it"
+        ratchet episodes label failure 3f2a --annotator Ada --note "dropped it"
 
         ratchet episodes export out/set --options.codec h264
 
@@ -243,7 +245,7 @@ class Episodes:
         | Annotated[Show, tyro.conf.subcommand("show")]
         | Annotated[Play, tyro.conf.subcommand("play")]
         | Annotated[Verify, tyro.conf.subcommand("verify")]
-        | Annotated[Judge, tyro.conf.subcommand("judge")]
+        | Annotated[Label, tyro.conf.subcommand("label")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Import, tyro.conf.subcommand("import")]
         | Annotated[Gc, tyro.conf.subcommand("gc")],
@@ -267,5 +269,5 @@ def play(store: EpisodeStore, card: Card, speed: float, columns: int, fps: float
         height = text.count("\n") + 1
 
 
-def _facts(card: Card, standing: Standing) -> dict[str, Any]:
-    return {**dataclasses.asdict(card), "standing": dataclasses.asdict(standing)}
+def _facts(card: Card, status: LabelStatus) -> dict[str, Any]:
+    return {**dataclasses.asdict(card), "standing": dataclasses.asdict(status)}

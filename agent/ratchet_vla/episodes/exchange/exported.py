@@ -15,7 +15,7 @@ import numpy as np
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.exchange.rows import Rate, Row
 from ratchet_vla.episodes.file.reader import EpisodeReader
-from ratchet_vla.episodes.library.annotations import Standing
+from ratchet_vla.episodes.library.annotations import LabelStatus
 from ratchet_vla.episodes.library.store import Card
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observation, Step
@@ -23,7 +23,7 @@ from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observa
 FORMAT = 1
 
 
-def facts_of(card: Card, standing: Standing, reader: EpisodeReader) -> dict[str, Any]:
+def facts_of(card: Card, status: LabelStatus, reader: EpisodeReader) -> dict[str, Any]:
     """Everything about an episode that its rows do not hold, as JSON data."""
     info = reader.info
     return {
@@ -40,16 +40,16 @@ def facts_of(card: Card, standing: Standing, reader: EpisodeReader) -> dict[str,
         "calibrations": info.calibrations,
         "termination": card.reason,
         "meta": card.meta,
-        "success": standing.success if standing.state == "verified" else card.success,
-        "success_source": standing.source or card.source,
-        "verification": dataclasses.asdict(standing),
+        "success": status.success if status.state == "verified" else card.success,
+        "success_source": status.source or card.source,
+        "verification": dataclasses.asdict(status),
     }
 
 
 def episode_of(facts: dict[str, Any], rate: Rate, found: Iterable[Row], came_from: str) -> Episode:
     """An exported episode as a recording again.
 
-    The judgement comes along as what the export claims, under a source of its own: whoever has the store decides anew.
+    The label comes along as what the export claims, under a source of its own: whoever has the store decides anew.
     Tokens and log-probabilities are in no export, so that nothing here can enter a policy gradient.
     """
     try:

@@ -21,7 +21,7 @@ from ratchet_vla.episodes.exchange.exported import FORMAT, facts_of
 from ratchet_vla.episodes.exchange.lerobot_check import Progress
 from ratchet_vla.episodes.exchange.lerobot_export import choose, empty_episode
 from ratchet_vla.episodes.exchange.rows import Rate, Row, best_rate, rows
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.documents import sync_folder
 from ratchet_vla.storage.growing import disk_refusals
@@ -42,7 +42,7 @@ class Hdf5Report:
 
 
 def export_hdf5(
-    said: Verification,
+    annotations: Annotations,
     target: Path,
     references: Sequence[str] = (),
     *,
@@ -57,11 +57,11 @@ def export_hdf5(
         then.
     """
     tell = progress or (lambda what, done, of: None)
-    chosen = choose(said, references, unverified)
+    chosen = choose(annotations, references, unverified)
     if target.exists():
         raise RatchetError("export.exists", "there is something already", where=str(target), fix="name a new file")
     began = time.monotonic()
-    readers = [said.store.open(card.id) for card, _ in chosen]
+    readers = [annotations.store.open(card.id) for card, _ in chosen]
     contract = readers[0].info.robot()
     rate: Rate = "control" if all(best_rate(r) == "control" for r in readers) else "decisions"
     scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
@@ -71,8 +71,8 @@ def export_hdf5(
         try:
             with h5py.File(scratch, "w") as file:
                 data = file.create_group("data")
-                for i, ((card, standing), reader) in enumerate(zip(chosen, readers, strict=True)):
-                    success = standing.success if standing.state == "verified" else card.success
+                for i, ((card, status), reader) in enumerate(zip(chosen, readers, strict=True)):
+                    success = status.success if status.state == "verified" else card.success
                     kept = list(rows(reader, rate, success))
                     if not kept:
                         raise empty_episode(card, rate)
@@ -81,7 +81,7 @@ def export_hdf5(
                     demo.attrs["num_samples"] = len(kept)
                     demo.attrs["episode_id"] = card.id
                     demo.attrs["adapter_id"] = card.adapter_id
-                    demo.attrs["facts"] = json.dumps(facts_of(card, standing, reader))
+                    demo.attrs["facts"] = json.dumps(facts_of(card, status, reader))
                     total += len(kept)
                     tell("written", i + 1, len(chosen))
                 data.attrs["total"] = total
@@ -91,7 +91,7 @@ def export_hdf5(
                 data.attrs["rate"] = rate
                 data.attrs["ratchet_format"] = FORMAT
                 file.create_dataset("mask/train", data=np.array([f"demo_{i}" for i in range(len(chosen))], "S"))
-            _compare(said, scratch, rate, contract, chosen, tell)
+            _compare(annotations, scratch, rate, contract, chosen, tell)
             with scratch.open("rb") as whole:
                 os.fsync(whole.fileno())
             scratch.rename(target)
@@ -136,14 +136,14 @@ def _write_chunks(demo: Any, kept: list[Row], size: int) -> None:
 
 
 def _compare(
-    said: Verification, path: Path, rate: Rate, contract: RobotContract, chosen: Sequence[Any], tell: Progress
+    annotations: Annotations, path: Path, rate: Rate, contract: RobotContract, chosen: Sequence[Any], tell: Progress
 ) -> None:
     with h5py.File(path, "r") as file:
-        for i, (card, standing) in enumerate(chosen):
+        for i, (card, status) in enumerate(chosen):
             demo = file[f"data/demo_{i}"]
-            success = standing.success if standing.state == "verified" else card.success
+            success = status.success if status.state == "verified" else card.success
             count = 0
-            for row in rows(said.store.open(card.id), rate, success):
+            for row in rows(annotations.store.open(card.id), rate, success):
                 same = np.array_equal(demo["actions"][count], row.action) and demo["rewards"][count] == row.reward
                 same &= all(np.array_equal(demo[f"obs/{n}_image"][count], im) for n, im in row.images.items())
                 same &= all(np.array_equal(demo[f"obs/{s.name}"][count], row.state[s.name]) for s in contract.state)

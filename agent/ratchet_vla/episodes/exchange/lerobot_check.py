@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ratchet_vla.episodes.exchange import lerobot_layout as lerobot
 from ratchet_vla.episodes.exchange.rows import Rate, rows, state_vector
 from ratchet_vla.episodes.exchange.video import read_video
-from ratchet_vla.episodes.library.annotations import Standing, Verification
+from ratchet_vla.episodes.library.annotations import Annotations, LabelStatus
 from ratchet_vla.episodes.library.store import Card
 from ratchet_vla.errors import RatchetError
 
@@ -23,9 +23,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def compare(
-    said: Verification,
+    annotations: Annotations,
     folder: Path,
-    chosen: Sequence[tuple[Card, Standing]],
+    chosen: Sequence[tuple[Card, LabelStatus]],
     written: Sequence[dict[str, Any]],
     rate: Rate,
     tolerance: float,
@@ -42,14 +42,14 @@ def compare(
     videos: dict[Path, Any] = {}
     errors: list[float] = []
     values = 0
-    for i, ((card, standing), row) in enumerate(zip(chosen, written, strict=True)):
+    for i, ((card, status), row) in enumerate(zip(chosen, written, strict=True)):
         path = folder / lerobot.DATA_PATH.format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
         table = pq.read_table(path, filters=[("episode_index", "=", i)])
         states = np.array(table[lerobot.STATE].to_pylist(), np.float32)
         actions = np.array(table[lerobot.ACTION].to_pylist(), np.float32).reshape(len(states), -1)
         count = 0
-        success = standing.success if standing.state == "verified" else card.success
-        reader = said.store.open(card.id)
+        success = status.success if status.state == "verified" else card.success
+        reader = annotations.store.open(card.id)
         contract = reader.info.robot()
         for recorded in rows(reader, rate, success):
             same = np.array_equal(states[count].ravel(), state_vector(recorded.state, contract))

@@ -24,7 +24,7 @@ from ratchet_vla.episodes.exchange.exported import FORMAT, facts_of
 from ratchet_vla.episodes.exchange.lerobot_check import Progress, compare
 from ratchet_vla.episodes.exchange.rows import Rate, Row, best_rate, rows, state_vector
 from ratchet_vla.episodes.exchange.video import VideoCodec, VideoFile
-from ratchet_vla.episodes.library.annotations import Standing, Verification
+from ratchet_vla.episodes.library.annotations import Annotations, LabelStatus
 from ratchet_vla.episodes.library.store import Card
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.documents import sync_folder
@@ -47,7 +47,7 @@ class ExportOptions:
     """Rows per control step, per decision, or spread: per control step of each decision, repeating its frames. If
     absent, per control step where every episode has the frames, else per decision where that is a whole rate."""
     unverified: bool = False
-    """Take episodes that nobody has judged, too."""
+    """Take episodes that nobody has labelled, too."""
     tolerance: float = 12.0
     """Mean absolute error of a frame's pixels, of 255, above which the export is refused."""
 
@@ -68,28 +68,28 @@ class ExportReport:
     values_checked: int
 
 
-def choose(said: Verification, references: Sequence[str], unverified: bool) -> list[tuple[Card, Standing]]:
+def choose(annotations: Annotations, references: Sequence[str], unverified: bool) -> list[tuple[Card, LabelStatus]]:
     """The episodes to take, oldest first; all that may be taken, where none is named.
 
     Raises:
         RatchetError: export.not_verified for a named one; export.nothing; export.mixed_contracts.
     """
-    store = said.store
+    store = annotations.store
     wanted = [store.resolve(r) for r in references] or list(store.cards())
     chosen = []
     for episode in wanted:
-        standing = said.standing(episode)
-        if standing.state == "verified" or (unverified and standing.state != "discarded"):
-            chosen.append((store.cards()[episode], standing))
+        status = annotations.status(episode)
+        if status.state == "verified" or (unverified and status.state != "discarded"):
+            chosen.append((store.cards()[episode], status))
         elif references:
             raise RatchetError(
                 "export.not_verified",
-                f"it is {standing.state}",
+                f"it is {status.state}",
                 where=episode[:12],
-                fix="judge it with `ratchet review`, or ask for unverified ones too",
+                fix="label it with `ratchet review`, or ask for unverified ones too",
             )
     if not chosen:
-        raise RatchetError("export.nothing", "no verified episode", where=str(store.root), fix="judge some first")
+        raise RatchetError("export.nothing", "no verified episode", where=str(store.root), fix="label some first")
     if len({card.contract_id for card, _ in chosen}) > 1:
         raise RatchetError(
             "export.mixed_contracts", "the episodes are of several robots", fix="export one robot's at a time"
@@ -103,7 +103,7 @@ def empty_episode(card: Card, rate: Rate) -> RatchetError:
 
 
 def export_lerobot(
-    said: Verification,
+    annotations: Annotations,
     target: Path,
     references: Sequence[str] = (),
     options: ExportOptions | None = None,
@@ -118,7 +118,7 @@ def export_lerobot(
             `choose` and the format raise; nothing is left behind then.
     """
     options, tell = options or ExportOptions(), progress or (lambda what, done, of: None)
-    chosen = choose(said, references, options.unverified)
+    chosen = choose(annotations, references, options.unverified)
     if target.exists():
         raise RatchetError("export.exists", "there is something already", where=str(target), fix="name a new folder")
     began = time.monotonic()
@@ -127,12 +127,12 @@ def export_lerobot(
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir()
         try:
-            writer = _Writer(said, scratch, chosen, options)
-            for i, (card, standing) in enumerate(chosen):
-                writer.episode(card, standing)
+            writer = _Writer(annotations, scratch, chosen, options)
+            for i, (card, status) in enumerate(chosen):
+                writer.episode(card, status)
                 tell("written", i + 1, len(chosen))
             writer.finish()
-            compared = compare(said, scratch, chosen, writer.rows, writer.rate, options.tolerance, tell)
+            compared = compare(annotations, scratch, chosen, writer.rows, writer.rate, options.tolerance, tell)
             _sync_tree(scratch)
             scratch.rename(target)
             sync_folder(target.parent)
@@ -156,10 +156,10 @@ class _Writer:
     """Tables and videos of one data set, episode after episode."""
 
     def __init__(
-        self, said: Verification, folder: Path, chosen: list[tuple[Card, Standing]], options: ExportOptions
+        self, annotations: Annotations, folder: Path, chosen: list[tuple[Card, LabelStatus]], options: ExportOptions
     ) -> None:
-        self._said, self._folder, self._options = said, folder, options
-        readers = [said.store.open(card.id) for card, _ in chosen]
+        self._annotations, self._folder, self._options = annotations, folder, options
+        readers = [annotations.store.open(card.id) for card, _ in chosen]
         self.contract: RobotContract = readers[0].info.robot()
         control = options.rate == "control" or (
             options.rate is None and all(best_rate(r) == "control" for r in readers)
@@ -181,9 +181,9 @@ class _Writer:
         self._stats: list[dict[str, dict[str, statistics.Array]]] = []
         self._ours: list[dict[str, Any]] = []
 
-    def episode(self, card: Card, standing: Standing) -> None:
-        reader = self._said.store.open(card.id)
-        success = standing.success if standing.state == "verified" else card.success
+    def episode(self, card: Card, status: LabelStatus) -> None:
+        reader = self._annotations.store.open(card.id)
+        success = status.success if status.state == "verified" else card.success
         if card.instruction not in self._tasks:
             self._tasks.append(card.instruction)
         self._rotate()
@@ -203,7 +203,7 @@ class _Writer:
         self._data.write_table(written)
         self._data_bytes += written.nbytes
         self._describe(card, table, colours, starts)
-        self._ours.append(facts_of(card, standing, reader))
+        self._ours.append(facts_of(card, status, reader))
         self.frames += len(kept)
 
     def finish(self) -> None:
@@ -223,10 +223,10 @@ class _Writer:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _chunk_length(self, chosen: list[tuple[Card, Standing]]) -> int:
+    def _chunk_length(self, chosen: list[tuple[Card, LabelStatus]]) -> int:
         lengths = set()
         for card, _ in chosen:
-            lengths |= {len(s.chunk.actions) for s in self._said.store.read(card.id, images=False).steps}
+            lengths |= {len(s.chunk.actions) for s in self._annotations.store.read(card.id, images=False).steps}
         if len(lengths) != 1:
             raise RatchetError(
                 "export.mixed_chunks",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ratchet_vla.episodes.exchange.rows import Row, best_rate, rows
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Float32, Int64, UInt8
 
@@ -37,7 +37,7 @@ class HumanSamples:
 
 
 def human_samples(
-    said: Verification,
+    annotations: Annotations,
     cameras: Sequence[str],
     state: Sequence[str],
     chunk: int,
@@ -53,17 +53,17 @@ def human_samples(
     Raises:
         RatchetError: warmstart.nothing where no segment is long enough; episode.not_verified for a named episode.
     """
-    store = said.store
+    store = annotations.store
     wanted = [store.resolve(r) for r in references]
     for episode in wanted:
-        if said.standing(episode).state != "verified":
+        if annotations.status(episode).state != "verified":
             raise RatchetError(
-                "episode.not_verified", "nobody has verified it", where=episode[:12], fix="judge it first"
+                "episode.not_verified", "nobody has verified it", where=episode[:12], fix="label it first"
             )
     images, states, actions, task, start = [], [], [], [], []
     tasks: dict[str, str] = {}
-    for number, (card, standing) in enumerate(said.verified()):
-        if not standing.success or (wanted and card.id not in wanted):
+    for number, (card, status) in enumerate(annotations.verified()):
+        if not status.success or (wanted and card.id not in wanted):
             continue
         reader = store.open(card.id)
         if not card.human_share or best_rate(reader) != "control":
@@ -82,7 +82,7 @@ def human_samples(
             "warmstart.nothing",
             f"no verified, successful episode has {chunk} human steps in a row with frames",
             where=str(store.root),
-            fix="record demonstrations with camera streams, or import some, and judge them",
+            fix="record demonstrations with camera streams, or import some, and label them",
         )
     return HumanSamples(
         images=np.stack(images),

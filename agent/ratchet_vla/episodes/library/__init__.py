@@ -1,4 +1,4 @@
-"""Many episodes: a folder with an append-only index, and who judged which of them.
+"""Many episodes: a folder with an append-only index, and who labelled which of them.
 
 Knows ids, labels and what is eligible. Knows no page and no export.
 Begin with `store`.

@@ -1,7 +1,7 @@
-"""Who judged which episode, when, after seeing what; and which episodes may therefore reach the learner.
+"""Who labelled which episode, when, having viewed what; and which episodes may therefore reach the learner.
 
 Knows labels, readers and disagreement. Labels are entries of the store's chained index: nobody's is ever overwritten,
-not even one's own. Rules are at `Verification.standing`.
+not even one's own. Rules are at `Annotations.status`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from ratchet_vla.episodes.library.labels import HUMAN, VERDICTS, Label, Seen, Verdict, body_of
+from ratchet_vla.episodes.library.labels import HUMAN, LABEL_VALUES, Label, LabelValue, Viewed, body_of
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Episode
 
-__all__ = ["VERDICTS", "Label", "Proposal", "Seen", "Standing", "Verdict", "Verification"]
+__all__ = ["LABEL_VALUES", "Annotations", "Label", "LabelStatus", "LabelValue", "Proposal", "Viewed"]
 
 State = Literal["unjudged", "second_reader", "disputed", "discarded", "verified"]
 SIMULATOR = "simulator"
@@ -25,7 +25,7 @@ SIMULATOR = "simulator"
 
 @dataclass(frozen=True)
 class Proposal:
-    """A program's opinion, shown to a person first; never a label. score: its own confidence, in [0, 1]."""
+    """A program's opinion, shown to an annotator first; never a label. score: its own confidence, in [0, 1]."""
 
     episode: str
     success: bool
@@ -34,7 +34,7 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Standing:
+class LabelStatus:
     """What holds for an episode now. success: of a verified one, else None. source: as in `records.Episode`."""
 
     state: State
@@ -43,8 +43,8 @@ class Standing:
     readers: int = 0
 
 
-class Verification:
-    """The judgements on one store."""
+class Annotations:
+    """The labels and proposals on the episodes of one store."""
 
     def __init__(self, store: EpisodeStore) -> None:
         self.store = store
@@ -54,29 +54,29 @@ class Verification:
         self._taken = 0
         self._guard = threading.Lock()
 
-    # -- saying -------------------------------------------------------------------------------------------------
+    # -- annotating -------------------------------------------------------------------------------------------------
 
-    def judge(
+    def annotate(
         self,
         reference: str,
-        verdict: str,
-        person: str,
+        value: str,
+        annotator: str,
         *,
         note: str = "",
-        seen: Seen | None = None,
+        viewed: Viewed | None = None,
         settles: bool = False,
     ) -> Label:
-        """A person's judgement; stored for good. A later one of the same person counts instead, and both are kept.
+        """A person's label; stored for good. A later one of the same annotator counts instead, and both are kept.
 
-        seen: what was watched; nothing, where the caller does not know. settles: ends a dispute among other readers.
+        viewed: what was watched; nothing, where the caller does not know. settles: ends a dispute among other readers.
 
         Raises:
-            RatchetError: episode.unknown, episode.bad_verdict, episode.no_person, episode.no_dispute.
+            RatchetError: episode.unknown, episode.unknown_label, episode.no_annotator, episode.no_dispute.
         """
         episode = self.store.resolve(reference)
-        body = body_of(episode, verdict, person, note=note, seen=seen, settles=settles)
-        if settles and self.standing(episode).state != "disputed":
-            raise RatchetError("episode.no_dispute", "nobody disagrees", where=episode[:12], fix="judge it plainly")
+        body = body_of(episode, value, annotator, note=note, viewed=viewed, settles=settles)
+        if settles and self.status(episode).state != "disputed":
+            raise RatchetError("episode.no_dispute", "nobody disagrees", where=episode[:12], fix="label it plainly")
         entry = self.store.index.append([("label", body)])[0]
         return Label.of(entry.number, entry.time, entry.body)
 
@@ -88,7 +88,7 @@ class Verification:
         self.store.index.append([("proposal", body)])
 
     def require_second_reader(self, share: float) -> None:
-        """From now on, this share of the episodes, chosen by their ids, needs two persons who agree; in [0, 1]."""
+        """From now on, this share of the episodes, chosen by their ids, needs two annotators who agree; in [0, 1]."""
         if not 0 <= share <= 1:
             raise RatchetError("episode.bad_share", f"{share} is no share", fix="give a number from 0 to 1")
         self.store.index.append([("rule", {"second_reader": share})])
@@ -96,7 +96,7 @@ class Verification:
     # -- asking -------------------------------------------------------------------------------------------------
 
     def labels(self, episode: str) -> list[Label]:
-        """All judgements on an episode, oldest first, those taken back by later ones included."""
+        """All labels on an episode, oldest first, those taken back by later ones included."""
         self._take()
         return list(self._labels.get(episode, ()))
 
@@ -105,8 +105,8 @@ class Verification:
         self._take()
         if card.id in self._proposals:
             return self._proposals[card.id]
-        said = card.success is not None and not card.source.startswith(HUMAN)  # a person's word is a label
-        return Proposal(card.id, bool(card.success), card.source) if said else None
+        is_proposal = card.success is not None and not card.source.startswith(HUMAN)  # a person's word is a label
+        return Proposal(card.id, bool(card.success), card.source) if is_proposal else None
 
     @property
     def second_reader(self) -> float:
@@ -116,44 +116,44 @@ class Verification:
     def readers_needed(self, episode: str) -> int:
         return 2 if int(episode[:8], 16) / 2**32 < self.second_reader else 1
 
-    def standing(self, episode: str) -> Standing:
-        """Of each person the latest judgement counts, the simulator's own counts as one more reader's.
+    def status(self, episode: str) -> LabelStatus:
+        """Of each annotator the latest label counts, the simulator's own counts as one more reader's.
 
-        Nobody and no simulator: unjudged. Opinions differ: disputed, until one changes or a settling judgement is
-        given. All persons say discard: discarded. Fewer persons than needed: second_reader. Else verified; a simulated
-        episode needs no person, and a person who differs from the simulator makes it a dispute.
+        Nobody and no simulator: unjudged. Opinions differ: disputed, until one changes or a settling label is given.
+        All annotators say discard: discarded. Fewer of them than needed: second_reader. Else verified; a simulated
+        episode needs no annotator, and one who differs from the simulator makes it a dispute.
         """
         card = self.store.card(episode)
         latest = latest_of(self.labels(episode))
         settling = [label for label in latest.values() if label.settles]
         if settling:
             last = max(settling, key=lambda label: label.number)
-            return _final(last.verdict, f"human:{last.person}", len(latest))
-        opinions: dict[str, str] = {name: label.verdict for name, label in latest.items()}
+            return _final(last.value, f"human:{last.annotator}", len(latest))
+        opinions: dict[str, str] = {name: label.value for name, label in latest.items()}
         discarded = bool(opinions) and set(opinions.values()) == {"discard"}
         if card.source == SIMULATOR and card.success is not None and not discarded:
             opinions[SIMULATOR + ":"] = "success" if card.success else "failure"
         if not opinions:
-            return Standing("unjudged")
+            return LabelStatus("unjudged")
         if len(set(opinions.values())) > 1:
-            return Standing("disputed", readers=len(latest))
-        verdict = cast(Verdict, next(iter(opinions.values())))
+            return LabelStatus("disputed", readers=len(latest))
+        value = cast(LabelValue, next(iter(opinions.values())))
         if not latest:
-            return _final(verdict, SIMULATOR, 0)
+            return _final(value, SIMULATOR, 0)
         if len(latest) < self.readers_needed(episode):
-            return Standing("second_reader", readers=len(latest))
-        return _final(verdict, "human:" + "+".join(latest), len(latest))
+            return LabelStatus("second_reader", readers=len(latest))
+        return _final(value, "human:" + "+".join(latest), len(latest))
 
-    def standings(self) -> dict[str, Standing]:
-        return {episode: self.standing(episode) for episode in self.store.cards()}
+    def statuses(self) -> dict[str, LabelStatus]:
+        return {episode: self.status(episode) for episode in self.store.cards()}
 
-    def verified(self, **where: str) -> Iterator[tuple[Card, Standing]]:
+    def verified(self, **where: str) -> Iterator[tuple[Card, LabelStatus]]:
         """What may reach the learner, oldest first. where: fields of `Card` that must match, such as task."""
         for card in self.store.cards().values():
             if all(getattr(card, name) == value for name, value in where.items()):
-                standing = self.standing(card.id)
-                if standing.state == "verified":
-                    yield card, standing
+                status = self.status(card.id)
+                if status.state == "verified":
+                    yield card, status
 
     def read(self, reference: str, *, images: bool = True) -> Episode:
         """A verified episode with the success that holds and its source.
@@ -162,23 +162,23 @@ class Verification:
             RatchetError: episode.not_verified, and what reading raises.
         """
         episode = self.store.resolve(reference)
-        standing = self.standing(episode)
-        if standing.state != "verified":
+        status = self.status(episode)
+        if status.state != "verified":
             raise RatchetError(
                 "episode.not_verified",
-                f"it is {standing.state}",
+                f"it is {status.state}",
                 where=episode[:12],
-                fix="judge it with `ratchet review`",
+                fix="label it with `ratchet review`",
             )
         read = self.store.read(episode, images=images)
-        read.success, read.success_source = standing.success, standing.source
+        read.success, read.success_source = status.success, status.source
         return read
 
-    def disagreements(self) -> list[tuple[Card, dict[str, Verdict]]]:
+    def disagreements(self) -> list[tuple[Card, dict[str, LabelValue]]]:
         """Episodes on which readers (the simulator among them) differ or differed before a settlement."""
         found = []
         for card in self.store.cards().values():
-            opinions = {name: label.verdict for name, label in latest_of(self.labels(card.id)).items()}
+            opinions = {name: label.value for name, label in latest_of(self.labels(card.id)).items()}
             if card.source == SIMULATOR and card.success is not None and opinions:
                 opinions[SIMULATOR] = "success" if card.success else "failure"
             if len(set(opinions.values())) > 1:
@@ -189,7 +189,7 @@ class Verification:
         """(pairs of readers who agree, pairs of readers on the same episode), the simulator among them."""
         same = pairs = 0
         for card in self.store.cards().values():
-            opinions = [label.verdict for label in latest_of(self.labels(card.id)).values()]
+            opinions = [label.value for label in latest_of(self.labels(card.id)).values()]
             if card.source == SIMULATOR and card.success is not None and opinions:
                 opinions.append("success" if card.success else "failure")
             for i, one in enumerate(opinions):
@@ -215,14 +215,14 @@ class Verification:
 
 
 def latest_of(labels: list[Label]) -> dict[str, Label]:
-    """Person -> what counts of theirs, in the order in which they first spoke."""
+    """Annotator -> what counts of theirs, in the order of their first labels."""
     latest: dict[str, Label] = {}
     for label in labels:
-        latest[label.person] = label
+        latest[label.annotator] = label
     return latest
 
 
-def _final(verdict: Verdict, source: str, readers: int) -> Standing:
-    if verdict == "discard":
-        return Standing("discarded", source=source, readers=readers)
-    return Standing("verified", verdict == "success", source, readers)
+def _final(value: LabelValue, source: str, readers: int) -> LabelStatus:
+    if value == "discard":
+        return LabelStatus("discarded", source=source, readers=readers)
+    return LabelStatus("verified", value == "success", source, readers)

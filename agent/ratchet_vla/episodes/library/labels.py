@@ -1,6 +1,7 @@
-"""What a person said of an episode, as an entry of the store's index: who, what, having seen how much, and where.
+"""An annotator's label on an episode, as an entry of the store's index: who, what, having viewed how much, and where.
 
-Knows the entry's form and what a person's name looks like. What follows from the entries is `annotations`'s.
+Knows the entry's form and what an annotator's name looks like. What follows from the entries is `annotations`'s.
+Entries on disk keep the keys that they have always had: "verdict", "person", "seen".
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from typing import Any, Literal
 from ratchet_vla.episodes.file.format import EpisodeEnding
 from ratchet_vla.errors import RatchetError
 
-Verdict = Literal["success", "failure", "discard"]
-VERDICTS: tuple[Verdict, ...] = ("success", "failure", "discard")
-HUMAN = "human:"  # what a person's source begins with; the name follows
+LabelValue = Literal["success", "failure", "discard"]
+LABEL_VALUES: tuple[LabelValue, ...] = ("success", "failure", "discard")
+HUMAN = "human:"  # what an annotator's source begins with; the name follows
 LONGEST_NAME, LONGEST_NOTE = 60, 2000
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What somebody saw before judging. share: of the episode's frames, in [0, 1]; seconds: time spent.
+class Viewed:
+    """What an annotator watched before labelling. share: of the episode's frames, in [0, 1]; seconds: time spent.
 
     via: "page", "terminal", "ros", "operator" (buttons, while the attempt ran or at its end) or the name of a program.
     """
@@ -33,77 +34,93 @@ class Seen:
     via: str = ""
 
 
-BESIDE_THE_ARM = Seen(1.0, 0.0, (), "operator")  # who ends an attempt has watched it
+BESIDE_THE_ARM = Viewed(1.0, 0.0, (), "operator")  # who ends an attempt has watched it
 
 
 @dataclass(frozen=True)
 class Label:
-    """One judgement. number, time: of its entry in the index. settles: given to end a dispute."""
+    """One annotator's word on one episode.
+
+    number, time: of its entry in the index. settles: given to end a dispute.
+    """
 
     number: int
     time: str
     episode: str
-    verdict: Verdict
-    person: str
+    value: LabelValue
+    annotator: str
     note: str
-    seen: Seen
+    viewed: Viewed
     settles: bool = False
 
     @classmethod
     def of(cls, number: int, time: str, body: Mapping[str, Any]) -> Label:
         """The label that an entry's body holds."""
-        seen = Seen(**{**body["seen"], "cameras": tuple(body["seen"]["cameras"])})
+        viewed = Viewed(**{**body["seen"], "cameras": tuple(body["seen"]["cameras"])})
         return cls(
             number=number,
             time=time,
             episode=body["episode"],
-            verdict=body["verdict"],
-            person=body["person"],
+            value=body["verdict"],
+            annotator=body["person"],
             note=body["note"],
-            seen=seen,
+            viewed=viewed,
             settles=body["settles"],
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data under the keys of the index's entries, for JSON."""
+        return {
+            "number": self.number,
+            "time": self.time,
+            "episode": self.episode,
+            "verdict": self.value,
+            "person": self.annotator,
+            "note": self.note,
+            "seen": dataclasses.asdict(self.viewed),
+            "settles": self.settles,
+        }
+
 
 def body_of(
-    episode: str, verdict: str, person: str, *, note: str = "", seen: Seen | None = None, settles: bool = False
+    episode: str, value: str, annotator: str, *, note: str = "", viewed: Viewed | None = None, settles: bool = False
 ) -> dict[str, Any]:
-    """The body of a label's entry. episode: the full id. seen: nothing, where nobody knows.
+    """The body of a label's entry. episode: the full id. viewed: nothing, where nobody knows.
 
     Raises:
-        RatchetError: episode.bad_verdict, episode.no_person.
+        RatchetError: episode.unknown_label, episode.no_annotator.
     """
-    if verdict not in VERDICTS:
-        raise RatchetError("episode.bad_verdict", f"{verdict!r} is no verdict", fix=f"one of {', '.join(VERDICTS)}")
+    if value not in LABEL_VALUES:
+        raise RatchetError("episode.unknown_label", f"{value!r} is no label", fix=f"one of {', '.join(LABEL_VALUES)}")
     return {
         "episode": episode,
-        "verdict": verdict,
-        "person": named(person),
+        "verdict": value,
+        "person": annotator_name(annotator),
         "note": note.strip()[:LONGEST_NOTE],
-        "seen": dataclasses.asdict(seen or Seen(0.0, 0.0)),
+        "seen": dataclasses.asdict(viewed or Viewed(0.0, 0.0)),
         "settles": settles,
     }
 
 
-def named(person: str) -> str:
-    """A person's name as it is stored. Raises RatchetError episode.no_person."""
-    name = " ".join(person.split())
+def annotator_name(typed: str) -> str:
+    """An annotator's name as it is stored. Raises RatchetError episode.no_annotator."""
+    name = " ".join(typed.split())
     if not name or ":" in name or len(name) > LONGEST_NAME:
         raise RatchetError(
-            "episode.no_person",
-            "a judgement needs a person's name",
+            "episode.no_annotator",
+            "a label needs its annotator's name",
             fix=f"give a name without ':', up to {LONGEST_NAME} letters",
         )
     return name
 
 
 def recorded(episode: str, ending: EpisodeEnding) -> list[tuple[str, dict[str, Any]]]:
-    """What a person said while the episode was recorded, as entries for the index: the buttons beside the arm."""
+    """Labels given while the episode was recorded, as entries for the index: the buttons beside the arm."""
     if ending.success is None or not ending.success_source.startswith(HUMAN):
         return []
-    verdict = "success" if ending.success else "failure"
+    value = "success" if ending.success else "failure"
     entries = []
-    for person in ending.success_source.removeprefix(HUMAN).split("+"):
-        with suppress(RatchetError):  # a name that is none: the episode is kept, and nobody has judged it
-            entries.append(("label", body_of(episode, verdict, person, seen=BESIDE_THE_ARM)))
+    for annotator in ending.success_source.removeprefix(HUMAN).split("+"):
+        with suppress(RatchetError):  # a name that is none: the episode is kept, without a label
+            entries.append(("label", body_of(episode, value, annotator, viewed=BESIDE_THE_ARM)))
     return entries

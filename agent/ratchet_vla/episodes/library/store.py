@@ -1,6 +1,6 @@
 """A folder of episodes and its index: what is there, under which id, and how to get it.
 
-Knows files and cards. What persons think of an episode is `annotations`'s business; it shares the index.
+Knows files and cards. What annotators think of an episode is `annotations`'s business; it shares the index.
 Layout: `index.jsonl`, and one folder per session with the episode files. Deleting is `gc`'s alone.
 """
 
@@ -34,7 +34,7 @@ __all__ = ["Card", "Damage", "EpisodeStore", "Stock"]
 
 @dataclass(frozen=True)
 class Card:
-    """What the index says about one episode. success, source: as recorded, before anybody's judgement.
+    """What the index says about one episode. success, source: as recorded, before anybody's label.
 
     file: relative to the store. seconds: duration. human_share: ticks under a person's command, in [0, 1].
     dropped: records and frames that were lost while recording.
@@ -211,7 +211,7 @@ class EpisodeStore:
         return EpisodeReader(self.path(reference))
 
     def read(self, reference: str, *, images: bool = True) -> Episode:
-        """The episode as recorded; for one with its verified label, see `verification.Verification.read`."""
+        """The episode as recorded; for one with its verified label, see `verification.Annotations.read`."""
         return self.open(reference).episode(images)
 
     # -- what comes in ------------------------------------------------------------------------------------------

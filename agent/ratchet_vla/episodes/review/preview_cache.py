@@ -1,6 +1,6 @@
 """What a viewer needs of an episode: frames as JPEG, plots, marks and events; kept in memory for the next look.
 
-Knows recordings and a bounded cache. Knows no HTTP and no judgement.
+Knows recordings and a bounded cache. Knows no HTTP and no label.
 """
 
 from __future__ import annotations

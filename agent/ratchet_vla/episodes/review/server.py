@@ -1,6 +1,6 @@
-"""The review page's server: episodes to watch and judge, for a browser on this machine or a phone beside the robot.
+"""The review page's server: episodes to watch and label, for a browser on this machine or a phone beside the robot.
 
-Knows HTTP, tokens and who watches what at the moment. Judging itself is `annotations`'s. Needs no network: the page's
+Knows HTTP, tokens and who watches what at the moment. Labelling itself is `annotations`'s. Needs no network: the page's
 files lie beside this module.
 """
 
@@ -18,7 +18,7 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel, Field
 
-from ratchet_vla.episodes.library.annotations import Label, Seen, Standing, Verification, latest_of
+from ratchet_vla.episodes.library.annotations import Annotations, LabelStatus, Viewed, latest_of
 from ratchet_vla.episodes.library.store import Card
 from ratchet_vla.episodes.review.preview_cache import PreviewCache
 from ratchet_vla.errors import RatchetError
@@ -35,11 +35,11 @@ HEADERS = {
 OPEN = ("unjudged", "second_reader", "disputed")
 
 
-class Judgement(BaseModel):
-    """What the page sends."""
+class GivenLabel(BaseModel):
+    """What the page sends; JSON names as in the index."""
 
-    person: str = Field(max_length=80)
-    verdict: str = Field(max_length=20)
+    annotator: str = Field(max_length=80, alias="person")
+    value: str = Field(max_length=20, alias="verdict")
     note: str = Field("", max_length=2000)
     share: float = Field(0.0, ge=0.0, le=1.0)
     seconds: float = Field(0.0, ge=0.0)
@@ -47,15 +47,16 @@ class Judgement(BaseModel):
 
 
 class Filters(BaseModel):
-    """Which episodes; empty fields let everything pass. state: a standing's, or "open" for what waits for readers."""
+    """Which episodes; empty fields let everything pass. state: of a `LabelStatus`, or "open" for what waits for
+    readers."""
 
     task: str = ""
     adapter: str = ""
     session: str = ""
     state: str = "open"
 
-    def pass_(self, card: Card, standing: Standing) -> bool:
-        wanted = standing.state in OPEN if self.state == "open" else self.state in ("", standing.state)
+    def pass_(self, card: Card, status: LabelStatus) -> bool:
+        wanted = status.state in OPEN if self.state == "open" else self.state in ("", status.state)
         return (
             wanted
             and self.task in ("", card.task)
@@ -71,23 +72,23 @@ class ReviewQueue:
         self._leases: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
-    def next(self, waiting: list[str], person: str, skip: frozenset[str]) -> str | None:
+    def next(self, waiting: list[str], annotator: str, skip: frozenset[str]) -> str | None:
         """The oldest of these episodes; one that nobody else watches, if there is any."""
         now = time.monotonic()
         with self._lock:
-            watched = {e for e, (who, until) in self._leases.items() if who != person and until > now}
+            watched = {e for e, (who, until) in self._leases.items() if who != annotator and until > now}
             wanted = [e for e in waiting if e not in skip]
             free = next((e for e in wanted if e not in watched), None)
             if free is not None:
-                self._leases[free] = (person, now + LEASE)
+                self._leases[free] = (annotator, now + LEASE)
             return free if free is not None else next(iter(wanted), None)
 
 
-def waiting_for(said: Verification, person: str, filters: Filters) -> list[str]:
-    """Episodes that this person has not judged and the filters let pass, oldest first."""
+def waiting_for(annotations: Annotations, annotator: str, filters: Filters) -> list[str]:
+    """Episodes that this annotator has not labelled and the filters let pass, oldest first."""
     found = []
-    for card in said.store.cards().values():
-        if person not in latest_of(said.labels(card.id)) and filters.pass_(card, said.standing(card.id)):
+    for card in annotations.store.cards().values():
+        if annotator not in latest_of(annotations.labels(card.id)) and filters.pass_(card, annotations.status(card.id)):
             found.append(card.id)
     return found
 
@@ -100,7 +101,7 @@ def check_address(host: str, token: str) -> None:
         )
 
 
-def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) -> FastAPI:
+def make_app(annotations: Annotations, token: str, hosts: tuple[str, ...] = LOOPBACK) -> FastAPI:
     """The page and its interface. token: demanded of every request, empty for none. hosts: names it answers to."""
     app = FastAPI(title="Ratchet review", docs_url=None, redoc_url=None, openapi_url=None)
     queue = ReviewQueue()
@@ -140,11 +141,11 @@ def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) 
 
     @app.get("/api/summary")
     def summary() -> dict[str, Any]:
-        cards, standings = said.store.cards(), said.standings()
+        cards, statuses = annotations.store.cards(), annotations.statuses()
         states: dict[str, int] = {}
-        for standing in standings.values():
-            states[standing.state] = states.get(standing.state, 0) + 1
-        same, pairs = said.agreement()
+        for status in statuses.values():
+            states[status.state] = states.get(status.state, 0) + 1
+        same, pairs = annotations.agreement()
         return {
             "states": states,
             "tasks": sorted({c.task for c in cards.values()}),
@@ -154,47 +155,52 @@ def make_app(said: Verification, token: str, hosts: tuple[str, ...] = LOOPBACK) 
         }
 
     @app.get("/api/next")
-    def following(
-        person: str, filters: Annotated[Filters, Depends()], skip: Annotated[list[str] | None, Query()] = None
+    def next_episode(
+        annotator: Annotated[str, Query(alias="person")],
+        filters: Annotated[Filters, Depends()],
+        skip: Annotated[list[str] | None, Query()] = None,
     ) -> dict[str, Any]:
-        waiting = waiting_for(said, " ".join(person.split()), filters)
-        return {"episode": queue.next(waiting, person, frozenset(skip or ())), "left": len(waiting)}
+        waiting = waiting_for(annotations, " ".join(annotator.split()), filters)
+        return {"episode": queue.next(waiting, annotator, frozenset(skip or ())), "left": len(waiting)}
 
     @app.get("/api/episodes/{reference}")
-    def show(reference: str, person: str = "") -> dict[str, Any]:
-        card = said.store.card(reference)
-        standing = said.standing(card.id)
-        proposal = said.proposal(card)
-        labels = said.labels(card.id)
-        judged = " ".join(person.split()) in latest_of(labels)
+    def show(reference: str, annotator: Annotated[str, Query(alias="person")] = "") -> dict[str, Any]:
+        card = annotations.store.card(reference)
+        status = annotations.status(card.id)
+        proposal = annotations.proposal(card)
+        labels = annotations.labels(card.id)
+        has_labelled = " ".join(annotator.split()) in latest_of(labels)
         return {
             "card": dataclasses.asdict(card),
-            "standing": dataclasses.asdict(standing),
+            "standing": dataclasses.asdict(status),
             "proposal": dataclasses.asdict(proposal) if proposal else None,
             # A second reader must not know the first one's opinion; once opinions differ, or one is given, all may.
-            "labels": [_label(x) for x in labels] if judged or standing.state == "disputed" else [],
-            "readers": standing.readers,
-            **previews.facts(said.store, card),
+            "labels": [x.as_dict() for x in labels] if has_labelled or status.state == "disputed" else [],
+            "readers": status.readers,
+            **previews.facts(annotations.store, card),
         }
 
     @app.get("/api/episodes/{reference}/frames/{camera}")
     def frames(reference: str, camera: str, fps: float = 30.0) -> Response:
-        card = said.store.card(reference)
-        data = previews.pack(said.store, card, camera, min(max(fps, 1.0), 120.0))
+        card = annotations.store.card(reference)
+        data = previews.pack(annotations.store, card, camera, min(max(fps, 1.0), 120.0))
         return Response(data, media_type="application/octet-stream", headers={"Cache-Control": "max-age=3600"})
 
     @app.post("/api/episodes/{reference}/label")
-    def judge(reference: str, given: Judgement, filters: Annotated[Filters, Depends()]) -> dict[str, Any]:
-        card = said.store.card(reference)
-        seen = Seen(given.share, given.seconds, card.cameras, "page")
-        label = said.judge(card.id, given.verdict, given.person, note=given.note, seen=seen, settles=given.settles)
-        left = len(waiting_for(said, label.person, filters))
-        return {"label": _label(label), "standing": dataclasses.asdict(said.standing(card.id)), "left": left}
+    def label(reference: str, given: GivenLabel, filters: Annotated[Filters, Depends()]) -> dict[str, Any]:
+        card = annotations.store.card(reference)
+        viewed = Viewed(given.share, given.seconds, card.cameras, "page")
+        stored = annotations.annotate(
+            card.id, given.value, given.annotator, note=given.note, viewed=viewed, settles=given.settles
+        )
+        left = len(waiting_for(annotations, stored.annotator, filters))
+        return {"label": stored.as_dict(), "standing": dataclasses.asdict(annotations.status(card.id)), "left": left}
 
     @app.get("/api/disagreements")
     def disagreements() -> list[dict[str, Any]]:
         return [
-            {"episode": card.id, "task": card.task, "opinions": opinions} for card, opinions in said.disagreements()
+            {"episode": card.id, "task": card.task, "opinions": opinions}
+            for card, opinions in annotations.disagreements()
         ]
 
     return app
@@ -207,7 +213,3 @@ def same(given: str, wanted: str) -> bool:
 
 def new_token() -> str:
     return secrets.token_urlsafe(24)
-
-
-def _label(label: Label) -> dict[str, Any]:
-    return dataclasses.asdict(label)

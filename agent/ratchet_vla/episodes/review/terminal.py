@@ -1,6 +1,6 @@
 """Episodes in a terminal: frames as coloured half blocks, and what there is to say about an episode in lines.
 
-Knows characters and colours. Knows no keys and no judgement.
+Knows characters and colours. Knows no keys and no label.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recordings of the ROS nodes' former recorder as episodes: one MCAP of topics as on the wire, and `verdicts.jsonl`.
 
 Knows that form and an episode store. What it said is kept; what it did not say (a flow's chain, frames that were
-dropped, states between two messages) is not made up, so such episodes are for judging and export, not for updates.
+dropped, states between two messages) is not made up, so such episodes are for labelling and export, not for updates.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ratchet_vla.contract import CameraSpec, RobotContract
 from ratchet_vla.episodes.file.format import SUFFIX, Codec
 from ratchet_vla.episodes.file.reader import RECORD_LIMIT, TORN
 from ratchet_vla.episodes.file.recording import EpisodeWriter, make_info
-from ratchet_vla.episodes.library.annotations import Verification
-from ratchet_vla.episodes.library.labels import HUMAN, Seen
+from ratchet_vla.episodes.library.annotations import Annotations
+from ratchet_vla.episodes.library.labels import HUMAN, Viewed
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.episodes.success_rules import machine_label
 from ratchet_vla.errors import RatchetError
@@ -33,7 +33,7 @@ from ratchet_vla.runtime.messages import readings
 from ratchet_vla.storage.documents import hash_file
 
 ABOUT = ("episode", "contract")  # metadata records that such a file begins with
-VERDICTS = "verdicts.jsonl"
+LABELS_FILE = "verdicts.jsonl"
 SESSION = re.compile(r"(\d{8}T\d{6}Z-[0-9a-f]{6})-\d+")
 END = 1  # EpisodeMark.kind
 ACTION, HOLD = 0, 1  # Command.kind
@@ -43,7 +43,7 @@ OUTCOMES = {1: True, 2: False}
 @dataclass
 class Imported:
     """What an import did. cards: of every recording, those that were there before included. passed: files that could
-    not be read, and verdicts that belong to none, each with why."""
+    not be read, and labels that belong to none, each with why."""
 
     cards: list[Card] = field(default_factory=list)
     passed: list[tuple[Path, RatchetError]] = field(default_factory=list)
@@ -63,7 +63,7 @@ def import_recordings(
     frames: Codec = "png",
     progress: Callable[[str, int, int], None] = lambda name, done, of: None,
 ) -> Imported:
-    """Every recording as an episode of mode "import", and the verdicts as labels; a second time changes nothing.
+    """Every recording as an episode of mode "import", and the labels beside it; a second time changes nothing.
 
     frames: how frames are kept.
     """
@@ -75,8 +75,8 @@ def import_recordings(
             done.passed.append((path, error))
         progress("read", number + 1, len(found))
     folder = source if source.is_dir() else source.parent
-    if (folder / VERDICTS).is_file():
-        _verdicts(folder / VERDICTS, {p.stem: p for p in found if p.suffix == SUFFIX}, store, done)
+    if (folder / LABELS_FILE).is_file():
+        _labels(folder / LABELS_FILE, {p.stem: p for p in found if p.suffix == SUFFIX}, store, done)
     return done
 
 
@@ -324,26 +324,26 @@ def _small(path: Path) -> _Small:
     return small
 
 
-def _verdicts(path: Path, files: dict[str, Path], store: EpisodeStore, done: Imported) -> None:
-    said = Verification(store)
+def _labels(path: Path, files: dict[str, Path], store: EpisodeStore, done: Imported) -> None:
+    annotations = Annotations(store)
     for line in path.read_text().splitlines():
         try:
             raw = json.loads(line)
-            episode, label, person = raw["episode"], raw["label"], raw["person"]
+            episode, label, annotator = raw["episode"], raw["label"], raw["person"]
             note = " ".join(filter(None, [raw["note"], f"(said {raw['time']})"]))
             card = store.named(episode)
             if card is None or (episode in files and hash_file(files[episode]) != raw["sha256"]):
                 raise RatchetError(
                     "import.other_recording",
-                    f"{person} judged {episode}, and that file is not here, or another one",
+                    f"{annotator} labelled {episode}, and that file is not here, or another one",
                     where=str(path),
-                    fix="import the file that was judged",
+                    fix="import the file that was labelled",
                 )
-            if not any((x.person, x.verdict, x.note) == (person, label, note) for x in said.labels(card.id)):
-                said.judge(card.id, label, person, note=note, seen=Seen(0.0, 0.0, (), "ros"))
+            if not any((x.annotator, x.value, x.note) == (annotator, label, note) for x in annotations.labels(card.id)):
+                annotations.annotate(card.id, label, annotator, note=note, viewed=Viewed(0.0, 0.0, (), "ros"))
                 done.labels += 1
         except (ValueError, KeyError, TypeError):
-            error = RatchetError("import.bad_verdict", f"no verdict: {line[:80]}", where=str(path))
+            error = RatchetError("import.bad_label", f"no label: {line[:80]}", where=str(path))
             done.passed.append((path, error))
         except RatchetError as error:
             done.passed.append((path, error))

@@ -1,6 +1,6 @@
-"""From the robot's episode store to the learner: what people have verified, their verdicts, and sessions that ended.
+"""From the robot's episode store to the learner: what people have verified, their labels, and sessions that ended.
 
-Knows the store, its judgements and the outbox. Knows no robot, no policy and no socket. What was handed over is known
+Knows the store, its annotations and the outbox. Knows no robot, no policy and no socket. What was handed over is known
 from the outbox, so a process that was killed goes on without sending anything twice.
 """
 
@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ratchet_vla.episodes.library.annotations import SIMULATOR, Standing, Verification
+from ratchet_vla.episodes.library.annotations import SIMULATOR, Annotations, LabelStatus
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.link.robot.outbox import Outbox, history
@@ -29,13 +29,13 @@ class Dispatcher:
 
     def __init__(self, store: EpisodeStore, outbox: Outbox, sessions: Path | None = None) -> None:
         self.store, self._outbox, self._sessions = store, outbox, sessions
-        self._verification = Verification(store)
-        self._said: dict[str, tuple[bool | None, str]] = {}  # episode -> the verdict that the learner has
-        self._labels: dict[str, int] = {}  # episode -> verdicts sent
+        self._annotations = Annotations(store)
+        self._label_sent: dict[str, tuple[bool | None, str]] = {}  # episode -> the label that the learner has
+        self._labels_sent: dict[str, int] = {}  # episode -> how many labels were sent
         for item in history(outbox.root):
             if item.type == LABEL:
-                self._said[item.meta["episode"]] = (item.meta["success"], item.meta["person"])
-                self._labels[item.meta["episode"]] = self._labels.get(item.meta["episode"], 0) + 1
+                self._label_sent[item.meta["episode"]] = (item.meta["success"], item.meta["person"])
+                self._labels_sent[item.meta["episode"]] = self._labels_sent.get(item.meta["episode"], 0) + 1
 
     def look(self) -> int:
         """Hand over what is new; returns how many files.
@@ -47,29 +47,30 @@ class Dispatcher:
         for card in self.store.cards().values():
             if card.mode not in MODES:
                 continue
-            standing = self._verification.standing(card.id)
-            if standing.state == "verified" and not self._outbox.knows(f"episode/{card.id}"):
+            status = self._annotations.status(card.id)
+            if status.state == "verified" and not self._outbox.knows(f"episode/{card.id}"):
                 meta = {"session": card.session, "task": card.task, "adapter": card.adapter_id}
                 self._outbox.put(self.store.path(card.id), EPISODE, f"episode/{card.id}", meta, keep=True)
             if self._outbox.knows(f"episode/{card.id}"):
-                self._label(card.id, standing)
+                self._label(card.id, status)
         self._end_sessions()
         return self._outbox.accepted - before
 
-    def _label(self, episode: str, standing: Standing) -> None:
-        """A person's verdict where it is not the one that the learner has. The simulator's is in the file itself."""
-        verdict: tuple[bool | None, str] = (None, "")
-        if standing.state == "verified" and standing.source != SIMULATOR:
-            verdict = (standing.success, standing.source.removeprefix("human:"))
-        elif standing.state == "verified" and episode not in self._said:
+    def _label(self, episode: str, status: LabelStatus) -> None:
+        """An annotator's label where it is not the one that the learner has. The simulator's is in the file itself."""
+        label: tuple[bool | None, str] = (None, "")
+        if status.state == "verified" and status.source != SIMULATOR:
+            label = (status.success, status.source.removeprefix("human:"))
+        elif status.state == "verified" and episode not in self._label_sent:
             return
-        if verdict == self._said.get(episode, (None, "")):
+        if label == self._label_sent.get(episode, (None, "")):
             return
-        number = self._labels.get(episode, 0) + 1
-        person = verdict[1] or "withdrawn"
-        meta = {"episode": episode, "success": verdict[0], "person": verdict[1]}
-        self._outbox.put(label_record(episode, verdict[0], person), LABEL, f"label/{episode}/{number}", meta)
-        self._said[episode], self._labels[episode] = verdict, number
+        number = self._labels_sent.get(episode, 0) + 1
+        annotator = label[1] or "withdrawn"
+        meta = {"episode": episode, "success": label[0], "person": label[1]}
+        self._outbox.put(label_record(episode, label[0], annotator), LABEL, f"label/{episode}/{number}", meta)
+        self._label_sent[episode] = label
+        self._labels_sent[episode] = number
 
     def _end_sessions(self) -> None:
         folders = sorted(self._sessions.iterdir()) if self._sessions is not None and self._sessions.is_dir() else []

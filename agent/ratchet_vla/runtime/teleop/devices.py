@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ratchet_vla.episodes.library.labels import LabelValue
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.runtime.teleop.operator import Intent, Judgement
+from ratchet_vla.runtime.teleop.operator import Intent
 
 SILENCE = 0.25  # s after which a device that should repeat itself counts as gone
 
@@ -54,11 +55,11 @@ class TerminalKeys:
 
 MOVES = {"w": (0, 1), "s": (0, -1), "a": (1, 1), "d": (1, -1), "r": (2, 1), "f": (2, -1)}
 TURNS = {"l": (0, 1), "j": (0, -1), "i": (1, 1), "k": (1, -1), "u": (2, 1), "o": (2, -1)}
-JUDGE: dict[str, Judgement] = {"1": "success", "2": "failure", "3": "discard"}
+LABEL_KEYS: dict[str, LabelValue] = {"1": "success", "2": "failure", "3": "discard"}
 
 
 class Keyboard:
-    """t starts and ends an intervention; w s a d r f move, l j i k u o turn, space is the gripper; 1 2 3 judge.
+    """t starts and ends an intervention; w s a d r f move, l j i k u o turn, space is the gripper; 1 2 3 label.
 
     A key counts for `hold` seconds after it was last heard, which is longer than a terminal's repetition.
     """
@@ -77,7 +78,7 @@ class Keyboard:
         self._keys.open()
 
     def read(self, now: float) -> Intent:
-        judgement: Judgement | None = None
+        label: LabelValue | None = None
         gripper = 0
         for key in self._keys():
             lower = key.lower()
@@ -87,8 +88,8 @@ class Keyboard:
             elif lower == " ":
                 self._closed = not self._closed
                 gripper = 1 if self._closed else -1
-            elif lower in JUDGE:
-                judgement = JUDGE[lower]
+            elif lower in LABEL_KEYS:
+                label = LABEL_KEYS[lower]
             else:
                 self._heard[lower] = now
         linear, angular = [0.0] * 3, [0.0] * 3
@@ -96,7 +97,7 @@ class Keyboard:
             for key, (axis, sign) in keys.items():
                 if now - self._heard.get(key, -1e9) < self._hold:
                     values[axis] += sign
-        return Intent(self._engaged, _three(linear), _three(angular), gripper if self._engaged else 0, judgement)
+        return Intent(self._engaged, _three(linear), _three(angular), gripper if self._engaged else 0, label)
 
     def close(self) -> None:
         self._keys.close()
@@ -134,7 +135,7 @@ class Gamepad:
         self._axes: Sequence[float] = ()
         self._buttons: Sequence[int] = ()
         self._stamp: float | None = None
-        self._pressed: Judgement | None = None
+        self._pressed: LabelValue | None = None
         self._moved: set[int] = set()  # triggers read 0 until they are touched for the first time
 
     def open(self) -> None:
@@ -143,10 +144,10 @@ class Gamepad:
     def update(self, axes: Sequence[float], buttons: Sequence[int], stamp: float) -> None:
         """What the device says now. stamp: seconds, the loop's clock."""
         with self._lock:
-            for judgement in ("success", "failure", "discard"):
-                index = getattr(self._map, judgement)
+            for label in ("success", "failure", "discard"):
+                index = getattr(self._map, label)
                 if _pressed(buttons, index) and not _pressed(self._buttons, index):
-                    self._pressed = judgement
+                    self._pressed = label
             self._moved |= {i for i in (self._map.up, self._map.down) if i < len(axes) and axes[i] != 0.0}
             self._axes, self._buttons, self._stamp = tuple(axes), tuple(buttons), stamp
 
@@ -154,7 +155,7 @@ class Gamepad:
         with self._lock:
             if self._stamp is None or now - self._stamp > self._silence:
                 return None
-            mapping, judgement = self._map, self._pressed
+            mapping, label = self._map, self._pressed
             self._pressed = None
             grip = _pressed(self._buttons, mapping.close) - _pressed(self._buttons, mapping.open)
             lift = self._trigger(mapping.up) - self._trigger(mapping.down)
@@ -163,7 +164,7 @@ class Gamepad:
                 linear=_three([*(self._axis(*a) for a in mapping.linear), lift]),
                 angular=_three([self._axis(*a) for a in mapping.angular]),
                 gripper=grip,
-                judgement=judgement,
+                label=label,
             )
 
     def close(self) -> None:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from ratchet_vla.contract import RobotContract
+from ratchet_vla.episodes.library.labels import LabelValue
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ControlTick, Float32
 from ratchet_vla.runtime import rotation
 from ratchet_vla.runtime.safety.limits import Limiter
 from ratchet_vla.runtime.safety.measured import Measured
 
-Judgement = Literal["success", "failure", "discard"]
 LEASH = 0.25  # s of full speed that an absolute target may lie ahead of the measured pose
 
 
@@ -31,14 +31,14 @@ class Intent:
 
     engaged: the arm follows the person; the policy has it otherwise. linear: (3,) in [-1, 1], share of the speed along
     x, y, z of the action frame, or of joints 1 to 3. angular: (3,) in [-1, 1] about x, y, z, or joints 4 to 6.
-    gripper: +1 close, -1 open, 0 leave it. judgement: pressed since the last look.
+    gripper: +1 close, -1 open, 0 leave it. label: pressed since the last look.
     """
 
     engaged: bool = False
     linear: tuple[float, float, float] = (0.0, 0.0, 0.0)
     angular: tuple[float, float, float] = (0.0, 0.0, 0.0)
     gripper: int = 0
-    judgement: Judgement | None = None
+    label: LabelValue | None = None
 
 
 @runtime_checkable
@@ -188,8 +188,8 @@ class Intervention:
     """Connects a device to a running loop: give `on_tick` to `ControlLoop.run_episode`.
 
     Engaging starts an intervention, disengaging ends it. A device that goes silent while engaged ends nothing: its last
-    command grows too old, and the safety filter holds the arm until the person is there again. A judgement ends the
-    episode and is kept in `judgement`.
+    command grows too old, and the safety filter holds the arm until the person is there again. A label ends the
+    episode and is kept in `label`.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Intervention:
         self._last: Float32 | None = None
         self.engaged = False
         self.lost = False
-        self.judgement: Judgement | None = None
+        self.label: LabelValue | None = None
 
     def on_tick(self, tick: ControlTick) -> None:
         """After every tick: what holds for the next one."""
@@ -226,8 +226,8 @@ class Intervention:
         if self.lost:
             self.lost = False
             self._tell("found")
-        if intent.judgement is not None:
-            self.judgement = intent.judgement
+        if intent.label is not None:
+            self.label = intent.label
             self._loop.cancel()
         if intent.engaged:
             if not self.engaged:

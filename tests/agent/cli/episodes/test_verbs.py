@@ -17,7 +17,7 @@ import pytest
 
 from ratchet_vla.cli.main import main
 from ratchet_vla.episodes.file.writer import write_episode
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.review.terminal import as_text, side_by_side
 from tests.agent.episodes.samples import episode, small_contract
@@ -75,10 +75,10 @@ def test_judge(store: EpisodeStore, capsys: pytest.CaptureFixture[str]) -> None:
     ids = list(store.cards())
     words = ["episodes", "judge", "failure", ids[1], ids[2][:8], "--person", "Ada", "--store", store.root]
     assert run(capsys, *words)[0] == 0
-    said = Verification(store)
-    assert [said.standing(i).success for i in ids] == [True, False, False]
+    annotations = Annotations(store)
+    assert [annotations.status(i).success for i in ids] == [True, False, False]
     assert run(capsys, "episodes", "judge", "success", ids[1], "--person", " ", "--store", store.root)[0] == 2
-    assert len(said.labels(ids[1])) == 1
+    assert len(annotations.labels(ids[1])) == 1
 
 
 def test_verify_and_recover(store: EpisodeStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_export_and_import(store: EpisodeStore, tmp_path: Path, capsys: pytest.C
 
 def test_gc_shows_before_it_deletes(store: EpisodeStore, capsys: pytest.CaptureFixture[str]) -> None:
     ids = list(store.cards())
-    Verification(store).judge(ids[1], "discard", "ada")
+    Annotations(store).judge(ids[1], "discard", "ada")
     _, told = run(capsys, "episodes", "gc", "--store", store.root, "--json")
     assert json.loads(told)["removed"] == [], "it is not old enough"
     os.utime(store.path(ids[1]), (0, 0))
@@ -145,14 +145,14 @@ def test_judging_in_the_terminal(
     code, text = run(capsys, "review", "--terminal", "--person", "Ada", "--store", store.root, "--columns", 16)
     assert (code, "1 judged" in text) == (0, True)
     _, second, third = store.cards()
-    (label,) = Verification(store).labels(second)
-    assert (label.verdict, label.note, label.seen.via, label.seen.share) == (
+    (label,) = Annotations(store).labels(second)
+    assert (label.value, label.note, label.viewed.via, label.viewed.share) == (
         "failure",
         "slipped at the end",
         "terminal",
         1.0,
     )
-    assert Verification(store).labels(third) == []
+    assert Annotations(store).labels(third) == []
 
 
 def test_the_page_refuses_to_be_open_to_all(store: EpisodeStore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ from ratchet_vla.episodes.exchange.rows import best_rate, rows, state_vector
 from ratchet_vla.episodes.exchange.samples import human_samples
 from ratchet_vla.episodes.exchange.video import VideoFile, read_video
 from ratchet_vla.episodes.file.writer import write_episode
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Episode, Mark
@@ -53,23 +53,23 @@ def controlled(seed: int, steps: int = 12, human: tuple[int, int] = (0, 0)) -> E
     return made
 
 
-def store_of(root: Path, episodes: list[Episode]) -> Verification:
+def store_of(root: Path, episodes: list[Episode]) -> Annotations:
     store = EpisodeStore(root, create=True)
     for i, made in enumerate(episodes):
         path = store.folder("s") / f"{i}.mcap"
         write_episode(path, made, CONTRACT)
         store.add(path)
-    return Verification(store)
+    return Annotations(store)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Verification, Path, Any]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Annotations, Path, Any]:
     root = tmp_path_factory.mktemp("export")
-    said = store_of(root / "store", [controlled(i, 8 + i) for i in range(3)])
-    return said, root / "set", export_lerobot(said, root / "set", options=H264)
+    annotations = store_of(root / "store", [controlled(i, 8 + i) for i in range(3)])
+    return annotations, root / "set", export_lerobot(annotations, root / "set", options=H264)
 
 
-def test_lerobot_files_and_facts(exported: tuple[Verification, Path, Any]) -> None:
+def test_lerobot_files_and_facts(exported: tuple[Annotations, Path, Any]) -> None:
     _, folder, report = exported
     assert (report.episodes, report.frames, report.rate, report.fps) == (3, 27, "control", 20)
     assert report.values_checked == 27 * (8 + 7)
@@ -91,7 +91,7 @@ def test_lerobot_files_and_facts(exported: tuple[Verification, Path, Any]) -> No
     assert info["features"]["action"]["names"] == [d.name for d in CONTRACT.action.dims]
 
 
-def test_lerobot_types_are_those_that_it_writes(exported: tuple[Verification, Path, Any]) -> None:
+def test_lerobot_types_are_those_that_it_writes(exported: tuple[Annotations, Path, Any]) -> None:
     schema = pq.read_schema(exported[1] / "data/chunk-000/file-000.parquet")
     assert str(schema.field("action").type) == "fixed_size_list<element: float>[7]"
     assert schema.field("timestamp").type == pa.float32()
@@ -115,13 +115,13 @@ def test_lerobot_types_are_those_that_it_writes(exported: tuple[Verification, Pa
     assert np.shape(rows[0]["stats/observation.images.wrist/mean"]) == (3, 1, 1)
 
 
-def test_lerobot_holds_what_was_recorded(exported: tuple[Verification, Path, Any]) -> None:
-    said, folder, _ = exported
+def test_lerobot_holds_what_was_recorded(exported: tuple[Annotations, Path, Any]) -> None:
+    annotations, folder, _ = exported
     table = pq.read_table(folder / "data/chunk-000/file-000.parquet").to_pydict()
     video = list(read_video(folder / "videos/observation.images.wrist/chunk-000/file-000.mp4"))
     at = 0
-    for number, card in enumerate(said.store.cards().values()):
-        for i, row in enumerate(rows(said.store.open(card.id), "control", True)):
+    for number, card in enumerate(annotations.store.cards().values()):
+        for i, row in enumerate(rows(annotations.store.open(card.id), "control", True)):
             assert np.array(table["action"][at], np.float32).tobytes() == row.action.tobytes()
             assert (
                 np.array(table["observation.state"][at], np.float32).tobytes()
@@ -142,13 +142,13 @@ def test_lerobot_holds_what_was_recorded(exported: tuple[Verification, Path, Any
 
 
 def test_decisions_alone_are_exported_at_their_own_rate(tmp_path: Path) -> None:
-    said = store_of(tmp_path / "store", [episode(CONTRACT, steps=4, ticks=False, smooth=True)])
-    card = next(iter(said.store.cards().values()))
-    assert best_rate(said.store.open(card.id)) == "decisions"
-    report = export_lerobot(said, tmp_path / "set", options=H264)
+    annotations = store_of(tmp_path / "store", [episode(CONTRACT, steps=4, ticks=False, smooth=True)])
+    card = next(iter(annotations.store.cards().values()))
+    assert best_rate(annotations.store.open(card.id)) == "decisions"
+    report = export_lerobot(annotations, tmp_path / "set", options=H264)
     assert (report.rate, report.fps, report.frames) == ("decisions", 5, 4)
     table = pq.read_table(tmp_path / "set/data/chunk-000/file-000.parquet").to_pydict()
-    recorded = said.store.read(card.id)
+    recorded = annotations.store.read(card.id)
     for i, step in enumerate(recorded.steps):
         assert np.array(table[lerobot.CHUNK][i], np.float32).tobytes() == step.chunk.actions.tobytes()
     sparse = store_of(tmp_path / "sparse", [episode(CONTRACT, steps=2)])  # its ticks outrun its frames
@@ -160,21 +160,21 @@ def test_decisions_alone_are_exported_at_their_own_rate(tmp_path: Path) -> None:
 
 def test_only_verified_episodes_leave(tmp_path: Path) -> None:
     unjudged = dataclasses.replace(controlled(0), success=None, success_source="")
-    said = store_of(tmp_path / "store", [unjudged, controlled(1)])
-    first, second = said.store.cards()
-    assert export_hdf5(said, tmp_path / "a.hdf5").episodes == 1
+    annotations = store_of(tmp_path / "store", [unjudged, controlled(1)])
+    first, second = annotations.store.cards()
+    assert export_hdf5(annotations, tmp_path / "a.hdf5").episodes == 1
     with pytest.raises(RatchetError, match=r"export\.not_verified"):
-        export_hdf5(said, tmp_path / "b.hdf5", [first])
-    assert export_hdf5(said, tmp_path / "c.hdf5", unverified=True).episodes == 2
-    said.judge(second, "discard", "ada")
+        export_hdf5(annotations, tmp_path / "b.hdf5", [first])
+    assert export_hdf5(annotations, tmp_path / "c.hdf5", unverified=True).episodes == 2
+    annotations.annotate(second, "discard", "ada")
     with pytest.raises(RatchetError, match=r"export\.nothing"):
-        export_hdf5(said, tmp_path / "d.hdf5")
+        export_hdf5(annotations, tmp_path / "d.hdf5")
     assert not (tmp_path / "d.hdf5").exists()
 
 
 @pytest.mark.parametrize("fault", ["writing", "comparing", "renaming"])
 def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    said = store_of(tmp_path / "store", [controlled(0)])
+    annotations = store_of(tmp_path / "store", [controlled(0)])
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -187,31 +187,31 @@ def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: 
     with monkeypatch.context() as patch:
         patch.setattr(*place, fail)
         with pytest.raises(RatchetError, match=r"episode\.disk_full"):
-            export_lerobot(said, tmp_path / "set", options=H264)
+            export_lerobot(annotations, tmp_path / "set", options=H264)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
-    export_lerobot(said, tmp_path / "set", options=H264)
+    export_lerobot(annotations, tmp_path / "set", options=H264)
     with pytest.raises(RatchetError, match=r"export\.exists"):
-        export_lerobot(said, tmp_path / "set", options=H264)
+        export_lerobot(annotations, tmp_path / "set", options=H264)
 
 
 def test_a_bad_codec_is_noticed_when_reading_back(tmp_path: Path) -> None:
-    said = store_of(tmp_path / "store", [controlled(0)])
+    annotations = store_of(tmp_path / "store", [controlled(0)])
     with pytest.raises(RatchetError, match=r"export\.differs.*of 255 off"):
-        export_lerobot(said, tmp_path / "set", options=dataclasses.replace(H264, crf=51, tolerance=0.5))
+        export_lerobot(annotations, tmp_path / "set", options=dataclasses.replace(H264, crf=51, tolerance=0.5))
     with pytest.raises(RatchetError, match=r"export\.bad_frame_size"):
         VideoFile(tmp_path / "x.mp4", 32, 32, 20, "av1", 30)
 
 
 def test_hdf5_is_equal_to_the_pixel(tmp_path: Path) -> None:
-    said = store_of(tmp_path / "store", [controlled(0), controlled(1)])
-    report = export_hdf5(said, tmp_path / "a.hdf5")
+    annotations = store_of(tmp_path / "store", [controlled(0), controlled(1)])
+    report = export_hdf5(annotations, tmp_path / "a.hdf5")
     assert report.frames == 24
     with h5py.File(tmp_path / "a.hdf5") as file:
         assert file["data"].attrs["total"] == 24
-        for i, card in enumerate(said.store.cards().values()):
+        for i, card in enumerate(annotations.store.cards().values()):
             demo = file[f"data/demo_{i}"]
             assert demo.attrs["num_samples"] == 12
-            for j, row in enumerate(rows(said.store.open(card.id), "control", True)):
+            for j, row in enumerate(rows(annotations.store.open(card.id), "control", True)):
                 assert np.array_equal(demo["obs/agentview_image"][j], row.images["agentview"])
                 assert np.array_equal(demo["actions"][j], row.action)
 
@@ -219,15 +219,15 @@ def test_hdf5_is_equal_to_the_pixel(tmp_path: Path) -> None:
 # -- imports -----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_exported_comes_back(exported: tuple[Verification, Path, Any], tmp_path: Path) -> None:
-    said, folder, _ = exported
+def test_what_was_exported_comes_back(exported: tuple[Annotations, Path, Any], tmp_path: Path) -> None:
+    annotations, folder, _ = exported
     store = EpisodeStore(tmp_path, create=True)
     cards = import_lerobot(folder, store, CONTRACT)
     assert [(c.ticks, c.mode, c.human_share, c.success) for c in cards] == [
         (n, "import", 0.0, None) for n in (8, 9, 10)
     ]
-    for mine, theirs in zip(said.store.cards(), cards, strict=True):
-        for a, b in zip(said.store.read(mine).ticks, store.read(theirs.id).ticks, strict=True):
+    for mine, theirs in zip(annotations.store.cards(), cards, strict=True):
+        for a, b in zip(annotations.store.read(mine).ticks, store.read(theirs.id).ticks, strict=True):
             assert a.command is not None
             assert b.command is not None
             assert a.command.tobytes() == b.command.tobytes()
@@ -379,11 +379,11 @@ def test_samples_of_human_segments_span_no_gap(tmp_path: Path) -> None:
     broken = controlled(1, 12, human=(0, 12))
     broken.ticks[5] = dataclasses.replace(broken.ticks[5], command=None, marks=Mark.HELD)
     failed = dataclasses.replace(controlled(2, 12, human=(0, 12)), success=False)
-    said = store_of(tmp_path / "store", [controlled(0, 12, human=(3, 9)), broken, failed, controlled(4, 12)])
-    samples = human_samples(said, ["wrist"], ["gripper", "eef_position"], 4)
+    annotations = store_of(tmp_path / "store", [controlled(0, 12, human=(3, 9)), broken, failed, controlled(4, 12)])
+    samples = human_samples(annotations, ["wrist"], ["gripper", "eef_position"], 4)
     assert len(samples) == 3 + 2 + 3, "6 in a row, then 5 and 6 around a hold"
     assert (samples.images.shape, samples.state.shape, samples.actions.shape) == ((8, 1, 64, 64, 3), (8, 5), (8, 4, 7))
-    first = said.store.read(next(iter(said.store.cards())))
+    first = annotations.store.read(next(iter(annotations.store.cards())))
     assert (
         samples.actions[0].tobytes()
         == np.stack([t.command for t in first.ticks[3:7] if t.command is not None]).tobytes()
@@ -396,4 +396,4 @@ def test_samples_of_human_segments_span_no_gap(tmp_path: Path) -> None:
     assert (samples.tasks, samples.instructions) == (["t0", "t1"], ["task 0", "task 1"])
     assert sorted(set(samples.start.tolist())) == [0, 1]
     with pytest.raises(RatchetError, match=r"warmstart\.nothing"):
-        human_samples(said, ["wrist"], [], 8)
+        human_samples(annotations, ["wrist"], [], 8)

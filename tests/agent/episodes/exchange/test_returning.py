@@ -22,7 +22,7 @@ from ratchet_vla.cli.main import main
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.exchange.rows import Row, rows
 from ratchet_vla.episodes.file.writer import write_episode
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observation, Step
 from tests.agent.episodes.samples import ROOT, picture, same
@@ -73,14 +73,14 @@ def recorded(
     )  # fmt: skip
 
 
-def store_of(root: Path, contract: RobotContract, episodes: list[Episode]) -> Verification:
+def store_of(root: Path, contract: RobotContract, episodes: list[Episode]) -> Annotations:
     store = EpisodeStore(root, create=True)
     for i, made in enumerate(episodes):
         path = store.folder("monday") / f"{i}.mcap"
         cameras = {contract.cameras[0].name: "cd" * 32}
         write_episode(path, made, contract, session="monday", mode="collect", calibrations=cameras)
         store.add(path)
-    return Verification(store)
+    return Annotations(store)
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> Any:
@@ -108,15 +108,15 @@ def test_own_exports_come_back_equal(
     contract = contract_of(robot)
     lengths = (5,) if rate == "control" else (5, 5)
     made_up = [recorded(contract, i, ticks=rate == "control", lengths=lengths) for i in range(2)]
-    said = store_of(tmp_path / "store", contract, made_up)
+    annotations = store_of(tmp_path / "store", contract, made_up)
     for form, tolerance in (("hdf5", 0.0), ("lerobot", 8.0)):
         target = tmp_path / f"out.{form}"
-        made = told(capsys, "export", target, "--format", form, "--store", said.store.root)
+        made = told(capsys, "export", target, "--format", form, "--store", annotations.store.root)
         assert (made["episodes"], made["rate"]) == (2, rate)
         told(capsys, "import", target, "--store", tmp_path / form)
         back = EpisodeStore(tmp_path / form)
-        for mine, theirs in zip(said.store.cards().values(), back.cards().values(), strict=True):
-            before, after = rows_of(said.store, mine, rate), rows_of(back, theirs, rate)
+        for mine, theirs in zip(annotations.store.cards().values(), back.cards().values(), strict=True):
+            before, after = rows_of(annotations.store, mine, rate), rows_of(back, theirs, rate)
             assert len(before) == len(after) > 0
             assert all(equal(a, b, tolerance) for a, b in zip(before, after, strict=True))
             for name in ("task", "instruction", "adapter_id", "session", "robot", "contract_id", "created", "reason"):
@@ -126,11 +126,11 @@ def test_own_exports_come_back_equal(
             assert theirs.meta["exported"]["id"] == mine.id
             assert mine.human_share == pytest.approx(theirs.human_share, abs=0.06)  # held ticks are no rows
             info = back.open(theirs.id).info
-            assert (info.seed, info.initial_state) == (said.store.open(mine.id).info.seed, 3)
-            assert info.calibrations == said.store.open(mine.id).info.calibrations
+            assert (info.seed, info.initial_state) == (annotations.store.open(mine.id).info.seed, 3)
+            assert info.calibrations == annotations.store.open(mine.id).info.calibrations
             # Nobody here has judged it yet; the claim is what a reader is shown first.
-            assert Verification(back).standing(theirs.id).state == "unjudged"
-            proposal = Verification(back).proposal(theirs)
+            assert Annotations(back).status(theirs.id).state == "unjudged"
+            proposal = Annotations(back).proposal(theirs)
             assert proposal is not None
             assert proposal.success
         # Once more adds nothing, and out and in again changes nothing.
@@ -144,16 +144,18 @@ def test_a_rate_that_lerobot_cannot_say_comes_back_equal(
 ) -> None:
     """Eight actions a decision: 2.5, 3.1 or 3.75 decisions a second, and `fps` is an integer."""
     contract = contract_of(robot)
-    said = store_of(tmp_path / "store", contract, [recorded(contract, 1, ticks=False, lengths=(8, 8), last_ran=3)])
-    where = ["--store", said.store.root]
+    annotations = store_of(
+        tmp_path / "store", contract, [recorded(contract, 1, ticks=False, lengths=(8, 8), last_ran=3)]
+    )
+    where = ["--store", annotations.store.root]
     error = told(capsys, "export", tmp_path / "set", *where, "--options.rate", "decisions", code=2)["error"]
     assert (error["code"], "--options.rate spread" in error["fix"]) == ("export.bad_rate", True)
     made = told(capsys, "export", tmp_path / "set", *where)
     assert (made["rate"], made["fps"], made["frames"]) == ("spread", contract.control_hz, 11)
     told(capsys, "import", tmp_path / "set", "--store", tmp_path / "back")
     back = EpisodeStore(tmp_path / "back")
-    (mine,), (theirs,) = said.store.cards().values(), back.cards().values()
-    before, after = rows_of(said.store, mine, "decisions"), rows_of(back, theirs, "decisions")
+    (mine,), (theirs,) = annotations.store.cards().values(), back.cards().values()
+    before, after = rows_of(annotations.store, mine, "decisions"), rows_of(back, theirs, "decisions")
     assert [row.ran for row in after] == [8, 3]
     assert all(equal(a, b, 8.0) for a, b in zip(before, after, strict=True))
     # For everybody else it is a set at the control rate, whose rows say which frames are new.
@@ -172,15 +174,15 @@ def test_a_rate_that_lerobot_cannot_say_comes_back_equal(
 def test_chunks_of_several_lengths_and_a_rate_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contract = contract_of(ROOT / "robots/libero.yaml")
     made = recorded(contract, 0, ticks=False, lengths=(8, 3, 8))
-    said = store_of(tmp_path / "store", contract, [made])
-    store = ["--store", said.store.root]
+    annotations = store_of(tmp_path / "store", contract, [made])
+    store = ["--store", annotations.store.root]
     assert told(capsys, "export", tmp_path / "set", *store, code=2)["error"]["code"] == "export.mixed_chunks"
     error = told(capsys, "export", tmp_path / "set", *store, "--options.rate", "control", code=2)["error"]
     assert (error["code"], "--options.rate" in error["fix"]) == ("export.empty_episode", True)
     told(capsys, "export", tmp_path / "a.hdf5", "--format", "hdf5", *store)
     told(capsys, "import", tmp_path / "a.hdf5", "--store", tmp_path / "back")
-    (mine,), (theirs,) = said.store.cards().values(), EpisodeStore(tmp_path / "back").cards().values()
-    before = rows_of(said.store, mine, "decisions")
+    (mine,), (theirs,) = annotations.store.cards().values(), EpisodeStore(tmp_path / "back").cards().values()
+    before = rows_of(annotations.store, mine, "decisions")
     after = rows_of(EpisodeStore(tmp_path / "back"), theirs, "decisions")
     assert [len(r.chunk) for r in after if r.chunk is not None] == [8, 3, 8]
     assert all(equal(a, b, 0.0) for a, b in zip(before, after, strict=True))
@@ -189,9 +191,9 @@ def test_chunks_of_several_lengths_and_a_rate_that_is_none(tmp_path: Path, capsy
 
 def test_what_is_no_more_what_was_exported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contract = contract_of(ROOT / "robots/so101.yaml")
-    said = store_of(tmp_path / "store", contract, [recorded(contract, i, ticks=True) for i in range(2)])
-    told(capsys, "export", tmp_path / "set", "--store", said.store.root)
-    told(capsys, "export", tmp_path / "a.hdf5", "--format", "hdf5", "--store", said.store.root)
+    annotations = store_of(tmp_path / "store", contract, [recorded(contract, i, ticks=True) for i in range(2)])
+    told(capsys, "export", tmp_path / "set", "--store", annotations.store.root)
+    told(capsys, "export", tmp_path / "a.hdf5", "--format", "hdf5", "--store", annotations.store.root)
     new = ["--store", tmp_path / "new"]
     for source in ("set", "a.hdf5"):
         other = told(capsys, "import", tmp_path / source, "--contract", "robots/libero.yaml", *new, code=2)["error"]

@@ -20,7 +20,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ratchet_vla.episodes.file.writer import write_episode
-from ratchet_vla.episodes.library.annotations import Proposal, Verification
+from ratchet_vla.episodes.library.annotations import Annotations, Proposal
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.review.preview_cache import PreviewCache
 from ratchet_vla.episodes.review.server import PAGE, check_address, make_app
@@ -30,33 +30,33 @@ from tests.agent.episodes.samples import episode, small_contract
 
 CONTRACT = small_contract(64)
 TOKEN = "s3cret"
-Start = Callable[..., tuple[TestClient, Verification, list[str]]]
+Start = Callable[..., tuple[TestClient, Annotations, list[str]]]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    def begin(*outcomes: bool | None, token: str = TOKEN) -> tuple[TestClient, Verification, list[str]]:
+    def begin(*outcomes: bool | None, token: str = TOKEN) -> tuple[TestClient, Annotations, list[str]]:
         store = EpisodeStore(tmp_path, create=True)
         for i, outcome in enumerate(outcomes):
             path = store.folder("s") / f"{i}.mcap"
             made = episode(CONTRACT, seed=i, steps=3, smooth=True, success=outcome, task=f"task{i % 2}")
             store.add(path, write_episode(path, made, CONTRACT, session=f"s{i // 2}"))
-        said = Verification(store)
-        client = TestClient(make_app(said, token), base_url="http://127.0.0.1:8765", follow_redirects=False)
+        annotations = Annotations(store)
+        client = TestClient(make_app(annotations, token), base_url="http://127.0.0.1:8765", follow_redirects=False)
         client.headers["authorization"] = f"Bearer {TOKEN}"
-        return client, said, list(store.cards())
+        return client, annotations, list(store.cards())
 
     return begin
 
 
 def test_nothing_without_the_token(start: Start) -> None:
-    client, said, (one,) = start(None)
+    client, annotations, (one,) = start(None)
     del client.headers["authorization"]
     body = {"person": "eve", "verdict": "success"}
     for path in ("/", "/?token=wrong", "/page/app.js", "/api/summary", f"/api/episodes/{one}/frames/wrist"):
         assert client.get(path).status_code == 401
     assert client.post(f"/api/episodes/{one}/label", json=body).status_code == 401
-    assert said.labels(one) == []
+    assert annotations.labels(one) == []
     entered = client.get(f"/?token={TOKEN}")
     assert (entered.status_code, entered.headers["location"]) == (303, "/")
     cookie = entered.headers["set-cookie"].lower()
@@ -87,7 +87,7 @@ def test_the_page_needs_nothing_from_elsewhere(start: Start) -> None:
 
 
 def test_one_after_the_other_until_none_is_left(start: Start) -> None:
-    client, said, ids = start(None, None, True)
+    client, annotations, ids = start(None, None, True)
     for expected in ids[:2]:
         told = client.get("/api/next", params={"person": "ada"}).json()
         assert told["episode"] == expected
@@ -95,9 +95,9 @@ def test_one_after_the_other_until_none_is_left(start: Start) -> None:
         answer = client.post(f"/api/episodes/{expected}/label", json=body).json()
         assert answer["standing"]["state"] == "verified"
     assert client.get("/api/next", params={"person": "ada"}).json() == {"episode": None, "left": 0}
-    (label,) = said.labels(ids[0])
-    assert (label.person, label.note, label.seen.share, label.seen.seconds) == ("ada", "slipped", 0.75, 3.5)
-    assert (label.seen.via, label.seen.cameras) == ("page", ("agentview", "wrist"))
+    (label,) = annotations.labels(ids[0])
+    assert (label.annotator, label.note, label.viewed.share, label.viewed.seconds) == ("ada", "slipped", 0.75, 3.5)
+    assert (label.viewed.via, label.viewed.cameras) == ("page", ("agentview", "wrist"))
     everything = client.get("/api/next", params={"person": "ada", "state": "verified"}).json()
     assert everything == {"episode": ids[2], "left": 1}, "what the simulator judged can be watched too"
 
@@ -132,8 +132,8 @@ def test_filters(start: Start, filters: dict[str, str], expected: list[int]) -> 
 
 
 def test_a_second_reader_is_not_told_the_first_ones_opinion(start: Start) -> None:
-    client, said, (one,) = start(None)
-    said.require_second_reader(1.0)
+    client, annotations, (one,) = start(None)
+    annotations.require_second_reader(1.0)
     url = f"/api/episodes/{one}/label"
     first = client.post(url, json={"person": "ada", "verdict": "success"}).json()
     assert first["standing"]["state"] == "second_reader"
@@ -156,8 +156,8 @@ def test_a_second_reader_is_not_told_the_first_ones_opinion(start: Start) -> Non
 
 
 def test_refusals_carry_their_codes(start: Start) -> None:
-    client, said, (one,) = start(None)
-    before = said.store.index.head
+    client, annotations, (one,) = start(None)
+    before = annotations.store.index.head
     for path, body, status, code in (
         (one, {"person": "", "verdict": "success"}, 409, "episode.no_person"),
         (one, {"person": "ada", "verdict": "maybe"}, 409, "episode.bad_verdict"),
@@ -167,12 +167,12 @@ def test_refusals_carry_their_codes(start: Start) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert client.post(f"/api/episodes/{one}/label", json={"person": "ada"}).status_code == 422
     assert client.get(f"/api/episodes/{one}/frames/ceiling").json()["error"]["code"] == "episode.no_camera"
-    assert said.store.index.head == before
+    assert annotations.store.index.head == before
 
 
 def test_proposals_come_first(start: Start) -> None:
-    client, said, (one, two) = start(None, False)
-    said.propose(Proposal(one, True, "detector:gripper", 0.9))
+    client, annotations, (one, two) = start(None, False)
+    annotations.propose(Proposal(one, True, "detector:gripper", 0.9))
     assert client.get(f"/api/episodes/{one}").json()["proposal"]["source"] == "detector:gripper"
     assert client.get(f"/api/episodes/{two}").json()["proposal"] == {
         "episode": two,
@@ -192,8 +192,8 @@ def unpack(data: bytes) -> list[tuple[float, Any]]:
 
 
 def test_frames_and_plots_are_the_recordings(start: Start) -> None:
-    client, said, (one,) = start(None)
-    recorded = said.store.read(one)
+    client, annotations, (one,) = start(None)
+    recorded = annotations.store.read(one)
     frames = unpack(client.get(f"/api/episodes/{one}/frames/wrist").content)
     assert [t for t, _ in frames] == pytest.approx([0.0, 0.2, 0.4], abs=1e-6)
     for (_, got), step in zip(frames, recorded.steps, strict=True):
@@ -211,9 +211,9 @@ def test_frames_and_plots_are_the_recordings(start: Start) -> None:
 
 
 def test_memory_of_frames_is_bounded(start: Start) -> None:
-    _, said, ids = start(None, None, None)
+    _, annotations, ids = start(None, None, None)
     previews = PreviewCache(limit=1)
-    cards = said.store.cards()
+    cards = annotations.store.cards()
     for one in ids:
-        previews.pack(said.store, cards[one], "wrist", 30.0)
+        previews.pack(annotations.store, cards[one], "wrist", 30.0)
         assert len(previews._packs) == 1

@@ -18,7 +18,7 @@ from mcap_ros2.decoder import DecoderFactory
 
 from ratchet_vla.cli.main import main
 from ratchet_vla.contract import RobotContract
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.records import Mark
 from ratchet_vla.runtime.messages.former_recordings import import_recordings, recordings
@@ -38,8 +38,8 @@ def test_a_recording_becomes_an_episode(tmp_path: Path, capsys: pytest.CaptureFi
     assert (card.task, card.instruction, card.mode) == ("door-open", "open the door", "import")
     assert (card.adapter_id, card.success, card.source, card.reason) == (BASE, False, "simulator", "horizon")
     assert store.open(card.id).info.contract_id == RobotContract.load(ROOT / "robots/metaworld.yaml").id
-    said = Verification(store)
-    assert [(x.person, x.verdict) for x in said.labels(card.id)] == [("Ada", "failure"), ("Bo", "discard")]
+    annotations = Annotations(store)
+    assert [(x.annotator, x.value) for x in annotations.labels(card.id)] == [("Ada", "failure"), ("Bo", "discard")]
     episode = store.read(card.id)
     with (MADE / f"{NAME}.mcap").open("rb") as file:
         reader = make_reader(file, decoder_factories=[DecoderFactory()])
@@ -66,7 +66,7 @@ def test_a_recording_becomes_an_episode(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["episodes", "import", str(MADE), "--store", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["labels"] == 0
     assert len(EpisodeStore(tmp_path).cards()) == 1
-    assert len(Verification(EpisodeStore(tmp_path)).labels(card.id)) == 2
+    assert len(Annotations(EpisodeStore(tmp_path)).labels(card.id)) == 2
 
 
 def test_what_does_not_belong_is_passed_over(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ratchet_vla.episodes.file.writer import write_episode
-from ratchet_vla.episodes.library.annotations import Verification
+from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.learner.service.ingest import ingest_record
@@ -31,7 +31,7 @@ class Place:
         self.folder = folder
         self.contract = small_contract()
         self.store = EpisodeStore(folder / "episodes", create=True)
-        self.verification = Verification(self.store)
+        self.verification = Annotations(self.store)
         self.open()
 
     def open(self) -> None:
@@ -67,8 +67,8 @@ def test_only_verified_episodes_for_learning_leave(place: Place) -> None:
     judged, unjudged, thrown = place.record(1), place.record(2), place.record(3)
     place.record(4, mode="deploy", simulator=True)
     simulated = place.record(5, simulator=True)
-    place.verification.judge(judged, "success", "anna")
-    place.verification.judge(thrown, "discard", "anna")
+    place.annotations.annotate(judged, "success", "anna")
+    place.annotations.annotate(thrown, "discard", "anna")
     assert place.dispatcher.look() == 3
     keys = {i.key for i in place.outbox.waiting()}
     assert keys == {f"episode/{judged}", f"label/{judged}/1", f"episode/{simulated}"}
@@ -77,7 +77,7 @@ def test_only_verified_episodes_for_learning_leave(place: Place) -> None:
     assert item.sha == judged
     assert place.store.path(judged).is_file()
     assert place.dispatcher.look() == 0
-    place.verification.judge(unjudged, "failure", "anna")
+    place.annotations.annotate(unjudged, "failure", "anna")
     assert place.dispatcher.look() == 2
     place.outbox.close()
 
@@ -85,7 +85,7 @@ def test_only_verified_episodes_for_learning_leave(place: Place) -> None:
 def test_a_verdict_that_changes_is_told_and_a_dispute_takes_it_back(place: Place) -> None:
     one = place.record(1)
     for verdict, person in (("success", "anna"), ("failure", "bob"), ("failure", "anna"), ("success", "anna")):
-        place.verification.judge(one, verdict, person)
+        place.annotations.annotate(one, verdict, person)
         place.dispatcher.look()
         place.kill()
     said = [(label["success"], label["source"]) for label in place.labels()]
@@ -102,7 +102,7 @@ def test_a_verdict_that_changes_is_told_and_a_dispute_takes_it_back(place: Place
 def test_a_sessions_end_comes_after_its_episodes(place: Place) -> None:
     session = Session.start(place.folder / "sessions", place.contract, base_hash="b" * 64, adapter_id="b" * 64)
     one = place.record(1, session=session.id)
-    place.verification.judge(one, "success", "anna")
+    place.annotations.annotate(one, "success", "anna")
     assert place.dispatcher.look() == 2
     session.stop("done")
     assert place.dispatcher.look() == 1

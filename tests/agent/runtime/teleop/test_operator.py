@@ -1,7 +1,7 @@
 """A person who intervenes stands beside the arm: the first motion must be theirs, small, and from where the arm is.
 
 Pinned: in every control mode an intervention does not move the arm by itself, and full deflection grows over the ramp
-and stays within the limits; absolute targets stay on a leash; interventions that end, lost devices and judgements reach
+and stays within the limits; absolute targets stay on a leash; interventions that end, lost devices and labels reach
 the loop as promised; each device's bytes mean what its documentation says. Deterministic: the clock is moved by hand,
 and devices are fakes that give scripted keys, axes and reports.
 """
@@ -190,7 +190,7 @@ def test_over_and_back_in_a_running_loop() -> None:
         clock=clock,
         lock_step=True,
     )
-    script = [Intent()] * 20 + [Intent(True, (-1, 0, 0))] * 20 + [Intent()] * 19 + [Intent(judgement="success")]
+    script = [Intent()] * 20 + [Intent(True, (-1, 0, 0))] * 20 + [Intent()] * 19 + [Intent(label="success")]
     events: list[str] = []
     frames: list[float] = []
     intervention = Intervention(
@@ -200,7 +200,7 @@ def test_over_and_back_in_a_running_loop() -> None:
     human = [bool(t.marks & Mark.HUMAN) for t in memory.ticks]
     assert human[:60] == [False] * 21 + [True] * 20 + [False] * 19, "an intent holds for the next tick"
     assert events == ["taken", "returned"]
-    assert (end.termination, intervention.judgement, len(frames)) == ("cancelled", "success", 20)
+    assert (end.termination, intervention.label, len(frames)) == ("cancelled", "success", 20)
     commands = np.array([t.command[0] if t.command is not None else 0.0 for t in memory.ticks])
     jumps = np.abs(np.diff(commands)) * HZ * HZ
     assert jumps.max() <= contract.limits.acceleration[0] * 1.001, "neither way with a jump"
@@ -261,7 +261,7 @@ def test_keyboard() -> None:
     assert device.read(2.1).linear == (1, 1, 0), "between two repetitions of a held key"
     assert device.read(2.2) == Intent(True)
     keys.typed = " 2"
-    assert device.read(3.0) == Intent(True, gripper=-1, judgement="failure")
+    assert device.read(3.0) == Intent(True, gripper=-1, label="failure")
     keys.typed = "t"
     assert device.read(4.0).engaged is False
 
@@ -281,11 +281,11 @@ def test_gamepad() -> None:
     axes[5], axes[2] = -1.0, 1.0
     pad.update(axes, [0] * 7 + [1], 0.2)
     intent = pad.read(0.2)
-    assert intent == Intent(False, (0.5, 0, 1), (0, -1, 0), judgement="success")
+    assert intent == Intent(False, (0.5, 0, 1), (0, -1, 0), label="success")
     pad.update(axes, [0] * 7 + [1], 0.3)
     repeated = pad.read(0.3)
     assert repeated is not None
-    assert repeated.judgement is None, "a held button judges once"
+    assert repeated.label is None, "a held button labels once"
     assert pad.read(0.6) is None, "silence"
 
 

@@ -3,7 +3,7 @@ import { drawCursor, drawLines } from "/page/plot.js";
 
 const $ = (id) => document.getElementById(id);
 const FILTERS = ["task", "adapter", "session", "state"];
-const shown = { episode: null, cameras: [], time: 0, playing: true, seen: new Set(), total: 0, began: 0, pictures: {} };
+const shown = { episode: null, cameras: [], time: 0, playing: true, viewed: new Set(), total: 0, began: 0, pictures: {} };
 const ahead = new Map(); // id -> promise of a loaded episode
 const visited = [];
 let skipped = [];
@@ -25,10 +25,10 @@ async function ask(path, body) {
   return answer;
 }
 
-const person = () => $("person").value.trim().replace(/\s+/g, " ");
+const annotator = () => $("annotator").value.trim().replace(/\s+/g, " ");
 
 function query(extra = {}) {
-  const given = new URLSearchParams({ person: person() });
+  const given = new URLSearchParams({ person: annotator() });
   FILTERS.forEach((name) => given.set(name, $(name).value));
   (extra.skip || []).forEach((id) => given.append("skip", id));
   return given.toString();
@@ -51,7 +51,7 @@ async function frames(id, camera) {
 function load(id) {
   if (!ahead.has(id)) {
     ahead.set(id, (async () => {
-      const facts = await (await ask(`/api/episodes/${id}?person=${encodeURIComponent(person())}`)).json();
+      const facts = await (await ask(`/api/episodes/${id}?person=${encodeURIComponent(annotator())}`)).json();
       const cameras = await Promise.all(facts.card.cameras.map((camera) => frames(id, camera)));
       return { id, facts, cameras };
     })());
@@ -61,16 +61,16 @@ function load(id) {
   return ahead.get(id);
 }
 
-async function following(also = []) {
+async function nextEpisode(also = []) {
   const skip = [...skipped, ...sending, ...also];
   return (await ask(`/api/next?${query({ skip })}`)).json();
 }
 
 async function next() {
-  if (!person()) { say("Enter your name first."); $("person").focus(); return; }
+  if (!annotator()) { say("Enter your name first."); $("annotator").focus(); return; }
   try {
-    const { episode, left } = await following();
-    $("left").textContent = `${left} to judge`;
+    const { episode, left } = await nextEpisode();
+    $("left").textContent = `${left} to label`;
     if (!episode) { clear(); return; }
     await show(episode);
   } catch (error) { say(error.message, true); }
@@ -79,7 +79,7 @@ async function next() {
 function clear() {
   shown.episode = null;
   $("empty").hidden = false;
-  document.querySelectorAll("[data-verdict]").forEach((b) => { b.disabled = true; b.classList.remove("proposed"); });
+  document.querySelectorAll("[data-label]").forEach((b) => { b.disabled = true; b.classList.remove("proposed"); });
   $("instruction").textContent = " ";
   ["facts", "proposal", "opinions"].forEach((id) => { $(id).textContent = ""; });
   $("cameras").replaceChildren();
@@ -88,7 +88,7 @@ function clear() {
 async function show(id) {
   const { facts, cameras } = await load(id);
   const { card } = facts;
-  Object.assign(shown, { episode: id, facts, cameras, time: 0, playing: true, seen: new Set(), began: performance.now() });
+  Object.assign(shown, { episode: id, facts, cameras, time: 0, playing: true, viewed: new Set(), began: performance.now() });
   shown.total = cameras.reduce((sum, c) => sum + c.frames.length, 0);
   shown.length = Math.max(facts.length, ...cameras.map((c) => (c.frames.length ? c.frames[c.frames.length - 1].time : 0)), 0.01);
   if (visited[visited.length - 1] !== id) visited.push(id);
@@ -109,27 +109,27 @@ async function show(id) {
   cameras.forEach((c, i) => { c.canvas = $("cameras").children[i].firstChild; c.drawn = -1; });
   propose(facts);
   $("note").value = "";
-  document.querySelectorAll("[data-verdict]").forEach((b) => { b.disabled = false; });
+  document.querySelectorAll("[data-label]").forEach((b) => { b.disabled = false; });
   plots();
   draw();
   say("");
   document.body.dataset.episode = id;
   shown.upcoming = null;
-  following([id]).then(async ({ episode }) => {
+  nextEpisode([id]).then(async ({ episode }) => {
     if (!episode) return;
     await load(episode);
     if (shown.episode === id) shown.upcoming = episode;
   }).catch(() => {});
 }
 
-function propose({ proposal, standing, labels }) {
-  document.querySelectorAll("[data-verdict]").forEach((b) => b.classList.remove("proposed"));
+function propose({ proposal, standing: status, labels }) {
+  document.querySelectorAll("[data-label]").forEach((b) => b.classList.remove("proposed"));
   $("proposal").textContent = proposal
     ? `${proposal.source} says ${proposal.success ? "success" : "failure"}${proposal.score < 1 ? ` (${Math.round(100 * proposal.score)} %)` : ""}`
-    : "no proposal: you are the judge";
+    : "no proposal: the label is yours to give";
   if (proposal) $(proposal.success ? "success" : "failure").classList.add("proposed");
   const lines = labels.map((l) => `${l.person}: ${l.verdict}${l.note ? ` – ${l.note}` : ""} (${l.time.slice(0, 16).replace("T", " ")})`);
-  $("opinions").textContent = (standing.state === "disputed" ? "Disputed. Your judgement settles it. " : "") + lines.join(" · ");
+  $("opinions").textContent = (status.state ==== "disputed" ? "Disputed. Your label settles it. " : "") + lines.join(" · ");
 }
 
 function plots() {
@@ -155,7 +155,7 @@ function draw() {
     const all = camera.frames;
     if (!all.length) continue;
     const number = indexAt(all, shown.time);
-    shown.seen.add(`${camera.camera} ${number}`);
+    shown.viewed.add(`${camera.camera} ${number}`);
     // Decode a little ahead, forget what is far behind.
     for (let i = number; i < Math.min(number + 12, all.length); i++) {
       if (!all[i].bitmap && !all[i].waiting) {
@@ -188,11 +188,11 @@ function frame(now) {
 }
 
 // The next episode is shown at once where it is loaded already; should the label not be stored, its episode comes back.
-async function judge(verdict) {
+async function label(value) {
   if (!shown.episode || sending.has(shown.episode)) return;
   const id = shown.episode, upcoming = shown.upcoming;
-  const body = { person: person(), verdict, note: $("note").value, settles: shown.facts.standing.state === "disputed",
-    share: shown.total ? shown.seen.size / shown.total : 0, seconds: (performance.now() - shown.began) / 1000 };
+  const body = { person: annotator(), verdict: value, note: $("note").value, settles: shown.facts.standing.state === "disputed",
+    share: shown.total ? shown.viewed.size / shown.total : 0, seconds: (performance.now() - shown.began) / 1000 };
   sending.add(id);
   const stored = ask(`/api/episodes/${id}/label?${query()}`, body).then((answer) => answer.json());
   stored.catch(() => {});
@@ -202,8 +202,8 @@ async function judge(verdict) {
     ahead.delete(id);
     skipped = skipped.filter((other) => other !== id);
     if (!upcoming) await next();
-    else $("left").textContent = `${told.left} to judge`;
-    say(`${id.slice(0, 8)}: ${verdict}, now ${told.standing.state.replace("_", " ")}`);
+    else $("left").textContent = `${told.left} to label`;
+    say(`${id.slice(0, 8)}: ${value}, now ${told.standing.state.replace("_", " ")}`);
   } catch (error) {
     if (shown.episode !== id) await show(id).catch(() => {});
     say(`not stored: ${error.message}`, true);
@@ -227,7 +227,7 @@ async function back() {
   await show(id).catch((error) => say(error.message, true));
 }
 
-const KEYS = { s: () => judge("success"), f: () => judge("failure"), d: () => judge("discard"), j: skip, k: back, " ": toggle,
+const KEYS = { s: () => label("success"), f: () => label("failure"), d: () => label("discard"), j: skip, k: back, " ": toggle,
   r: () => { shown.time = 0; shown.playing = true; }, n: () => $("note").focus(),
   ",": () => { shown.playing = false; shown.time = Math.max(shown.time - 0.05, 0); draw(); },
   ".": () => { shown.playing = false; shown.time = Math.min(shown.time + 0.05, shown.length); draw(); },
@@ -241,14 +241,14 @@ document.addEventListener("keydown", (event) => {
   const act = KEYS[event.key.toLowerCase()];
   if (act) { event.preventDefault(); act(); }
 });
-document.querySelectorAll("[data-verdict]").forEach((b) => b.addEventListener("click", () => { judge(b.dataset.verdict); b.blur(); }));
+document.querySelectorAll("[data-label]").forEach((b) => b.addEventListener("click", () => { label(b.dataset.label); b.blur(); }));
 $("play").addEventListener("click", () => { toggle(); $("play").blur(); });
 $("skip").addEventListener("click", skip);
 $("back").addEventListener("click", back);
 $("scrub").addEventListener("input", () => { shown.playing = false; shown.time = ($("scrub").value / 1000) * shown.length; draw(); });
 window.addEventListener("resize", () => { if (shown.episode) { plots(); draw(); } });
-$("person").value = localStorage.getItem("person") || "";
-$("person").addEventListener("change", () => { localStorage.setItem("person", person()); ahead.clear(); $("person").blur(); next(); });
+$("annotator").value = localStorage.getItem("person") || "";
+$("annotator").addEventListener("change", () => { localStorage.setItem("person", annotator()); ahead.clear(); $("annotator").blur(); next(); });
 FILTERS.forEach((name) => $(name).addEventListener("change", () => { skipped = []; ahead.clear(); $(name).blur(); next(); }));
 
 (async () => {

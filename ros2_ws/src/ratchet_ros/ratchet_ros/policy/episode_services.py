@@ -17,7 +17,7 @@ from ratchet_ros.messages.times import TimeBase
 from ratchet_ros.nodes.base import RatchetNode
 from ratchet_ros.nodes.waiting import in_thread, settled
 from ratchet_ros.policy.recording import EpisodeRecording
-from ratchet_vla.episodes.library.annotations import Label, Seen, Verdict, Verification
+from ratchet_vla.episodes.library.annotations import Annotations, Label, LabelValue, Viewed
 from ratchet_vla.episodes.library.labels import BESIDE_THE_ARM
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.episodes.success_rules import require_goal
@@ -25,12 +25,12 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ControlTick, Mark
 
 NOBODY = "unnamed"  # RecordEpisode names no person
-BY_SERVICE = Seen(0.0, 0.0, (), "ros")
-BUTTONS: dict[int, Verdict] = {
+BY_SERVICE = Viewed(0.0, 0.0, (), "ros")
+BUTTONS: dict[int, LabelValue] = {
     msg.OperatorInput.JUDGE_FAILURE: "failure",
     msg.OperatorInput.JUDGE_SUCCESS: "success",
 }
-VERDICTS: dict[int, Verdict] = {
+LABEL_VALUES: dict[int, LabelValue] = {
     srv.VerifyEpisode.Request.FAILURE: "failure",
     srv.VerifyEpisode.Request.SUCCESS: "success",
     srv.VerifyEpisode.Request.DISCARD: "discard",
@@ -58,7 +58,7 @@ class EpisodeServices:
         self._timer: Any = None
         self._index = 0
         self._sent: msg.Applied | None = None
-        self._button: Verdict | None = None  # that is held down now
+        self._button: LabelValue | None = None  # that is held down now
         self._served = [
             node.create_service(srv.RecordEpisode, "~/record", self._serve_record),
             node.create_service(srv.VerifyEpisode, "~/verify", self._serve_verify),
@@ -139,7 +139,7 @@ class EpisodeServices:
         recording.end("discarded" if discard else "stopped", None, "", self._clock.now())
         name = recording.finish()
         if discard:
-            self.judge(name, "discard", NOBODY, "discarded as it ended")
+            self.annotate(name, "discard", NOBODY, "discarded as it ended")
         return name
 
     def _stop_ticking(self) -> None:
@@ -147,18 +147,18 @@ class EpisodeServices:
         self._timer.cancel()
         self._node.destroy_timer(self._timer)
 
-    # -- judging ---------------------------------------------------------------------------------------------------
+    # -- annotating ------------------------------------------------------------------------------------------------
 
     async def _serve_verify(self, request: srv.VerifyEpisode.Request, response: srv.VerifyEpisode.Response) -> Any:
         try:
-            verdict = VERDICTS.get(request.label)
-            if verdict is None:
+            label = LABEL_VALUES.get(request.label)
+            if label is None:
                 raise RatchetError("episode.bad_label", f"no label {request.label}", fix="FAILURE, SUCCESS or DISCARD")
 
             episode = request.episode or self._last()
 
             def work() -> Label:
-                return self.judge(episode, verdict, request.person, request.note)
+                return self.annotate(episode, label, request.person, request.note)
 
             await settled(self._node, in_thread(work, "label"))
         except RatchetError as error:
@@ -167,29 +167,31 @@ class EpisodeServices:
         return response
 
     def on_operator(self, message: msg.OperatorInput) -> None:
-        """A button that is pressed anew while nothing runs judges the episode that ended last; the press that ended it
-        does not, however long it lasts. While something runs, the attempt's judge listens instead."""
+        """A button that is pressed anew while nothing runs labels the episode that ended last; the press that ended it
+        does not, however long it lasts. While something runs, the attempt's labeller listens instead."""
         before, self._button = self._button, BUTTONS.get(message.judge)
-        verdict, recording = self._button, self._recording
-        if verdict is None or verdict == before or recording is None or not recording.last:
+        label, recording = self._button, self._recording
+        if label is None or label == before or recording is None or not recording.last:
             return
         if self._busy() or self.by_hand:
             return
-        name, person = recording.last, message.person
+        name, annotator = recording.last, message.person
 
         def work() -> None:
             try:
-                self.judge(name, verdict, person, "", BESIDE_THE_ARM)
-                self._node.get_logger().info(f"{name}: {verdict}, says {person}")
+                self.annotate(name, label, annotator, "", BESIDE_THE_ARM)
+                self._node.get_logger().info(f"{name}: {label}, says {annotator}")
             except RatchetError as error:
                 self._node.get_logger().warning(str(error))
 
         in_thread(work, "label")
 
-    def judge(self, episode: str, verdict: Verdict, person: str, note: str, seen: Seen = BY_SERVICE) -> Label:
-        """Append a person's word to the store's index; waits for the disk. Raises what `Verification.judge` raises."""
-        said = Verification(EpisodeStore(self._required().folder))
-        return said.judge(episode, verdict, person, note=note, seen=seen)
+    def annotate(
+        self, episode: str, label: LabelValue, annotator: str, note: str, viewed: Viewed = BY_SERVICE
+    ) -> Label:
+        """Append a label to the store's index; waits for the disk. Raises what `Annotations.annotate` raises."""
+        annotations = Annotations(EpisodeStore(self._required().folder))
+        return annotations.annotate(episode, label, annotator, note=note, viewed=viewed)
 
     def _last(self) -> str:
         name = self._required().last

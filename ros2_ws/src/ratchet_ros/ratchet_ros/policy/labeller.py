@@ -10,7 +10,7 @@ import threading
 from ratchet_msgs import msg
 
 from ratchet_ros.messages.times import seconds
-from ratchet_vla.episodes.library.labels import HUMAN, named
+from ratchet_vla.episodes.library.labels import HUMAN, annotator_name
 from ratchet_vla.episodes.success_rules import already_solved, require_same
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ControlTick
@@ -33,7 +33,7 @@ class RosLabeller:
         self._begin = 0.0
         self._tick: ControlTick | None = None
         self._pressed: bool | None = None
-        self._person = ""
+        self._annotator = ""
 
     # -- what is told ------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ class RosLabeller:
     def operator(self, message: msg.OperatorInput) -> None:
         """A button that ends the attempt; the first one counts."""
         if self.kind == "operator" and message.judge in BUTTONS and self._pressed is None:
-            self._pressed, self._person = BUTTONS[message.judge], message.person
+            self._pressed, self._annotator = BUTTONS[message.judge], message.person
 
     def ticked(self, tick: ControlTick) -> None:
         self._tick = tick
@@ -84,7 +84,7 @@ class RosLabeller:
     def begin(self, now: float) -> None:
         """An attempt starts. now: seconds, the robot's clock."""
         with self._changed:
-            self._begin, self._tick, self._pressed, self._person = now, None, None, ""
+            self._begin, self._tick, self._pressed, self._annotator = now, None, None, ""
 
     # -- what the loop asks ------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class RosLabeller:
         if self._pressed is None:
             return SuccessLabel()
         try:
-            return SuccessLabel(self._pressed, HUMAN + named(self._person))
+            return SuccessLabel(self._pressed, HUMAN + annotator_name(self._annotator))
         except RatchetError:
             return SuccessLabel()
 
