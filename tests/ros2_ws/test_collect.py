@@ -21,7 +21,6 @@ from ratchet_msgs.action import RunTask
 from ratchet_ros.messages import qos
 from ratchet_vla.episodes.library.annotations import Annotations, Label
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.annotations import Label, Verification
 from ratchet_vla.runtime.session import rollout_requests
 from ratchet_vla.runtime.session.manifest import Session
 from tests.ros2_ws.graph import ROOT, Graph, Watcher, active, ratchet

@@ -1,7 +1,7 @@
 """What may enter an update decides whether learning is on-policy: every way to be off it is refused with its reason.
 
-Pinned: one code per reason, waiting without a label, trust only in the simulator and named people, masks of interventions
-and safety. Also that a rollout survives the way through records: to episodes, and back to the same batch.
+Pinned: one code per reason, waiting without a label, trust only in the simulator and named people, masks of
+interventions and safety. Also that a rollout survives the way through records: to episodes, and back to the same batch.
 Deterministic: values built by hand, one small rollout in a fake environment.
 """
 

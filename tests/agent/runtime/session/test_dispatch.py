@@ -15,7 +15,6 @@ import pytest
 from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
-from ratchet_vla.episodes.library.annotations import Verification
 from ratchet_vla.learner.service.ingest import ingest_record
 from ratchet_vla.learner.service.state import PendingFile
 from ratchet_vla.link.robot.outbox import Outbox
