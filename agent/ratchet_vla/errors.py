@@ -10,7 +10,17 @@ __all__ = ["RatchetError"]
 
 # Present code -> the code that releases before 0.3 raised in its place. Scripts match on codes, so a renamed one names
 # its former self wherever a machine reads it, for two minor releases.
-FORMER_CODES: dict[str, str] = {"vision_ablation.same_scene": "sight.same_scene"}
+FORMER_CODES: dict[str, str] = {
+    "vision_ablation.same_scene": "sight.same_scene",
+    "calibration.no_images": "calibration.no_pictures",
+    "drift.no_operator": "drift.no_person",
+    "episode.no_annotator": "episode.no_person",
+    "episode.unknown_label": "episode.bad_verdict",
+    "import.bad_label": "import.bad_verdict",
+    "link.no_annotator": "link.no_person",
+    "safety.no_operator": "safety.no_person",
+    "up.no_operator": "up.no_person",
+}
 
 
 class RatchetError(Exception):

@@ -193,7 +193,7 @@ class Applied:
 class Episode:
     """One attempt at one task.
 
-    success: None until somebody or something judged it.
+    success: None until somebody or something labelled it.
     success_source: "simulator", or "human:<name>"; empty while success is None.
     initial_state: index of the benchmark's initial state, -1 on a real robot.
     termination: why it ended, apart from success: "success", "horizon", "cancelled" and others of the control loop's

@@ -69,14 +69,14 @@ def fill(
     count: int,
     *,
     frames: Codec = "jpeg",
-    judged: bool = True,
+    labelled: bool = True,
 ) -> None:
-    """`count` episodes in the store. judged: with the simulator's verdict; without, they wait for a person."""
+    """`count` episodes in the store. labelled: with the simulator's label; without, they wait for a person."""
     folder = store.folder("bench")
     for i in range(count):
         source = rollouts[i % len(rollouts)]
         given = dataclasses.replace(source, seed=i, meta={"copy": i})
-        if not judged:
+        if not labelled:
             given = dataclasses.replace(given, success=None, success_source="")
         path = folder / f"{i:04d}.mcap"
         store.add(path, write_episode(path, given, contract, frames=frames, session="bench", mode="deploy"))

@@ -1,7 +1,7 @@
 """What recording costs the control loop: 2 cameras 640x480 at 30 fps, 20 Hz control, minutes on end, nothing dropped.
 
 Camera threads hand over frames, the loop hands over ticks, decisions (frames of the cameras, raw) and chunks, in
-episodes of a minute. Judged is the time that a tick spends inside the recorder's calls; ticks in whose middle the
+episodes of a minute. Timed is the time that a tick spends inside the recorder's calls; ticks in whose middle the
 operating system gave the core to somebody else are counted apart (they tell of the host's load). The same loop without
 a recorder gives the jitter to compare with. Afterwards every episode is read: what was handed over must be there.
 

@@ -1,7 +1,7 @@
-"""The review page in a real browser: 100 episodes judged by keyboard, and what it costs a reader beyond watching.
+"""The review page in a real browser: 100 episodes labelled by keyboard, and what it costs a reader beyond watching.
 
 A headless Chromium opens the page with its token, watches every episode to its end at twice the speed and presses
-a key; judged is the time from the key to the next episode's first frame. At the same time three other readers judge the
+a key; timed is the time from the key to the next episode's first frame. At the same time three other readers label the
 same episodes through the page's interface: in the end everybody's labels must be there. Screenshots are taken of a desk
 and of a phone.
 
@@ -159,7 +159,7 @@ class Browser:
 
 
 def other_reader(address: str, token: str, name: str, ids: list[str], faults: list[str]) -> None:
-    """Judges everything through the page's interface, as fast as it goes."""
+    """Labels everything through the page's interface, as fast as it goes."""
     with httpx.Client(base_url=address, headers={"authorization": f"Bearer {token}"}, timeout=60.0) as client:
         for one in ids:
             body = {"person": name, "verdict": "success", "share": 1.0, "seconds": 1.0}
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     made = [rollout(robot, TASKS[i % len(TASKS)], i, 60, stop=False) for i in range(unique)]
     folder = Path(tempfile.mkdtemp(prefix="review"))
     store = EpisodeStore(folder, create=True)
-    fill(store, robot, made, count, judged=False)
+    fill(store, robot, made, count, labelled=False)
     ids = list(store.cards())
     command = [sys.executable, "-c", "import sys; from ratchet_vla.cli.main import main; sys.exit(main())", "review"]
     environment = {**os.environ, "PYTHONPATH": python_path(inherited=False), "COLUMNS": "200"}
@@ -204,10 +204,10 @@ def main(argv: list[str] | None = None) -> int:
             "document.getElementById('task').options.length) { clearInterval(t); done(); } }, 50); })"
         )
         browser.ask(f"document.getElementById('speed').value = '{SPEED}'")
-        # What the other readers have judged meanwhile is still to be judged by this one.
+        # What the other readers have labelled meanwhile is still to be labelled by this one.
         browser.ask("document.getElementById('state').value = ''")
         browser.ask(
-            "(() => { const p = document.getElementById('person'); p.value = 'Ada'; "
+            "(() => { const p = document.getElementById('annotator'); p.value = 'Ada'; "
             "p.dispatchEvent(new Event('change')); })()"
         )
         others = [
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         for thread in others:
             thread.start()
-        for number in track(range(count), "judging", console=console):
+        for number in track(range(count), "labelling", console=console):
             browser.until(PLAYED)
             browser.ask(NEXT)
             browser.key("f" if number % 3 == 0 else "s")
@@ -270,7 +270,7 @@ def _pictures(browser: Browser, folder: Path) -> None:
         "(() => { const s = document.getElementById('state'); s.value = ''; s.dispatchEvent(new Event('change')); })()"
     )
     browser.ask(
-        "(() => { const p = document.getElementById('person'); p.value = 'Grace'; "
+        "(() => { const p = document.getElementById('annotator'); p.value = 'Grace'; "
         "p.dispatchEvent(new Event('change')); })()"
     )
     browser.until(PLAYED)

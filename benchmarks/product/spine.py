@@ -2,8 +2,8 @@
 
 The commands of docs/story.md, all real: nodes over a simulated arm, recorder, sync agent, learner, review page. First
 in peace, then with kill -9 at random instants of recorder, sync agent, learner and policy process. Counted is what a
-goal's result said was recorded, what is in the store, judged, received and learned from. Timed is the way from a
-round's last judgement to the first answer of the adapter that came of it, with a person who promotes as soon as the
+goal's result said was recorded, what is in the store, labelled, received and learned from. Timed is the way from a
+round's last label to the first answer of the adapter that came of it, with a person who promotes as soon as the
 gate holds. Then the same nodes in real time, with and without recording in turns: what it costs the control loop.
 
     python -m benchmarks.product.spine [--quick] [--kills N] [--seed N]
@@ -43,7 +43,7 @@ from ratchet_vla.storage.journal import read
 GOAL_MS = 0.2
 BATCH, HORIZON = 4, 24
 VICTIMS = ("recorder", "sync", "learner", "policy")
-WHOLE = ("horizon", "success")  # how an attempt ends that a person can judge
+WHOLE = ("horizon", "success")  # how an attempt ends that a person can label
 # The nodes' recorder at commit 8bfdbde, which kept the wire's messages: of each of two goals over the same arm.
 FORMER = {"bytes": 0.9e6, "seconds": 502 / 20}
 
@@ -51,13 +51,13 @@ FORMER = {"bytes": 0.9e6, "seconds": 502 / 20}
 @dataclass
 class Counts:
     """Of one part of the run. recorded: goals whose result named an episode; lost: of these, those that the store does
-    not hold; doubled: names, judgements or arrivals that are there twice, and episodes that two updates took."""
+    not hold; doubled: names, labels or arrivals that are there twice, and episodes that two updates took."""
 
     goals: int = 0
     recorded: int = 0
     stored: int = 0
     cut_off: int = 0
-    judged: int = 0
+    judged: int = 0  # labelled; the result file keeps its keys
     discarded: int = 0
     received: int = 0
     learned_from: int = 0
@@ -67,21 +67,21 @@ class Counts:
 
     @property
     def equal(self) -> bool:
-        """Everything that was recorded whole was judged, received and learned from; or was one too many, and discarded
-        by the person."""
+        """Everything that was recorded whole was labelled, received and learned from; or was one too many, and
+        discarded by the person."""
         return self.stored == self.judged + self.discarded and self.judged == self.received == self.learned_from
 
 
 class Spine(Week):
-    """Somebody who collects, judges and promotes, and somebody who kills."""
+    """Somebody who collects, labels and promotes, and somebody who kills."""
 
     def __init__(self, folder: Path, rng: random.Random) -> None:
         super().__init__(folder)
         self.rng = rng
         self.guard = threading.RLock()  # who is at work is changed by one at a time
         self.told: list[str] = []  # names of episodes that results named
-        self.goals = self.judged = 0
-        self.rounds: list[dict[str, float]] = []  # what happened when after the last judgement, in seconds
+        self.goals = self.labelled = 0
+        self.rounds: list[dict[str, float]] = []  # what happened when after the last label, in seconds
         self.kills: Counter[str] = Counter()
         self.restarts = 0  # of the nodes, where the policy's process had died too often
 
@@ -137,7 +137,7 @@ class Spine(Week):
                 return
             self.start_nodes_again()
 
-    def judge(self, wanted: int) -> int:
+    def label(self, wanted: int) -> int:
         """Everything that waits on the page: attempts that came to their end as they went, the rest is discarded;
         returns how many of them count."""
         if self.review is None:
@@ -146,11 +146,11 @@ class Spine(Week):
         while (card := self.page.next()) is not None:
             if card["reason"] in WHOLE and counted < wanted:
                 # Of each pair one was a success: what the arm did decides nothing here, a person's word does.
-                self.page.judge(card["id"], "success" if self.judged % 2 == 0 else "failure")
-                self.judged += 1
+                self.page.label(card["id"], "success" if self.labelled % 2 == 0 else "failure")
+                self.labelled += 1
                 counted += 1
             else:
-                self.page.judge(card["id"], "discard")
+                self.page.label(card["id"], "discard")
         return counted
 
     def round(self) -> None:
@@ -158,7 +158,7 @@ class Spine(Week):
         counted, updates = 0, len(self.learner_state().updates)
         while counted < BATCH:
             self.attempt()
-            counted += self.judge(BATCH - counted)
+            counted += self.label(BATCH - counted)
         began = time.monotonic()
         moments = {}
         eventually(lambda: len(self.learner_state().updates) > updates, "an update")
@@ -210,8 +210,8 @@ class Spine(Week):
         journal = read(self.folder / "runs" / "learner" / "journal.jsonl")
         cards = list(store.cards().values())
         names = Counter(card.name for card in cards)
-        verdicts = {card.id: annotations.status(card.id).state for card in cards}
-        judged = {episode for episode, state in verdicts.items() if state == "verified"}
+        states = {card.id: annotations.status(card.id).state for card in cards}
+        labelled = {episode for episode, state in states.items() if state == "verified"}
         arrived = [e.data["sha"] for e in journal if e.kind == "received" and e.data["type"] == "episode"]
         used = Counter(sha for batch in state.retired for sha in batch)
         twice = [*(n for n in names.values() if n > 1), *(n for n in Counter(arrived).values() if n > 1)]
@@ -222,13 +222,13 @@ class Spine(Week):
             recorded=len(self.told),
             stored=sum(_whole(card) for card in cards),
             cut_off=sum(not _whole(card) for card in cards),
-            judged=len(judged),
-            discarded=sum(_whole(c) and verdicts[c.id] == "discarded" for c in cards),
-            received=len(set(arrived) & judged),
-            learned_from=len(set(used) & judged),
-            lost=sum(names[name] == 0 for name in self.told) + len(judged - set(used)),
+            judged=len(labelled),
+            discarded=sum(_whole(c) and states[c.id] == "discarded" for c in cards),
+            received=len(set(arrived) & labelled),
+            learned_from=len(set(used) & labelled),
+            lost=sum(names[name] == 0 for name in self.told) + len(labelled - set(used)),
             doubled=len(twice),
-            unjudged_learned_from=len(set(used) - judged) + len(wrong),
+            unjudged_learned_from=len(set(used) - labelled) + len(wrong),
         )
 
 
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(console: Console, found: dict[str, Any], peace: Counts, kills: Counts, spine: Spine) -> int:
     table = Table(title="What arrives")
-    for column in ("", "goals", "recorded", "stored", "judged", "received", "learned from", "discarded", "cut off"):
+    for column in ("", "goals", "recorded", "stored", "labelled", "received", "learned from", "discarded", "cut off"):
         table.add_column(column, justify="right" if column else "left")
     for name, counts in (("in peace", peace), ("in all, with kills", kills)):
         values = (counts.goals, counts.recorded, counts.stored, counts.judged, counts.received, counts.learned_from)
@@ -375,7 +375,7 @@ def report(console: Console, found: dict[str, Any], peace: Counts, kills: Counts
     calm = found["seconds_to_swap"]
     middle = {name: float(np.median([r[name] for r in calm])) for name in calm[0]}
     told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in middle.items())
-    console.print(f"after the last judgement of a round, in peace, median of {len(calm)}: {told}")
+    console.print(f"after the last label of a round, in peace, median of {len(calm)}: {told}")
     paid, took = found["cost"], found["disk"]
     missed = paid["missed"]
     console.print(
@@ -393,9 +393,9 @@ def report(console: Console, found: dict[str, Any], peace: Counts, kills: Counts
     whole = kills.lost == kills.doubled == kills.unjudged_learned_from == 0 and found["sound"]
     cheap = paid["p99_ms"] < GOAL_MS and missed["with"] == 0
     print(
-        f"spine: {kills.learned_from} of {kills.judged} judged episodes learned from, {kills.lost} lost and "
+        f"spine: {kills.learned_from} of {kills.judged} labelled episodes learned from, {kills.lost} lost and "
         f"{kills.doubled} doubled over {sum(spine.kills.values())} kills, swapped {middle['swapped']:.1f} s after "
-        f"the last judgement, recording {paid['p99_ms']:.3f} ms per tick at p99 (goal all, 0, 0, "
+        f"the last label, recording {paid['p99_ms']:.3f} ms per tick at p99 (goal all, 0, 0, "
         f"{found['asked']['kills']} kills, < {GOAL_MS} ms and 0 ticks missed)"
     )
     return 0 if all_equal and whole and cheap and found["complete"] else 1

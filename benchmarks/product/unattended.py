@@ -1,7 +1,7 @@
 """Soak test: robot process, learner process and gate over three tasks, both killed at random, to the end.
 
 Starts `ratchet learner` and `ratchet robot` with keys over CURVE on this machine, kills -9 one of them at seeded random
-moments, starts it again, and waits until the learner says that all tasks are over. Then all is judged from files:
+moments, starts it again, and waits until the learner says that all tasks are over. Then all is checked from files:
 the journal's chain, every episode of every batch, the store, the gate's decisions. The timeline is printed.
 
     python -m benchmarks.product.unattended [--quick] [--seed N] [--out runs/unattended]
@@ -130,7 +130,7 @@ def work(out: Path, quick: bool, seed: int, limit: float) -> dict[str, Any]:
 
 
 def audit(out: Path) -> dict[str, Any]:
-    """Judged from files alone."""
+    """Checked from files alone."""
     events = read(out / "learner" / "journal.jsonl")
     received = {e.data["sha"]: e.data["key"] for e in events if e.kind == "received" and e.data["type"] == "episode"}
     made = [i.key for i in history(out / "robot" / "outbox") if i.type == "episode"]
@@ -158,7 +158,7 @@ def audit(out: Path) -> dict[str, Any]:
 
 
 def gate(event: Event) -> dict[str, Any]:
-    """One verdict: decision, and per task the rates of active and candidate."""
+    """One decision of the gate: what it is, and per task the rates of active and candidate."""
     rows = {r["task"]: [r["role"], round(r["active"], 3), round(r["candidate"], 3)] for r in event.data["rows"]}
     return {"task": event.data["task"], "decision": event.data["decision"], "tasks": rows}
 

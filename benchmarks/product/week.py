@@ -234,11 +234,11 @@ class Beside(Lines):
 class Page:
     """The review page's interface, as its script uses it."""
 
-    def __init__(self, verb: Verb, person: str) -> None:
+    def __init__(self, verb: Verb, annotator: str) -> None:
         """verb: `ratchet review`, whose printed address is followed."""
         address = verb.until("http://").split()[-1]
         self._root, _, self._token = address.partition("/?token=")
-        self.person = person
+        self.annotator = annotator
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -248,13 +248,13 @@ class Page:
             return json.loads(answer.read())
 
     def next(self, skip: list[str] | None = None) -> dict[str, Any] | None:
-        """The card of the oldest episode that waits for this person; None where none does."""
+        """The card of the oldest episode that waits for this annotator; None where none does."""
         query = "".join(f"&skip={one}" for one in skip or [])
-        found = self._ask(f"/api/next?person={self.person}{query}")["episode"]
-        return None if found is None else dict(self._ask(f"/api/episodes/{found}?person={self.person}")["card"])
+        found = self._ask(f"/api/next?person={self.annotator}{query}")["episode"]
+        return None if found is None else dict(self._ask(f"/api/episodes/{found}?person={self.annotator}")["card"])
 
-    def judge(self, episode: str, verdict: str) -> None:
-        body = {"person": self.person, "verdict": verdict, "share": 1.0, "seconds": 1.0}
+    def label(self, episode: str, value: str) -> None:
+        body = {"person": self.annotator, "verdict": value, "share": 1.0, "seconds": 1.0}
         self._ask(f"/api/episodes/{episode}/label", body)
 
 

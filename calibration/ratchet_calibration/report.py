@@ -25,10 +25,10 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2933; }
 table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid
 #e4e7eb; }
-img { max-width: 100%; } .verdict { padding: .6rem 1rem; border-left: 6px solid {{ colour }}; background: #f5f7fa; }
+img { max-width: 100%; } .assessment { padding: .6rem 1rem; border-left: 6px solid {{ colour }}; background: #f5f7fa; }
 small { color: #616e7c; }
 </style><h1>Calibration of {{ c.camera }}</h1>
-<p class="verdict"><b>{{ verdict }}</b></p>
+<p class="assessment"><b>{{ assessment }}</b></p>
 <p><small>{{ c.date }}, id {{ c.id[:12] }}, camera {{ c.camera_serial or "without serial" }}, robot {{ c.robot or
 "not named" }}
 {{ c.robot_serial }}</small></p>
@@ -87,7 +87,7 @@ def write(
     for parameter, value, deviation in zip(names, values, deviations, strict=True):
         meaning = model.model if parameter.startswith("distortion") else "px; ± is two standard deviations"
         lens_rows.append((parameter, f"{value:.6g} ± {2 * deviation:.2g}", meaning))
-    is_good, verdict = judge(calibration)
+    is_good, assessment = assess(calibration)
     pictures: dict[str, str] = {}
     if lens is not None:
         pictures |= {"coverage": _uri(_coverage(lens)), "residuals": _uri(_residuals(lens))}
@@ -103,7 +103,7 @@ def write(
     return environment.from_string(PAGE).render(
         c=calibration,
         colour="#2f8132" if is_good else "#ba2525",
-        verdict=verdict,
+        assessment=assessment,
         lens=lens_rows,
         warnings=lens.warnings if lens else (),
         mount=_mount(calibration),
@@ -114,7 +114,7 @@ def write(
     )
 
 
-def judge(calibration: Calibration) -> tuple[bool, str]:
+def assess(calibration: Calibration) -> tuple[bool, str]:
     """Whether a calibration may be used, and why, in one sentence."""
     problems = []
     # Written as "not below", so that NaN counts as a problem.

@@ -2,7 +2,7 @@
 
 Pinned, with simulated arm, safety node and policy node as processes: nothing is collected outside a session or against
 the request; an episode takes task, instruction, temperature and noise from the request and the session's id; two
-episodes have noise of their own; a button that ends an attempt, a button after it, and `ratchet ctl judge` are labels
+episodes have noise of their own; a button that ends an attempt, a button after it, and `ratchet ctl label` are labels
 in the store, with a name to each; stopping the session writes its episodes into the manifest. The learner's status is
 the file that its sync agent writes; the policy is a fake. Determinism: lock-step; waiting is for events.
 """
@@ -162,16 +162,16 @@ def test_the_button_that_ends_an_attempt_is_its_label(arm: Arm) -> None:
     assert [x.value for x in arm.labels(result.episode)] == ["success", "failure"]
 
 
-def test_a_person_judges_from_another_terminal(arm: Arm) -> None:
+def test_a_person_labels_from_another_terminal(arm: Arm) -> None:
     arm.request()
     first, last = arm.run(), arm.run()
-    assert ratchet("ctl", "judge", "success", "--person", "Bob", "--note", "barely")[0] == 0
+    assert ratchet("ctl", "label", "success", "--annotator", "Bob", "--note", "barely")[0] == 0
     assert [(x.annotator, x.value, x.note) for x in arm.labels(last.episode)] == [("Bob", "success", "barely")]
-    assert ratchet("ctl", "judge", "failure", "--person", "Bob", "--episode", first.episode)[0] == 0
+    assert ratchet("ctl", "label", "failure", "--annotator", "Bob", "--episode", first.episode)[0] == 0
     assert [(x.annotator, x.value) for x in arm.labels(first.episode)] == [("Bob", "failure")]
-    code, told = ratchet("ctl", "judge", "success")
-    assert (code, told["error"]["code"]) == (2, "episode.no_person")
-    code, told = ratchet("ctl", "judge", "success", "--person", "Bob", "--episode", "nothing")
+    code, told = ratchet("ctl", "label", "success")
+    assert (code, told["error"]["code"]) == (2, "episode.no_annotator")
+    code, told = ratchet("ctl", "label", "success", "--annotator", "Bob", "--episode", "nothing")
     assert (code, told["error"]["code"]) == (2, "episode.unknown")
 
 

@@ -204,7 +204,7 @@ def test_a_stick_becomes_an_action_and_silence_releases_it(start: Start) -> None
     assert action[6] == pytest.approx(contract.action.gripper.closed)
     buttons[3] = 0
     buttons[0] = 1
-    watcher.until(lambda: said(lambda m: m.judge == msg.OperatorInput.JUDGE_SUCCESS), "a judgement")
+    watcher.until(lambda: said(lambda m: m.judge == msg.OperatorInput.JUDGE_SUCCESS), "a label")
     assert got[-1].action[6] == pytest.approx(contract.action.gripper.closed)  # closed stays closed
     watcher.until(lambda: not got[-1].intervene, "the release by silence")
     assert not got[-1].dead_man

@@ -118,7 +118,7 @@ class Running:
         )
 
     def run(self, **goal: Any) -> Any:
-        """A goal that the scene can judge, unless the fields say otherwise; its handle."""
+        """A goal that the scene can label, unless the fields say otherwise; its handle."""
         scene = self.scene[-1]
         goal = {"task": scene.task, "instruction": scene.instruction, "horizon": HORIZON} | goal
         return self.watcher.goal(RunTask, "/policy_node/run_task", RunTask.Goal(**goal))
@@ -209,7 +209,7 @@ def test_an_episode_over_topics_is_the_one_in_process(running: Running) -> None:
 
 
 def test_it_lies_in_the_store_as_it_was(running: Running) -> None:
-    """The same topics that were heard here, and everything that learning and judging need."""
+    """The same topics that were heard here, and everything that learning and labelling need."""
     run, store = running.solved, EpisodeStore(running.episodes)
     card = run.card
     assert (card.task, card.success, card.source, card.reason) == (TASK, True, "simulator", "success")
@@ -239,7 +239,7 @@ def test_it_lies_in_the_store_as_it_was(running: Running) -> None:
     assert len(list(reader.frames("corner2"))) >= len(commands) - 1
 
 
-def test_a_person_judges_it_through_the_node(running: Running) -> None:
+def test_a_person_labels_it_through_the_node(running: Running) -> None:
     card, store = running.solved.card, EpisodeStore(running.episodes)
     request = srv.VerifyEpisode.Request(episode=card.name, label=srv.VerifyEpisode.Request.SUCCESS, person="Ada")
     answer = running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", request)
@@ -247,7 +247,7 @@ def test_a_person_judges_it_through_the_node(running: Running) -> None:
     label = Annotations(store).labels(card.id)[0]
     assert (label.value, label.annotator, label.viewed.via) == ("success", "Ada", "ros")
     nobody = srv.VerifyEpisode.Request(episode=card.name, label=1, person=" ")
-    assert running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", nobody).code == "episode.no_person"
+    assert running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", nobody).code == "episode.no_annotator"
     other = srv.VerifyEpisode.Request(episode="of yesterday", label=1, person="Ada")
     assert running.watcher.call(srv.VerifyEpisode, "/policy_node/verify", other).code == "episode.unknown"
 
@@ -449,9 +449,9 @@ def test_the_e_stop_latches_until_a_person_clears_it(running: Running) -> None:
     code, told = ratchet("ctl", "clear", "Ada")
     assert (code, told["error"]["code"]) == (2, "safety.e_stop")
     assert ratchet("ctl", "stop", "--release")[0] == 0
-    # One service clears what a person was told about, in both stages; a second time there is nothing to clear.
+    # One service clears what a person was told about, in both filters; a second time there is nothing to clear.
     ask, clear = srv.ClearFault.Request(person="Ada"), "/policy_node/clear_fault"
-    assert running.watcher.call(srv.ClearFault, clear, srv.ClearFault.Request()).code == "safety.no_person"
+    assert running.watcher.call(srv.ClearFault, clear, srv.ClearFault.Request()).code == "safety.no_operator"
     answer = running.watcher.call(srv.ClearFault, clear, ask)
     assert (answer.success, "safety.e_stop" in answer.cleared) == (True, True), answer.message
     assert running.watcher.call(srv.ClearFault, clear, ask).code == "safety.not_latched"

@@ -34,7 +34,7 @@ def scene(
     return status
 
 
-def test_a_named_person_ends_the_attempt_and_judges_it() -> None:
+def test_a_named_person_ends_the_attempt_and_labels_it() -> None:
     labeller = RosLabeller("operator", PERIOD, 0.0)
     labeller.begin(1.0)
     assert labeller.outcome() is None
@@ -48,7 +48,7 @@ def test_a_named_person_ends_the_attempt_and_judges_it() -> None:
 
 
 @pytest.mark.parametrize("person", ["", "  ", "robot:1"])
-def test_a_button_without_a_name_ends_the_attempt_and_judges_nothing(person: str) -> None:
+def test_a_button_without_a_name_ends_the_attempt_and_labels_nothing(person: str) -> None:
     labeller = RosLabeller("operator", PERIOD, 0.0)
     labeller.begin(1.0)
     pressed(labeller, msg.OperatorInput.JUDGE_SUCCESS, person)
@@ -56,7 +56,7 @@ def test_a_button_without_a_name_ends_the_attempt_and_judges_nothing(person: str
     assert labeller.label(Attempt(Termination.SUCCESS, 4, 0)) == SuccessLabel()
 
 
-def test_buttons_say_nothing_where_the_scene_judges() -> None:
+def test_buttons_say_nothing_where_the_scene_labels() -> None:
     labeller = RosLabeller("scene", PERIOD, 0.0)
     labeller.begin(1.0)
     pressed(labeller, msg.OperatorInput.JUDGE_SUCCESS, "Ada")

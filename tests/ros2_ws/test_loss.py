@@ -113,7 +113,7 @@ def test_the_e_stop_latches_and_a_named_person_clears_it(make: Callable[..., Rig
     button.publish(Bool(data=False))
     rig.watcher.until(lambda: not rig.safety._e_stop_pressed, "the release")
     assert not move(rig).sent  # released, still latched
-    assert clear(rig, " ").code == "safety.no_person"
+    assert clear(rig, " ").code == "safety.no_operator"
     assert clear(rig).success
     assert "safety.cleared" in codes(rig) or rig.watcher.until(lambda: "safety.cleared" in codes(rig), "the event")
     assert move(rig).sent

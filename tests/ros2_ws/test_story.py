@@ -1,9 +1,9 @@
 """The week at an arm, told once with the commands of docs/story.md: each joint with the real part on either side.
 
-Pinned: episodes of the real nodes, recorded by the real recorder and judged by a person on the real page, reach the
+Pinned: episodes of the real nodes, recorded by the real recorder and labelled by a person on the real page, reach the
 learner through the real sync agent; they make an update, the gate that cannot measure holds, a person promotes, the arm
 swaps while it moves, learns once more and is rolled back. Every process is killed once and started again: nothing that
-was recorded is lost or doubled, nothing is learned from that nobody judged. The arm's first life runs on one ROS
+was recorded is lost or doubled, nothing is learned from that nobody labelled. The arm's first life runs on one ROS
 release, its second on another. Determinism: lock-step; what the arm does decides nothing here, a person's word does;
 waiting is for lines, files and topics.
 """
@@ -61,11 +61,11 @@ class Told(Week):
         self.beside.see(lambda s: s["motion"] == "running" and s["ticks"] > 10, "motion")
         return number
 
-    def judge(self, *verdicts: str) -> None:
-        """The oldest unjudged episodes."""
-        for verdict in verdicts:
-            card = eventually(self.page.next, "an episode to judge")
-            self.page.judge(card["id"], verdict)
+    def label(self, *values: str) -> None:
+        """The oldest episodes without a label."""
+        for value in values:
+            card = eventually(self.page.next, "an episode to label")
+            self.page.label(card["id"], value)
 
     def update_and_promotion(self) -> str:
         """The batch is complete: an update, a gate that cannot measure, a person who promotes; the adapter's id."""
@@ -110,24 +110,24 @@ def test_the_week_at_an_arm(week: Told) -> None:
     # The first round. Whoever is not needed at the moment dies.
     week.try_once()
     week.open_page()
-    week.judge("success")
+    week.label("success")
     week.up.kill_child("sync")
     week.up.until("sync ended with status -9")
     week.try_once()
-    week.judge("failure")
+    week.label("failure")
     week.learner.kill()
     week.learner = week.start("ratchet learner")  # the arm does not wait for it
     week.try_once()
     assert week.review is not None
     week.review.kill()
     week.open_page()
-    week.judge("success")
+    week.label("success")
     week.try_once()
     week.try_once()
 
-    # The last judgement completes the batch; the arm is in motion when the promoted adapter reaches it.
+    # The last label completes the batch; the arm is in motion when the promoted adapter reaches it.
     motion = week.move()
-    week.judge("failure")
+    week.label("failure")
     first = week.update_and_promotion()
     ticks = week.beside.status["ticks"]
     moved = week.beside.see(lambda s: s["ticks"] > ticks + 20, "motion with it")
@@ -136,12 +136,12 @@ def test_the_week_at_an_arm(week: Told) -> None:
     result = week.beside.answer(motion)["result"]
     assert (result["termination"], result["adapter_id"], result["missed"]) == ("cancelled", first, 0)
     week.named.append(result["episode"])
-    week.judge("success", "success")  # of the adapter before, and of both: neither is learned from
+    week.label("success", "success")  # of the adapter before, and of both: neither is learned from
     week.in_force(first)
 
     # The second round. What is needed dies.
     week.try_once()
-    assert week.say("ratchet ctl judge")[0] == 0
+    assert week.say("ratchet ctl label")[0] == 0
     motion = week.move()
     week.up.kill_child("recorder")
     week.up.kill_child("policy")
@@ -151,14 +151,14 @@ def test_the_week_at_an_arm(week: Told) -> None:
     week.beside.see(lambda s: s["restarts"] == 1, "a new policy process")
     week.in_force(first)
     week.try_once()
-    week.judge("discard", "failure")  # what the recorder left when it died comes first
+    week.label("discard", "failure")  # what the recorder left when it died comes first
     week.the_power_goes()
     week.start_arm()
     week.in_force(first)
     week.try_once()
-    week.judge("discard", "success")
+    week.label("discard", "success")
     week.try_once()
-    week.judge("failure")
+    week.label("failure")
     second = week.update_and_promotion()
     assert len({requested, first, second}) == 3
     assert week.say("ratchet adapters rollback")[0] == 0
@@ -173,7 +173,7 @@ def test_the_week_at_an_arm(week: Told) -> None:
 
 
 def check_the_books(week: Told, first: str, second: str) -> None:
-    """Nothing lost, nothing doubled, nothing learned from that nobody judged."""
+    """Nothing lost, nothing doubled, nothing learned from that nobody labelled."""
     code, told = week.say("ratchet status --learner")
     assert code in (0, 1)
     for words in ("success 2/4 (4 accepted)", "waiting for a person"):

@@ -92,7 +92,7 @@ def test_a_learner_is_not_reached_without_its_keys(
         (["up", "real", "--contract", "robots/nothing.yaml"], "contract.missing_file"),
         (["up", "real", "--contract", "robots/so101.yaml", "--cameras", "front=polaroid:1"], "up.bad_camera"),
         (["up", "real", "--contract", "robots/so101.yaml", "--cameras", "back=uvc:0"], "contract.unknown_camera"),
-        (["up", "real", "--contract", "robots/so101.yaml", "--joy", "x=0"], "up.no_person"),
+        (["up", "real", "--contract", "robots/so101.yaml", "--joy", "x=0"], "up.no_operator"),
         (["ctl", "status", "--limit", "0.5"], "ctl.nobody"),
     ],
 )

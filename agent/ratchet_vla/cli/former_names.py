@@ -40,6 +40,15 @@ RENAMINGS: tuple[Renaming, ...] = (
     Renaming(("eval",), "--sight", "--vision-ablation"),
     Renaming(("pretrain",), "--eyes", "--localisation"),
     Renaming(("status",), "--story", "--timeline"),
+    Renaming(("ctl",), "judge", "label"),
+    Renaming(("ctl", "label"), "--person", "--annotator"),
+    Renaming(("episodes",), "judge", "label"),
+    Renaming(("episodes", "label"), "--person", "--annotator"),
+    Renaming(("review",), "--person", "--annotator"),
+    Renaming(("up", "real"), "--person", "--operator"),
+    Renaming(("up", "sim"), "--judge", "--labeller"),
+    Renaming(("calibrate", "drift"), "--person", "--operator"),
+    Renaming(("calibrate", "drift"), "--picture", "--image"),
 )
 
 

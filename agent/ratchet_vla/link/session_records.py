@@ -29,18 +29,18 @@ def session_record(
     return (json.dumps(session_fields) + "\n").encode()
 
 
-def label_record(episode: str, success: bool | None, person: str, note: str = "") -> bytes:
+def label_record(episode: str, success: bool | None, annotator: str, note: str = "") -> bytes:
     """Encode an annotator's label for the learner.
 
     Args:
         episode: SHA-256 of the episode's file.
-        success: what the person saw; None withdraws an earlier label, as when annotators disagree.
-        person: name of the person, not empty.
+        success: what the annotator saw; None withdraws an earlier label, as when annotators disagree.
+        annotator: name, not empty.
 
     Raises:
-        RatchetError: link.no_person without a name: an unnamed label is none.
+        RatchetError: link.no_annotator without a name: an unnamed label is none.
     """
-    if not person.strip():
-        raise RatchetError("link.no_person", "a label needs a person's name", fix="say who watched the episode")
-    source = f"human:{person.strip()}"
+    if not annotator.strip():
+        raise RatchetError("link.no_annotator", "a label needs its annotator's name", fix="say who watched the episode")
+    source = f"human:{annotator.strip()}"
     return (json.dumps({"episode": episode, "success": success, "source": source, "note": note}) + "\n").encode()

@@ -353,7 +353,7 @@ def _frame(moves: list[tuple[Float, Float]], orientation: Float) -> str:
     lengths = np.linalg.norm(commanded, axis=1, keepdims=True)
 
     def misfit(expected: Float) -> float:
-        # Sign and scale are judged per dimension, so only the line along which each went counts here.
+        # Sign and scale are checked per dimension, so only the line along which each went counts here.
         cosine = np.abs((expected * measured).sum(1)) / (lengths[:, 0] * np.linalg.norm(measured, axis=1) + 1e-12)
         return float(1 - cosine.min())
 

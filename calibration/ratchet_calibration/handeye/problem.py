@@ -1,7 +1,7 @@
 """Bundle adjustment of hand-eye calibration: camera, board and the robot's own pose errors, over pixels.
 
 Knows the chain camera <- flange <- base <- board (or its mirror image), its derivatives, and a damped Gauss-Newton
-method that eliminates each view's pose error. Judges no input; estimate.py refuses bad ones before it calls this.
+method that eliminates each view's pose error. Checks no input; estimate.py refuses bad ones before it calls this.
 
     eye in hand:  camera_T_board = X^-1 (G d)^-1 Y    X: flange_T_camera, Y: base_T_board
     eye to hand:  camera_T_board = X^-1 (G d)    Y    X: base_T_camera,   Y: flange_T_board

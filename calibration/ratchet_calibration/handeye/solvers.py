@@ -1,6 +1,6 @@
 """OpenCV's hand-eye solvers over the same views; the best of their answers is the first guess.
 
-Knows OpenCV's conventions. Judges by the reprojection error; refines nothing.
+Knows OpenCV's conventions. Chooses by the reprojection error; refines nothing.
 """
 
 from __future__ import annotations

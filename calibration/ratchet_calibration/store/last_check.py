@@ -29,7 +29,7 @@ class Check:
     Attributes:
         date: ISO 8601, UTC.
         moved: beyond the threshold.
-        override, person: why it may run all the same, and who says so.
+        override, person: why it may run all the same, and the operator who says so.
         measured: numbers of the comparison.
     """
 
@@ -93,7 +93,7 @@ def require(
                 "session.camera_moved",
                 "the camera is not where it was calibrated",
                 where=camera.name,
-                fix=f"put it back or calibrate again; or {drift_command} --override REASON --person NAME",
+                fix=f"put it back or calibrate again; or {drift_command} --override REASON --operator NAME",
             )
         checks[camera.name] = asdict(check)
     return checks

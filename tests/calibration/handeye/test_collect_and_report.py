@@ -170,10 +170,10 @@ def test_the_page_is_whole_and_for_everybody() -> None:
     ids=str,
 )
 def test_a_bad_calibration_is_called_so(change: dict[str, object], words: str) -> None:
-    good, verdict = report.judge(calibration(**change))
+    good, assessment = report.assess(calibration(**change))
     assert not good
-    assert words in verdict
-    assert report.judge(calibration())[0]
+    assert words in assessment
+    assert report.assess(calibration())[0]
 
 
 def test_the_stand_in_sees_the_board_where_it_is() -> None:

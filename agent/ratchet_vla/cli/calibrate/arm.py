@@ -116,8 +116,8 @@ class HandEye:
             )
         if self.next_poses:
             out["next"] = self._next(board, before.model, result, poses, found, console)
-        good, verdict = report.judge(stored)
-        console.print(f"{verdict}\ncalibration {stored.id[:12]}, report: {out['report']}", soft_wrap=True)
+        good, assessment = report.assess(stored)
+        console.print(f"{assessment}\ncalibration {stored.id[:12]}, report: {out['report']}", soft_wrap=True)
         if self.json:
             print(json.dumps(out | report.as_dict(None, result)))
         return 0 if good else 1

@@ -139,7 +139,7 @@ class Intrinsics:
         if self.json:
             page = self.store / stored.id / "report.html"
             print(json.dumps({"id": stored.id, "report": str(page), "refused": refused} | report.as_dict(result, None)))
-        return 0 if report.judge(stored)[0] else 1
+        return 0 if report.assess(stored)[0] else 1
 
 
 @dataclass
@@ -293,11 +293,11 @@ def read_views(
     """Every usable picture of a folder, why the others are not, and all files as they are.
 
     Raises:
-        RatchetError: calibration.no_pictures; and the commonest reason where no picture is usable.
+        RatchetError: calibration.no_images; and the commonest reason where no picture is usable.
     """
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES) if folder.is_dir() else []
     if not files:
-        raise RatchetError("calibration.no_pictures", "no pictures there", where=str(folder), fix="name the folder")
+        raise RatchetError("calibration.no_images", "no pictures there", where=str(folder), fix="name the folder")
     found: list[Detection] = []
     refused: dict[str, str] = {}
     encoded: dict[str, bytes] = {}
@@ -336,4 +336,4 @@ def show_lens(
         console.print(f"left out {name}: {why}", markup=False, highlight=False, soft_wrap=True)
     for warning in result.warnings:
         console.print(f"better next time: {warning}", highlight=False)
-    console.print(report.judge(calibration)[1])
+    console.print(report.assess(calibration)[1])

@@ -45,7 +45,7 @@ class Drift:
     """Id of the calibration, its beginning, or the camera's name for its newest."""
     store: Path = Path("calibrations")
     """Folder of calibrations."""
-    picture: Path | None = None
+    image: Path | None = None
     """Present view as a file; otherwise the camera is asked."""
     device: Kind = "uvc"
     """Kind of camera."""
@@ -56,8 +56,8 @@ class Drift:
     out: Path = Path("drift.png")
     """Where the picture of the difference goes."""
     override: str = ""
-    """Reason to run although the camera has moved; recorded with --person."""
-    person: str = ""
+    """Reason to run although the camera has moved; recorded with --operator."""
+    operator: str = ""
     """Who overrides."""
     json: bool = False
     """Print JSON."""
@@ -67,8 +67,8 @@ class Drift:
         store = CalibrationStore(self.store)
         calibration = store.load(store.resolve(self.calibration))
         folder = self.store / calibration.id
-        if self.override and not self.person.strip():
-            raise RatchetError("drift.no_person", "an override needs a person", fix="give --person NAME")
+        if self.override and not self.operator.strip():
+            raise RatchetError("drift.no_operator", "an override needs an operator", fix="give --operator NAME")
         current = self._view(calibration)
         if self.remember:
             cv2.imwrite(str(folder / REFERENCE), current[..., ::-1])
@@ -94,12 +94,12 @@ class Drift:
         if found.moved:
             cv2.imwrite(str(self.out), drift.picture(reference, current, found)[..., ::-1])
             result["picture"] = str(self.out)
-        check = Check(common.now(), found.moved, self.override if found.moved else "", self.person, result)
+        check = Check(common.now(), found.moved, self.override if found.moved else "", self.operator, result)
         last_check.write(self.store, calibration.id, check)
         if found.moved and self.override:
             with (folder / OVERRIDES).open("a") as file:
                 file.write(json.dumps(asdict(check)) + "\n")
-            console.print(f"moved; {self.person} overrides: {self.override}", markup=False)
+            console.print(f"moved; {self.operator} overrides: {self.override}", markup=False)
         if self.json:
             print(json.dumps(result))
         if found.moved and not self.override:
@@ -114,8 +114,8 @@ class Drift:
         return 0
 
     def _view(self, calibration: Calibration) -> NDArray[np.uint8]:
-        if self.picture is not None:
-            return read(self.picture)
+        if self.image is not None:
+            return read(self.image)
         spec = CameraSpec(calibration.camera, calibration.model.width, calibration.model.height)
         source = self.source or calibration.camera_serial
         camera = NewestFrame(open_device(self.device, source, spec, 30.0), calibration.camera)

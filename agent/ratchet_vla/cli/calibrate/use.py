@@ -36,14 +36,14 @@ class Use:
         store = CalibrationStore(self.store)
         calibration = store.load(store.resolve(self.calibration))
         before, after = tie(self.contract, calibration)
-        good, verdict = report.judge(calibration)
+        good, assessment = report.assess(calibration)
         if self.json:
             facts = {"calibration": calibration.id, "camera": calibration.camera, "good": good}
             print(json.dumps(facts | {"contract": str(self.contract), "before": before.id, "after": after.id}))
             return 0
         console = Console(soft_wrap=True)
         if not good:
-            console.print(verdict, style="yellow", markup=False)
+            console.print(assessment, style="yellow", markup=False)
         console.print(
             f"{self.contract}: camera '{calibration.camera}' is tied to {calibration.id[:12]}; "
             f"the contract's id was {before.id[:12]} and is {after.id[:12]}",

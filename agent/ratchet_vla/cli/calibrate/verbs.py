@@ -67,10 +67,10 @@ class ListCalibrations:
             print(json.dumps([{"id": c.id} | c.to_dict() for c in found]))
             return 0
         table = Table()
-        for column in ("id", "camera", "date", "size", "held-out px", "mounting", "verdict"):
+        for column in ("id", "camera", "date", "size", "held-out px", "mounting", "assessment"):
             table.add_column(column)
         for c in found:
-            good, _ = report.judge(c)
+            good, _ = report.assess(c)
             mounting = c.mount.mounting if c.mount else "intrinsics only"
             size = f"{c.model.width}x{c.model.height}"
             table.add_row(c.id[:12], c.camera, c.date[:16], size, f"{c.held_out_rms:.3f}", mounting,
@@ -124,8 +124,8 @@ class Report:
         c = store.load(identity)
         if not page.is_file():
             page.write_text(report.write(c))
-        good, verdict = report.judge(c)
-        Console(soft_wrap=True).print(f"{verdict}\n{page}", highlight=False)
+        good, assessment = report.assess(c)
+        Console(soft_wrap=True).print(f"{assessment}\n{page}", highlight=False)
         return 0 if good else 1
 
 
@@ -149,7 +149,7 @@ class Calibrate:
 
         ratchet calibrate use front --contract robots/so101.yaml
 
-        ratchet calibrate drift front --picture now.png
+        ratchet calibrate drift front --image now.png
 
         ratchet calibrate list
     """

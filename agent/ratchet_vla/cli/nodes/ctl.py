@@ -92,7 +92,7 @@ class Params(_Common):
 class Run(_Common):
     """Run one task and wait for its end; interrupt to cancel it.
 
-    Exit status 0 where it was solved or nobody judged it, 1 where it was not.
+    Exit status 0 where it was solved or nobody labelled it, 1 where it was not.
     """
 
     task: Annotated[str, tyro.conf.Positional] = ""
@@ -139,12 +139,12 @@ class Adapters(_Common):
 
 
 @dataclass
-class Judge(_Common):
+class Label(_Common):
     """Say how a recorded episode went; kept in the episode store with your name, and never overwritten."""
 
-    verdict: Annotated[Literal["success", "failure", "discard"], tyro.conf.Positional] = tyro.MISSING
+    label: Annotated[Literal["success", "failure", "discard"], tyro.conf.Positional] = tyro.MISSING
     """discard: not to be used."""
-    person: str = ""
+    annotator: str = ""
     """Your name."""
     episode: str = ""
     """Id, a unique beginning of one, or name; the one that ended last if absent."""
@@ -152,8 +152,9 @@ class Judge(_Common):
     """Kept with it."""
 
     def run(self) -> int:
-        names = ("verdict", "person", "episode", "note")
-        return self._show(self._ask("judge", **{n: getattr(self, n) for n in names}))
+        # The nodes' side of an earlier release knows the request under these words.
+        request = {"verdict": self.label, "person": self.annotator, "episode": self.episode, "note": self.note}
+        return self._show(self._ask("judge", **request))
 
 
 @dataclass
@@ -171,11 +172,11 @@ class Stop(_Common):
 class Clear(_Common):
     """Declare the cause of a latched fault removed."""
 
-    person: Annotated[str, tyro.conf.Positional] = ""
+    operator: Annotated[str, tyro.conf.Positional] = ""
     """Your name; stored with the event."""
 
     def run(self) -> int:
-        return self._show(self._ask("clear", person=self.person))
+        return self._show(self._ask("clear", person=self.operator))
 
 
 @dataclass
@@ -193,7 +194,7 @@ class Reset(_Common):
 
 @dataclass
 class Ctl:
-    """Talk to running nodes: lifecycle, parameters, tasks, judging, adapters, stop.
+    """Talk to running nodes: lifecycle, parameters, tasks, labels, adapters, stop.
 
     Commands to copy:
 
@@ -201,7 +202,7 @@ class Ctl:
 
         ratchet ctl run door-open --instruction "open the door"
 
-        ratchet ctl judge success --person Ada
+        ratchet ctl label success --annotator Ada
 
         ratchet ctl swap active
 
@@ -213,7 +214,7 @@ class Ctl:
         | Annotated[Run, tyro.conf.subcommand("run")]
         | Annotated[Swap, tyro.conf.subcommand("swap")]
         | Annotated[Adapters, tyro.conf.subcommand("adapters")]
-        | Annotated[Judge, tyro.conf.subcommand("judge")]
+        | Annotated[Label, tyro.conf.subcommand("label")]
         | Annotated[Stop, tyro.conf.subcommand("stop")]
         | Annotated[Clear, tyro.conf.subcommand("clear")]
         | Annotated[Reset, tyro.conf.subcommand("reset")]

@@ -184,7 +184,7 @@ class Sim(_Shared):
     """Simulated seconds per real second."""
     lock_step: bool = False
     """Time stands still while the policy thinks."""
-    judge: Literal["scene", "operator", "none"] = "scene"
+    labeller: Literal["scene", "operator", "none"] = "scene"
     """Who says that a task is solved: the scene's own predicate, a person's buttons, or nobody until a review."""
 
     def run(self) -> int:
@@ -204,7 +204,7 @@ class Sim(_Shared):
             [
                 NodeSpec("sim_robot_node", "sim_robot_node", scene),
                 NodeSpec("safety_node", "safety_node", {"contract": ros.absolute(contract), **timed}),
-                self._policy(contract, judge=self.judge, **timed),
+                self._policy(contract, judge=self.labeller, **timed),
             ]
         )
 
@@ -228,8 +228,8 @@ class Real(_Shared):
     """Cameras that we open: name=realsense:SERIAL, name=uvc:/dev/video0, name=recorded:FILE."""
     joy: list[str] = field(default_factory=list)
     """Intervention by gamepad: dimension=axis pairs; the joy driver runs already."""
-    person: str = ""
-    """Who holds the gamepad and judges with it; needed with --joy."""
+    operator: str = ""
+    """Who holds the gamepad and labels with it; needed with --joy."""
     resume: Literal["automatic", "manual"] = "manual"
     """After a hold: go on by itself, or wait for a person."""
     dead_man: bool = False
@@ -241,8 +241,8 @@ class Real(_Shared):
         loaded = RobotContract.load(self.contract)
         checks = last_check.require(self.calibrations, loaded)
         path = ros.absolute(self.contract)
-        if self.joy and not self.person.strip():
-            raise RatchetError("up.no_person", "whoever holds the gamepad judges with it", fix="--person NAME")
+        if self.joy and not self.operator.strip():
+            raise RatchetError("up.no_operator", "whoever holds the gamepad labels with it", fix="--operator NAME")
         specs = [_camera(loaded, path, line) for line in self.cameras]
         ids = [f"{c.name}={c.calibration_id}" for c in loaded.cameras if c.calibration_id]
         tied = {"calibrations": ids} if ids else {}  # an empty list has no type on the way to a node
@@ -250,7 +250,7 @@ class Real(_Shared):
         specs.append(NodeSpec("safety_node", "safety_node", {"contract": path, **safe}))
         specs.append(self._policy(self.contract, checks=json.dumps(checks), **tied, **safe))
         if self.joy:
-            joy = {"contract": path, "axes": self.joy, "person": self.person}
+            joy = {"contract": path, "axes": self.joy, "person": self.operator}
             specs.append(NodeSpec("teleop_node", "teleop_node", joy, vital=False))
         return self._up(specs)
 

@@ -29,10 +29,10 @@ class SyncAgent(remote.LearnerOptions):
 
         ratchet sync --robot runs/robot --learner tcp://192.0.2.7:5544
 
-        ratchet review --store runs/robot/episodes        (in another terminal: only what a person judged is sent)
+        ratchet review --store runs/robot/episodes        (in another terminal: only what a person labelled is sent)
 
-    `ratchet up --learner` and `ratchet run --learner` start one by themselves; alone it sends what is judged while the
-    robot is off. Holds no model and touches no robot: what runs the arm follows the store's tag `active`. Works on
+    `ratchet up --learner` and `ratchet run --learner` start one by themselves; alone it sends what is labelled while
+    the robot is off. Holds no model and touches no robot: what runs the arm follows the store's tag `active`. Works on
     without the learner; killed at any moment, the same command goes on.
     """
 

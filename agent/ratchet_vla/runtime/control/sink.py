@@ -54,7 +54,8 @@ class TickSink(Protocol):
     def outcome(self, outcome: ChunkOutcome) -> None: ...
 
     def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
-        """The episode ended. reason: a `loop.Termination` value. success, source: as in `Episode`; None if unjudged."""
+        """The episode ended. reason: a `loop.Termination` value. success, source: as in `Episode`; None if nobody
+        labelled it."""
         ...
 
 

@@ -114,19 +114,21 @@ class SafetyFilter:
         """A person lets motion go on after a hold (where `SafetyConfig.resume` is "manual")."""
         self._resume_asked = True
 
-    def clear(self, person: str) -> SafetyEvent:
+    def clear(self, operator: str) -> SafetyEvent:
         """A person declares a latched fault removed; the state becomes idle and `start` is possible again.
 
         Raises:
-            RatchetError: safety.no_person without a name, safety.not_latched, safety.e_stop while it is pressed.
+            RatchetError: safety.no_operator without a name, safety.not_latched, safety.e_stop while it is pressed.
         """
-        if not person.strip():
-            raise RatchetError("safety.no_person", "a latched fault is cleared by a named person", fix="give a name")
+        if not operator.strip():
+            raise RatchetError(
+                "safety.no_operator", "a latched fault is cleared by a named operator", fix="give a name"
+            )
         if self._e_stop:
             raise RatchetError("safety.e_stop", "the e-stop is pressed", fix="release it, then clear")
         if self._state is not SafetyState.LATCHED:
             raise RatchetError("safety.not_latched", f"nothing is latched, state is {self._state.value}")
-        event = SafetyEvent(self._pacer.now, "safety.cleared", f"{self._cause} cleared by {person.strip()}")
+        event = SafetyEvent(self._pacer.now, "safety.cleared", f"{self._cause} cleared by {operator.strip()}")
         self._state, self._cause = SafetyState.IDLE, ""
         self._pending.clear()
         return event

@@ -124,7 +124,7 @@ def _arm(folder: Path, contract: RobotContract) -> Iterator[SessionController]:
 
 def _sessions(tmp_path: Path, controller: SessionController, shown: Path, store: list[str]) -> None:
     start = ["session", "start", "--robot", "robot", "--contract", "contract.yaml", "--calibrations", store[1]]
-    drift = ["calibrate", "drift", "front", *store, "--picture"]
+    drift = ["calibrate", "drift", "front", *store, "--image"]
     then, now = str(shown / "hand" / "000.png"), str(shown / "hand" / "001.png")
 
     def checks() -> Mapping[str, Any]:
@@ -138,7 +138,7 @@ def _sessions(tmp_path: Path, controller: SessionController, shown: Path, store:
     assert main(start) == 2
     assert controller.id == ""
     assert main([*drift, now, "--override", "on purpose"]) == 2  # nobody takes responsibility
-    assert main([*drift, now, "--override", "on purpose", "--person", "Ada"]) == 0
+    assert main([*drift, now, "--override", "on purpose", "--operator", "Ada"]) == 0
     assert main(start) == 0
     assert (checks()["override"], checks()["person"]) == ("on purpose", "Ada")
     assert main(["session", "stop", "--robot", "robot"]) == 0
@@ -188,7 +188,7 @@ def test_a_board_is_printed_with_its_description(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "arguments", "code"),
     [
-        ("", ["intrinsics", "nowhere", "--camera", "front"], "calibration.no_pictures"),
+        ("", ["intrinsics", "nowhere", "--camera", "front"], "calibration.no_images"),
         ("", ["intrinsics", "lens", "--camera", "front", "--board", "none.json"], "calibration.no_description"),
         ("board", ["intrinsics", "lens", "--camera", "front"], "calibration.bad_board"),
         ("other board", ["intrinsics", "lens", "--camera", "front"], "calibration.wrong_board"),

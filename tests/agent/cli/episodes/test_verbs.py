@@ -73,11 +73,11 @@ def test_half_blocks_show_the_pixels() -> None:
 
 def test_judge(store: EpisodeStore, capsys: pytest.CaptureFixture[str]) -> None:
     ids = list(store.cards())
-    words = ["episodes", "judge", "failure", ids[1], ids[2][:8], "--person", "Ada", "--store", store.root]
+    words = ["episodes", "label", "failure", ids[1], ids[2][:8], "--annotator", "Ada", "--store", store.root]
     assert run(capsys, *words)[0] == 0
     annotations = Annotations(store)
     assert [annotations.status(i).success for i in ids] == [True, False, False]
-    assert run(capsys, "episodes", "judge", "success", ids[1], "--person", " ", "--store", store.root)[0] == 2
+    assert run(capsys, "episodes", "label", "success", ids[1], "--annotator", " ", "--store", store.root)[0] == 2
     assert len(annotations.labels(ids[1])) == 1
 
 
@@ -121,7 +121,7 @@ def test_export_and_import(store: EpisodeStore, tmp_path: Path, capsys: pytest.C
 
 def test_gc_shows_before_it_deletes(store: EpisodeStore, capsys: pytest.CaptureFixture[str]) -> None:
     ids = list(store.cards())
-    Annotations(store).judge(ids[1], "discard", "ada")
+    Annotations(store).annotate(ids[1], "discard", "ada")
     _, told = run(capsys, "episodes", "gc", "--store", store.root, "--json")
     assert json.loads(told)["removed"] == [], "it is not old enough"
     os.utime(store.path(ids[1]), (0, 0))
@@ -142,8 +142,8 @@ def test_judging_in_the_terminal(
 ) -> None:
     answers = iter(["r", "f slipped at the end", "n"])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
-    code, text = run(capsys, "review", "--terminal", "--person", "Ada", "--store", store.root, "--columns", 16)
-    assert (code, "1 judged" in text) == (0, True)
+    code, text = run(capsys, "review", "--terminal", "--annotator", "Ada", "--store", store.root, "--columns", 16)
+    assert (code, "1 labelled" in text) == (0, True)
     _, second, third = store.cards()
     (label,) = Annotations(store).labels(second)
     assert (label.value, label.note, label.viewed.via, label.viewed.share) == (

@@ -159,8 +159,8 @@ def test_decisions_alone_are_exported_at_their_own_rate(tmp_path: Path) -> None:
 
 
 def test_only_verified_episodes_leave(tmp_path: Path) -> None:
-    unjudged = dataclasses.replace(controlled(0), success=None, success_source="")
-    annotations = store_of(tmp_path / "store", [unjudged, controlled(1)])
+    unlabelled = dataclasses.replace(controlled(0), success=None, success_source="")
+    annotations = store_of(tmp_path / "store", [unlabelled, controlled(1)])
     first, second = annotations.store.cards()
     assert export_hdf5(annotations, tmp_path / "a.hdf5").episodes == 1
     with pytest.raises(RatchetError, match=r"export\.not_verified"):

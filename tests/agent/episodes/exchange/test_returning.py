@@ -2,7 +2,7 @@
 
 Pinned, for every shipped contract and both formats, per control step, per decision, and where LeRobot cannot say how
 many decisions a second there are: states, actions, chunks, marks, times and rewards come back to the bit, frames to the
-bit (HDF5) or near (video), with task, adapter, calibrations and what was judged as a claim; through the command, with
+bit (HDF5) or near (video), with task, adapter, calibrations and what was labelled as a claim; through the command, with
 no contract named. Deterministic: seeded episodes.
 """
 
@@ -128,7 +128,7 @@ def test_own_exports_come_back_equal(
             info = back.open(theirs.id).info
             assert (info.seed, info.initial_state) == (annotations.store.open(mine.id).info.seed, 3)
             assert info.calibrations == annotations.store.open(mine.id).info.calibrations
-            # Nobody here has judged it yet; the claim is what a reader is shown first.
+            # Nobody here has labelled it yet; the claim is what a reader is shown first.
             assert Annotations(back).status(theirs.id).state == "unjudged"
             proposal = Annotations(back).proposal(theirs)
             assert proposal is not None

@@ -145,21 +145,21 @@ def test_a_proposal_is_no_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "verdict", "person", "code"),
+    ("reference", "value", "annotator", "code"),
     [
         ("0000", "success", "ada", "episode.unknown"),
-        (None, "maybe", "ada", "episode.bad_verdict"),
-        (None, "success", "  ", "episode.no_person"),
-        (None, "success", "human:ada", "episode.no_person"),
+        (None, "maybe", "ada", "episode.unknown_label"),
+        (None, "success", "  ", "episode.no_annotator"),
+        (None, "success", "human:ada", "episode.no_annotator"),
     ],
 )
 def test_refused_judgements_leave_no_entry(
-    tmp_path: Path, reference: str | None, verdict: str, person: str, code: str
+    tmp_path: Path, reference: str | None, value: str, annotator: str, code: str
 ) -> None:
     annotations, (one,) = store_of(tmp_path, None)
     before = annotations.store.index.head
     with pytest.raises(RatchetError) as refused:
-        annotations.annotate(reference or one, verdict, person)
+        annotations.annotate(reference or one, value, annotator)
     assert refused.value.code == code
     assert annotations.store.index.head == before
 
@@ -172,7 +172,7 @@ def test_readers_at_the_same_time_never_overwrite_each_other(tmp_path: Path) -> 
         mine = Annotations(EpisodeStore(tmp_path))
         barrier.wait()
         for one in ids:
-            mine.judge(one, "success", name)
+            mine.annotate(one, "success", name)
 
     threads = [threading.Thread(target=read, args=(f"reader {i}",)) for i in range(4)]
     for thread in threads:

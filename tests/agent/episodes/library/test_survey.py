@@ -31,8 +31,8 @@ VERBS = [
     ["episodes", "export", "out", "--store"],
     ["episodes", "show", "abcd", "--store"],
     ["episodes", "play", "abcd", "--store"],
-    ["episodes", "judge", "success", "abcd", "--person", "Ada", "--store"],
-    ["review", "--terminal", "--person", "Ada", "--store"],
+    ["episodes", "label", "success", "abcd", "--annotator", "Ada", "--store"],
+    ["review", "--terminal", "--annotator", "Ada", "--store"],
     ["sync", "--plain", "--episodes"],
 ]
 

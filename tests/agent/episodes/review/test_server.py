@@ -1,6 +1,6 @@
 """The review page stands between a wrong label and the learner, and beside a robot on a network: both sides are held.
 
-Pinned: no request without the token, none under a foreign host name; each reader gets what they have not judged, two
+Pinned: no request without the token, none under a foreign host name; each reader gets what they have not labelled, two
 readers at once get different ones; a second reader does not see the first one's opinion; what was watched is stored;
 refusals carry their codes; frames and plots are those of the recording; the page needs nothing from elsewhere.
 Deterministic: the server is called in this process, without a network.
@@ -99,14 +99,14 @@ def test_one_after_the_other_until_none_is_left(start: Start) -> None:
     assert (label.annotator, label.note, label.viewed.share, label.viewed.seconds) == ("ada", "slipped", 0.75, 3.5)
     assert (label.viewed.via, label.viewed.cameras) == ("page", ("agentview", "wrist"))
     everything = client.get("/api/next", params={"person": "ada", "state": "verified"}).json()
-    assert everything == {"episode": ids[2], "left": 1}, "what the simulator judged can be watched too"
+    assert everything == {"episode": ids[2], "left": 1}, "what the simulator labelled can be watched too"
 
 
 def test_two_readers_are_given_different_episodes(start: Start) -> None:
     client, _, ids = start(None, None)
 
-    def given(person: str) -> str:
-        return str(client.get("/api/next", params={"person": person}).json()["episode"])
+    def given(annotator: str) -> str:
+        return str(client.get("/api/next", params={"person": annotator}).json()["episode"])
 
     assert [given("ada"), given("bob"), given("ada"), given("bob")] == [ids[0], ids[1], ids[0], ids[1]]
     assert given("cleo") in ids, "rather the same one than none"
@@ -159,8 +159,8 @@ def test_refusals_carry_their_codes(start: Start) -> None:
     client, annotations, (one,) = start(None)
     before = annotations.store.index.head
     for path, body, status, code in (
-        (one, {"person": "", "verdict": "success"}, 409, "episode.no_person"),
-        (one, {"person": "ada", "verdict": "maybe"}, 409, "episode.bad_verdict"),
+        (one, {"person": "", "verdict": "success"}, 409, "episode.no_annotator"),
+        (one, {"person": "ada", "verdict": "maybe"}, 409, "episode.unknown_label"),
         ("feed", {"person": "ada", "verdict": "success"}, 404, "episode.unknown"),
     ):
         answer = client.post(f"/api/episodes/{path}/label", json=body)

@@ -269,7 +269,7 @@ def test_a_label_that_is_no_persons_changes_nothing(tmp_path: Path) -> None:
     ):
         bench.put(raw, "label", f"l{n}")
     assert bench.settle().counts()["waiting"] == 6
-    with pytest.raises(RatchetError, match=r"link\.no_person"):
+    with pytest.raises(RatchetError, match=r"link\.no_annotator"):
         label_record(sha, True, " ")
     bench.close()
 

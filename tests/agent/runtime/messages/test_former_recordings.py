@@ -1,8 +1,8 @@
 """Recordings that people already have must not be lost with the recorder that made them.
 
 Pinned: a file that the nodes' former recorder really wrote (tests/golden/node_recording) becomes an episode: frames bit
-by bit, what was sampled, what the command filter applied, both people's verdicts; a second time changes nothing; a file
-that was cut off before its first block, a verdict on another file and a torn verdict are passed over by name.
+by bit, what was sampled, what the command filter applied, both people's labels; a second time changes nothing; a file
+that was cut off before its first block, a label on another file and a torn label are passed over by name.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def test_what_does_not_belong_is_passed_over(tmp_path: Path) -> None:
     done = import_recordings(folder, store)
     assert (done.cards, done.labels) == ([], 0)
     codes = [error.code for _, error in done.passed]
-    assert codes == ["import.empty_recording", *["import.other_recording"] * 2, *["import.bad_verdict"] * 2]
+    assert codes == ["import.empty_recording", *["import.other_recording"] * 2, *["import.bad_label"] * 2]
 
 
-def test_a_verdict_on_another_file_is_nobodys(tmp_path: Path) -> None:
+def test_a_label_on_another_file_is_nobodys(tmp_path: Path) -> None:
     whole = bytearray((MADE / f"{NAME}.mcap").read_bytes())
     (tmp_path / f"{NAME}.mcap").write_bytes(whole + b"\0")
     shutil.copy(MADE / "verdicts.jsonl", tmp_path)

@@ -71,7 +71,7 @@ def test_a_fault_stops_and_stays_stopped_until_a_person_clears_it(code: str) -> 
     assert all(rig.tick().command is None for _ in range(5))
     with pytest.raises(RatchetError, match=r"safety\.latched"):
         rig.stage.start(state_at(CONTRACT, rig.place), rig.now)
-    with pytest.raises(RatchetError, match=r"safety\.no_person"):
+    with pytest.raises(RatchetError, match=r"safety\.no_operator"):
         rig.stage.clear("  ")
     assert "by Ada" in rig.stage.clear("Ada").message
     assert rig.tick().command is None  # idle: cleared is not started

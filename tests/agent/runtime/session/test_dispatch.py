@@ -1,6 +1,6 @@
-"""Only what people have verified leaves the robot, with the verdict that holds, once.
+"""Only what people have verified leaves the robot, with the label that holds, once.
 
-Pinned: unjudged, discarded and deployed episodes stay; a verdict that changes or is disputed is told and taken back; a
+Pinned: unlabelled, discarded and deployed episodes stay; a label that changes or is disputed is told and taken back; a
 session's end comes after its episodes; a killed process sends nothing twice. Deterministic: files only, no sockets.
 """
 
@@ -63,28 +63,28 @@ def place(tmp_path: Path) -> Place:
 
 
 def test_only_verified_episodes_for_learning_leave(place: Place) -> None:
-    judged, unjudged, thrown = place.record(1), place.record(2), place.record(3)
+    labelled, unlabelled, thrown = place.record(1), place.record(2), place.record(3)
     place.record(4, mode="deploy", simulator=True)
     simulated = place.record(5, simulator=True)
-    place.annotations.annotate(judged, "success", "anna")
+    place.annotations.annotate(labelled, "success", "anna")
     place.annotations.annotate(thrown, "discard", "anna")
     assert place.dispatcher.look() == 3
     keys = {i.key for i in place.outbox.waiting()}
-    assert keys == {f"episode/{judged}", f"label/{judged}/1", f"episode/{simulated}"}
-    assert place.labels() == [{"episode": judged, "success": True, "source": "human:anna"}]
-    [item] = [i for i in place.outbox.waiting() if i.key == f"episode/{judged}"]
-    assert item.sha == judged
-    assert place.store.path(judged).is_file()
+    assert keys == {f"episode/{labelled}", f"label/{labelled}/1", f"episode/{simulated}"}
+    assert place.labels() == [{"episode": labelled, "success": True, "source": "human:anna"}]
+    [item] = [i for i in place.outbox.waiting() if i.key == f"episode/{labelled}"]
+    assert item.sha == labelled
+    assert place.store.path(labelled).is_file()
     assert place.dispatcher.look() == 0
-    place.annotations.annotate(unjudged, "failure", "anna")
+    place.annotations.annotate(unlabelled, "failure", "anna")
     assert place.dispatcher.look() == 2
     place.outbox.close()
 
 
-def test_a_verdict_that_changes_is_told_and_a_dispute_takes_it_back(place: Place) -> None:
+def test_a_label_that_changes_is_told_and_a_dispute_takes_it_back(place: Place) -> None:
     one = place.record(1)
-    for verdict, person in (("success", "anna"), ("failure", "bob"), ("failure", "anna"), ("success", "anna")):
-        place.annotations.annotate(one, verdict, person)
+    for value, annotator in (("success", "anna"), ("failure", "bob"), ("failure", "anna"), ("success", "anna")):
+        place.annotations.annotate(one, value, annotator)
         place.dispatcher.look()
         place.kill()
     said = [(label["success"], label["source"]) for label in place.labels()]

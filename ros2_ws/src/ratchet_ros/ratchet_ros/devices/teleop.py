@@ -26,7 +26,7 @@ from ratchet_vla.errors import RatchetError
 @dataclass(frozen=True)
 class Parameters:
     contract: str = parameter("", "Path of the robot contract (YAML).")
-    person: str = parameter("", "Who holds the device; stored with judgements.")
+    person: str = parameter("", "Who holds the device; stored with labels.")
     axes: list[str] = parameter([], "dimension=axis pairs, such as dx=1, dy=-0; a minus turns the axis round.")  # noqa: RUF009
     speed: float = parameter(0.5, "Share of the dimension's range at full deflection.", low=0.01, high=1.0, live=True)
     deadband: float = parameter(0.08, "Deflection below which an axis counts as centred.", low=0.0, high=0.9, live=True)

@@ -120,10 +120,10 @@ class CommandFilter:
         self.safety.fail(code, message)
         self._wake()
 
-    def clear(self, person: str) -> SafetyEvent:
+    def clear(self, operator: str) -> SafetyEvent:
         """A person clears a latched fault; done between two steps. Raises what SafetyFilter.clear raises."""
         with self._changed:
-            event = self.safety.clear(person)
+            event = self.safety.clear(operator)
             self._queue.clear()
         self._told(event)
         return event

@@ -223,10 +223,10 @@ def adapters(control: Control, request: dict[str, Any]) -> Any:
     ]
 
 
-def judge(control: Control, request: dict[str, Any]) -> Any:
-    label = {"failure": 0, "success": 1, "discard": 2}[request["verdict"]]
+def label(control: Control, request: dict[str, Any]) -> Any:
+    value = {"failure": 0, "success": 1, "discard": 2}[request["verdict"]]
     ask = srv.VerifyEpisode.Request(
-        episode=request["episode"], label=label, person=request["person"], note=request["note"]
+        episode=request["episode"], label=value, person=request["person"], note=request["note"]
     )
     control.checked(control.call(srv.VerifyEpisode, "policy_node/verify", ask, 60.0))
     return {"episode": request["episode"] or "the last", "verdict": request["verdict"], "person": request["person"]}
@@ -238,7 +238,7 @@ def stop(control: Control, request: dict[str, Any]) -> Any:
 
 
 def clear(control: Control, request: dict[str, Any]) -> Any:
-    """Both stages of the arm; the last one alone where somebody else than policy_node commands it."""
+    """Both filters of the arm; the command filter alone where somebody else than policy_node commands it."""
     ask = srv.ClearFault.Request(person=request["person"])
     try:
         answer = control.call(srv.ClearFault, "policy_node/clear_fault", ask)
@@ -275,7 +275,7 @@ VERBS: dict[str, Callable[[Control, dict[str, Any]], Any]] = {
     "run": run_task,
     "swap": swap,
     "adapters": adapters,
-    "judge": judge,
+    "judge": label,
     "stop": stop,
     "clear": clear,
     "reset": reset,
