@@ -123,7 +123,7 @@ def make_fatal(suite: str, task: str, contract: RobotContract) -> TaskEnv:
 
 
 class FakeTwoSidedEnv(FakeTaskEnv):
-    """The goal is ahead for even initial states and behind for odd ones; only the picture tells."""
+    """The goal is ahead for even initial states and behind for odd ones; only the image tells."""
 
     def success(self) -> bool:
         return bool(self.position[0] * (1 if self.initial_state % 2 == 0 else -1) > 0.2)

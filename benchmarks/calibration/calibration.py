@@ -2,7 +2,7 @@
 own hand-eye solvers on the same data.
 
 Intrinsics: several cameras (resolutions, lenses, distortion models) photograph a board with blur, noise and uneven
-light; each estimate is held against the camera that made the pictures. Hand-eye: 200 arms, half with the camera in the
+light; each estimate is held against the camera that made the images. Hand-eye: 200 arms, half with the camera in the
 hand and half beside the arm, corners with 0.3 px of noise and robot poses with 0.5 mm and 0.1 degree (deviation per
 axis), three usual cameras in turn; the noise is not told to the estimate. Errors are root mean squares over the trials
 in mm and degrees. A solver of OpenCV gets the poses of the board that least squares finds in every view, as usual.
@@ -70,9 +70,7 @@ ARMS = (
 )  # fmt: skip
 
 
-def of_pictures(
-    camera: CameraModel, distance: tuple[float, float], look: Look, count: int, seed: int
-) -> dict[str, Any]:
+def of_images(camera: CameraModel, distance: tuple[float, float], look: Look, count: int, seed: int) -> dict[str, Any]:
     """Photograph, detect, estimate, compare."""
     generator = np.random.default_rng(seed)
     scene = BoardScene(BOARD, camera)
@@ -189,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     cv2.setNumThreads(1)
     rendered = {}
     for seed, (name, camera, distance, look) in enumerate(RENDERED[:2] if arguments.quick else RENDERED):
-        rendered[name] = of_pictures(camera, distance, look, 40 if arguments.quick else 60, seed)
+        rendered[name] = of_images(camera, distance, look, 40 if arguments.quick else 60, seed)
     table = Table(title="intrinsics from rendered boards")
     for column in ("camera", "focal length off %", "principal point off px", "held-out px", "rms px"):
         table.add_column(column)

@@ -1,6 +1,6 @@
 """Whether a camera that was moved is noticed before a session, and an unmoved one left in peace.
 
-A LIBERO scene seen by its fixed camera at 640 x 480. Reference and present picture are of different initial states (the
+A LIBERO scene seen by its fixed camera at 640 x 480. Reference and present image are of different initial states (the
 objects and the arm are elsewhere), under other light (strength, colour and direction), with sensor noise of two grey
 levels in eight frames that are averaged. In half of the trials the camera was moved in between: by 5 mm in a random
 direction, or by 0.5 degree about a random axis.
@@ -54,7 +54,7 @@ class Scene:
         self.position, self.orientation = model.cam_pos[self.camera].copy(), model.cam_quat[self.camera].copy()
         self.lights = model.light_diffuse.copy(), model.light_dir.copy(), model.vis.headlight.diffuse.copy()
 
-    def picture(self, state: int, generator: np.random.Generator, kind: str, lit: bool) -> NDArray[np.uint8]:
+    def view(self, state: int, generator: np.random.Generator, kind: str, lit: bool) -> NDArray[np.uint8]:
         """kind: "" for the camera where it was, "move" or "turn"."""
         model = self.env.model
         self.env.reset(state)
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one scene, 24 trials")
     parser.add_argument("--seed", type=int, default=0, help="other light, places and moves than those of seed 0")
-    parser.add_argument("--picture", type=Path, help="where to write the picture of one caught move")
+    parser.add_argument("--image", type=Path, help="where to write the image of one caught move")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/drift.json")
     arguments = parser.parse_args(argv)
     console = Console(width=100)
@@ -99,15 +99,15 @@ def main(argv: list[str] | None = None) -> int:
         for trial in track(range(per_scene), f"scene {number + 1}", console=console):
             kind = ("", "move", "", "turn")[trial % 4]
             states = generator.choice(scene.states, 2, replace=False)
-            reference = scene.picture(int(states[0]), generator, "", lit=False)
-            current = scene.picture(int(states[1]), generator, kind, lit=True)
+            reference = scene.view(int(states[0]), generator, "", lit=False)
+            current = scene.view(int(states[1]), generator, kind, lit=True)
             started = time.perf_counter()
             try:
                 found = drift.compare(reference, current)
                 row = {"moved": found.moved, "agreed": found.agreed, "stayed": found.stayed, "code": ""}
-                if found.moved and kind and not shown and arguments.picture:
-                    image = drift.picture(reference, current, found)
-                    cv2.imwrite(str(arguments.picture), image[..., ::-1])
+                if found.moved and kind and not shown and arguments.image:
+                    image = drift.comparison_image(reference, current, found)
+                    cv2.imwrite(str(arguments.image), image[..., ::-1])
                     shown = True
             except RatchetError as error:
                 row = {"moved": True, "agreed": float("nan"), "stayed": float("nan"), "code": error.code}

@@ -37,7 +37,7 @@ from ratchet_vla.records import ActionChunk, ControlTick, Mark, Observation, UIn
 GOAL_MS = 0.2
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH, FPS, HZ, CHUNK = 480, 640, 30.0, 20.0, 8
-PICTURES = 48
+IMAGE_SUFFIXES = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,13 @@ def contract() -> RobotContract:
     return dataclasses.replace(base, cameras=cameras)
 
 
-def pictures(seed: int) -> list[UInt8]:
+def images(seed: int) -> list[UInt8]:
     """A moving scene with texture and sensor noise: about 60 kB each as JPEG, more than a tidy table top."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     ground = 110 + 50 * np.sin(x / 23 + seed) + 40 * np.cos(y / 17) + rng.normal(0, 5, (HEIGHT, WIDTH))
     made = []
-    for i in range(PICTURES):
+    for i in range(IMAGE_SUFFIXES):
         image = np.stack([ground, np.roll(ground, 3 * i, 1), 200 - ground], -1)
         image[100:220, 20 + 8 * i : 140 + 8 * i] = (200, 60, 40)
         made.append(np.clip(image + rng.normal(0, 3, image.shape), 0, 255).astype(np.uint8))
@@ -70,16 +70,16 @@ class Camera(threading.Thread):
 
     def __init__(self, name: str, seed: int) -> None:
         super().__init__(daemon=True)
-        self.camera, self._pictures = name, pictures(seed)
+        self.camera, self._images = name, images(seed)
         self.recorder: Recorder | None = None
-        self.newest = self._pictures[0]
+        self.newest = self._images[0]
         self.delivered, self.late = 0, 0
         self._finished = threading.Event()
 
     def run(self) -> None:
         due = time.monotonic()
         while not self._finished.wait(max(due - time.monotonic(), 0.0)):
-            self.newest = self._pictures[self.delivered % PICTURES]
+            self.newest = self._images[self.delivered % IMAGE_SUFFIXES]
             if self.recorder is not None:
                 self.recorder.frame(self.camera, self.newest, time.monotonic())
             self.delivered += 1

@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="12 episodes instead of 100")
     parser.add_argument("--browser", default=shutil.which("chromium") or shutil.which("google-chrome") or "chromium")
-    parser.add_argument("--screenshots", type=Path, help="folder for pictures of the page")
+    parser.add_argument("--screenshots", type=Path, help="folder for images of the page")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/review.json")
     arguments = parser.parse_args(argv)
     count, unique = (12, 2) if arguments.quick else (100, 5)
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         for thread in others:
             thread.join()
         if arguments.screenshots:
-            _pictures(browser, arguments.screenshots)
+            _images(browser, arguments.screenshots)
     finally:
         browser.close()
         server.terminate()
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if p50 < GOAL and lost == 0 and not faults else 1
 
 
-def _pictures(browser: Browser, folder: Path) -> None:
+def _images(browser: Browser, folder: Path) -> None:
     """The page in the middle of an episode, on a desk and on a phone."""
     browser.ask(
         "(() => { const s = document.getElementById('state'); s.value = ''; s.dispatchEvent(new Event('change')); })()"

@@ -1,7 +1,7 @@
 """Sequential fine-tuning against other methods: success matrices over seeds, the four measures, the three claims.
 
 Runs `ratchet study run` (hours; what is finished is not run again), or `ratchet study evaluate` on what it learned
-(minutes), and keeps every evaluated episode's outcome in the JSON, and pictures beside it.
+(minutes), and keeps every evaluated episode's outcome in the JSON, and images beside it.
 `--quick` trains nothing: it works the table out again from the outcomes that the JSON holds.
 """
 
@@ -151,7 +151,7 @@ def judge(suite: str, trials: list[Trial]) -> bool:
 
 
 def keep(suite: str, folder: Path, output: Path, **what: str) -> list[Trial]:
-    """Write the result file and the pictures of a folder's finished trials; returns them."""
+    """Write the result file and the images of a folder's finished trials; returns them."""
     trials = finished(folder)
     facts = describe_run(f"study on {suite}", f"python -m benchmarks.science.study {suite}", **what)
     result = as_dict(trials, facts)
@@ -165,13 +165,13 @@ def keep(suite: str, folder: Path, output: Path, **what: str) -> list[Trial]:
     result["claims"] = [c.as_dict() for c in claims(trials)]
     output.write_text(json.dumps(result, indent=1) + "\n")
     if suite in GRIDS:
-        pictures = output.parent / output.stem
-        pictures.mkdir(exist_ok=True)
-        (pictures / "forgetting.png").write_bytes(forgetting_curves(trials))
-        (pictures / "learning.png").write_bytes(learning_curves(trials))
+        images = output.parent / output.stem
+        images.mkdir(exist_ok=True)
+        (images / "forgetting.png").write_bytes(forgetting_curves(trials))
+        (images / "learning.png").write_bytes(learning_curves(trials))
         for method in dict.fromkeys(t.method for t in trials):
             name = re.sub("[^a-z0-9_.]+", "_", method)
-            (pictures / f"{name}.png").write_bytes(heat_map([t for t in trials if t.method == method]))
+            (images / f"{name}.png").write_bytes(heat_map([t for t in trials if t.method == method]))
     return trials
 
 

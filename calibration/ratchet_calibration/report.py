@@ -33,17 +33,17 @@ small { color: #616e7c; }
 "not named" }}
 {{ c.robot_serial }}</small></p>
 <h2>The lens</h2>
-<p>A calibrated camera predicts where each corner of the board appears. The table compares prediction and picture,
+<p>A calibrated camera predicts where each corner of the board appears. The table compares prediction and image,
 also
-on pictures that were kept out of the estimate: those are the honest figure.</p>
+on images that were kept out of the estimate: those are the honest figure.</p>
 <table>{% for name, value, meaning in lens %}<tr><td>{{ name }}</td><td>{{ value }}</td><td><small>{{ meaning
 }}</small></td>
 </tr>{% endfor %}</table>
 {% for warning in warnings %}<p>Better next time: {{ warning }}.</p>{% endfor %}
-{% if pictures.coverage %}<figure><img alt="corners per part of the picture" src="{{ pictures.coverage
+{% if images.coverage %}<figure><img alt="corners per part of the image" src="{{ images.coverage
 }}"><figcaption>Where corners were
-seen: white cells are parts of the picture in which the lens is a guess.</figcaption></figure>
-<figure><img alt="residuals" src="{{ pictures.residuals }}"><figcaption>How far each corner was from its prediction.
+seen: white cells are parts of the image in which the lens is a guess.</figcaption></figure>
+<figure><img alt="residuals" src="{{ images.residuals }}"><figcaption>How far each corner was from its prediction.
 A round cloud is
 noise; a ring, or a cloud with arms, means that the distortion model is too simple.</figcaption></figure>{% endif %}
 {% if mount %}<h2>Where the camera is</h2>
@@ -51,7 +51,7 @@ noise; a ring, or a cloud with arms, means that the distortion model is too simp
 <table>{% for name, value, meaning in mount %}<tr><td>{{ name }}</td><td>{{ value }}</td><td><small>{{ meaning
 }}</small></td></tr>
 {% endfor %}</table>{% endif %}
-{% if pictures.poses %}<figure><img alt="pose diversity" src="{{ pictures.poses }}"><figcaption>How the hand was
+{% if images.poses %}<figure><img alt="pose diversity" src="{{ images.poses }}"><figcaption>How the hand was
 turned, and the error that
 each robot pose seems to have. Turns about different axes, 20 degrees and more, are what makes the result
 certain.</figcaption>
@@ -88,11 +88,11 @@ def write(
         meaning = model.model if parameter.startswith("distortion") else "px; ± is two standard deviations"
         lens_rows.append((parameter, f"{value:.6g} ± {2 * deviation:.2g}", meaning))
     is_good, assessment = assess(calibration)
-    pictures: dict[str, str] = {}
+    images: dict[str, str] = {}
     if lens is not None:
-        pictures |= {"coverage": _uri(_coverage(lens)), "residuals": _uri(_residuals(lens))}
+        images |= {"coverage": _uri(_coverage(lens)), "residuals": _uri(_residuals(lens))}
     if hand is not None and len(poses):
-        pictures["poses"] = _uri(_poses(hand, poses))
+        images["poses"] = _uri(_poses(hand, poses))
     solvers = []
     if hand is not None:
         for name, solver_pose in hand.solvers.items():
@@ -108,7 +108,7 @@ def write(
         warnings=lens.warnings if lens else (),
         mount=_mount(calibration),
         mounting=_words(calibration),
-        pictures={"coverage": "", "residuals": "", "poses": ""} | pictures,
+        images={"coverage": "", "residuals": "", "poses": ""} | images,
         rejected=(lens.rejected if lens else {}) | (hand.rejected if hand else {}),
         solvers=solvers,
     )
@@ -119,7 +119,7 @@ def assess(calibration: Calibration) -> tuple[bool, str]:
     problems = []
     # Written as "not below", so that NaN counts as a problem.
     if not calibration.held_out_rms < 0.5:
-        problems.append(f"pictures that the estimate had not seen are off by {calibration.held_out_rms:.2f} px")
+        problems.append(f"images that the estimate had not seen are off by {calibration.held_out_rms:.2f} px")
     mount = calibration.mount
     if mount is not None:
         position_mm = 1e3 * float(np.sqrt(np.trace(np.reshape(mount.covariance, (6, 6))[3:, 3:])))
@@ -129,7 +129,7 @@ def assess(calibration: Calibration) -> tuple[bool, str]:
             problems.append(f"new views put the board {1e3 * mount.held_out_position:.1f} mm elsewhere")
     if problems:
         return False, "Not good enough: " + "; ".join(problems) + "."
-    return True, "Good: the errors are as small as the pictures' noise allows."
+    return True, "Good: the errors are as small as the images' noise allows."
 
 
 def _words(calibration: Calibration) -> str:

@@ -1,4 +1,4 @@
-"""Pictures and views of boards for the tests: drawn through a homography, without a renderer.
+"""Images and views of boards for the tests: drawn through a homography, without a renderer.
 
 Knows an ideal camera without distortion. All randomness comes from seeds that the caller names.
 """
@@ -33,7 +33,7 @@ def pose(
 
 def drawn(board: Board, board_in_camera: Float, camera: CameraModel = CAMERA, noise: float = 1.0) -> NDArray[np.uint8]:
     """(H, W, 3) uint8: the board on grey."""
-    picture = board.image(PIXELS, margin=PIXELS // 2)
+    board_image = board.image(PIXELS, margin=PIXELS // 2)
     # texture pixel -> metres on the board; a pixel's centre is at its index
     scale = board.square / PIXELS
     shift = -(PIXELS // 2) * scale + scale / 2
@@ -42,7 +42,7 @@ def drawn(board: Board, board_in_camera: Float, camera: CameraModel = CAMERA, no
     fine = 3
     finer = np.array([[fine, 0, (fine - 1) / 2], [0, fine, (fine - 1) / 2], [0, 0, 1]])
     size = (camera.width * fine, camera.height * fine)
-    big = cv2.warpPerspective(picture, finer @ plane @ texture, size, flags=cv2.INTER_LINEAR, borderValue=150)
+    big = cv2.warpPerspective(board_image, finer @ plane @ texture, size, flags=cv2.INTER_LINEAR, borderValue=150)
     image = cv2.resize(big, (camera.width, camera.height), interpolation=cv2.INTER_AREA).astype(float)
     image += np.random.default_rng(0).normal(0, noise, image.shape)
     return np.repeat(image.round().clip(0, 255).astype(np.uint8)[..., None], 3, 2)
@@ -59,7 +59,7 @@ def seen(board_in_camera: Float, name: str = "", camera: CameraModel = CAMERA, n
 
 
 def views(count: int, seed: int = 0, camera: CameraModel = CAMERA, noise: float = 0.1) -> list[Detection]:
-    """Views all over the picture, tilted to all sides."""
+    """Views all over the image, tilted to all sides."""
     return [seen(p, f"view {i}", camera, noise, 100 * seed + i) for i, p in enumerate(poses(count, seed))]
 
 

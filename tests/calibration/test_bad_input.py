@@ -1,7 +1,7 @@
 """Bad input must never become a calibration: it would be trusted for months.
 
-Pinned: more than fifty kinds of bad picture, view, pose, board and file are each refused with the code that says what
-is wrong, in one line, and a store beside them is left as it was to the last byte. Determinism: drawn pictures, seeds.
+Pinned: more than fifty kinds of bad image, view, pose, board and file are each refused with the code that says what
+is wrong, in one line, and a store beside them is left as it was to the last byte. Determinism: drawn images, seeds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GOOD = drawn(BOARD, pose())
 CLOSE = drawn(BOARD, pose((0.2, -0.1, 0.0), (0.0, 0.0, 0.3)))
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 def blurred() -> None:
@@ -429,7 +429,7 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def store(tmp_path: Path) -> CalibrationStore:
     store = CalibrationStore(tmp_path / "calibrations")
-    store.put(CALIBRATION, {"0.png": b"picture"}, lambda c: "<html>")
+    store.put(CALIBRATION, {"0.png": b"image"}, lambda c: "<html>")
     return store
 
 
@@ -456,8 +456,8 @@ FILES: list[tuple[str, Callable[[CalibrationStore, str], object], str]] = [
     ("name", lambda s, i: rewritten(s.root / i, camera="../wrist"), "calibration.bad_file"),
     ("text", lambda s, i: rewritten(s.root / i, rms="small"), "calibration.bad_file"),
     ("mount", lambda s, i: rewritten(s.root / i, mount={"mounting": "eye_in_hand"}), "calibration.bad_file"),
-    ("picture_gone", lambda s, i: ((s.root / i / "images/0.png").unlink(), s.load(i)), "calibration.changed"),
-    ("other_picture", lambda s, i: ((s.root / i / "images/0.png").write_bytes(b"x"), s.load(i)), "calibration.changed"),
+    ("image_gone", lambda s, i: ((s.root / i / "images/0.png").unlink(), s.load(i)), "calibration.changed"),
+    ("other_image", lambda s, i: ((s.root / i / "images/0.png").write_bytes(b"x"), s.load(i)), "calibration.changed"),
     ("unknown_id", lambda s, i: s.load("0" * 64), "calibration.unknown"),
     ("unknown_name", lambda s, i: s.resolve("front"), "calibration.unknown"),
     ("outside", lambda s, i: s.put(CALIBRATION, {"../x.png": b""}), "calibration.bad_name"),

@@ -1,10 +1,10 @@
 """Cameras and gamepads become the messages that the other nodes take.
 
 Pinned: a recording plays as a camera, in the contract's encoding and raw orientation, stamped, so that decoding gives
-the upright picture back, with its calibration beside it; a camera of another size, kind or topic, or a calibration that
+the upright image back, with its calibration beside it; a camera of another size, kind or topic, or a calibration that
 does not fit, is refused when it is configured; a stick becomes an
 action in physical units with the contract's signs, the gripper keeps what its buttons chose, and a joystick that falls
-silent releases everything. Determinism: pictures without noise; joystick messages are sent until they are heard.
+silent releases everything. Determinism: images without noise; joystick messages are sent until they are heard.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def contract_with(folder: Path, **camera: Any) -> str:
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8"])
 def test_a_recording_is_a_camera(start: Start, tmp_path: Path, encoding: str) -> None:
     path = contract_with(tmp_path, rotate=180, encoding=encoding)
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    image_folder = tmp_path / "images"
+    image_folder.mkdir()
     raw = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-    cv2.imwrite(str(pictures / "0.png"), raw[..., ::-1])
+    cv2.imwrite(str(image_folder / "0.png"), raw[..., ::-1])
     watcher = Watcher()
     got = watcher.collect(Image, "/front/image_raw", qos.IMAGES)
-    node = start(CameraNode, contract=path, camera="front", device="recorded", source=str(pictures), fps=60.0)
+    node = start(CameraNode, contract=path, camera="front", device="recorded", source=str(image_folder), fps=60.0)
     assert node.refused is None
     watcher.until(lambda: len(got) > 3, "images")
     watcher.close()
@@ -108,10 +108,10 @@ def test_a_recording_is_a_camera(start: Start, tmp_path: Path, encoding: str) ->
 def test_a_camera_that_does_not_fit_is_refused(
     start: Start, tmp_path: Path, change: dict[str, Any], parameters: dict[str, Any], code: str
 ) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    cv2.imwrite(str(pictures / "0.png"), np.zeros((30, 40, 3), np.uint8))
-    given = {"camera": "front", "device": "recorded", "source": str(pictures)} | parameters
+    image_folder = tmp_path / "images"
+    image_folder.mkdir()
+    cv2.imwrite(str(image_folder / "0.png"), np.zeros((30, 40, 3), np.uint8))
+    given = {"camera": "front", "device": "recorded", "source": str(image_folder)} | parameters
     node = start(CameraNode, contract=contract_with(tmp_path, **change), **given)
     assert not node.active
     assert node.refused is not None
@@ -127,14 +127,14 @@ def stored(folder: Path, lens: CameraModel = LENS) -> str:
 
 
 def test_the_calibration_is_published_with_every_image(start: Start, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    cv2.imwrite(str(pictures / "0.png"), np.zeros((30, 40, 3), np.uint8))
+    image_folder = tmp_path / "images"
+    image_folder.mkdir()
+    cv2.imwrite(str(image_folder / "0.png"), np.zeros((30, 40, 3), np.uint8))
     path = contract_with(tmp_path, calibration_id=stored(tmp_path))
     watcher = Watcher()
     images = watcher.collect(Image, "/front/image_raw", qos.IMAGES)
     got = watcher.collect(CameraInfo, "/front/camera_info", qos.IMAGES)
-    node = start(CameraNode, contract=path, camera="front", device="recorded", source=str(pictures), fps=30.0,
+    node = start(CameraNode, contract=path, camera="front", device="recorded", source=str(image_folder), fps=30.0,
                  calibrations=str(tmp_path / "calibrations"))  # fmt: skip
     assert node.refused is None
     watcher.until(lambda: len(got) > 3 and len(images) > 3, "images and their calibration")
@@ -162,12 +162,12 @@ def test_the_calibration_is_published_with_every_image(start: Start, tmp_path: P
 def test_a_calibration_that_does_not_fit_is_refused(
     start: Start, tmp_path: Path, lens: CameraModel, tied: bool, parameters: dict[str, Any], code: str
 ) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    cv2.imwrite(str(pictures / "0.png"), np.zeros((30, 40, 3), np.uint8))
+    image_folder = tmp_path / "images"
+    image_folder.mkdir()
+    cv2.imwrite(str(image_folder / "0.png"), np.zeros((30, 40, 3), np.uint8))
     identity = stored(tmp_path, lens)
     path = contract_with(tmp_path, **({"calibration_id": identity} if tied else {}))
-    given = {"camera": "front", "device": "recorded", "source": str(pictures)}
+    given = {"camera": "front", "device": "recorded", "source": str(image_folder)}
     given |= {"calibrations": str(tmp_path / "calibrations")} | parameters
     node = start(CameraNode, contract=path, **given)
     assert node.refused is not None

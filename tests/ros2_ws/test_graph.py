@@ -517,7 +517,7 @@ def test_rosbags_reads_a_recording_as_a_bag(running: Running) -> None:
     with Reader(store.path(card.id)) as reader:
         kinds = {c.topic: c.msgtype for c in reader.connections}
         sent = [deserialize_message(d, msg.Command) for c, _, d in reader.messages() if c.topic == "/command"]
-        pictures = sum(c.topic == "/corner2/image_raw" for c, _, _ in reader.messages())
+        images = sum(c.topic == "/corner2/image_raw" for c, _, _ in reader.messages())
     assert kinds["/ratchet/tick"] == "ratchet_msgs/msg/RecordedTick"
     assert kinds["/ratchet/cameras/corner2/image_raw/compressed"] == "sensor_msgs/msg/CompressedImage"
     assert kinds["/corner2/image_raw"] == "sensor_msgs/msg/Image"
@@ -526,4 +526,4 @@ def test_rosbags_reads_a_recording_as_a_bag(running: Running) -> None:
     ticks = store.read(card.id).ticks
     commands = [t.command for t in ticks if t.command is not None]
     assert np.array_equal([np.array(c.action, np.float32) for c in sent if c.kind == msg.Command.ACTION], commands)
-    assert pictures >= len(commands) - 1
+    assert images >= len(commands) - 1

@@ -95,10 +95,10 @@ class FakeArm:
             self._frames_stamp = self.clock.now()
         if self.faults.frozen_state and self._seen is not None:
             return Observation(
-                self._pictures() if cameras else {}, self._seen.state, self._instruction, self._seen.stamp, self._next()
+                self._images() if cameras else {}, self._seen.state, self._instruction, self._seen.stamp, self._next()
             )
         seen = Observation(
-            images=self._pictures() if cameras else {},
+            images=self._images() if cameras else {},
             state=self._state(),
             instruction=self._instruction,
             stamp=(self._frames_stamp if cameras else self.clock.now()) - self.faults.delay,
@@ -163,7 +163,7 @@ class FakeArm:
             out[field.name] = np.full_like(values, np.nan) if self.faults.not_finite else values
         return out
 
-    def _pictures(self) -> dict[str, UInt8]:
+    def _images(self) -> dict[str, UInt8]:
         if not self.faults.frozen_frames:
             self._refresh()
         return dict(self._frames)

@@ -1,5 +1,5 @@
-"""The calibration board, its corners in a picture, and which views say something new.
+"""The calibration board, its corners in an image, and which views say something new.
 
-Knows one picture at a time. Knows no camera's model beyond its pixels.
+Knows one image at a time. Knows no camera's model beyond its pixels.
 Begin with `board`.
 """

@@ -30,7 +30,7 @@ class Detection:
     Attributes:
         ids: (n,) int, corners of the board.
         points: (n, 2) px.
-        size: (width, height) of the picture in px.
+        size: (width, height) of the image in px.
     """
 
     ids: NDArray[np.int64]
@@ -46,7 +46,7 @@ def detect(board: Board, image: NDArray[np.uint8], name: str = "") -> Detection:
     """Find the board's corners in an image.
 
     Args:
-        image: (H, W) or (H, W, 3) uint8, any colour order. name: of the picture, for messages.
+        image: (H, W) or (H, W, 3) uint8, any colour order. name: of the image, for messages.
 
     Raises:
         RatchetError: calibration.bad_image, calibration.mirrored, calibration.wrong_board, calibration.no_board,
@@ -73,7 +73,7 @@ def detect(board: Board, image: NDArray[np.uint8], name: str = "") -> Detection:
 def to_grey(image: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     """Raises RatchetError calibration.bad_image."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
-        raise RatchetError("calibration.bad_image", "not a picture of 8 bits per channel", where=name)
+        raise RatchetError("calibration.bad_image", "not an image of 8 bits per channel", where=name)
     if image.ndim == 3:
         if image.shape[2] not in (1, 3, 4):
             raise RatchetError("calibration.bad_image", f"{image.shape[2]} channels", where=name)
@@ -200,11 +200,11 @@ def _refine(
 
 def _refuse(board: Board, grey_image: NDArray[np.uint8], corner_count: int, name: str) -> None:
     """Say why there are too few corners."""
-    # The reasons go from the picture as a whole to the board: the first that applies is the one to mend.
+    # The reasons go from the image as a whole to the board: the first that applies is the one to mend.
     if grey_image.max() < 40:
-        raise RatchetError("calibration.dark", "the picture is nearly black", where=name, fix="add light, or expose it")
+        raise RatchetError("calibration.dark", "the image is nearly black", where=name, fix="add light, or expose it")
     if grey_image.min() > 215:
-        raise RatchetError("calibration.bright", "the picture is nearly white", where=name, fix="expose it less")
+        raise RatchetError("calibration.bright", "the image is nearly white", where=name, fix="expose it less")
     if board.kind == "charuco":
         _, flipped = _find(board, np.ascontiguousarray(grey_image[:, ::-1]))
         if flipped is not None and len(flipped) >= LEAST:

@@ -51,7 +51,7 @@ class Exposure:
 
     @property
     def problem(self) -> str:
-        """In words; empty where the picture is well exposed."""
+        """In words; empty where the image is well exposed."""
         # The worst problem first: a saturated image also has a high mean.
         if self.bright > 0.2:
             return f"{self.bright:.0%} of the image is white"
@@ -85,7 +85,7 @@ def waved_at(frames: Mapping[str, Frames]) -> str:
     for camera, camera_frames in frames.items():
         small_frames = [np.asarray(frame[::4, ::4], float).mean(-1) for frame in camera_frames]
         differences = [np.abs(later - earlier) for earlier, later in pairwise(small_frames)]
-        # The share of the picture that changes by more than noise does, so that a flickering lamp does not win.
+        # The share of the image that changes by more than noise does, so that a flickering lamp does not win.
         moving_share[camera] = 0.0
         if differences:
             moving_share[camera] = float(np.mean([(difference > 15).mean() for difference in differences]))
@@ -112,7 +112,7 @@ def require_identity(expected: CameraSpec, observed_camera: str) -> None:
 
 
 def orientation(board: Board, raw: NDArray[np.uint8]) -> Orientation:
-    """How a raw picture of a board that is held upright, its printed text to be read, must be turned.
+    """How a raw image of a board that is held upright, its printed text to be read, must be turned.
 
     Raises:
         RatchetError: what `detect` refuses, but not calibration.mirrored.
@@ -134,10 +134,10 @@ def orientation(board: Board, raw: NDArray[np.uint8]) -> Orientation:
     image_xy = points - points.mean(0)
     board_axes = np.linalg.lstsq(board_xy, image_xy, rcond=None)[
         0
-    ]  # rows: where the board's x and y point in the picture
+    ]  # rows: where the board's x and y point in the image
     # Upright after the turn, before the flip, a mirrored board's x points left.
     board_x = -board_axes[0] if mirrored else board_axes[0]
-    angle_deg = np.degrees(np.arctan2(board_x[1], board_x[0]))  # clockwise in the picture, y is down
+    angle_deg = np.degrees(np.arctan2(board_x[1], board_x[0]))  # clockwise in the image, y is down
     return Orientation(round(angle_deg / 90.0) % 4 * 90, mirrored)
 
 
@@ -188,7 +188,7 @@ def latency(times: Sequence[float], shown: Sequence[float], stamps: Sequence[flo
     grey_frames = np.stack([np.asarray(frame[::4, ::4], float).mean(-1) for frame in frames])
     blinking_pixels = np.argsort(grey_frames.std(0).ravel())[
         -max(20, grey_frames[0].size // 50) :
-    ]  # the part of the picture that blinks
+    ]  # the part of the image that blinks
     return lag(times, shown, stamps, grey_frames.reshape(len(grey_frames), -1)[:, blinking_pixels].mean(1))
 
 
@@ -196,7 +196,7 @@ def depth_scale(board: Board, camera: CameraModel, image: NDArray[np.uint8], dep
     """Measured over true distance of a board, from its corners' own depth; 1.0 where depth is true.
 
     Args:
-        depth: (H, W) m, aligned to the picture, 0 where there is none.
+        depth: (H, W) m, aligned to the image, 0 where there is none.
 
     Raises:
         RatchetError: what `detect` refuses; check.no_depth.

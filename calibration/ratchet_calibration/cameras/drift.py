@@ -3,11 +3,11 @@
 Run before any motion. Knows two ways: the board's pose where the board is in both views, else features of the static
 scene. Knows no session: `store.last_check` refuses one on a drift, unless a person overrides it with a reason there.
 
-Features: corners of the reference picture followed into the present one to a fraction of a pixel (Lucas-Kanade), there
-and back. The picture is divided into cells; each has the median displacement of its features. A camera that moved by
+Features: corners of the reference image followed into the present one to a fraction of a pixel (Lucas-Kanade), there
+and back. The image is divided into cells; each has the median displacement of its features. A camera that moved by
 millimetres leaves hardly a cell where it was; moved objects and a moved arm leave the cells between them, however many
 features they have; changed light moves nothing. So a camera has moved where too small a share of the cells stayed, or
-where many cells agree on one motion of the whole picture: a move along the axis of view leaves its middle in place. A
+where many cells agree on one motion of the whole image: a move along the axis of view leaves its middle in place. A
 relative pose by the five-point method would be too free for moves as small as these. Average a few frames on both
 sides: the texture of a table drowns in noise.
 """
@@ -33,7 +33,7 @@ LEAST = 30  # matches, below which a view says nothing
 LEAST_CELLS = 10  # cells with matches, likewise
 GRID = (12, 9)  # cells across and down
 SMALL = 0.6  # px: matches that moved less have not moved
-# A cell agrees with a motion of the whole picture where it is this near to it: px, plus a share of the motion.
+# A cell agrees with a motion of the whole image where it is this near to it: px, plus a share of the motion.
 NEAR = 0.35
 NEARER = 0.2
 # So many cells, and this share of all, must agree; fewer do so by chance.
@@ -50,7 +50,7 @@ class Drift:
         way: how it was measured.
         pixels: displacement of the scene, median over its cells, px.
         stayed: share of the cells that did not move.
-        agreed: px, rms over the picture of the one motion that many cells agree on; 0 where they do not.
+        agreed: px, rms over the image of the one motion that many cells agree on; 0 where they do not.
         position, rotation: m and rad where the board was seen, else NaN.
         matches: features compared, or corners of the board.
     """
@@ -94,7 +94,7 @@ def compare(
     """Compare two raw images of the same camera, (H, W, 3) or (H, W) uint8.
 
     Args:
-        camera, board: where both are given and the board is in both pictures, its pose decides.
+        camera, board: where both are given and the board is in both images, its pose decides.
 
     Raises:
         RatchetError: drift.wrong_size; drift.blind where too little of the scene is seen in both to tell.
@@ -122,7 +122,7 @@ def compare(
     if len(shift_lengths) < LEAST_CELLS:
         raise RatchetError(
             "drift.blind",
-            f"features match in {len(shift_lengths)} of {GRID[0] * GRID[1]} parts of the picture only",
+            f"features match in {len(shift_lengths)} of {GRID[0] * GRID[1]} parts of the image only",
             fix="check lens, light and which camera this is; or show the board",
         )
     stayed_share = float((shift_lengths < SMALL).mean())
@@ -137,7 +137,7 @@ def compare(
 
 
 def matched(reference: NDArray[np.uint8], current: NDArray[np.uint8]) -> tuple[Float, Float]:
-    """(n, 2) px in both pictures of features that are found again, there and back."""
+    """(n, 2) px in both images of features that are found again, there and back."""
     reference_grey = _flat(reference)
     current_grey = _flat(current)
     # Many weak corners rather than few strong ones: what counts is how many cells of the image have any.
@@ -169,7 +169,7 @@ def averaged(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.asarray(np.mean(np.stack(frames).astype(np.float32), axis=0).round(), np.uint8)
 
 
-def picture(reference: NDArray[np.uint8], current: NDArray[np.uint8], drift: Drift) -> NDArray[np.uint8]:
+def comparison_image(reference: NDArray[np.uint8], current: NDArray[np.uint8], drift: Drift) -> NDArray[np.uint8]:
     """(H, 2 W, 3) uint8 RGB for a person: now with arrows from then to now, and both laid over each other (then in
     red, now in cyan: what has not moved is grey)."""
     reference_grey = _grey(reference)
@@ -216,8 +216,8 @@ def _with_board(
 
 
 def _agreed(cell_positions: Float, cell_shifts: Float) -> float:
-    """px, rms over the picture of the affine motion that most cells agree on: sampled over pairs of cells, then fitted
-    to all that agree. places: (c, 2) in widths of the picture. shifts: (c, 2) px."""
+    """px, rms over the image of the affine motion that most cells agree on: sampled over pairs of cells, then fitted
+    to all that agree. places: (c, 2) in widths of the image. shifts: (c, 2) px."""
     # A fixed seed: the same two images always give the same answer.
     generator = np.random.default_rng(0)
     design = _affine(cell_positions)

@@ -165,21 +165,21 @@ def _require_views(board: Board, detections: Sequence[Detection], model: str) ->
     if len(image_sizes) > 1:
         raise RatchetError(
             "calibration.mixed_sizes",
-            "pictures of " + ", ".join(f"{width} x {height}" for width, height in sorted(image_sizes)),
-            fix="calibrate each resolution from pictures of its own",
+            "images of " + ", ".join(f"{width} x {height}" for width, height in sorted(image_sizes)),
+            fix="calibrate each resolution from images of its own",
         )
     distinct_views = _distinct(detections)
     if len(distinct_views) < len(detections) and len(distinct_views) < LEAST_VIEWS:
         raise RatchetError(
             "calibration.duplicate_views",
             f"only {len(distinct_views)} of {len(detections)} views differ",
-            fix="move the board between the pictures",
+            fix="move the board between the images",
         )
     if len(detections) < LEAST_VIEWS:
         raise RatchetError(
             "calibration.too_few_views",
             f"{len(detections)} usable views, at least {LEAST_VIEWS} are needed",
-            fix="take more pictures; 20 to 40 are good",
+            fix="take more images; 20 to 40 are good",
         )
     foreign_view = next(
         (detection for detection in detections if detection.ids.max(initial=0) >= len(board.corners)), None
@@ -197,8 +197,8 @@ def _require_views(board: Board, detections: Sequence[Detection], model: str) ->
     if share < 0.25:
         raise RatchetError(
             "calibration.no_coverage",
-            f"corners in {share:.0%} of the picture only; the distortion elsewhere would be a guess",
-            fix="show the board in every part of the picture",
+            f"corners in {share:.0%} of the image only; the distortion elsewhere would be a guess",
+            fix="show the board in every part of the image",
         )
 
 
@@ -246,7 +246,7 @@ def _estimate(board: Board, detections: Sequence[Detection], model: Model) -> tu
             "calibration.did_not_converge",
             f"no camera explains these views ({error.err})",
             where=model,
-            fix="check the board's description; try a simpler model; take sharper pictures from more sides",
+            fix="check the board's description; try a simpler model; take sharper images from more sides",
         ) from None
     # A focal length far from the image's size, or a principal point outside it, is a local minimum and no lens.
     is_finite = np.isfinite(camera_matrix).all() and np.isfinite(distortion_values).all()
@@ -260,7 +260,7 @@ def _estimate(board: Board, detections: Sequence[Detection], model: Model) -> tu
             f"the estimate makes no sense: fx {camera_matrix[0, 0]:.0f}, "
             f"principal point ({camera_matrix[0, 2]:.0f}, {camera_matrix[1, 2]:.0f})",
             where=model,
-            fix="check the board's description; take pictures from more sides",
+            fix="check the board's description; take images from more sides",
         )
     distortion = tuple(float(number) for number in np.ravel(distortion_values)[: COEFFICIENTS[model]])
     fx, fy, cx, cy = (

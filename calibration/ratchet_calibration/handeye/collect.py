@@ -36,7 +36,7 @@ NEW = (0.03, np.radians(8.0))  # m or rad from every view so far, when guided by
 class Views:
     """Views taken so far: raw images, corners, and base_T_flange as reported by the robot."""
 
-    pictures: list[NDArray[np.uint8]] = field(default_factory=list)
+    images: list[NDArray[np.uint8]] = field(default_factory=list)
     detections: list[Detection] = field(default_factory=list)
     poses: list[Float] = field(default_factory=list)
 
@@ -99,7 +99,7 @@ class Collector:
         except RatchetError as error:
             self.tell(error.what)
             return False
-        self.views.pictures.append(image)
+        self.views.images.append(image)
         self.views.detections.append(detection)
         self.views.poses.append(self._pose_of(observation))
         return True
@@ -134,7 +134,7 @@ class Collector:
                 "calibration.few_views",
                 f"only {len(self.views.poses)} poses show the board",
                 where=self.camera,
-                fix="put the board nearer to the middle of the picture, or guide the arm by hand",
+                fix="put the board nearer to the middle of the image, or guide the arm by hand",
             )
         return self.views
 

@@ -219,7 +219,7 @@ def candidates(
 
 
 def visible(problem: Problem, state: State, view: int) -> np.ndarray:
-    """Ids of the corners that fall into the picture with the board's front towards the camera."""
+    """Ids of the corners that fall into the image with the board's front towards the camera."""
     pose = problem.board_in_camera(state, view)
     points = problem.board.corners @ pose[:3, :3].T + pose[:3, 3]
     if (points[:, 2] <= 0.02).any() or pose[:3, 2] @ points.mean(0) <= 0.2 * np.linalg.norm(points.mean(0)):
@@ -277,9 +277,9 @@ def _require_sense(
         )
     raise RatchetError(
         "calibration.inconsistent",
-        f"robot poses and pictures disagree by {own_misfit:.0f} px",
+        f"robot poses and images disagree by {own_misfit:.0f} px",
         where=mounting,
-        fix="check that each pose belongs to its picture, that the board and camera did not move, and the board's size",
+        fix="check that each pose belongs to its image, that the board and camera did not move, and the board's size",
     )
 
 

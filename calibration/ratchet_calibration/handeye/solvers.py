@@ -92,8 +92,8 @@ def first_guess(
     if best_state is None:
         raise RatchetError(
             "calibration.inconsistent",
-            "no camera pose sees the board where the pictures show it",
-            fix="check that poses and pictures belong together and that the board did not move",
+            "no camera pose sees the board where the images show it",
+            fix="check that poses and images belong together and that the board did not move",
         )
     return best_state
 

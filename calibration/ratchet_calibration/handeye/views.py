@@ -31,14 +31,14 @@ def require_views(
         raise RatchetError(
             "calibration.mismatch",
             f"{len(poses)} robot poses and {len(detections)} views",
-            fix="give one pose for every picture, in the same order",
+            fix="give one pose for every image, in the same order",
         )
     checked_poses = [require_rigid(pose, detections[view].name or f"pose {view}") for view, pose in enumerate(poses)]
     wrong_size = next((detection for detection in detections if detection.size != (camera.width, camera.height)), None)
     if wrong_size is not None:
         raise RatchetError(
             "calibration.wrong_size",
-            f"a picture of {wrong_size.size[0]} x {wrong_size.size[1]}, "
+            f"an image of {wrong_size.size[0]} x {wrong_size.size[1]}, "
             f"the intrinsics are for {camera.width} x {camera.height}",
             where=wrong_size.name,
             fix="use the intrinsics of this resolution",
@@ -61,7 +61,7 @@ def require_views(
         raise RatchetError(
             "calibration.duplicate_poses",
             f"{is_duplicate.sum()} pairs of poses are the same",
-            fix="move between the pictures",
+            fix="move between the images",
         )
     pair_turns = np.array(
         [difference(first_pose, second_pose)[:3] for first_pose, second_pose in combinations(checked_poses, 2)]

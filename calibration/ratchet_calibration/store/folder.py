@@ -3,7 +3,7 @@
 Knows files: a calibration is there as a whole or not at all, and is checked when it is read.
 
     calibrations/<id>/calibration.yaml    numbers with their uncertainty, devices, date
-    calibrations/<id>/images/             the pictures
+    calibrations/<id>/images/             the images
     calibrations/<id>/report.html         for a person; not part of the id
 """
 
@@ -37,10 +37,10 @@ class CalibrationStore:
     def put(
         self, calibration: Calibration, images: Mapping[str, bytes], report: Callable[[Calibration], str] | None = None
     ) -> Calibration:
-        """Store a calibration with its pictures; returns it with the pictures' hashes, which its id includes.
+        """Store a calibration with its images; returns it with the images' hashes, which its id includes.
 
         Args:
-            images: file name -> encoded picture. report: makes the HTML page of what is stored.
+            images: file name -> encoded image. report: makes the HTML page of what is stored.
 
         Raises:
             RatchetError: calibration.bad_name, calibration.not_written; nothing is left behind then.
@@ -106,7 +106,7 @@ class CalibrationStore:
         )
 
     def load(self, identity: str) -> Calibration:
-        """A calibration whose content has this id, pictures included.
+        """A calibration whose content has this id, images included.
 
         Raises:
             RatchetError: calibration.unknown, calibration.bad_file, calibration.changed where file and id disagree.
@@ -133,7 +133,7 @@ class CalibrationStore:
         return calibration
 
     def images(self, identity: str) -> dict[str, bytes]:
-        """File name -> encoded picture."""
+        """File name -> encoded image."""
         folder = self.root / identity / "images"
         return {name: (folder / name).read_bytes() for name in self.load(identity).images}
 

@@ -1,6 +1,6 @@
 """The newest drift check of every camera, and whether a session may start on it.
 
-Knows small files in the store, beside the calibrations. Compares no pictures.
+Knows small files in the store, beside the calibrations. Compares no images.
 """
 
 from __future__ import annotations

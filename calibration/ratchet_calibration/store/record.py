@@ -70,7 +70,7 @@ class Calibration:
         rms, held_out_rms: px.
         views: that the intrinsics were estimated from.
         mount: None where only the intrinsics are known.
-        images: name -> SHA-256 of the picture beside it.
+        images: name -> SHA-256 of the image beside it.
         notes: by a person.
     """
 

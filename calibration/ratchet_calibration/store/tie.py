@@ -45,9 +45,9 @@ def require_fit(calibration: Calibration, contract: RobotContract, camera: Camer
     if (calibration.model.width, calibration.model.height) != raw_size:
         raise refuse(
             "other_size",
-            f"{short_id} is of pictures of {calibration.model.width} x {calibration.model.height}, "
+            f"{short_id} is of images of {calibration.model.width} x {calibration.model.height}, "
             f"the contract has {raw_size[0]} x {raw_size[1]}",
-            "calibrate at the contract's size; a calibration is of the raw picture, before any rotation",
+            "calibrate at the contract's size; a calibration is of the raw image, before any rotation",
         )
 
 

@@ -3,7 +3,7 @@
 Knows how to render a textured board from a pose, and how to add what a real camera adds: distortion, blur, noise and
 uneven light. Knows nothing of what is estimated from the images.
 
-The picture is rendered by an ideal camera at twice the resolution and then sampled along the distorted camera's rays,
+The image is rendered by an ideal camera at twice the resolution and then sampled along the distorted camera's rays,
 so that the truth is the camera model itself and not MuJoCo's field of view.
 """
 
@@ -25,7 +25,7 @@ gl.require_gl(gl.configure_gl())
 
 import mujoco  # noqa: E402  (the GL backend must be chosen first)
 
-FINER = 2  # rendered pixels per pixel of the picture
+FINER = 2  # rendered pixels per pixel of the image
 BORDER = 0.5  # squares of white paper around the board
 TEXTURE = 64  # pixels per square
 
@@ -66,7 +66,7 @@ class BoardScene:
         if max(self._width, self._height) > 6000:
             raise RatchetError(
                 "sim.bad_camera",
-                f"a plain picture behind this lens would have {self._width} x {self._height} px",
+                f"a plain image behind this lens would have {self._width} x {self._height} px",
                 where="camera",
                 fix="use a lens that sees less than 130 degrees from corner to corner",
             )
@@ -110,7 +110,7 @@ class BoardScene:
         self._renderer = mujoco.Renderer(self._model, self._height, self._width)
         self._place = np.eye(4)
         self._place[:3, 3] = [width_m / 2, height_m / 2, 0.0]
-        self._place[:3, :3] = np.diag([1.0, -1.0, -1.0])  # a plane's picture is seen from its +z side, y up
+        self._place[:3, :3] = np.diag([1.0, -1.0, -1.0])  # a plane's image is seen from its +z side, y up
 
     def photograph(self, pose: Float, look: Look, generator: np.random.Generator) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB. pose: (4, 4) camera_T_board."""

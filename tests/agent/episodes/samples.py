@@ -21,7 +21,7 @@ def small_contract(size: int = 16) -> RobotContract:
     return dataclasses.replace(contract, cameras=cameras)
 
 
-def picture(contract: RobotContract, camera: str, rng: np.random.Generator, *, smooth: bool = False) -> Any:
+def random_image(contract: RobotContract, camera: str, rng: np.random.Generator, *, smooth: bool = False) -> Any:
     spec = contract.camera(camera)
     if not smooth:
         return rng.integers(0, 256, (spec.height, spec.width, 3), np.uint8)
@@ -38,7 +38,7 @@ def state(contract: RobotContract, rng: np.random.Generator) -> dict[str, Any]:
 def observation(
     contract: RobotContract, rng: np.random.Generator, index: int, stamp: float, *, smooth: bool = False
 ) -> Observation:
-    images = {c.name: picture(contract, c.name, rng, smooth=smooth) for c in contract.cameras}
+    images = {c.name: random_image(contract, c.name, rng, smooth=smooth) for c in contract.cameras}
     return Observation(images, state(contract, rng), "put the bowl away", stamp, index)
 
 

@@ -153,7 +153,7 @@ def test_flow_bases_are_planned(base: str, weights: float, card: str) -> None:
     assert frozen.host > made.host
     policy = samples.flow()
     tokens = policy.prefix(samples.batch(policy)).seen.shape[1]
-    prompt = tokens - 4  # a picture of 32 pixels in patches of 16
+    prompt = tokens - 4  # an image of 32 pixels in patches of 16
     assert plan.make(policy.config, plan.Options(prompt=prompt)).tokens == tokens
 
 

@@ -1,6 +1,6 @@
 """The fast path of prediction: the same actions as the policy's own, with nothing computed twice.
 
-The path matters because it is what a robot runs, and a stale cache moves an arm by yesterday's picture. Pinned: equal
+The path matters because it is what a robot runs, and a stale cache moves an arm by yesterday's image. Pinned: equal
 actions for every kind of head, new images, states, words and adapters being seen at once, and the vision towers
 running only for new images. Determinism: seeds.
 """

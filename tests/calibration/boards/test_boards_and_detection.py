@@ -2,7 +2,7 @@
 
 Pinned: the PDF has the page's true size and draws the board at it; corners are found within a tenth of a pixel where
 they were drawn, for both kinds of board, seen straight, tilted and in part; a board survives its own YAML; blur in one
-direction only is still blur. Determinism: pictures are drawn from seeds.
+direction only is still blur. Determinism: images are drawn from seeds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_the_page_has_its_true_size(paper: str) -> None:
 
 
 def test_the_printed_board_is_found_at_its_size() -> None:
-    """The picture that goes onto the page, looked at by the detector: squares as many pixels as they should have."""
+    """The image that goes onto the page, looked at by the detector: squares as many pixels as they should have."""
     detection = detect(BOARD, BOARD.image(40, margin=40))
     assert detection.points[0] == pytest.approx([40 + 40 - 0.5, 40 + 40 - 0.5], abs=0.1)
     assert np.ptp(detection.points, axis=0) == pytest.approx([40 * (BOARD.columns - 2), 40 * (BOARD.rows - 2)], abs=0.1)

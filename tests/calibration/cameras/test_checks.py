@@ -1,8 +1,8 @@
 """Swapped, turned or stale cameras look fine to a person and ruin a policy.
 
 Pinned: the waved-at camera is named, and nobody is where two or none see it; every rotation and mirroring is read from
-one picture of the board; white and black pictures, repeated and late frames are told; a lag is measured to a fraction
-of a sample; a wrong depth scale is measured. Determinism: seeded pictures and signals.
+one image of the board; white and black images, repeated and late frames are told; a lag is measured to a fraction
+of a sample; a wrong depth scale is measured. Determinism: seeded images and signals.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.calibration.scenes import BOARD, CAMERA, drawn, pose
 
 
 def frames(motion: float, count: int = 12, seed: int = 0) -> list[NDArray[np.uint8]]:
-    """Noise, and a hand that covers this share of the picture every other frame."""
+    """Noise, and a hand that covers this share of the image every other frame."""
     generator = np.random.default_rng(seed)
     frame_list = []
     for k in range(count):
@@ -49,8 +49,8 @@ def test_exchanged_cameras_are_refused() -> None:
 
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("rotate", [0, 90, 180, 270])
-def test_orientation_is_read_from_one_picture(rotate: int, mirror: bool) -> None:
-    """The raw picture is what, turned by `rotate` and then flipped where `mirror`, comes out upright."""
+def test_orientation_is_read_from_one_image(rotate: int, mirror: bool) -> None:
+    """The raw image is what, turned by `rotate` and then flipped where `mirror`, comes out upright."""
     upright = drawn(BOARD, pose((0.1, 0.1, 0.05), (0, 0, 0.45)))
     raw = np.ascontiguousarray(np.rot90(upright[:, ::-1] if mirror else upright, -rotate // 90))
     spec = CameraSpec("front", 640, 480, rotate=rotate, mirror=mirror)  # type: ignore[arg-type]
@@ -78,16 +78,16 @@ def test_exposure_is_put_in_words(level: int, word: str) -> None:
 def test_rate_counts_gaps_and_repeats() -> None:
     stamps = [k / 30 for k in range(20)]
     stamps[15:] = [s + 0.2 for s in stamps[15:]]
-    pictures = frames(0.3, 20)
-    pictures[8] = pictures[7]
-    rate = camera_checks.rate(stamps, pictures)
+    images = frames(0.3, 20)
+    images[8] = images[7]
+    rate = camera_checks.rate(stamps, images)
     assert rate.fps == pytest.approx(30)
     assert rate.longest == pytest.approx(0.2 + 1 / 30)
     assert rate.repeated == 1
     with pytest.raises(RatchetError, match=r"check\.few_frames"):
-        camera_checks.rate(stamps[:5], pictures[:5])
+        camera_checks.rate(stamps[:5], images[:5])
     with pytest.raises(RatchetError, match=r"check\.time_backwards"):
-        camera_checks.rate([*stamps[:-1], 0.0], pictures)
+        camera_checks.rate([*stamps[:-1], 0.0], images)
 
 
 @settings(max_examples=20, deadline=None)
@@ -118,13 +118,13 @@ def test_latency_of_a_blinking_screen() -> None:
     switches = np.repeat(generator.integers(0, 2, 20), 6)
     times = np.arange(len(switches)) / 60
     stamps = np.arange(0, times[-1], 1 / 30)
-    pictures = []
+    images = []
     for stamp in stamps:
         lit = switches[max(int((stamp - 0.08) * 60), 0)]
         image = np.full((120, 160, 3), 90.0) + generator.normal(0, 2, (120, 160, 3))
         image[40:80, 60:110] = 230 if lit else 20
-        pictures.append(image.clip(0, 255).astype(np.uint8))
-    measured = camera_checks.latency(list(times), list(switches.astype(float)), list(stamps), pictures)
+        images.append(image.clip(0, 255).astype(np.uint8))
+    measured = camera_checks.latency(list(times), list(switches.astype(float)), list(stamps), images)
     assert measured.seconds == pytest.approx(0.08, abs=0.017)
 
 

@@ -1,6 +1,6 @@
 """A camera that moved makes a policy fail silently; a false alarm makes people switch the check off.
 
-Pinned: a moved camera is caught by the board and without it, moved objects and other light are not; the picture of the
+Pinned: a moved camera is caught by the board and without it, moved objects and other light are not; the image of the
 difference has a size and is not empty; a session starts only on a recent check that found the camera in place, or on an
 override with a reason and a name. The rates are measured by benchmarks/calibration/drift.py. Determinism: seeded
 textures.
@@ -87,13 +87,13 @@ def test_the_board_decides_where_it_is_seen() -> None:
     assert drift.compare(drawn(BOARD, start), drawn(BOARD, turned), CAMERA, BOARD).moved
 
 
-def test_the_picture_shows_what_moved() -> None:
+def test_the_image_shows_what_moved() -> None:
     then = scene()
     now = scene(shift=3.0)
-    picture = drift.picture(then, now, drift.compare(then, now))
-    assert picture.shape == (480, 1280, 3)
-    arrows = picture[:, :640].astype(int)
-    overlay = picture[:, 640:].astype(int)
+    image = drift.comparison_image(then, now, drift.compare(then, now))
+    assert image.shape == (480, 1280, 3)
+    arrows = image[:, :640].astype(int)
+    overlay = image[:, 640:].astype(int)
     assert (arrows[..., 0] - arrows[..., 1] > 100).sum() > 500  # arrows of what moved are red
     assert np.abs(overlay[..., 0] - overlay[..., 1]).max() > 30  # and the two views do not lie on each other
 
@@ -174,7 +174,7 @@ def test_another_cameras_calibration_starts_no_session(tmp_path: Path) -> None:
 
 
 def test_a_move_along_the_axis_of_view_is_noticed() -> None:
-    """The middle of the picture stays where it is, and many cells with it; all agree on one motion all the same."""
+    """The middle of the image stays where it is, and many cells with it; all agree on one motion all the same."""
     matrix = np.array([[1.006, 0, -0.006 * 320], [0, 1.006, -0.006 * 240]])
     nearer = cv2.warpAffine(
         scene(objects=3), matrix, (640, 480), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE

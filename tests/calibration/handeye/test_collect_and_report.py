@@ -81,7 +81,7 @@ class LookingArm:
 def test_the_arm_is_driven_within_its_limits_and_back() -> None:
     robot = LookingArm()
     views = Collector(robot, "wrist", BOARD, CAMERA, "eye_in_hand").automatic(11)
-    assert len(views.poses) == len(views.pictures) == len(views.detections) == 11
+    assert len(views.poses) == len(views.images) == len(views.detections) == 11
     dims = robot.contract.action.dims
     actions = np.array(robot.sent)
     assert (actions >= np.array([d.low for d in dims]) - 1e-9).all()

@@ -1,6 +1,6 @@
-"""A calibration is tied to every episode by its id: the id must mean these numbers and these pictures for ever.
+"""A calibration is tied to every episode by its id: the id must mean these numbers and these images for ever.
 
-Pinned: what is stored comes back equal, under an id that depends on every number and picture and on nothing else;
+Pinned: what is stored comes back equal, under an id that depends on every number and image and on nothing else;
 storing twice changes nothing; a prefix or a camera's name finds it, the newest of them; exports say the same numbers in
 ROS's and URDF's terms. Determinism: fixed content.
 """

@@ -1,6 +1,6 @@
 """The simulated arm with a board: hand-eye calibration must find its true camera by looking and moving alone.
 
-Pinned: the arm is a Robot; rendered corners lie where the true camera puts them, so that pictures carry the truth;
+Pinned: the arm is a Robot; rendered corners lie where the true camera puts them, so that images carry the truth;
 views taken automatically lead to the true pose within the stated region, for both mountings. Determinism: seeds.
 """
 

@@ -1,6 +1,6 @@
 """`ratchet calibrate handeye|actions`: where the camera is on the arm, and whether actions do what the contract says.
 
-Knows folders of pictures and poses, simulated arms and the screen. The measurements are calibration's.
+Knows folders of images and poses, simulated arms and the screen. The measurements are calibration's.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ LENS_VIEWS = 25
 
 @dataclass
 class HandEye:
-    """Where the camera is: on the hand, or beside the arm. From pictures with the robot's pose at each.
+    """Where the camera is: on the hand, or beside the arm. From images with the robot's pose at each.
 
-    The folder holds pictures and poses.json: {"000.png": {"position": [x, y, z], "orientation": [x, y, z, w]}, ...},
+    The folder holds images and poses.json: {"000.png": {"position": [x, y, z], "orientation": [x, y, z, w]}, ...},
     base_T_flange in m. With --simulate a simulated arm takes the views by itself, through the interface of a real one.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of pictures and poses.json."""
+    """Folder of images and poses.json."""
     camera: str
     """Name of the camera; its newest intrinsics in the store are used."""
     mounting: Mounting
@@ -129,8 +129,8 @@ class HandEye:
             poses = {str(n): from_quaternion(p["position"], p["orientation"]) for n, p in raw.items()}
         except FileNotFoundError:
             raise RatchetError(
-                "calibration.no_poses", "no poses.json beside the pictures", where=str(path),
-                fix="write base_T_flange of every picture into it; see --help",
+                "calibration.no_poses", "no poses.json beside the images", where=str(path),
+                fix="write base_T_flange of every image into it; see --help",
             ) from None  # fmt: skip
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RatchetError("calibration.bad_poses", f"{error!r}", where=str(path), fix="see --help") from None
@@ -141,13 +141,13 @@ class HandEye:
         if missing:
             raise RatchetError(
                 "calibration.mismatch", f"no pose for {missing[0]} and {len(missing) - 1} more", where=str(path),
-                fix="give one pose for every picture",
+                fix="give one pose for every image",
             )  # fmt: skip
         return [poses[d.name] for d in found], found, encoded
 
     def _lens(self, board: Board, store: CalibrationStore, console: Console) -> tuple[Calibration, CameraModel]:
         """The camera's newest intrinsics, and the lens that a simulated camera has: a known one's is measured first,
-        from pictures of the board, as a real one's."""
+        from images of the board, as a real one's."""
         try:
             before = store.load(store.resolve(self.camera))
             return before, before.model
@@ -159,18 +159,18 @@ class HandEye:
                     error.code,
                     f"the lens of '{self.camera}' is not calibrated yet",
                     where=error.where,
-                    fix=f"ratchet calibrate intrinsics PICTURES --camera {self.camera} --board {self.board} "
+                    fix=f"ratchet calibrate intrinsics IMAGE_SUFFIXES --camera {self.camera} --board {self.board} "
                     f"--store {self.store}",
                 ) from None
-        console.print(f"no lens of '{self.camera}' is calibrated: pictures for it are taken with the simulated camera")
+        console.print(f"no lens of '{self.camera}' is calibrated: images for it are taken with the simulated camera")
         folder = self.folder / "lens"
         folder.mkdir(parents=True, exist_ok=True)
         generator = np.random.default_rng(0)
         scene = BoardScene(board, SIMULATED)
         try:
             for i, pose in enumerate(board_poses(board, SIMULATED, LENS_VIEWS, generator, (0.3, 0.6))):
-                picture = scene.photograph(pose, Look(), generator)
-                cv2.imwrite(str(folder / f"{i:03d}.png"), picture[..., ::-1])
+                image = scene.photograph(pose, Look(), generator)
+                cv2.imwrite(str(folder / f"{i:03d}.png"), image[..., ::-1])
         finally:
             scene.close()
         before, _, _ = measure_lens(folder, self.camera, board, SIMULATED.model, store, console)
@@ -186,8 +186,8 @@ class HandEye:
             arm.close()
         self.folder.mkdir(parents=True, exist_ok=True)
         told = {}
-        for picture, seen, pose in zip(views.pictures, views.detections, views.poses, strict=True):
-            cv2.imwrite(str(self.folder / seen.name), picture[..., ::-1])
+        for image, seen, pose in zip(views.images, views.detections, views.poses, strict=True):
+            cv2.imwrite(str(self.folder / seen.name), image[..., ::-1])
             told[seen.name] = {"position": pose[:3, 3].tolist(), "orientation": quaternion(pose).tolist()}
         (self.folder / POSES).write_text(json.dumps(told, indent=1) + "\n")
         return arm.truth

@@ -1,6 +1,6 @@
-"""`ratchet calibrate capture|intrinsics|cameras`: pictures of a board, a lens, and whether a camera is the right one.
+"""`ratchet calibrate capture|intrinsics|cameras`: images of a board, a lens, and whether a camera is the right one.
 
-Knows folders of pictures, devices and the screen. The measurements are calibration's.
+Knows folders of images, devices and the screen. The measurements are calibration's.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.cameras.devices import open_device
 from ratchet_vla.runtime.cameras.newest import NewestFrame
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 Kind = Literal["uvc", "realsense", "recorded"]
 
 
 @dataclass
 class Capture:
-    """Take pictures of a board from a live camera: keeps the sharp ones that show something new, says what is missing.
+    """Take images of a board from a live camera: keeps the sharp ones that show something new, says what is missing.
 
-    Ends by itself when the picture is covered from all sides, or with Ctrl-C.
+    Ends by itself when the image is covered from all sides, or with Ctrl-C.
     """
 
     out: Annotated[Path, tyro.conf.Positional]
-    """Folder for the pictures."""
+    """Folder for the images."""
     source: str = "0"
     """Serial, /dev/videoN or N, video file or folder."""
     device: Kind = "uvc"
@@ -62,7 +62,7 @@ class Capture:
     fps: float = 30.0
     """Frames per second."""
     most: int = 60
-    """Pictures at the most."""
+    """Images at the most."""
     seconds: float = 300.0
     """Give up after so long."""
 
@@ -96,16 +96,16 @@ class Capture:
             pass
         finally:
             camera.close()
-        Console().print(f"{len(kept)} pictures in {self.out}")
+        Console().print(f"{len(kept)} images in {self.out}")
         return 0 if len(kept) >= intrinsics.LEAST_VIEWS else 1
 
 
 @dataclass
 class Intrinsics:
-    """A camera's lens from pictures of a board, with what it is uncertain about; stored under its id."""
+    """A camera's lens from images of a board, with what it is uncertain about; stored under its id."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of pictures."""
+    """Folder of images."""
     camera: str
     """Name of the camera in the contract."""
     board: Path = Path("board.json")
@@ -228,7 +228,7 @@ def measure_lens(
     robot: str = "",
     robot_serial: str = "",
 ) -> tuple[Calibration, intrinsics.IntrinsicsResult, dict[str, str]]:
-    """Estimate a lens from a folder of pictures, store and show it; with why pictures were left out."""
+    """Estimate a lens from a folder of images, store and show it; with why images were left out."""
     found, refused, encoded = read_views(folder, board, console)
     result = intrinsics.calibrate(board, found, model)
     calibration = Calibration(
@@ -266,7 +266,7 @@ def guidance(seen: coverage.Coverage, count: int, note: str) -> Table:
     shades = " ░▒▓█"
     lines = ["".join(2 * shades[min(int(x), 4)] for x in row) for row in seen.counts]
     words = [
-        f"{count} pictures, {seen.share:.0%} of the picture covered",
+        f"{count} images, {seen.share:.0%} of the image covered",
         *(f"show {m}" for m in seen.missing[:4]),
         note,
     ]
@@ -290,14 +290,14 @@ def read_board(path: Path) -> Board:
 def read_views(
     folder: Path, board: Board, console: Console
 ) -> tuple[list[Detection], dict[str, str], dict[str, bytes]]:
-    """Every usable picture of a folder, why the others are not, and all files as they are.
+    """Every usable image of a folder, why the others are not, and all files as they are.
 
     Raises:
-        RatchetError: calibration.no_images; and the commonest reason where no picture is usable.
+        RatchetError: calibration.no_images; and the commonest reason where no image is usable.
     """
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
     if not files:
-        raise RatchetError("calibration.no_images", "no pictures there", where=str(folder), fix="name the folder")
+        raise RatchetError("calibration.no_images", "no images there", where=str(folder), fix="name the folder")
     found: list[Detection] = []
     refused: dict[str, str] = {}
     encoded: dict[str, bytes] = {}

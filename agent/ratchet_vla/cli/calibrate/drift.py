@@ -1,6 +1,6 @@
 """`ratchet calibrate drift`: has the camera moved since it was calibrated, and who says that it may run anyway.
 
-Knows reference pictures in the store and devices. The comparison is ratchet_calibration.cameras.drift's.
+Knows reference images in the store and devices. The comparison is ratchet_calibration.cameras.drift's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FRAMES = 8
 
 @dataclass
 class Drift:
-    """Compare the camera's view with the one that was stored; exit 2 with a picture where it has moved.
+    """Compare the camera's view with the one that was stored; exit 2 with an image where it has moved.
 
     The first time, --remember stores the present view as the reference. `ratchet session start` and `ratchet up` refuse
     a camera whose last check failed or is old; --override lets a named person take responsibility, with a reason.
@@ -54,7 +54,7 @@ class Drift:
     remember: bool = False
     """Store the present view as the reference."""
     out: Path = Path("drift.png")
-    """Where the picture of the difference goes."""
+    """Where the image of the difference goes."""
     override: str = ""
     """Reason to run although the camera has moved; recorded with --operator."""
     operator: str = ""
@@ -77,7 +77,7 @@ class Drift:
         path = folder / REFERENCE
         if not path.is_file():
             raise RatchetError(
-                "drift.no_reference", "no reference picture yet", where=str(path),
+                "drift.no_reference", "no reference image yet", where=str(path),
                 fix="run this once with --remember, right after calibrating",
             )  # fmt: skip
         reference = read(path)
@@ -92,7 +92,7 @@ class Drift:
             "rotation_degrees": float(np.degrees(found.rotation)),
         }
         if found.moved:
-            cv2.imwrite(str(self.out), drift.picture(reference, current, found)[..., ::-1])
+            cv2.imwrite(str(self.out), drift.comparison_image(reference, current, found)[..., ::-1])
             result["picture"] = str(self.out)
         check = Check(common.now(), found.moved, self.override if found.moved else "", self.operator, result)
         last_check.write(self.store, calibration.id, check)
@@ -137,5 +137,5 @@ def read(path: Path) -> NDArray[np.uint8]:
     """(H, W, 3) RGB. Raises RatchetError calibration.bad_image."""
     image = cv2.imread(str(path))
     if image is None:
-        raise RatchetError("calibration.bad_image", "cannot be read as a picture", where=str(path))
+        raise RatchetError("calibration.bad_image", "cannot be read as an image", where=str(path))
     return np.ascontiguousarray(image[..., ::-1], np.uint8)

@@ -78,10 +78,10 @@ def window() -> Screen:
     name = "ratchet: point the camera here"
     cv2.namedWindow(name, cv2.WINDOW_NORMAL)
     cv2.setWindowProperty(name, cv2.WND_PROP_FULLSCREEN, cv2.WINDOW_FULLSCREEN)
-    pictures = [np.full((270, 480), level, np.uint8) for level in (0, 255)]
+    images = [np.full((270, 480), level, np.uint8) for level in (0, 255)]
 
     def show(lit: bool) -> None:
-        cv2.imshow(name, pictures[int(lit)])
+        cv2.imshow(name, images[int(lit)])
         cv2.waitKey(1)
 
     return show

@@ -137,9 +137,9 @@ class Calibrate:
 
         ratchet calibrate board board.pdf --paper a4
 
-        ratchet calibrate capture pictures --device uvc --source 0 --board board.json
+        ratchet calibrate capture images --device uvc --source 0 --board board.json
 
-        ratchet calibrate intrinsics pictures --camera front --serial 12345 --board board.json
+        ratchet calibrate intrinsics images --camera front --serial 12345 --board board.json
 
         ratchet calibrate handeye hand --camera front --mounting eye_in_hand --board board.json
 

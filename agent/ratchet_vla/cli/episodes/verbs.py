@@ -128,7 +128,7 @@ class Play:
     speed: float = 1.0
     """Times real time."""
     columns: int = 80
-    """Width of the picture in characters."""
+    """Width of the image in characters."""
     fps: float = 10.0
     """Frames per second of recorded time."""
 

@@ -18,7 +18,7 @@ from ratchet_vla.records import UInt8
 __all__ = ["Device", "RealSense", "Recorded", "Uvc", "open_device"]
 
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov")
-PICTURES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class Device(Protocol):
@@ -33,7 +33,7 @@ class Device(Protocol):
 
 def open_device(kind: str, source: str, camera: CameraSpec, fps: float) -> Device:
     """kind: realsense (source: serial, empty for the only one), uvc (source: /dev/videoN or N), recorded (source: video
-    file or folder of pictures, repeated for ever).
+    file or folder of images, repeated for ever).
 
     Raises:
         RatchetError: camera.no_driver, camera.not_found, camera.bad_size.
@@ -123,7 +123,7 @@ class Uvc:
 
 
 class Recorded:
-    """A video file or a folder of pictures as a camera, at the rate asked for, over and over."""
+    """A video file or a folder of images as a camera, at the rate asked for, over and over."""
 
     def __init__(self, source: str, camera: CameraSpec, fps: float) -> None:
         import cv2
@@ -131,7 +131,7 @@ class Recorded:
         path = Path(source)
         frames: list[Any] = []
         if path.is_dir():
-            frames = [cv2.imread(str(p)) for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
+            frames = [cv2.imread(str(p)) for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
         elif path.suffix.lower() in VIDEOS and path.is_file():
             capture = cv2.VideoCapture(str(path))
             while (got := capture.read())[0]:
@@ -139,9 +139,7 @@ class Recorded:
             capture.release()
         frames = [f for f in frames if f is not None]
         if not frames:
-            raise RatchetError(
-                "camera.not_found", "no pictures there", where=source, fix="a video or a folder of pictures"
-            )
+            raise RatchetError("camera.not_found", "no images there", where=source, fix="a video or a folder of images")
         width, height = raw_size(camera)
         if any(f.shape != (height, width, 3) for f in frames):
             raise RatchetError(

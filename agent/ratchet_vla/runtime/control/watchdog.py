@@ -18,7 +18,7 @@ GRID = 8  # every so many pixels count when frames are compared: enough to tell 
 class Watchdog:
     """One per control loop. Times in seconds on the loop's clock.
 
-    frozen_after: how long a camera may repeat one picture, bit by bit, while the arm moves; 0 does not look (simulated
+    frozen_after: how long a camera may repeat one image, bit by bit, while the arm moves; 0 does not look (simulated
         cameras have no noise, and a still scene repeats itself there).
     """
 
@@ -26,7 +26,7 @@ class Watchdog:
         self.times, self.frozen_after = times, frozen_after
         self._asked: float | None = None
         self._waiting: float | None = None
-        self._pictures: dict[str, tuple[int, float]] = {}
+        self._images: dict[str, tuple[int, float]] = {}
 
     @property
     def asked(self) -> bool:
@@ -48,7 +48,7 @@ class Watchdog:
     def forget(self) -> None:
         """A new episode, or motion after a hold."""
         self._asked = self._waiting = None
-        self._pictures.clear()
+        self._images.clear()
 
     def late(self, now: float) -> Problem | None:
         """Whether the policy has been waited for too long."""
@@ -73,10 +73,10 @@ class Watchdog:
         found = None
         for name, image in images.items():
             digest = zlib.crc32(image[::GRID, ::GRID].tobytes())
-            before, since = self._pictures.get(name, (-1, now))
+            before, since = self._images.get(name, (-1, now))
             if digest != before or not moving:
-                self._pictures[name] = (digest, now)
+                self._images[name] = (digest, now)
             elif now - since > self.frozen_after:
-                text = f"camera {name} has shown one picture for {now - since:.3g} s, allowed {self.frozen_after} s"
+                text = f"camera {name} has shown one image for {now - since:.3g} s, allowed {self.frozen_after} s"
                 found = "safety.frozen_frame", text
         return found

@@ -87,9 +87,9 @@ class Frames:
             raise RatchetError("runtime.bad_frame", f"state of shape {state.shape}, expected ({self.layout.state},)")
         self._written += 1
         slot = self._written % SLOTS
-        before, after, pictures, values = self._slots[slot]
+        before, after, slot_images, values = self._slots[slot]
         before[0] = self._written
-        for target, image in zip(pictures, images, strict=True):
+        for target, image in zip(slot_images, images, strict=True):
             np.copyto(target, image)
         values[:] = state
         after[0] = self._written
@@ -97,10 +97,10 @@ class Frames:
 
     def read(self, slot: int, sequence: int) -> tuple[list[UInt8], Float32] | None:
         """Copies of the images and the state; None where the slot holds (or came to hold) another observation."""
-        before, after, pictures, values = self._slots[slot % SLOTS]
+        before, after, slot_images, values = self._slots[slot % SLOTS]
         if int(after[0]) != sequence:
             return None
-        images, state = [p.copy() for p in pictures], values.copy()
+        images, state = [p.copy() for p in slot_images], values.copy()
         return (images, state) if int(before[0]) == sequence else None
 
     def close(self) -> None:
@@ -111,12 +111,12 @@ class Frames:
         offsets = self.layout.offsets
         before = np.ndarray((1,), np.uint64, self._map, start)
         after = np.ndarray((1,), np.uint64, self._map, start + ALIGN)
-        pictures: list[UInt8] = [
+        slot_images: list[UInt8] = [
             np.ndarray((h, w, 3), np.uint8, self._map, start + offset)
             for (_, h, w), offset in zip(self.layout.cameras, offsets, strict=False)
         ]
         values: Float32 = np.ndarray((self.layout.state,), np.float32, self._map, start + offsets[-2])
-        return before, after, pictures, values
+        return before, after, slot_images, values
 
 
 def _aligned(size: int) -> int:

@@ -36,7 +36,7 @@ class Screen:
 
 
 class LateCamera:
-    """Stands in for hardware: at 60 Hz, frames of the screen as it was a while ago, a picture's corner full."""
+    """Stands in for hardware: at 60 Hz, frames of the screen as it was a while ago, an image's corner full."""
 
     def __init__(self, screen: Screen, looks: bool) -> None:
         self.screen, self.looks, self.due = screen, looks, time.monotonic()

@@ -1,8 +1,8 @@
 """`ratchet calibrate`: what a person does on the first day with an arm, from a printed board to a session.
 
-Pinned: the verbs lead from drawn pictures to a stored calibration whose id goes into a contract, exports and a session
+Pinned: the verbs lead from drawn images to a stored calibration whose id goes into a contract, exports and a session
 that is refused once the camera moved; refusals are one coded line with exit code 2 and leave nothing half done.
-Determinism: pictures are drawn; the simulator is not started.
+Determinism: images are drawn; the simulator is not started.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a person would have it: board.json, pictures for the lens, hand-eye pictures with poses."""
+    """A folder as a person would have it: board.json, images for the lens, hand-eye images with poses."""
     folder = tmp_path_factory.mktemp("day")
     (folder / "board.json").write_text(json.dumps(BOARD.to_dict()))
     for name in ("lens", "hand"):
@@ -162,7 +162,7 @@ def test_a_simulated_arm_needs_nothing_before(
     assert len(store.ids()) == 2
     # Without --simulate the command to run before is named.
     assert main([*words[:4], "wrist", *words[5:], "--board", str(_board(tmp_path)), "--json"]) == 2
-    assert said(capsys)["error"]["fix"].startswith("ratchet calibrate intrinsics PICTURES --camera wrist")
+    assert said(capsys)["error"]["fix"].startswith("ratchet calibrate intrinsics IMAGE_SUFFIXES --camera wrist")
 
 
 def _board(folder: Path) -> Path:

@@ -35,7 +35,7 @@ from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Episode, Mark
-from tests.agent.episodes.samples import episode, picture, small_contract, state
+from tests.agent.episodes.samples import episode, random_image, small_contract, state
 
 CONTRACT = small_contract(64)
 H264 = ExportOptions(crf=18)
@@ -44,7 +44,9 @@ H264 = ExportOptions(crf=18)
 def controlled(seed: int, steps: int = 12, human: tuple[int, int] = (0, 0)) -> Episode:
     """An episode with a frame and a command at every control step; the steps in `human` are a person's."""
     rng = np.random.default_rng(seed)
-    images = [{c.name: picture(CONTRACT, c.name, rng, smooth=True) for c in CONTRACT.cameras} for _ in range(steps)]
+    images = [
+        {c.name: random_image(CONTRACT, c.name, rng, smooth=True) for c in CONTRACT.cameras} for _ in range(steps)
+    ]
     states = [state(CONTRACT, rng) for _ in range(steps)]
     actions = rng.uniform(-0.01, 0.01, (steps, 7)).astype(np.float32)
     marks = [human[0] <= i < human[1] for i in range(steps)]

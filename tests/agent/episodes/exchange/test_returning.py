@@ -25,7 +25,7 @@ from ratchet_vla.episodes.file.writer import write_episode
 from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.records import ActionChunk, ControlTick, Episode, Mark, Observation, Step
-from tests.agent.episodes.samples import ROOT, picture, same
+from tests.agent.episodes.samples import ROOT, random_image, same
 
 ROBOTS = sorted((ROOT / "robots").glob("*.yaml"))
 ADAPTER = "ab" * 32
@@ -50,7 +50,7 @@ def recorded(
     steps, control, now = [], [], 12.3456789
     for number, length in enumerate(lengths):
         for k in range(length if ticks else 1):
-            images = {c.name: picture(contract, c.name, rng, smooth=True) for c in contract.cameras}
+            images = {c.name: random_image(contract, c.name, rng, smooth=True) for c in contract.cameras}
             state = {s.name: rng.normal(size=s.size).astype(np.float32) for s in contract.state}
             at = now + k / contract.control_hz + rng.uniform(0, 1e-4)
             seen = Observation(images, state, "do it", at, len(steps))

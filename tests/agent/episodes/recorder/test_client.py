@@ -43,7 +43,7 @@ from ratchet_vla.runtime.inference.source import Ahead, Reply
 from ratchet_vla.runtime.safety.filter import SafetyFilter
 from ratchet_vla.storage.growing import GrowingFile
 from ratchet_vla.testing.fake_arm import FakeArm
-from tests.agent.episodes.samples import chunk, observation, picture, same, small_contract, tick
+from tests.agent.episodes.samples import chunk, observation, random_image, same, small_contract, tick
 
 CONTRACT = small_contract(16)
 WAIT = 30.0
@@ -197,11 +197,11 @@ def test_success_rewards_the_last_step_only(tmp_path: Path, started: Callable[..
 def test_shared_frames_are_found_again(tmp_path: Path, started: Callable[..., Recorder], decisions: Any) -> None:
     recorder = started(stream="png", decisions=decisions)
     rng = np.random.default_rng(0)
-    recorder.frame("wrist", picture(CONTRACT, "wrist", rng), 0.0)  # nobody records yet
+    recorder.frame("wrist", random_image(CONTRACT, "wrist", rng), 0.0)  # nobody records yet
     recorder.begin("bowl", "go", 0.0)
     frames = []
     for i in range(8):
-        frames.append({c.name: picture(CONTRACT, c.name, rng) for c in CONTRACT.cameras})
+        frames.append({c.name: random_image(CONTRACT, c.name, rng) for c in CONTRACT.cameras})
         for name, image in frames[-1].items():
             recorder.frame(name, image, i / 30)
     seen = observation(CONTRACT, rng, 0, 0.2)
@@ -315,7 +315,7 @@ def stopped(started: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch) -
 def test_a_frozen_disk_costs_counted_frames_and_no_waiting(tmp_path: Path, stopped: Stopped) -> None:
     recorder, contract = stopped.recorder, small_contract(256)
     rng = np.random.default_rng(0)
-    image = picture(contract, "wrist", rng)
+    image = random_image(contract, "wrist", rng)
     recorder.begin("bowl", "go", 0.0)
     for i in range(40):
         recorder.frame("wrist", image, i / 30)

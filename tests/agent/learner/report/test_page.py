@@ -78,9 +78,9 @@ def test_page_is_valid_and_self_contained(folder: Path) -> None:
         assert source
         assert image["alt"]
         head, content = source.split(",", 1)
-        picture = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
-        assert head == f"data:image/{str(picture.format).lower()};base64"
-        kinds.append(picture.format)
+        decoded = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
+        assert head == f"data:image/{str(decoded.format).lower()};base64"
+        kinds.append(decoded.format)
     assert sorted(kinds) == ["GIF", "GIF", "GIF", "PNG", "PNG"]
     assert "Missing from this run" not in page.text
     assert not list(folder.glob("*.partial"))
@@ -219,9 +219,9 @@ def test_charts_draw_the_data() -> None:
         png = draw(updates)
         assert png == draw(updates)
         other = draw([{**u, "successes": 0, "loss": 1.0} if i == 1 else u for i, u in enumerate(updates)])
-        picture, changed = (np.asarray(Image.open(io.BytesIO(x)).convert("L")) for x in (png, other))
-        assert picture.shape[1] > 900
-        assert (picture.shape != changed.shape) or (picture != changed).any()
+        decoded, changed = (np.asarray(Image.open(io.BytesIO(x)).convert("L")) for x in (png, other))
+        assert decoded.shape[1] > 900
+        assert (decoded.shape != changed.shape) or (decoded != changed).any()
 
 
 def printed(matrix: SuccessMatrix) -> list[str]:

@@ -459,7 +459,7 @@ class Drawers:
 
 
 def test_the_trainer_of_the_small_policy_trains_the_flow_policy_too(tmp_path: Path) -> None:
-    """The loss falls, prediction and samples find the way that the picture shows, and a killed run goes on."""
+    """The loss falls, prediction and samples find the way that the image shows, and a killed run goes on."""
     data = Drawers()
 
     def trainer() -> Pretrainer:

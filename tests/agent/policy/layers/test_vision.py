@@ -63,8 +63,8 @@ def test_the_small_towers_pixels_are_in_one_range() -> None:
     assert made.prepare(levels).flatten().unique().tolist() == [-1.0, 1.0]
 
 
-def test_coordinates_tell_patches_apart_where_pictures_do_not() -> None:
-    """In the middle of a picture of one colour, where no patch sees the padding of the border."""
+def test_coordinates_tell_patches_apart_where_images_do_not() -> None:
+    """In the middle of an image of one colour, where no patch sees the padding of the border."""
     grey = torch.full((1, 1, 256, 256, 3), 90, dtype=torch.uint8)
     text = torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
     spreads = []

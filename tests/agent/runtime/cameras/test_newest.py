@@ -29,7 +29,7 @@ FPS = 60.0
 SPEC = CameraSpec("front", 48, 32)
 
 
-def picture(k: int, width: int = 48, height: int = 32) -> UInt8:
+def image(k: int, width: int = 48, height: int = 32) -> UInt8:
     return np.full((height, width, 3), [10 + k, 100, 200], np.uint8)  # RGB
 
 
@@ -47,7 +47,7 @@ class TestFolder(Settings, CameraConformance):
     @pytest.fixture
     def opener(self, tmp_path: Path) -> Open:
         for k in range(4):
-            cv2.imwrite(str(tmp_path / f"{k}.png"), picture(k)[..., ::-1])
+            cv2.imwrite(str(tmp_path / f"{k}.png"), image(k)[..., ::-1])
         return lambda spec: open_device("recorded", str(tmp_path), spec, FPS)
 
 
@@ -57,7 +57,7 @@ class TestVideo(Settings, CameraConformance):
         path = tmp_path / "video.avi"
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), FPS, (48, 32))
         for k in range(8):
-            writer.write(picture(k)[..., ::-1])
+            writer.write(image(k)[..., ::-1])
         writer.release()
         return lambda spec: open_device("recorded", str(path), spec, FPS)
 
@@ -83,7 +83,7 @@ class TestUvc(Settings, CameraConformance):
             def read(self) -> tuple[bool, UInt8]:
                 time.sleep(1 / FPS)  # the camera's own pace
                 self.count += 1
-                return True, picture(self.count)[..., ::-1].copy()
+                return True, image(self.count)[..., ::-1].copy()
 
             def release(self) -> None:
                 self.count = 0
@@ -115,7 +115,7 @@ class TestRealSense(Settings, CameraConformance):
                 return self.stamp
 
             def get_data(self) -> UInt8:
-                return picture(self.k)
+                return image(self.k)
 
         class Config:
             def enable_device(self, serial: str) -> None:
@@ -171,7 +171,7 @@ class Fed:
             return None
         if isinstance(item, Exception):
             raise item
-        return picture(int(item)), float(item)
+        return image(int(item)), float(item)
 
     def close(self) -> None:
         self.closed = True

@@ -297,8 +297,8 @@ def test_a_camera_that_repeats_itself_while_the_arm_moves_is_noticed() -> None:
     rig.source.answer = lambda o: np.tile(np.array([2e-3 * (-1) ** o.sequence, 0, 0, 1.0], np.float32), (K, 1))
     rig.run(12)
     assert rig.codes == []
-    pictures = rig.robot._pictures()
-    rig.robot._pictures = lambda: pictures  # type: ignore[method-assign]
+    images = rig.robot._images()
+    rig.robot._images = lambda: images  # type: ignore[method-assign]
     rig.run(20)
     assert "safety.frozen_frame" in rig.codes
 

@@ -1,4 +1,4 @@
-"""What an observation is made of, and for how long it may be trusted: a picture from one moment and joints from another
+"""What an observation is made of, and for how long it may be trusted: an image from one moment and joints from another
 teach a policy a lie, and a frozen camera drives blind.
 
 Pinned: alignment to the newest moment that all cameras saw, stated skew and its refusal, the watchdog's times, the
@@ -26,18 +26,18 @@ def two_cameras() -> RobotContract:
     return RobotContract.from_dict(raw)
 
 
-def picture(value: int) -> np.ndarray:
+def image(value: int) -> np.ndarray:
     return np.full((8, 8, 3), value, np.uint8)
 
 
 def test_parts_are_taken_from_the_newest_moment_that_all_cameras_saw() -> None:
     aligner = Aligner(two_cameras(), max_skew=0.02)
     for i in range(10):
-        aligner.add_frame("front", picture(i), 1.0 + i * 0.033)
+        aligner.add_frame("front", image(i), 1.0 + i * 0.033)
         aligner.add_state("place", np.full(3, i, np.float32), 1.0 + i * 0.033 + 0.004)
         aligner.add_state("gripper", np.zeros(1, np.float32), 1.0 + i * 0.033)
         if i < 7:
-            aligner.add_frame("wrist", picture(100 + i), 1.0 + i * 0.033 + 0.010)  # the slow camera
+            aligner.add_frame("wrist", image(100 + i), 1.0 + i * 0.033 + 0.010)  # the slow camera
     got = aligner.observe("go", 5)
     assert got.observation.stamp == pytest.approx(1.0 + 6 * 0.033 + 0.010)
     assert (got.observation.images["front"][0, 0, 0], got.observation.images["wrist"][0, 0, 0]) == (6, 106)
@@ -54,8 +54,8 @@ def test_what_is_missing_or_too_far_apart_is_named() -> None:
     with pytest.raises(RatchetError, match=r"observation\.missing.*front, wrist"):
         aligner.observe("go", 0)
     assert aligner.frames_stamp() == -np.inf
-    aligner.add_frame("front", picture(0), 1.0)
-    aligner.add_frame("wrist", picture(0), 1.0)
+    aligner.add_frame("front", image(0), 1.0)
+    aligner.add_frame("wrist", image(0), 1.0)
     aligner.add_state("place", np.zeros(3, np.float32), 1.05)
     aligner.add_state("gripper", np.zeros(1, np.float32), 1.0)
     with pytest.raises(RatchetError, match=r"observation\.skew.*\+50\.0 ms.*place"):
@@ -63,16 +63,16 @@ def test_what_is_missing_or_too_far_apart_is_named() -> None:
     with pytest.raises(RatchetError, match=r"observation\.bad_state"):
         aligner.add_state("place", np.zeros(4, np.float32), 2.0)
     with pytest.raises(RatchetError, match=r"observation\.unknown_source"):
-        aligner.add_frame("side", picture(0), 1.0)
+        aligner.add_frame("side", image(0), 1.0)
 
 
 def test_repeated_and_reordered_deliveries_change_nothing() -> None:
     aligner = Aligner(arm(rotation="none"), max_skew=1.0)
     aligner.add_state("place", np.zeros(3, np.float32), 1.0)
     aligner.add_state("gripper", np.zeros(1, np.float32), 1.0)
-    aligner.add_frame("front", picture(2), 1.0)
-    aligner.add_frame("front", picture(3), 1.0)
-    aligner.add_frame("front", picture(1), 0.9)
+    aligner.add_frame("front", image(2), 1.0)
+    aligner.add_frame("front", image(3), 1.0)
+    aligner.add_frame("front", image(1), 0.9)
     assert aligner.dropped == 2
     assert aligner.observe("go", 0).observation.images["front"][0, 0, 0] == 2
 
@@ -96,11 +96,11 @@ def test_the_watchdogs_times() -> None:
     assert dog.late(2.6) is None
     assert dog.old(1.0, 1.2) is None
     assert dog.old(1.0, 1.21) is not None
-    assert dog.frozen({"a": picture(1)}, 0.0, True) is None
-    assert dog.frozen({"a": picture(1)}, 0.31, False) is None  # standing still: nothing to see
-    assert dog.frozen({"a": picture(1)}, 0.60, True) is None
-    assert dog.frozen({"a": picture(1)}, 0.62, True) is not None
-    assert dog.frozen({"a": picture(2)}, 0.63, True) is None
+    assert dog.frozen({"a": image(1)}, 0.0, True) is None
+    assert dog.frozen({"a": image(1)}, 0.31, False) is None  # standing still: nothing to see
+    assert dog.frozen({"a": image(1)}, 0.60, True) is None
+    assert dog.frozen({"a": image(1)}, 0.62, True) is not None
+    assert dog.frozen({"a": image(2)}, 0.63, True) is None
 
 
 def test_clocks() -> None:

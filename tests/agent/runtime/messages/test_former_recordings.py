@@ -44,8 +44,8 @@ def test_a_recording_becomes_an_episode(tmp_path: Path, capsys: pytest.CaptureFi
     with (MADE / f"{NAME}.mcap").open("rb") as file:
         reader = make_reader(file, decoder_factories=[DecoderFactory()])
         every = [(channel.topic, body) for _, channel, _, body in reader.iter_decoded_messages()]
-    pictures = [np.frombuffer(d.data, np.uint8).reshape(96, 96, 3) for t, d in every if t == "/corner2/image_raw"]
-    upright = [np.rot90(p, 2) for p in pictures]  # the contract's camera hangs upside down
+    images = [np.frombuffer(d.data, np.uint8).reshape(96, 96, 3) for t, d in every if t == "/corner2/image_raw"]
+    upright = [np.rot90(p, 2) for p in images]  # the contract's camera hangs upside down
     stream = [image for _, image in store.open(card.id).frames("corner2")]
     assert np.array_equal(stream, upright)
     chunks = {d.observation_sequence: d for t, d in every if t == "/chunks"}

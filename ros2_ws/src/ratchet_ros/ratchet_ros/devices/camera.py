@@ -31,7 +31,7 @@ class Parameters:
     contract: str = parameter("", "Path of the robot contract (YAML).")
     camera: str = parameter("", "Name of the camera in the contract.")
     device: str = parameter("uvc", "Kind of device.", one_of=("realsense", "uvc", "recorded"))
-    source: str = parameter("", "Serial, /dev/videoN, video file or folder of pictures; empty: the contract's source.")
+    source: str = parameter("", "Serial, /dev/videoN, video file or folder of images; empty: the contract's source.")
     fps: float = parameter(30.0, "Frames per second.", low=0.5, high=240.0)
     calibrations: str = parameter("", "Folder of calibrations, for CameraInfo of the contract's; empty: none.")
     transform: bool = parameter(False, "Publish where the camera is on /tf_static; needs tf2_msgs.")

@@ -36,7 +36,7 @@ def load(folder: str, camera: CameraSpec) -> Calibration:
             "camera.other_size",
             f"calibrated at {found.model.width} x {found.model.height}, the contract says {raw_size(camera)}",
             where=camera.name,
-            fix="calibrate at the contract's size; a calibration is of the raw picture, before any rotation",
+            fix="calibrate at the contract's size; a calibration is of the raw image, before any rotation",
         )
     return found
 

@@ -73,7 +73,7 @@ class Parameters:
     )
     frozen_after: float = parameter(
         0.0,
-        "Seconds after which a camera that repeats one picture while the arm moves counts as frozen; 0: not looked at.",
+        "Seconds after which a camera that repeats one image while the arm moves counts as frozen; 0: not looked at.",
         low=0.0,
         high=60.0,
     )
