@@ -20,7 +20,7 @@ from ratchet_vla.contract.specs import (
     VerifiedFact,
     Watchdog,
 )
-from ratchet_vla.contract.topics import CommandSink, RosWiring, StateSource
+from ratchet_vla.contract.topics import CommandSink, StateSource, TopicMapping
 from ratchet_vla.contract.verified import write_verified
 
 __all__ = [
@@ -35,11 +35,11 @@ __all__ = [
     "Mismatch",
     "PolicySpec",
     "RobotContract",
-    "RosWiring",
     "RotationRepr",
     "SimulatorSpec",
     "StateField",
     "StateSource",
+    "TopicMapping",
     "VerifiedFact",
     "Watchdog",
     "compatibility",

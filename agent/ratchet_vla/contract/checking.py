@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ratchet_vla.contract.specs import SCHEMA, ContractSpec, Limits, Watchdog
-from ratchet_vla.contract.topics import CommandSink, RosWiring, StateSource
+from ratchet_vla.contract.topics import CommandSink, StateSource, TopicMapping
 from ratchet_vla.errors import RatchetError
 
 
@@ -135,11 +135,11 @@ def _watchdog_problems(watchdog: Watchdog) -> Iterator[Problem]:
             yield Problem(f"watchdog.{name}", "times must be positive and finite", "give seconds")
 
 
-def _topic_problems(contract: ContractSpec, wiring: RosWiring) -> Iterator[Problem]:
+def _topic_problems(contract: ContractSpec, topic_mapping: TopicMapping) -> Iterator[Problem]:
     for camera in contract.cameras:
         if not camera.topic:
             yield Problem(f"cameras.{camera.name}", "has no topic", "name the topic its images arrive on")
-    sources = {source.field: source for source in wiring.state}
+    sources = {source.field: source for source in topic_mapping.state}
     for field in contract.state:
         if not field.topic or field.name not in sources:
             yield Problem(f"state.{field.name}", "has no topic or no line in ros.state", "say where it comes from")
@@ -149,11 +149,11 @@ def _topic_problems(contract: ContractSpec, wiring: RosWiring) -> Iterator[Probl
     for extra in sorted(set(sources) - set(known)):
         yield Problem(f"ros.state.{extra}", "no such state field", f"fields: {', '.join(known)}")
     dims = [dim.name for dim in contract.action.dims]
-    commanded = [dim for sink in wiring.commands for dim in sink.dims]
+    commanded = [dim for sink in topic_mapping.commands for dim in sink.dims]
     if sorted(commanded) != sorted(dims):
         odd = sorted(set(commanded) ^ set(dims)) or sorted({dim for dim in commanded if commanded.count(dim) > 1})
         yield Problem("ros.commands", f"{', '.join(odd)}: not commanded exactly once", "list each dimension once")
-    for sink in wiring.commands:
+    for sink in topic_mapping.commands:
         yield from _command_problems(sink, contract)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ratchet_vla.contract.topics import RosWiring
+from ratchet_vla.contract.topics import TopicMapping
 from ratchet_vla.errors import RatchetError
 
 ControlMode = Literal["ee_delta", "ee_absolute", "joint_delta", "joint_absolute", "joint_velocity"]
@@ -170,7 +170,7 @@ class ContractSpec:
     watchdog: Watchdog
     simulator: SimulatorSpec | None = None
     description: str = ""
-    ros: RosWiring | None = None
+    ros: TopicMapping | None = None
     verified: tuple[VerifiedFact, ...] = ()
 
     def camera(self, name: str) -> CameraSpec:

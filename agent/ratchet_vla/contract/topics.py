@@ -60,7 +60,7 @@ class CommandSink:
 
 
 @dataclass(frozen=True)
-class RosWiring:
+class TopicMapping:
     """The ROS side of a contract.
 
     driver: what brings the arm's own topics up, told to whoever has to start it.

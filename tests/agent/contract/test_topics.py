@@ -1,6 +1,6 @@
 """A contract that is wired wrongly must be refused when it is read, not found out by an arm.
 
-Pinned: every shipped contract of an arm is sound and names every dimension and field once; each slip in the wiring is
+Pinned: every shipped contract of an arm is sound and names every dimension and field once; each slip in the mapping is
 refused with the line concerned; contracts without ROS stay valid. No time, no randomness.
 """
 

@@ -1,7 +1,7 @@
 """From the arm's messages to the contract's fields: states by joint name, poses, images upright and RGB.
 
-Knows the fields of messages by name and the contract's wiring. Imports no ROS: it reads live messages and those of a
-recording alike. Knows no topic.
+Knows the fields of messages by name and the contract's topic mapping. Imports no ROS: it reads live messages and those
+of a recording alike. Knows no topic.
 """
 
 from __future__ import annotations

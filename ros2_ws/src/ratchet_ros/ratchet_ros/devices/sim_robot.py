@@ -17,7 +17,7 @@ from ratchet_msgs import msg, srv
 from rosgraph_msgs.msg import Clock as ClockMessage
 
 from ratchet_ros.messages import arm_side, convert, decode, encode, qos
-from ratchet_ros.messages.intake import require_wiring
+from ratchet_ros.messages.intake import require_topic_mapping
 from ratchet_ros.messages.times import to_time
 from ratchet_ros.nodes.base import OK, Line, RatchetNode, spin
 from ratchet_ros.nodes.params import parameter
@@ -65,14 +65,14 @@ class SimRobotNode(RatchetNode):
         self.contract = (
             RobotContract.load(settings.contract) if settings.contract else registry.contract_for(settings.suite)
         )
-        self._wiring = require_wiring(self.contract)
+        self._topic_mapping = require_topic_mapping(self.contract)
         info = registry.task(settings.suite, settings.task)
         self._initial = settings.initial_state if settings.initial_state >= 0 else info.train_states[0]
         self._queues: list[deque[Any]] = []
         self._latest: list[Any] = []
         reliable = settings.lock_step
         self._profile = qos.LOCK_STEP if reliable else qos.STATES_RELIABLE
-        for number, sink in enumerate(self._wiring.commands):
+        for number, sink in enumerate(self._topic_mapping.commands):
             if sink.kind not in encode.COMMAND_TYPES:
                 raise RatchetError("ros.unsupported_sink", f"no simulated arm takes {sink.kind}", where=sink.topic)
             self._queues.append(deque())
@@ -119,7 +119,7 @@ class SimRobotNode(RatchetNode):
 
     def _commanded(self, number: int) -> Any:
         def received(message: Any) -> None:
-            values = arm_side.command_values(self.contract, self._wiring.commands[number], message)
+            values = arm_side.command_values(self.contract, self._topic_mapping.commands[number], message)
             with self._changed:
                 self._queues[number].append(values)
                 self._changed.notify_all()
@@ -197,7 +197,7 @@ class SimRobotNode(RatchetNode):
         gripper = self.contract.action.gripper
         action = np.zeros(len(names))
         with self._changed:
-            for number, (sink, queue) in enumerate(zip(self._wiring.commands, self._queues, strict=True)):
+            for number, (sink, queue) in enumerate(zip(self._topic_mapping.commands, self._queues, strict=True)):
                 keeps = gripper is not None and sink.dims == (gripper.dim,)
                 if self.settings.lock_step:
                     self._latest[number] = queue.popleft()

@@ -1,6 +1,6 @@
 """The other end of the wire: an arm's own view of the contract's topics. Commands are read, states and images are made.
 
-Knows message types and the contract's wiring; the mirror image of encode and decode. Knows no simulator.
+Knows message types and the contract's topic mapping; the mirror image of encode and decode. Knows no simulator.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which messages an arm's states and images arrive in; what they say is `ratchet_vla.runtime.messages.readings`'s.
 
-Knows message types and the contract's wiring. Knows no node and no topic.
+Knows message types and the contract's topic mapping. Knows no node and no topic.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From an action to the arm's messages: twists, poses, trajectories, joint arrays, gripper commands; and a hold.
 
-Knows message types and the contract's wiring. Knows no node; publishing is an argument. Limits are not enforced here:
-that is the safety filter's work, before.
+Knows message types and the contract's topic mapping. Knows no node; publishing is an argument. Limits are not enforced
+here: that is the safety filter's work, before.
 """
 
 from __future__ import annotations

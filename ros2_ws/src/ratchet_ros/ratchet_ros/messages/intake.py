@@ -21,7 +21,7 @@ from ratchet_vla.records import UInt8
 from ratchet_vla.runtime.messages.align import Aligner
 
 
-def require_wiring(contract: RobotContract) -> Any:
+def require_topic_mapping(contract: RobotContract) -> Any:
     """The contract's ROS part. Raises RatchetError contract.no_ros."""
     if contract.ros is None:
         raise RatchetError(
@@ -54,7 +54,7 @@ class Intake:
         others: Iterable[str] = (),
         on_frame: Callable[[str, UInt8, float], None] = lambda camera, pixels, stamp: None,
     ) -> None:
-        wiring = require_wiring(contract)
+        topic_mapping = require_topic_mapping(contract)
         names = [c.name for c in contract.cameras] if cameras is None else list(cameras)
         self.contract, self._clock, self._node = contract, clock, node
         self.aligner = Aligner(contract, max_skew=max_skew, cameras=names, keep_frames=6)
@@ -72,7 +72,7 @@ class Intake:
                 qos.LOCK_STEP if reliable else qos.IMAGES,
             )
         topics: dict[tuple[str, type[Any]], list[decode.StateReader]] = {}
-        for source in wiring.state:
+        for source in topic_mapping.state:
             reader = decode.StateReader(contract, source)
             topics.setdefault((reader.field.topic, reader.kind), []).append(reader)
         for (topic, kind), readers in topics.items():

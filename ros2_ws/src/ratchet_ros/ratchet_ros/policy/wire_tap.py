@@ -14,7 +14,7 @@ from ratchet_msgs import msg
 from rclpy.node import Node
 
 from ratchet_ros.messages import decode, encode, interfaces, qos
-from ratchet_ros.messages.intake import require_wiring
+from ratchet_ros.messages.intake import require_topic_mapping
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.file.format import OURS
 from ratchet_vla.errors import RatchetError
@@ -37,15 +37,15 @@ def sources(node: Node, contract: RobotContract, what: str, lock_step: bool) -> 
     """
     if what == "none":
         return []
-    wiring = require_wiring(contract)
+    topic_mapping = require_topic_mapping(contract)
     found: dict[str, tuple[type[Any], Any]] = {}
     if what == "all":
         for camera in contract.cameras:
             found[camera.topic] = (decode.image_type(camera), qos.LOCK_STEP if lock_step else qos.IMAGES)
-    for source in wiring.state:
+    for source in topic_mapping.state:
         reader = decode.StateReader(contract, source)
         found[reader.field.topic] = (reader.kind, qos.LOCK_STEP if lock_step else qos.STATES)
-    for sink in wiring.commands:
+    for sink in topic_mapping.commands:
         if sink.kind in encode.COMMAND_TYPES:
             found[sink.topic] = (encode.COMMAND_TYPES[sink.kind], qos.COMMANDS)
     for topic, kind in (

@@ -21,7 +21,7 @@ from std_msgs.msg import Bool
 from std_srvs.srv import SetBool, Trigger
 
 from ratchet_ros.messages import convert, encode, qos
-from ratchet_ros.messages.intake import Intake, require_wiring
+from ratchet_ros.messages.intake import Intake, require_topic_mapping
 from ratchet_ros.messages.times import SimulatedTime, SteadyTime, TimeBase, seconds
 from ratchet_ros.nodes.base import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.nodes.params import parameter
@@ -72,7 +72,7 @@ class SafetyNode(RatchetNode):
 
     def setup(self) -> None:
         self.contract = RobotContract.load(self.settings.contract)
-        wiring = require_wiring(self.contract)
+        topic_mapping = require_topic_mapping(self.contract)
         simulated = bool(self.get_parameter("use_sim_time").value)
         timeout = FOREVER if self.settings.lock_step else self.settings.clock_timeout
         self.clock: TimeBase = SimulatedTime(timeout) if simulated else SteadyTime()
@@ -113,7 +113,7 @@ class SafetyNode(RatchetNode):
         self._sinks: list[tuple[CommandSink, Any, list[int], Callable[[Any], None]]] = []
         self._to_arm: list[Any] = []
         names = [d.name for d in self.contract.action.dims]
-        for sink in wiring.commands:
+        for sink in topic_mapping.commands:
             encoder = encode.make_encoder(self.contract, sink, gauge.position_field, gauge.rotation_field)
             self._require_alone(sink.topic)
             out = self._output(sink)

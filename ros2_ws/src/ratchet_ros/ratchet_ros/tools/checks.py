@@ -15,7 +15,7 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSCompatibility, ReliabilityPolicy, qos_check_compatible
 
 from ratchet_ros.messages import decode, encode, qos
-from ratchet_ros.messages.intake import require_wiring
+from ratchet_ros.messages.intake import require_topic_mapping
 from ratchet_ros.messages.interfaces import type_name
 from ratchet_ros.messages.times import seconds
 from ratchet_vla.contract import RobotContract
@@ -67,23 +67,23 @@ class GraphCheck:
         """alone: nobody may publish on the arm's command topics yet (a dry run before the nodes start)."""
         self.node, self.contract, self._alone = node, contract, alone
         self.heard: dict[str, Heard] = {}
-        wiring = require_wiring(contract)
+        topic_mapping = require_topic_mapping(contract)
         for camera in contract.cameras:
             read = self._camera_reader(camera)
             self._listen(camera.topic, decode.image_type(camera), qos.IMAGES, camera.name, read)
-        for source in wiring.state:
+        for source in topic_mapping.state:
             reader = decode.StateReader(contract, source)
             self._listen(reader.field.topic, reader.kind, qos.STATES, reader.field.name, self._state_reader(reader))
 
     def findings(self) -> list[Finding]:
         found = [f for heard in self.heard.values() for f in self._topic(heard)]
-        for sink in require_wiring(self.contract).commands:
+        for sink in require_topic_mapping(self.contract).commands:
             found += self._sink(sink)
         return found
 
     def unnamed(self) -> bool:
         """Whether a publisher of commands is seen whose node is not: endpoints are discovered before names."""
-        sinks = [self.node.resolve_topic_name(s.topic) for s in require_wiring(self.contract).commands]
+        sinks = [self.node.resolve_topic_name(s.topic) for s in require_topic_mapping(self.contract).commands]
         return any(i.node_name == UNNAMED for t in sinks for i in self.node.get_publishers_info_by_topic(t))
 
     # -- listening ---------------------------------------------------------------------------------------------------
