@@ -134,8 +134,8 @@ class HandEye:
             ) from None  # fmt: skip
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RatchetError("calibration.bad_poses", f"{error!r}", where=str(path), fix="see --help") from None
-        found, refused, encoded = read_views(self.folder, board, console)
-        for name, why in refused.items():
+        found, rejected, encoded = read_views(self.folder, board, console)
+        for name, why in rejected.items():
             console.print(f"left out {name}: {why}", markup=False, soft_wrap=True)
         missing = [d.name for d in found if d.name not in poses]
         if missing:

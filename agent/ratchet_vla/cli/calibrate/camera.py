@@ -125,7 +125,7 @@ class Intrinsics:
 
     def run(self) -> int:
         console = Console(stderr=self.json, width=100)
-        stored, result, refused = measure_lens(
+        stored, result, rejected = measure_lens(
             self.folder,
             self.camera,
             read_board(self.board),
@@ -138,7 +138,9 @@ class Intrinsics:
         )
         if self.json:
             page = self.store / stored.id / "report.html"
-            print(json.dumps({"id": stored.id, "report": str(page), "refused": refused} | report.as_dict(result, None)))
+            print(
+                json.dumps({"id": stored.id, "report": str(page), "refused": rejected} | report.as_dict(result, None))
+            )
         return 0 if report.assess(stored)[0] else 1
 
 
@@ -229,7 +231,7 @@ def measure_lens(
     robot_serial: str = "",
 ) -> tuple[Calibration, intrinsics.IntrinsicsResult, dict[str, str]]:
     """Estimate a lens from a folder of images, store and show it; with why images were left out."""
-    found, refused, encoded = read_views(folder, board, console)
+    found, rejected, encoded = read_views(folder, board, console)
     result = intrinsics.calibrate(board, found, model)
     calibration = Calibration(
         camera=camera,
@@ -245,9 +247,9 @@ def measure_lens(
     )
     kept = {d.name: encoded[d.name] for d in found}
     stored = store.put(calibration, kept, lambda c: report.write(c, result))
-    show_lens(console, stored, result, refused)
+    show_lens(console, stored, result, rejected)
     console.print(f"calibration {stored.id[:12]}, report: {store.root / stored.id / 'report.html'}", soft_wrap=True)
-    return stored, result, refused
+    return stored, result, rejected
 
 
 def news(view: coverage.View, views: Sequence[coverage.View]) -> bool:
@@ -299,7 +301,7 @@ def read_views(
     if not files:
         raise RatchetError("calibration.no_images", "no images there", where=str(folder), fix="name the folder")
     found: list[Detection] = []
-    refused: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     encoded: dict[str, bytes] = {}
     errors: list[RatchetError] = []
     for path in track(files, "looking for the board", console=console, transient=True):
@@ -310,16 +312,16 @@ def read_views(
                 raise RatchetError("calibration.bad_image", "cannot be decoded", where=path.name)
             found.append(detect(board, np.asarray(image, np.uint8), path.name))
         except RatchetError as error:
-            refused[path.name] = f"[{error.code}] {error.what}"
+            rejected[path.name] = f"[{error.code}] {error.what}"
             errors.append(error)
     if not found:
         codes = [e.code for e in errors]
         raise errors[codes.index(max(set(codes), key=codes.count))]
-    return found, refused, encoded
+    return found, rejected, encoded
 
 
 def show_lens(
-    console: Console, calibration: Calibration, result: intrinsics.IntrinsicsResult, refused: dict[str, str]
+    console: Console, calibration: Calibration, result: intrinsics.IntrinsicsResult, rejected: dict[str, str]
 ) -> None:
     table = Table(title=f"{calibration.camera}, {result.camera.width} x {result.camera.height}, {result.camera.model}")
     for column in ("", "value", "± 2 deviations"):
@@ -332,7 +334,7 @@ def show_lens(
     table.add_row("error of used views px", f"{result.rms:.3f}", "")
     table.add_row("held-out error px", f"{result.held_out_rms:.3f}", "")
     console.print(table)
-    for name, why in (refused | result.rejected).items():
+    for name, why in (rejected | result.rejected).items():
         console.print(f"left out {name}: {why}", markup=False, highlight=False, soft_wrap=True)
     for warning in result.warnings:
         console.print(f"better next time: {warning}", highlight=False)

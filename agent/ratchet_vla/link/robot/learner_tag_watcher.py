@@ -38,13 +38,13 @@ class LearnerTagWatcher:
         self._swap = swap
         self._on_swap = on_swap
         self._on_error = on_error
-        # Guards _wish, _candidate and _stopping, which the link's thread sets; _done, _tagged and _refused belong to
+        # Guards _wish, _candidate and _stopping, which the link's thread sets; _done, _tagged and _rejected belong to
         # this one's thread.
         self._changed = threading.Condition()
         self._wish = ""
         self._candidate = self._tagged = ""
         self._done = store.tags().get("active", "")
-        self._refused = ""
+        self._rejected = ""
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="learner-tag-watcher", daemon=True)
         self._thread.start()
@@ -92,11 +92,11 @@ class LearnerTagWatcher:
                 if self._store.tags().get("active") != target_id:
                     self._store.promote(target_id, "the learner's active")
             except RatchetError as error:
-                self._refused = target_id
+                self._rejected = target_id
                 self._on_error(error)
                 continue
             self._done = target_id
-            self._refused = ""
+            self._rejected = ""
             self._on_swap(target_id)
 
     def _tag(self, candidate: str) -> None:
@@ -112,4 +112,4 @@ class LearnerTagWatcher:
         return self._candidate not in ("", self._tagged) and self._candidate in self._store.ids()
 
     def _ready(self) -> bool:
-        return self._wish not in ("", self._done, self._refused) and self._wish in (BASE, *self._store.ids())
+        return self._wish not in ("", self._done, self._rejected) and self._wish in (BASE, *self._store.ids())
