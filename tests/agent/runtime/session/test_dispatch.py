@@ -30,7 +30,7 @@ class Place:
         self.folder = folder
         self.contract = small_contract()
         self.store = EpisodeStore(folder / "episodes", create=True)
-        self.verification = Annotations(self.store)
+        self.annotations = Annotations(self.store)
         self.open()
 
     def open(self) -> None:
