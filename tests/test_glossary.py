@@ -19,6 +19,7 @@ SUFFIXES = {".py", ".md", ".js", ".html", ".css", ".yaml", ".toml", ""}
 FORMER = {
     *("sight", "eyes", "courier", "shelf", "parcel", "parcels", "reception", "ruling", "ruled", "unruled", "workshop"),
     *("happening", "weather", "ledger"),
+    *("footage", "referee", "takeover", "judgement", "judgements", "judging", "wiring"),
 }
 FORMER_PHRASES = ("by heart", "night without anybody")
 

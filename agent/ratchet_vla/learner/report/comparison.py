@@ -23,7 +23,7 @@ TEMPLATE = """
 <p class="decision"><b>{{ comparison.change }}</b> points {{ comparison.bounds }}
 <span class="soft">success of the adapter minus success of the base
 {{- ", mean of %d tasks" % comparison.tasks | length if comparison.tasks | length > 1 }};
-{{ comparison.judgement }}. The gate's decision: {{ comparison.decision }}.</span></p>
+{{ comparison.conclusion }}. The gate's decision: {{ comparison.decision }}.</span></p>
 <p class="soft">{{ comparison.how }}</p>
 {% for task in comparison.tasks %}
 <h3>{{ task.name }} <span class="soft">({{ task.role }})</span></h3>
@@ -101,7 +101,7 @@ def shown(data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "change": figure,
         "bounds": bounds,
-        "judgement": "larger than its interval" if change["low"] > 0 else "NOT larger than its interval",
+        "conclusion": "larger than its interval" if change["low"] > 0 else "NOT larger than its interval",
         "decision": decision["decision"],
         "how": f"{episodes} pairs of episodes: the same initial states, none of which was trained on, and the same "
         f"noise{draws}; actions {acting}, {horizon}. The adapter was swapped into the running policy in between.",
