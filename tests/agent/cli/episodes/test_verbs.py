@@ -137,7 +137,7 @@ def test_rerun_is_optional(store: EpisodeStore, tmp_path: Path, capsys: pytest.C
     assert "export.no_rerun" in capsys.readouterr().err
 
 
-def test_judging_in_the_terminal(
+def test_labelling_in_the_terminal(
     store: EpisodeStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter(["r", "f slipped at the end", "n"])

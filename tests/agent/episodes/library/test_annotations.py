@@ -153,7 +153,7 @@ def test_a_proposal_is_no_label(tmp_path: Path) -> None:
         (None, "success", "human:ada", "episode.no_annotator"),
     ],
 )
-def test_refused_judgements_leave_no_entry(
+def test_refused_labels_leave_no_entry(
     tmp_path: Path, reference: str | None, value: str, annotator: str, code: str
 ) -> None:
     annotations, (one,) = store_of(tmp_path, None)
