@@ -47,8 +47,10 @@ class GivenLabel(BaseModel):
 
 
 class Filters(BaseModel):
-    """Which episodes; empty fields let everything pass. state: of a `LabelStatus`, or "open" for what waits for
-    readers."""
+    """Which episodes; empty fields let everything pass.
+
+    state: of a `LabelStatus`, or "open" for what waits for readers.
+    """
 
     task: str = ""
     adapter: str = ""

@@ -173,8 +173,7 @@ class ControlLoop:
         self._cancel.set()
 
     def human(self, action: Float32 | None) -> None:
-        """A person's command for the coming ticks: (D,) float32, physical units; None ends the intervention. Any
-        thread.
+        """A person's command for the coming ticks: (D,) float32, physical units; None ends it. Any thread.
 
         It passes the safety filter like any other, is marked HUMAN, and is too old after `action_max_age`. After the
         intervention the policy starts from a new observation, with the ramp.

@@ -54,8 +54,10 @@ class TickSink(Protocol):
     def outcome(self, outcome: ChunkOutcome) -> None: ...
 
     def end(self, reason: str, success: bool | None, source: str, now: float) -> None:
-        """The episode ended. reason: a `loop.Termination` value. success, source: as in `Episode`; None if nobody
-        labelled it."""
+        """The episode ended. reason: a `loop.Termination` value.
+
+        success, source: as in `Episode`; None if nobody labelled it.
+        """
         ...
 
 
