@@ -90,10 +90,10 @@ def test_silence_during_a_hold_is_told_as_silence(make: Callable[..., Rig]) -> N
     while "safety.observation_age" not in codes(rig):
         move(rig)
     rig.arm.broken = ""
-    stage = rig.safety.stage
-    assert stage is not None
-    rig.watcher.until(lambda: stage.filter.cause == "safety.command_lost", "the loss")
-    assert stage.filter.state.value == "holding"
+    command_filter = rig.safety.command_filter
+    assert command_filter is not None
+    rig.watcher.until(lambda: command_filter.safety.cause == "safety.command_lost", "the loss")
+    assert command_filter.safety.state.value == "holding"
     rig.watcher.until(lambda: "safety.command_lost" in codes(rig), "the event")
     while not move(rig).sent:
         pass
