@@ -121,7 +121,7 @@ def to_chunk(message: Message) -> ActionChunk:
 
 
 def to_tick(message: Message) -> ControlTick:
-    """Without what a last stage made of its command: that comes apart."""
+    """Without what a command filter made of its command: that comes apart."""
     return ControlTick(
         stamp=message["stamp"],
         deadline=message["deadline"],

@@ -52,7 +52,7 @@ def test_an_episode_through_the_runtime(tmp_path: Path, capsys: pytest.CaptureFi
     assert {s.chunk.compute_dtype for s in read.steps} <= {"float32", "bfloat16"}
 
 
-def test_what_a_learner_orders_is_run_and_arrives_there(
+def test_what_a_learner_requests_is_run_and_arrives_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -127,7 +127,7 @@ def test_the_first_slow_answer_does_not_make_deploy_skip_for_ever() -> None:
     assert executor.latency <= 0.1 + 1e-9
 
 
-def test_deploy_blends_over_the_seam_but_never_the_gripper() -> None:
+def test_deploy_blends_over_the_window_but_never_the_gripper() -> None:
     rig = Rig(DeployExecutor(CONTRACT, use=6, blend=2), delay=0.1)
     rig.source.answer = lambda o: np.tile(
         np.array([1e-3 + 2e-3 * (o.sequence % 2), 0, 0, 1 - o.sequence % 2], np.float32), (K, 1)
