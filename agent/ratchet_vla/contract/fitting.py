@@ -6,6 +6,7 @@ Knows a policy by its demands only: no weights, no network.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ratchet_vla.contract.robot import RobotContract
@@ -56,55 +57,14 @@ class Mismatch:
 
 def compatibility(policy: PolicySpec, contract: RobotContract) -> list[Mismatch]:
     """Every way in which the policy does not fit the contract; empty when it fits."""
-    found: list[Mismatch] = []
-    names = {c.name for c in contract.cameras}
-    for camera in policy.cameras:
-        if camera not in names:
-            found.append(
-                Mismatch("compat.camera_missing", f"policy needs camera '{camera}', robot has {sorted(names)}")
-            )
-    fields = {s.name: s.size for s in contract.state}
-    for name in policy.state:
-        if name not in fields:
-            found.append(Mismatch("compat.state_missing", f"policy needs state '{name}', robot has {sorted(fields)}"))
-    size = sum(fields.get(n, 0) for n in policy.state)
-    if policy.state and size != policy.state_size and all(n in fields for n in policy.state):
-        found.append(
-            Mismatch("compat.state_size", f"policy takes {policy.state_size} state values, robot gives {size}")
-        )
-    action = contract.action
-    for code, mine, theirs in (
-        ("compat.control_mode", policy.control_mode, action.control_mode),
-        ("compat.rotation", policy.rotation, action.rotation),
-        ("compat.frame", policy.frame, action.frame),
-    ):
-        if mine != theirs:
-            found.append(Mismatch(code, f"policy commands {mine!r}, robot takes {theirs!r}"))
-    dims = tuple(d.name for d in action.dims)
-    if policy.action_names != dims:
-        found.append(
-            Mismatch("compat.action_dims", f"policy gives {list(policy.action_names)}, robot takes {list(dims)}")
-        )
-    else:
-        for dim, unit in zip(action.dims, policy.action_units, strict=True):
-            if dim.unit != unit:
-                found.append(Mismatch("compat.action_unit", f"'{dim.name}' is {unit} in the policy, {dim.unit} here"))
-    theirs_dim = action.gripper.dim if action.gripper else None
-    if policy.gripper_dim != theirs_dim:
-        found.append(Mismatch("compat.gripper", f"policy's gripper is {policy.gripper_dim!r}, robot's {theirs_dim!r}"))
-    elif action.gripper and (
-        policy.gripper_open is None or policy.gripper_closed is None or policy.gripper_open == policy.gripper_closed
-    ):
-        found.append(
-            Mismatch("compat.gripper_polarity", "policy does not say which gripper values are open and closed")
-        )
-    if not math.isclose(policy.control_hz, contract.control_hz, rel_tol=1e-3):
-        found.append(
-            Mismatch(
-                "compat.control_hz", f"policy was made for {policy.control_hz} Hz, robot runs {contract.control_hz}"
-            )
-        )
-    return found
+    return [
+        *_camera_mismatches(policy, contract),
+        *_state_mismatches(policy, contract),
+        *_control_mismatches(policy, contract),
+        *_dimension_mismatches(policy, contract),
+        *_gripper_mismatches(policy, contract),
+        *_rate_mismatches(policy, contract),
+    ]
 
 
 def require_compatible(policy: PolicySpec, contract: RobotContract) -> list[Mismatch]:
@@ -113,14 +73,76 @@ def require_compatible(policy: PolicySpec, contract: RobotContract) -> list[Mism
     Raises:
         RatchetError: compat.refused, listing every fatal mismatch.
     """
-    found = compatibility(policy, contract)
-    fatal = [m for m in found if m.fatal]
+    mismatches = compatibility(policy, contract)
+    fatal = [mismatch for mismatch in mismatches if mismatch.fatal]
     if fatal:
-        reasons = "; ".join(f"{m.code}: {m.message}" for m in fatal)
+        reasons = "; ".join(f"{mismatch.code}: {mismatch.message}" for mismatch in fatal)
         raise RatchetError(
             "compat.refused",
             f"policy does not fit the robot: {reasons}",
             where=contract.name,
             fix="use a checkpoint made for this contract, or the contract that the checkpoint names",
         )
-    return found
+    return mismatches
+
+
+def _camera_mismatches(policy: PolicySpec, contract: RobotContract) -> Iterator[Mismatch]:
+    robot_cameras = {camera.name for camera in contract.cameras}
+    for name in policy.cameras:
+        if name not in robot_cameras:
+            yield Mismatch("compat.camera_missing", f"policy needs camera '{name}', robot has {sorted(robot_cameras)}")
+
+
+def _state_mismatches(policy: PolicySpec, contract: RobotContract) -> Iterator[Mismatch]:
+    robot_sizes = {field.name: field.size for field in contract.state}
+    missing = [name for name in policy.state if name not in robot_sizes]
+    for name in missing:
+        yield Mismatch("compat.state_missing", f"policy needs state '{name}', robot has {sorted(robot_sizes)}")
+    # The size is worth a word only where every field is there.
+    if not policy.state or missing:
+        return
+    size = sum(robot_sizes[name] for name in policy.state)
+    if size != policy.state_size:
+        yield Mismatch("compat.state_size", f"policy takes {policy.state_size} state values, robot gives {size}")
+
+
+def _control_mismatches(policy: PolicySpec, contract: RobotContract) -> Iterator[Mismatch]:
+    action = contract.action
+    for code, commanded, accepted in (
+        ("compat.control_mode", policy.control_mode, action.control_mode),
+        ("compat.rotation", policy.rotation, action.rotation),
+        ("compat.frame", policy.frame, action.frame),
+    ):
+        if commanded != accepted:
+            yield Mismatch(code, f"policy commands {commanded!r}, robot takes {accepted!r}")
+
+
+def _dimension_mismatches(policy: PolicySpec, contract: RobotContract) -> Iterator[Mismatch]:
+    dims = contract.action.dims
+    robot_names = tuple(dim.name for dim in dims)
+    if policy.action_names != robot_names:
+        message = f"policy gives {list(policy.action_names)}, robot takes {list(robot_names)}"
+        yield Mismatch("compat.action_dims", message)
+        return
+    for dim, policy_unit in zip(dims, policy.action_units, strict=True):
+        if dim.unit != policy_unit:
+            yield Mismatch("compat.action_unit", f"'{dim.name}' is {policy_unit} in the policy, {dim.unit} here")
+
+
+def _gripper_mismatches(policy: PolicySpec, contract: RobotContract) -> Iterator[Mismatch]:
+    gripper = contract.action.gripper
+    robot_dim = gripper.dim if gripper else None
+    if policy.gripper_dim != robot_dim:
+        yield Mismatch("compat.gripper", f"policy's gripper is {policy.gripper_dim!r}, robot's {robot_dim!r}")
+        return
+    has_no_polarity = (
+        policy.gripper_open is None or policy.gripper_closed is None or policy.gripper_open == policy.gripper_closed
+    )
+    if gripper and has_no_polarity:
+        yield Mismatch("compat.gripper_polarity", "policy does not say which gripper values are open and closed")
+
+
+def _rate_mismatches(policy: PolicySpec, contract: RobotContract) -> Iterator[Mismatch]:
+    if not math.isclose(policy.control_hz, contract.control_hz, rel_tol=1e-3):
+        message = f"policy was made for {policy.control_hz} Hz, robot runs {contract.control_hz}"
+        yield Mismatch("compat.control_hz", message)

@@ -31,9 +31,9 @@ class RobotContract(ContractSpec):
         """
         path = Path(path)
         if not path.is_file():
-            known = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
+            names_beside = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) or "none"
             raise RatchetError(
-                "contract.missing_file", "no such contract", where=str(path), fix=f"contracts there: {known}"
+                "contract.missing_file", "no such contract", where=str(path), fix=f"contracts there: {names_beside}"
             )
         try:
             raw = yaml.safe_load(path.read_text())
@@ -56,12 +56,15 @@ class RobotContract(ContractSpec):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with lists for tuples; limits may be infinite."""
+        # Through JSON because `asdict` leaves tuples as they are.
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
 
     @property
     def id(self) -> str:
         """SHA-256 of the contract's content; comments, key order in the YAML and measurements do not matter."""
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k != "verified"}
+        content = dataclasses.asdict(self)
+        # Measurements say how well the contract was checked, not what the robot is.
+        del content["verified"]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

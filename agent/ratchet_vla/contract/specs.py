@@ -92,6 +92,7 @@ class ActionSpace:
 
     @property
     def size(self) -> int:
+        """D, the length of every action vector."""
         return len(self.dims)
 
 
@@ -104,7 +105,7 @@ class Limits:
     position_low, position_high: joint limits in the dimension's unit for joint modes, one value per dimension that is
         not the gripper; empty otherwise.
     jerk: units/s^3, one value per action dimension (inf to exempt one); empty where the arm needs none.
-    ramp_time: seconds over which the permitted speed grows from zero to the limit at a start, after a hold and after a
+    ramp_time: seconds over which the permitted speed grows from zero to the limit at a start, after a hold and after an
         intervention; 0 leaves the start to the acceleration limit alone.
     position_state, rotation_state: names of the state fields that measure what the actions move: the end effector's
         position and orientation, or the joints (`position_state`). Empty takes the only field that fits.
@@ -174,6 +175,11 @@ class ContractSpec:
     verified: tuple[VerifiedFact, ...] = ()
 
     def camera(self, name: str) -> CameraSpec:
+        """The camera called so.
+
+        Raises:
+            RatchetError: contract.unknown_camera.
+        """
         for camera in self.cameras:
             if camera.name == name:
                 return camera
@@ -181,5 +187,5 @@ class ContractSpec:
             "contract.unknown_camera",
             f"no camera '{name}'",
             where=self.name,
-            fix=f"cameras: {', '.join(c.name for c in self.cameras)}",
+            fix=f"cameras: {', '.join(camera.name for camera in self.cameras)}",
         )

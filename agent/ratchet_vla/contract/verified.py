@@ -14,26 +14,23 @@ from ratchet_vla.errors import RatchetError
 
 
 def write_verified(path: Path, facts: Sequence[VerifiedFact]) -> None:
-    """Put measured facts into a contract's file; those of the same name are replaced, everything else stays as it is,
-    comments included. The file is exchanged at once or not at all.
+    """Put measured facts into a contract's file, replacing those of the same name.
+
+    Everything else stays as it is, comments included. The file is exchanged at once or not at all.
 
     Raises:
         RatchetError: what `RobotContract.load` raises; contract.not_written.
     """
     contract = RobotContract.load(path)
-    fresh = {f.name for f in facts}
-    merged = [f for f in contract.verified if f.name not in fresh] + list(facts)
-    kept: list[str] = []
-    inside = False
-    for line in path.read_text().splitlines():
-        inside = line.startswith("verified:") or (inside and (not line.strip() or line[:1] in (" ", "-", "#")))
-        if not inside:
-            kept.append(line)
-    block = yaml.safe_dump({"verified": [dataclasses.asdict(f) for f in merged]}, sort_keys=False)
+    new_names = {fact.name for fact in facts}
+    merged = [fact for fact in contract.verified if fact.name not in new_names] + list(facts)
+    unchanged_lines = _without_verified(path.read_text())
+    block = yaml.safe_dump({"verified": [dataclasses.asdict(fact) for fact in merged]}, sort_keys=False)
     scratch = path.with_name(f".{path.name}.new")
     try:
-        scratch.write_text("\n".join(kept).rstrip() + "\n" + block)
+        scratch.write_text("\n".join(unchanged_lines).rstrip() + "\n" + block)
         changed = RobotContract.load(scratch)
+        # The id leaves measurements out: it differs only where this edit damaged something else.
         if changed.id != contract.id:
             raise RatchetError("contract.not_written", "the contract would have changed", where=str(path))
         scratch.rename(path)
@@ -41,3 +38,15 @@ def write_verified(path: Path, facts: Sequence[VerifiedFact]) -> None:
         raise RatchetError("contract.not_written", str(error), where=str(path)) from None
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _without_verified(text: str) -> list[str]:
+    """Return the lines of a contract's file without the block `verified`, which is edited as text to keep comments."""
+    remaining: list[str] = []
+    inside_block = False
+    for line in text.splitlines():
+        continues_block = not line.strip() or line[:1] in (" ", "-", "#")
+        inside_block = line.startswith("verified:") or (inside_block and continues_block)
+        if not inside_block:
+            remaining.append(line)
+    return remaining
