@@ -6,17 +6,24 @@ Each system call is announced to `step` first, where the tests fail it or kill t
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ratchet_vla.errors import RatchetError
+from ratchet_vla.storage.disk import DiskWording, locked
+from ratchet_vla.storage.documents import sync_folder
 
 PIECE = 1 << 20  # bytes per write call
+
+ADAPTER_DISK = DiskWording(
+    full_code="adapter.disk_full",
+    full_what="no space left; nothing was stored and the store is unharmed",
+    full_fix="free space on that disk, or remove untagged adapters, and store it again",
+    io_code="adapter.store_io",
+    io_fix="check that the store's folder exists and is writable",
+)
 
 
 class Files:
@@ -26,6 +33,7 @@ class Files:
         """Called before each system call that changes something; does nothing outside tests."""
 
     def folder(self, path: Path) -> None:
+        """Make a folder and those above it; one that exists is left as it is."""
         self.step("mkdir", path)
         path.mkdir(parents=True, exist_ok=True)
 
@@ -38,6 +46,7 @@ class Files:
         self._write(path, data, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 
     def truncate(self, path: Path, size: int) -> None:
+        """Cut a file to so many bytes."""
         self.step("truncate", path)
         os.truncate(path, size)
 
@@ -49,14 +58,12 @@ class Files:
 
     # A rename or a new name is durable only when its folder was synced too; syncing the file alone does not do that.
     def sync_folder(self, path: Path) -> None:
+        """Make the folder's names survive a power cut."""
         self.step("fsync", path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(path)
 
     def remove(self, path: Path) -> None:
+        """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
         self.step("remove", path)
         if path.is_dir():
             shutil.rmtree(path)
@@ -65,15 +72,9 @@ class Files:
 
     @contextmanager
     def lock(self, path: Path, exclusive: bool = True) -> Iterator[None]:
-        """Advisory lock across threads and processes, released by the kernel when the holder dies."""
-        # Closing the descriptor releases the lock; the lock file itself stays, because removing it would race with
-        # the next holder.
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        """Hold `disk.locked`; a method, so that the store names its file system only."""
+        with locked(path, exclusive):
             yield
-        finally:
-            os.close(descriptor)
 
     # Every write is announced in pieces of PIECE bytes, so that a test can kill the process between two of them.
     def _write(self, path: Path, data: bytes, flags: int) -> None:
@@ -89,25 +90,3 @@ class Files:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-@contextmanager
-def disk_errors(root: Path) -> Iterator[None]:
-    """Turn OSError into RatchetError: adapter.disk_full where no space is left, adapter.store_io otherwise."""
-    try:
-        yield
-    except OSError as error:
-        error_path = str(error.filename or root)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RatchetError(
-                "adapter.disk_full",
-                "no space left; nothing was stored and the store is unharmed",
-                where=error_path,
-                fix="free space on that disk, or remove untagged adapters, and store it again",
-            ) from error
-        raise RatchetError(
-            "adapter.store_io",
-            error.strerror or str(error),
-            where=error_path,
-            fix="check that the store's folder exists and is writable",
-        ) from error

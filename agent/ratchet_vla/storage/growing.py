@@ -14,32 +14,36 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.storage.documents import sync_folder
-
-PIECE = 1 << 20
+from ratchet_vla.storage.disk import DiskWording
+from ratchet_vla.storage.documents import PIECE, sync_folder
 
 
 class GrowingFile:
     """A new file under a scratch name, locked while this process lives; `finish` gives it its final name."""
 
     def __init__(self, scratch: Path, final: Path) -> None:
-        self.scratch, self.final = scratch, final
+        self.scratch = scratch
+        self.final = final
         self._hash = hashlib.sha256()
         self._size = 0
         self._descriptor = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        # Held until the process dies: `in_use` tells a recording in progress from one that a crash left behind.
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         sync_folder(scratch.parent)
 
     def write(self, data: bytes) -> int:
-        view = memoryview(data)
-        while view:
-            done = os.write(self._descriptor, view[:PIECE])
-            self._hash.update(view[:done])
-            self._size += done
-            view = view[done:]
+        """Append bytes; returns how many, all of them."""
+        remaining = memoryview(data)
+        while remaining:
+            # os.write may take fewer bytes than it was given; hash and size count what the disk has.
+            written_bytes = os.write(self._descriptor, remaining[:PIECE])
+            self._hash.update(remaining[:written_bytes])
+            self._size += written_bytes
+            remaining = remaining[written_bytes:]
         return len(data)
 
     def tell(self) -> int:
+        """Bytes written so far."""
         return self._size
 
     def flush(self) -> None:
@@ -50,11 +54,13 @@ class GrowingFile:
         os.fsync(self._descriptor)
 
     def hexdigest(self) -> str:
+        """SHA-256 of everything written so far."""
         return self._hash.hexdigest()
 
     def finish(self) -> None:
         """Whole on the disk under its final name when this returns; an existing file there is never replaced."""
         self.sync()
+        # A rename would replace an existing file silently; a link fails on one.
         os.link(self.scratch, self.final)
         sync_folder(self.final.parent)
         os.unlink(self.scratch)
@@ -87,20 +93,18 @@ def in_use(path: Path) -> bool:
         os.close(descriptor)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Exclusive among threads and processes; the kernel frees it when the holder dies."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+EPISODE_DISK = DiskWording(
+    full_code="episode.disk_full",
+    full_what="no space left",
+    full_fix="free space; finished episodes are unharmed",
+    io_code="episode.io",
+    io_fix="check that the folder is writable",
+)
 
 
 @contextmanager
 def disk_refusals(where: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into coded ones."""
+    """Turn the operating system's refusals into coded ones: as `disk_errors`, and episode.exists."""
     try:
         yield
     except FileExistsError as error:
@@ -108,13 +112,4 @@ def disk_refusals(where: Path) -> Iterator[None]:
             "episode.exists", "there is a file already", where=str(where), fix="episodes are never overwritten"
         ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RatchetError(
-                "episode.disk_full",
-                "no space left",
-                where=str(where),
-                fix="free space; finished episodes are unharmed",
-            ) from error
-        raise RatchetError(
-            "episode.io", error.strerror or str(error), where=str(where), fix="check that the folder is writable"
-        ) from error
+        raise EPISODE_DISK.coded(error, str(where)) from error

@@ -37,7 +37,8 @@ from ratchet_vla.adapters.protocol import BASE, Card, Problem, Provenance, TagMo
 from ratchet_vla.adapters.store.tags import Tags
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.canonical import canonical_json, digest
-from ratchet_vla.storage.files import Files, disk_errors
+from ratchet_vla.storage.disk import disk_errors
+from ratchet_vla.storage.files import ADAPTER_DISK, Files
 
 __all__ = ["FolderStore"]
 
@@ -65,7 +66,7 @@ class FolderStore:
         self._scratch = self.root / "scratch"
         folders = (self._objects, self.root / "tags")
         if create:
-            with disk_errors(self.root):
+            with disk_errors(self.root, ADAPTER_DISK):
                 for folder in (*folders, self._scratch):
                     self._files.folder(folder)
         elif not all(folder.is_dir() for folder in folders):
@@ -229,7 +230,7 @@ class FolderStore:
     def verify(self) -> list[Problem]:
         problems: list[Problem] = []
         # A shared lock: many may verify at once, and no writer changes what is being read.
-        with disk_errors(self.root), self._files.lock(self.root / ".lock", exclusive=False):
+        with disk_errors(self.root, ADAPTER_DISK), self._files.lock(self.root / ".lock", exclusive=False):
             stored_ids = set(self.ids())
             for object_path in sorted(self._objects.iterdir()):
                 if object_path.name not in stored_ids:
@@ -293,7 +294,7 @@ class FolderStore:
     def _writing(self) -> Iterator[Path]:
         """The writers' lock, a clean scratch, coded errors; yields an unused path on the same file system."""
         scratch = self._scratch / secrets.token_hex(8)
-        with disk_errors(self.root), self._files.lock(self.root / ".lock"):
+        with disk_errors(self.root, ADAPTER_DISK), self._files.lock(self.root / ".lock"):
             if not self._scratch.is_dir():
                 self._files.folder(self._scratch)
             self._sweep()

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.storage.disk import locked
 from ratchet_vla.storage.documents import sync_folder
-from ratchet_vla.storage.growing import disk_refusals, locked
+from ratchet_vla.storage.growing import disk_refusals
 
 FIRST = "0" * 64  # what the first entry names as the one before
 
