@@ -26,6 +26,7 @@ VERBS = (
     "adopt",
     "learn",
     "pretrain",
+    "reference",
     "plan",
     "adapters",
     "report",
@@ -113,6 +114,10 @@ def _loaded(verb: str) -> Any:
             from ratchet_vla.cli.learn import pretrain
 
             return pretrain.Pretrain
+        case "reference":
+            from ratchet_vla.cli.learn import reference
+
+            return reference.Reference
         case "plan":
             from ratchet_vla.cli.policy import plan
 

@@ -24,6 +24,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.defaults import PAPER
 from ratchet_vla.learner.measures.metrics import Cell, SuccessMatrix
 from ratchet_vla.learner.methods.base import SeqFT, TaskUpdater
+from ratchet_vla.learner.retention.regulariser import Retention
 from ratchet_vla.learner.rollouts.batch import RolloutBatch
 from ratchet_vla.learner.rollouts.collection import ChunkEnv
 from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations, key_of
@@ -100,9 +101,10 @@ class SequentialRun:
             which all of them see. None for one process.
         origin: the command that this run was started with; stands on the card of every adapter that it makes.
         start: id of a stored adapter that the run goes on from; a fresh one if absent.
+        retention: what holds the adapter near what it could do before; None for plain Seq. FT.
 
     Raises:
-        RatchetError: learn.unknown_task, learn.cannot_start.
+        RatchetError: learn.unknown_task, learn.cannot_start, learn.cannot_retain.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class SequentialRun:
         known: KnownEvaluations | None = None,
         origin: str = "",
         start: str = "",
+        retention: Retention | None = None,
     ) -> None:
         for name in (*config.tasks, *config.held_out):
             if name not in tasks:
@@ -143,6 +146,17 @@ class SequentialRun:
         self._base_hash = policy.base_hash  # of the base as it came: a method may change the weights
         self.method.bind(policy, lora, config.tasks, config.seed)
         self.policy = self.method.policy  # a control may train a network of its own
+        if retention is not None and not self.method.can_retain:
+            raise RatchetError(
+                "learn.cannot_retain",
+                f"method {self.method.name} has no base beside it that a reference set could hold it to",
+                where=self.method.name,
+                fix="--reference none",
+            )
+        self.retention = retention
+        self.method.retention = retention
+        if retention is not None:
+            retention.bind(self.policy, lora, config.seed)
         self.matrix = SuccessMatrix(tuple(config.tasks), tuple(config.held_out))
         self.stage = 0  # tasks finished
         self.update = 0  # updates finished in the current stage
@@ -181,6 +195,8 @@ class SequentialRun:
     def _learn(self, name: str) -> None:
         if self.updater is None:
             self.method.begin_task(self.stage, derive_seed(self.config.seed, "lora", self.stage))
+            if self.retention is not None:
+                self.retention.begin_task()
             self.updater = self._new_updater()
         while self.update < self.config.updates and not self.solved:
             started = time.perf_counter()
@@ -194,6 +210,8 @@ class SequentialRun:
                     raise
                 facts |= {"skipped": error.what}  # every group was unanimous: nothing to learn, nothing changed
                 self.skipped = error.what
+            if self.retention is not None:
+                self.retention.after_update(batch, name)
             self.update += 1
             self.solved = 0 < self.config.until <= facts["successes"] / max(facts["episodes"], 1)
             facts["seconds"] = time.perf_counter() - started
@@ -241,6 +259,8 @@ class SequentialRun:
         task = self.config.tasks[self.stage]
         parent = self.adapter_ids[-1] or None
         self.method.end_task(self.stage)
+        if self.retention is not None:
+            self.retention.end_task(task)
         effect = self.lora.effect().overall
         notes = f"{self.method.name}: {self.origin}" if self.origin else self.method.name
         stage = self._stages_before + self.stage + 1
@@ -353,6 +373,8 @@ class SequentialRun:
             facts["settings"] = self.method.settings
         if self.start:
             facts["start"] = self.start
+        if self.retention is not None:
+            facts["retention"] = self.retention.settings
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _save(self) -> None:
@@ -369,6 +391,7 @@ class SequentialRun:
             "adapter_ids": self.adapter_ids,
             "lora": self.lora.export(),
             "method": self.method.state_dict(),
+            "retention": self.retention.state_dict() if self.retention is not None else None,
             "updater": self.updater.state_dict() if self.updater else None,
             "matrix": self.matrix.to_dict(),
         }
@@ -390,6 +413,8 @@ class SequentialRun:
         self.unlearned = dict(state.get("unlearned", {}))
         self.adapter_ids = list(state["adapter_ids"])
         self.method.load_state_dict(state["method"])
+        if self.retention is not None:
+            self.retention.load_state_dict(state["retention"])
         self.lora.load(state["lora"])
         self.matrix = SuccessMatrix.from_dict(state["matrix"])
         if state["updater"] is not None:

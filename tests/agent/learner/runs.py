@@ -16,6 +16,7 @@ from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.adapters.swap.hotswap import HotSwapper
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.learner.methods.base import SeqFT
+from ratchet_vla.learner.retention.regulariser import Retention
 from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations
 from ratchet_vla.learner.sequence import SequenceConfig, SequentialRun
 from ratchet_vla.learner.update.ranks import Ranks
@@ -91,6 +92,7 @@ def start(
     shard: bool = False,
     known: KnownEvaluations | None = None,
     begin: str = "",
+    retention: Retention | None = None,
 ) -> SequentialRun:
     """Run (or resume) in `folder`; with ranks, this process's part of it. begin: a stored adapter's id."""
     torch.set_num_threads(1)
@@ -124,6 +126,7 @@ def start(
             known,
             origin="ratchet learn --tasks door-open",
             start=begin,
+            retention=retention,
         )
         sequence.run()
     finally:

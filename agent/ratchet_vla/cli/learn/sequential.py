@@ -24,11 +24,13 @@ from ratchet_vla.adapters.protocol import BASE
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli import common
 from ratchet_vla.cli.learn.progress import Ticker, View, progress_bars
+from ratchet_vla.cli.learn.retention import Choice, tell
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.metrics import SuccessMatrix, difference, measures
 from ratchet_vla.learner.methods.base import SeqFT
 from ratchet_vla.learner.report.page import print_matrix, video_name, write_report
+from ratchet_vla.learner.retention.regulariser import Retention
 from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations
 from ratchet_vla.learner.sequence import SequenceConfig, SequentialRun
 from ratchet_vla.learner.update.ranks import Ranks
@@ -73,7 +75,7 @@ class RunPlan:
     device: where both policies are. ranks: the processes that run this together, each with `workers` simulators of its
     own; rank 0 alone writes and shows. shard: each rank keeps a part of the frozen base while it updates. known:
     evaluations that other runs made already. expected: seconds that it should take here, 0 where nobody measured it.
-    start: adapter that the run goes on from, stored in `origin`.
+    start: adapter that the run goes on from, stored in `origin`. retention: what holds the adapter.
     """
 
     title: str
@@ -94,6 +96,7 @@ class RunPlan:
     expected: float = 0.0
     start: str = ""
     origin: FolderStore | None = None
+    retention: Choice = dataclasses.field(default_factory=Choice)
 
     @property
     def writes(self) -> bool:
@@ -119,6 +122,7 @@ class Opened:
     tasks: dict[str, TaskInfo]
     lora: common.LoraOptions
     first: str
+    retention: Retention | None
 
 
 def run(plan: RunPlan, console: Console) -> Result:
@@ -126,6 +130,7 @@ def run(plan: RunPlan, console: Console) -> Result:
     started = time.perf_counter()
     opened = _open(plan)
     common.print_contract(console, opened.contract)
+    tell(console, opened.retention, plan.retention)
     facts = _facts(plan, opened)
     if plan.writes:
         common.write_json(plan.folder / "run.json", facts)
@@ -181,7 +186,10 @@ def _open(plan: RunPlan) -> Opened:
         running = common.open_running(plan.policy_folder, contract, served, store, plan.device)
         if type(plan.method) is SeqFT:
             common.share_base(running.policy, policy)  # other methods may change the weights of the one they train
-    return Opened(policy, adapter, running, store, contract, tasks, lora, first)
+    retention = plan.retention.open(
+        plan.policy_folder, policy, plan.config.tasks, plan.config.held_out, plan.config.update.micro_size
+    )
+    return Opened(policy, adapter, running, store, contract, tasks, lora, first, retention)
 
 
 def _facts(plan: RunPlan, opened: Opened) -> dict[str, Any]:
@@ -198,9 +206,17 @@ def _facts(plan: RunPlan, opened: Opened) -> dict[str, Any]:
         policy=str(plan.policy_folder),
         base_hash=opened.policy.base_hash,
         config={"sequence": dataclasses.asdict(plan.config), "lora": dataclasses.asdict(opened.lora)},
+        reference=_reference_facts(opened.retention),
         **({"start": opened.first} if opened.first else {}),
         **({} if plan.ranks is None else {"processes": plan.ranks.world, "sharded": plan.shard}),
     )
+
+
+def _reference_facts(retention: Retention | None) -> dict[str, Any] | str:
+    if retention is None:
+        return "none"
+    tasks = retention.reference.present_tasks if retention.reference is not None else ()
+    return {**retention.settings, "tasks": list(tasks)}
 
 
 def _learn(plan: RunPlan, opened: Opened, console: Console) -> tuple[SequentialRun, int]:
@@ -229,6 +245,7 @@ def _learn(plan: RunPlan, opened: Opened, console: Console) -> tuple[SequentialR
                 plan.known,
                 origin=common.command_line(),
                 start=opened.first,
+                retention=opened.retention,
             )
             with ticking or contextlib.nullcontext():
                 sequence.run()

@@ -13,9 +13,10 @@ from rich.console import Console
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli import common
 from ratchet_vla.cli.computing import ComputingOptions
-from ratchet_vla.cli.learn import sequential, warmstart
+from ratchet_vla.cli.learn import retention, sequential, warmstart
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.defaults import LEARN
+from ratchet_vla.learner.retention.regulariser import RetentionConfig
 from ratchet_vla.learner.sequence import SequenceConfig
 from ratchet_vla.learner.update import ranks as distributed
 from ratchet_vla.learner.update.step import UpdateConfig
@@ -91,6 +92,10 @@ class Learn(ComputingOptions):
     """Longest episode in control steps; 0 takes each task's own."""
     seed: int = 0
     """Root of all random numbers."""
+    reference: str = retention.BESIDE_THE_BASE
+    """What holds the adapter to what it is not trained on: base (the reference set beside the base policy, if there is
+    one), a file of `ratchet reference record`, or none, which is the published Seq. FT."""
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     lora: common.LoraOptions = field(default_factory=common.LoraOptions)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     warm: warmstart.Options = field(default_factory=warmstart.Options)
@@ -153,6 +158,7 @@ class Learn(ComputingOptions):
             if self.json:
                 print(json.dumps(facts))
             return 0 if any(stage["effect"] for stage in facts["stages"]) else 1
+        retention.require_known(self.reference)
         config = SequenceConfig(
             tasks=self.tasks,
             held_out=self.held_out,
@@ -184,6 +190,7 @@ class Learn(ComputingOptions):
                 device=device.choose(self.device) if ranks is None else ranks.device,
                 ranks=ranks,
                 shard=self.shard,
+                retention=retention.Choice(self.reference, self.retention),
                 start=self.start,
                 origin=FolderStore(self.store or self.out / "adapters") if self.start else None,
             ),

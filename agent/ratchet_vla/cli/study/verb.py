@@ -18,7 +18,7 @@ from ratchet_sim import perturbations, registry
 from ratchet_sim.demonstrations import Demonstrations, collect
 from ratchet_vla.cli import common
 from ratchet_vla.cli.computing import ComputingOptions
-from ratchet_vla.cli.learn import sequential
+from ratchet_vla.cli.learn import retention, sequential
 from ratchet_vla.cli.learn.pretrain import demonstration_states
 from ratchet_vla.cli.study.analysis import Analyse
 from ratchet_vla.cli.study.evaluate import Evaluate
@@ -27,6 +27,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.defaults import STUDY
 from ratchet_vla.learner.methods import variants
 from ratchet_vla.learner.methods.variants import Variant
+from ratchet_vla.learner.retention.reference_set import FILE
+from ratchet_vla.learner.retention.regulariser import RetentionConfig
 from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations
 from ratchet_vla.learner.sequence import SequenceConfig
 from ratchet_vla.learner.study.results import load_trial, require_same
@@ -47,8 +49,9 @@ class Run(ComputingOptions):
     methods: tuple[str, ...] = ("seq_ft",)
     """Rows of the table: seq_ft, ewc, expert_replay, dark_replay, retain, slca, expansion, oracle, full_ft, small_cnn,
     supervised. Parameters follow a colon: retain:coefficient=0.5, ewc:strength=1e5; any method takes rank, alpha,
-    learning_rate, updates, groups, until, temperature and order (reversed, or a number that seeds a shuffle):
-    seq_ft:alpha=8,order=reversed."""
+    learning_rate, updates, groups, until, temperature, order (reversed, or a number that seeds a shuffle) and
+    reference (base, or the name of another reference set beside the base), with reference_weight and own_weight:
+    seq_ft:alpha=8,order=reversed, seq_ft:reference=base."""
     seeds: tuple[int, ...] = (0,)
     """One trial per method and seed."""
     suite: str = "metaworld"
@@ -111,6 +114,7 @@ class Run(ComputingOptions):
         folder = common.policy_folder(self.suite, self.policy)
         plans = [(seed, v, self._config(v, held_out, seed), self._lora(v)) for seed in self.seeds for v in chosen]
         for seed, variant, config, lora in plans:  # before hours are spent
+            self._retention(variant, folder)
             facts: dict[str, Any] = {
                 "config": {"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)}
             }
@@ -140,6 +144,7 @@ class Run(ComputingOptions):
                         rollouts=self.rollouts,
                         method=variant.make(data),
                         known=known,
+                        retention=self._retention(variant, folder),
                     ),
                     console,
                 )
@@ -175,6 +180,15 @@ class Run(ComputingOptions):
             update=update,
         )
         return dataclasses.replace(config, **variant.sequence)
+
+    def _retention(self, variant: Variant, policy_folder: Path) -> retention.Choice:
+        reference = variant.reference
+        if reference not in (retention.BESIDE_THE_BASE, retention.NONE):
+            reference = str(policy_folder / f"reference-{reference}.safetensors")
+        if reference == retention.BESIDE_THE_BASE:
+            reference = str(policy_folder / FILE)  # a row that says so does without it nowhere
+        retention.require_known(reference)
+        return retention.Choice(reference, RetentionConfig(**variant.weights))
 
     def _lora(self, variant: Variant) -> common.LoraOptions:
         rank, alpha = variant.lora(self.lora.rank, self.lora.alpha)

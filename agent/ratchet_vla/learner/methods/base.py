@@ -8,7 +8,7 @@ the same numbers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from ratchet_vla.adapters.identity import Adapter, binding_of
 from ratchet_vla.adapters.lora.layers import Lora
 from ratchet_vla.adapters.protocol import AdapterStore, Provenance
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.learner.retention.regulariser import Retention
 from ratchet_vla.learner.supervised.training import Samples
 from ratchet_vla.learner.update.ranks import Ranks
 from ratchet_vla.learner.update.step import UpdateConfig, Updater
@@ -50,6 +51,8 @@ class SeqFT:
     needs_rollouts = True
     sequential = True
     """Whether tasks come one after the other, so that transfer and forgetting mean something."""
+    can_retain = True
+    """Whether a reference set can hold what is trained: the base is there beside it, and `Updater` takes the steps."""
     whole_model = False
     """Whether all weights move: they need smaller steps than an adapter's."""
 
@@ -59,6 +62,7 @@ class SeqFT:
                 "learn.no_demonstrations", f"method {self.name} needs demonstrations", fix="record or name some"
             )
         self.demonstrations = demonstrations
+        self.retention: Retention | None = None
 
     def bind(self, policy: Policy, lora: Lora, tasks: Sequence[str], seed: int) -> None:
         """Called once, before anything else. `self.policy` is from then on the one that is trained."""
@@ -107,7 +111,7 @@ class SeqFT:
             ranks,
             groups=self.parameter_groups(config.learning_rate),
             on_gradient=self.on_gradient,
-            extra_loss=self.extra_loss,
+            extra_losses=self.extra_losses,
         )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -123,6 +127,14 @@ class SeqFT:
     def extra_loss(self, generator: torch.Generator) -> Tensor | None:
         """Added to the loss of each optimiser step; `generator` is part of the resumable state."""
         return None
+
+    def extra_losses(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """All terms beside the policy's own, one after the other: the method's, then what holds the adapter."""
+        own = self.extra_loss(generator)
+        if own is not None:
+            yield own
+        if self.retention is not None:
+            yield from self.retention.losses(generator)
 
     # -- the result ------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ class FullFineTuning(SeqFT):
 
     name = "full_ft"
     whole_model = True
+    can_retain = False
 
     def start(self, seed: int) -> None:
         super().start(seed)  # an empty adapter: it adds nothing and is not trained

@@ -31,6 +31,7 @@ class Supervised(SeqFT):
     name = "supervised"
     needs_demonstrations = True
     needs_rollouts = False
+    can_retain = False
 
     def __init__(
         self,

@@ -17,8 +17,9 @@ from ratchet_vla.learner.methods.base import SeqFT
 from ratchet_vla.learner.methods.registry import method_named
 from ratchet_vla.learner.supervised.training import Samples
 
+RETENTION: dict[str, type] = {"reference": str, "reference_weight": float, "own_weight": float}
 SEQUENCE: dict[str, type] = {"updates": int, "groups": int, "until": float, "temperature": float}
-COMMON: dict[str, type] = {"rank": int, "alpha": float, "learning_rate": float, "order": str} | SEQUENCE
+COMMON: dict[str, type] = {"rank": int, "alpha": float, "learning_rate": float, "order": str} | SEQUENCE | RETENTION
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Variant:
 
     label: as it was written; names folder and row. settings: of the method. rank, alpha: of the adapter, None for the
     study's; a rank alone keeps the scale alpha / rank. learning_rate: None for the study's. order: "given", "reversed",
-    or a number that seeds a shuffle of the tasks. sequence: of `SequenceConfig`, what is not the study's.
+    or a number that seeds a shuffle of the tasks. sequence: of `SequenceConfig`, what is not the study's. reference:
+    "none", "base" for the reference set beside the base, or another's name there (`reference-NAME.safetensors`).
+    weights: of `RetentionConfig`, what is not the default.
     """
 
     label: str
@@ -38,6 +41,8 @@ class Variant:
     learning_rate: float | None = None
     order: str = "given"
     sequence: dict[str, Any] = field(default_factory=dict)
+    reference: str = "none"
+    weights: dict[str, float] = field(default_factory=dict)
 
     def make(self, demonstrations: Samples | None) -> SeqFT:
         """A fresh method. Raises RatchetError learn.no_demonstrations."""
@@ -86,10 +91,18 @@ def parse(text: str) -> Variant:
     if order not in ("given", "reversed") and not order.isdigit():
         raise RatchetError("learn.bad_setting", f"order '{order}'", where=text, fix="given, reversed, or a number")
     for key, value in common.items():
-        if key not in ("order", "until") and not value > 0:
+        if key in ("reference_weight", "own_weight") and value >= 0:
+            continue  # 0 leaves a term out
+        if key not in ("order", "until", "reference") and not value > 0:
             raise RatchetError("learn.bad_setting", f"{key} {value} is not above 0", where=text)
     sequence = {key: common.pop(key) for key in SEQUENCE if key in common}
-    return Variant(text, kind, settings, **common, sequence=sequence)
+    weights = {key: common.pop(key) for key in ("reference_weight", "own_weight") if key in common}
+    reference = common.get("reference", "none")
+    if weights and reference == "none":
+        raise RatchetError("learn.bad_setting", "weights without a reference", where=text, fix="add reference=base")
+    if reference != "none" and not kind.can_retain:
+        raise RatchetError("learn.bad_setting", f"{name} takes no reference set", where=text, fix="leave it out")
+    return Variant(text, kind, settings, **common, sequence=sequence, weights=weights)
 
 
 def _read(text: str, key: str, value: str, wanted: type) -> Any:

@@ -7,7 +7,7 @@ Knows no environment, no store and no schedule of tasks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,7 +99,7 @@ class Updater:
         ranks: the processes that share each optimiser step; all get the same batches. None for one process.
         groups: parameter groups for the optimiser, with learning rates of their own; one group if absent.
         on_gradient: called when the gradient of a step's policy loss is complete.
-        extra_loss: a term to add to each step's loss, None for none.
+        extra_losses: terms to add to each step's loss, one after the other, so that each frees its memory.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Updater:
         *,
         groups: list[dict[str, Any]] | None = None,
         on_gradient: Callable[[], None] = lambda: None,
-        extra_loss: Callable[[torch.Generator], Tensor | None] = lambda generator: None,
+        extra_losses: Callable[[torch.Generator], Iterable[Tensor]] = lambda generator: (),
     ) -> None:
         if not parameters:
             raise RatchetError("learner.no_parameters", "nothing to train", fix="attach an adapter first")
@@ -126,7 +126,8 @@ class Updater:
         self.parameters = list(parameters)
         self.config = config
         self.generator = generator
-        self.on_gradient, self.extra_loss = on_gradient, extra_loss
+        self.on_gradient = on_gradient
+        self.extra_losses = extra_losses
         self.optimizer = torch.optim.AdamW(
             groups or self.parameters,
             lr=config.learning_rate,
@@ -293,8 +294,7 @@ class Updater:
             self.ranks.add_gradients(self.parameters)
             total = self.ranks.add(total)
         self.on_gradient()
-        extra = self.extra_loss(self.generator)
-        if extra is not None:
+        for extra in self.extra_losses(self.generator):
             extra.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip))
         if not np.isfinite(norm):
