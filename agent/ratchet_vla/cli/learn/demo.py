@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ratchet_vla.cli import common, estimate
 from ratchet_vla.cli.computing import ComputingOptions
-from ratchet_vla.cli.learn import demo_ros, demo_shipped, sequential
+from ratchet_vla.cli.learn import demo_ros, demo_shipped, retention, sequential
 from ratchet_vla.cli.recipes import DEMO, SHIPPED, Recipe, Shipped
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.intervals import Interval
@@ -54,6 +54,8 @@ class Demo(ComputingOptions):
     part: Literal["both", "learn", "libero"] = "both"
     """learn: the tasks of --suite; libero: the adapter that is shipped for LIBERO-Object. Other suites than Meta-World
     only learn."""
+    reference: str = retention.BESIDE_THE_BASE
+    """What holds the adapter to what it is not trained on: base (the set beside the base), a file, or none."""
     videos: bool = True
     """Write before/after GIFs."""
     ros: bool = False
@@ -108,6 +110,7 @@ class Demo(ComputingOptions):
                 slots=recipe.slots,
                 videos=self.videos,
                 expected=expected,
+                retention=retention.Choice(self.reference),
             ),
             console,
         )

@@ -188,7 +188,7 @@ class Run(ComputingOptions):
         if reference == retention.BESIDE_THE_BASE:
             reference = str(policy_folder / FILE)  # a row that says so does without it nowhere
         retention.require_known(reference)
-        return retention.Choice(reference, RetentionConfig(**variant.weights))
+        return retention.Choice(reference, dataclasses.replace(RetentionConfig(), **variant.weights))
 
     def _lora(self, variant: Variant) -> common.LoraOptions:
         rank, alpha = variant.lora(self.lora.rank, self.lora.alpha)

@@ -96,7 +96,7 @@ def parse(text: str) -> Variant:
         if key not in ("order", "until", "reference") and not value > 0:
             raise RatchetError("learn.bad_setting", f"{key} {value} is not above 0", where=text)
     sequence = {key: common.pop(key) for key in SEQUENCE if key in common}
-    weights = {key: common.pop(key) for key in ("reference_weight", "own_weight") if key in common}
+    weights: dict[str, float] = {key: common.pop(key) for key in RETENTION if key != "reference" and key in common}
     reference = common.get("reference", "none")
     if weights and reference == "none":
         raise RatchetError("learn.bad_setting", "weights without a reference", where=text, fix="add reference=base")

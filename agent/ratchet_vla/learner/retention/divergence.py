@@ -47,7 +47,8 @@ class CategoricalDivergence:
     def loss(self, observations: PolicyInput, sampled: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
         current = self._policy.logits(observations, sampled).float().log_softmax(-1)
         earlier = targets.to(current.device).float()
-        return (earlier.exp() * (earlier - current)).sum(-1).mean()
+        per_token: Tensor = (earlier.exp() * (earlier - current)).sum(-1)
+        return per_token.mean()
 
 
 class FlowDivergence:
@@ -84,7 +85,7 @@ class FlowDivergence:
         current_mean, deviation = sde.mean_of(point, current, time, steps, level)
         earlier_mean, _ = sde.mean_of(point, earlier, time, steps, level)
         offset = torch.linalg.solve_triangular(self._mixing.to(policy.device), current_mean - earlier_mean, upper=False)
-        per_chain = 0.5 * (offset / deviation).square().sum((1, 2)) * steps
+        per_chain: Tensor = 0.5 * (offset / deviation).square().sum((1, 2)) * steps
         tokens = policy.spec.chunk * len(policy.spec.action_names)
         return per_chain.mean() / tokens
 

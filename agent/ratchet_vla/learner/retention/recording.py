@@ -28,7 +28,7 @@ class RecordingConfig:
 
     episodes: int = 6
     """Episodes per task, from its training states."""
-    decisions_per_task: int = 80
+    decisions_per_task: int = 40
     """Decisions kept per task, drawn at random."""
     horizon: int = 160
     """Longest episode in control steps; 0 takes each task's own."""
