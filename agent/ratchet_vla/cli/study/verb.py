@@ -28,7 +28,6 @@ from ratchet_vla.learner.defaults import STUDY
 from ratchet_vla.learner.methods import variants
 from ratchet_vla.learner.methods.variants import Variant
 from ratchet_vla.learner.retention.reference_set import FILE
-from ratchet_vla.learner.retention.regulariser import RetentionConfig
 from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations
 from ratchet_vla.learner.sequence import SequenceConfig
 from ratchet_vla.learner.study.results import load_trial, require_same
@@ -188,7 +187,7 @@ class Run(ComputingOptions):
         if reference == retention.BESIDE_THE_BASE:
             reference = str(policy_folder / FILE)  # a row that says so does without it nowhere
         retention.require_known(reference)
-        return retention.Choice(reference, dataclasses.replace(RetentionConfig(), **variant.weights))
+        return retention.Choice(reference, variant.retention())
 
     def _lora(self, variant: Variant) -> common.LoraOptions:
         rank, alpha = variant.lora(self.lora.rank, self.lora.alpha)

@@ -15,6 +15,7 @@ import numpy as np
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.methods.base import SeqFT
 from ratchet_vla.learner.methods.registry import method_named
+from ratchet_vla.learner.retention.regulariser import RetentionConfig
 from ratchet_vla.learner.supervised.training import Samples
 
 RETENTION: dict[str, type] = {"reference": str, "reference_weight": float, "own_weight": float}
@@ -47,6 +48,14 @@ class Variant:
     def make(self, demonstrations: Samples | None) -> SeqFT:
         """A fresh method. Raises RatchetError learn.no_demonstrations."""
         return self.kind(demonstrations if self.kind.needs_demonstrations else None, **self.settings)
+
+    def retention(self) -> RetentionConfig:
+        """How strongly the reference set holds, where there is one."""
+        default = RetentionConfig()
+        return RetentionConfig(
+            reference_weight=self.weights.get("reference_weight", default.reference_weight),
+            own_weight=self.weights.get("own_weight", default.own_weight),
+        )
 
     def make_settings(self) -> dict[str, Any]:
         """The method's own parameters that differ from their defaults, as a run of it would write them down."""
