@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,10 @@ class Demo(ComputingOptions):
     part: Literal["both", "learn", "libero"] = "both"
     """learn: the tasks of --suite; libero: the adapter that is shipped for LIBERO-Object. Other suites than Meta-World
     only learn."""
+    held_out: tuple[str, ...] = ()
+    """Tasks that are evaluated and never trained; those of the measured recipe if absent."""
+    evaluation_episodes: int = 0
+    """Episodes per task and evaluation; 0 for the measured recipe's."""
     reference: str = retention.BESIDE_THE_BASE
     """What holds the adapter to what it is not trained on: base (the set beside the base), a file, or none."""
     videos: bool = True
@@ -98,6 +102,11 @@ class Demo(ComputingOptions):
 
     def _learn(self, console: Console, expected: float) -> sequential.Result:
         recipe = DEMO[self.suite]
+        recipe = replace(
+            recipe,
+            held_out=self.held_out or recipe.held_out,
+            evaluation_episodes=self.evaluation_episodes or recipe.evaluation_episodes,
+        )
         result = sequential.run(
             sequential.RunPlan(
                 title=f"Ratchet demo on {self.suite}",
