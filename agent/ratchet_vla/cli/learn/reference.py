@@ -61,6 +61,7 @@ class Record(ComputingOptions):
     """Print the result as JSON."""
 
     def run(self) -> int:
+        """Record, write and show the set; the exit status."""
         common.threads(self.threads)
         console = Console(stderr=self.json)
         folder = common.policy_folder(self.suite, self.policy)
@@ -120,6 +121,7 @@ class Show:
     """Print the result as JSON."""
 
     def run(self) -> int:
+        """Show the set; the exit status."""
         path = self.file / FILE if self.file.is_dir() else self.file
         _show(load(path), path, Console(stderr=self.json), self.json)
         return 0
@@ -146,6 +148,7 @@ class Reference:
     ]
 
     def run(self) -> int:
+        """Run the verb that was named; its exit status."""
         return self.command.run()
 
 

@@ -42,9 +42,11 @@ class CategoricalDivergence:
 
     @torch.no_grad()
     def targets(self, observations: PolicyInput, sampled: Tensor) -> Tensor:
+        """See `Divergence.targets`."""
         return self._policy.logits(observations, sampled).float().log_softmax(-1).half().cpu()
 
     def loss(self, observations: PolicyInput, sampled: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """See `Divergence.loss`."""
         current = self._policy.logits(observations, sampled).float().log_softmax(-1)
         earlier = targets.to(current.device).float()
         per_token: Tensor = (earlier.exp() * (earlier - current)).sum(-1)
@@ -61,6 +63,7 @@ class FlowDivergence:
 
     @torch.no_grad()
     def targets(self, observations: PolicyInput, sampled: Tensor) -> Tensor:
+        """See `Divergence.targets`."""
         policy = self._policy
         velocity = policy.velocity(policy.prefix(observations))
         chain = sampled.to(policy.device, torch.float32)
@@ -72,6 +75,7 @@ class FlowDivergence:
         return torch.stack(at_points, 1).half().cpu()
 
     def loss(self, observations: PolicyInput, sampled: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """See `Divergence.loss`."""
         policy = self._policy
         chain = sampled.to(policy.device, torch.float32)
         steps = chain.shape[1] - 1

@@ -70,6 +70,7 @@ class _Held:
 
     @property
     def nbytes(self) -> int:
+        """Memory of decisions and targets, bytes."""
         return self.decisions.nbytes + self.targets.nbytes
 
     def thinned(self, count: int, seed: int) -> _Held:
@@ -193,6 +194,7 @@ class Retention:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`, after `bind`."""
         self._own = {task: _Held(_unpacked(part), part["targets"]) for task, part in state["own"].items()}
         self._latest = None if state["latest"] is None else _unpacked(state["latest"])
 
@@ -236,8 +238,10 @@ class Retention:
 
 
 def reference_for(decisions: Decisions | None, learned: Sequence[str], held_out: Sequence[str]) -> Decisions | None:
-    """The reference set without what is learned, which it would pull back, and without what is held out, which would
-    no longer be an example of what nobody trained."""
+    """The reference set without the tasks that are learned and those that are held out.
+
+    It would pull the former back to the base, and the latter would no longer be an example of what nobody trained.
+    """
     return None if decisions is None else decisions.without([*learned, *held_out])
 
 
