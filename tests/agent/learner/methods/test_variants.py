@@ -25,8 +25,11 @@ def test_a_plain_method_changes_nothing() -> None:
 def test_every_common_key_reaches_the_trial() -> None:
     values = {"rank": 16, "alpha": 8.0, "learning_rate": 3e-3, "order": "reversed"}
     sequence = {"updates": 4, "groups": 48, "until": 0.9, "temperature": 1.6}
-    assert values.keys() | sequence.keys() == COMMON.keys(), "a key without a test"
-    row = parse("seq_ft:" + ",".join(f"{k}={v}" for k, v in (values | sequence).items()))
+    held = {"reference": "wide", "reference_weight": 0.3, "own_weight": 0.0}
+    assert values.keys() | sequence.keys() | held.keys() == COMMON.keys(), "a key without a test"
+    row = parse("seq_ft:" + ",".join(f"{k}={v}" for k, v in (values | sequence | held).items()))
+    assert row.reference == "wide"
+    assert (row.retention().reference_weight, row.retention().own_weight) == (0.3, 0.0)
     assert {key: getattr(row, key) for key in values} == values
     assert row.sequence == sequence
     assert all(type(row.sequence[key]) is kind for key, kind in SEQUENCE.items())
@@ -72,6 +75,9 @@ def test_a_methods_own_parameter_goes_to_the_method() -> None:
         ("seq_ft:temperature=nan", "learn.bad_setting"),
         ("seq_ft:learning_rate=0", "learn.bad_setting"),
         ("seq_ft:order=backwards", "learn.bad_setting"),
+        ("seq_ft:own_weight=1", "learn.bad_setting"),
+        ("seq_ft:reference=base,own_weight=-1", "learn.bad_setting"),
+        ("full_ft:reference=base", "learn.bad_setting"),
     ],
 )
 def test_refusals(text: str, code: str) -> None:
