@@ -98,8 +98,9 @@ def unreached(root: Path) -> tuple[set[str], set[str]]:
         if name in lost or ".testing" in name:
             continue
         for node in ast.walk(parsed(path)):
-            definition = isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
-            if definition and not node.name.startswith("_") and not node.decorator_list and words[node.name] == 1:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                continue
+            if not node.name.startswith("_") and not node.decorator_list and words[node.name] == 1:
                 unused.add(f"{path.relative_to(root).as_posix()} {node.name}")
     return lost, unused
 

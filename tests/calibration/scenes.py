@@ -24,7 +24,7 @@ PIXELS = 40  # per square of the drawn board
 
 
 def pose(
-    turn: Sequence[float] = (0.3, -0.2, 0.1), at: Sequence[float] = (0.0, 0.0, 0.45), board: Board = BOARD
+    turn: Sequence[float] | Float = (0.3, -0.2, 0.1), at: Sequence[float] = (0.0, 0.0, 0.45), board: Board = BOARD
 ) -> Float:
     """(4, 4) camera_T_board. turn: rotation vector. at: m, the board's middle in the camera's frame."""
     rotation = Rotation.from_rotvec(turn).as_matrix()

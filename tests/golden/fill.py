@@ -14,7 +14,7 @@ def fill(name: str, shape: Sequence[int]) -> np.ndarray:
     key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], np.uint64)
     values = np.random.Generator(np.random.Philox(key=key)).standard_normal(tuple(shape))
     if len(shape) > 1:
-        return (values / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        return np.asarray(values / np.sqrt(np.prod(shape[1:])), np.float32)
     centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
     return (centre + 0.1 * values).astype(np.float32)
 

@@ -54,11 +54,11 @@ class MockArm:
     def _start(self, field: Any) -> np.ndarray:
         limits = self.contract.limits
         if field.name == limits.position_state and limits.position_low:
-            return (np.array(limits.position_low) + np.array(limits.position_high)) / 2.0 + 0.1
+            return np.asarray((np.array(limits.position_low) + np.array(limits.position_high)) / 2.0 + 0.1)
         if field.name == limits.position_state:
-            return (np.array(limits.workspace_low) + np.array(limits.workspace_high)) / 2.0
+            return np.asarray((np.array(limits.workspace_low) + np.array(limits.workspace_high)) / 2.0)
         if field.size == 4:
-            return np.array([0.999, 0.01, 0.0, 0.0]) / np.hypot(0.999, 0.01)
+            return np.asarray(np.array([0.999, 0.01, 0.0, 0.0]) / np.hypot(0.999, 0.01))
         return np.linspace(0.01, 0.03, field.size)
 
     def _make_publishers(self) -> None:

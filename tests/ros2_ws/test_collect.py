@@ -37,7 +37,7 @@ class Arm:
 
     def __init__(self, folder: Path) -> None:
         self.robot, self.graph, self.watcher = folder / "robot", Graph(folder), Watcher()
-        timed = {"contract": CONTRACT, "use_sim_time": True, "lock_step": True}
+        timed: dict[str, Any] = {"contract": CONTRACT, "use_sim_time": True, "lock_step": True}
         self.graph.start("sim_robot_node", contract=CONTRACT, task="door-open", initial_state=3, lock_step=True)
         self.graph.start("safety_node", **timed)
         self.graph.start(

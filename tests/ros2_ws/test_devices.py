@@ -43,7 +43,7 @@ def start(ros: None) -> Iterator[Start]:
     """Make a node with parameters, configured and spinning in a thread; None where it refused."""
     running: list[tuple[RatchetNode, SingleThreadedExecutor, threading.Thread]] = []
 
-    def build(kind: type[RatchetNode], **parameters: Any) -> RatchetNode:
+    def build(kind: Callable[..., RatchetNode], **parameters: Any) -> RatchetNode:
         node = kind(parameter_overrides=[Parameter(n, value=v) for n, v in parameters.items()])
         if node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             node.trigger_activate()

@@ -73,7 +73,7 @@ class Running:
         store.tag("candidate", self.adapter)
         self.folder, self.episodes = folder, folder / "episodes"
         self.graph, self.watcher = Graph(folder), Watcher()
-        timed = {"contract": CONTRACT, "use_sim_time": True, "lock_step": True}
+        timed: dict[str, Any] = {"contract": CONTRACT, "use_sim_time": True, "lock_step": True}
         self.graph.start("sim_robot_node", contract=CONTRACT, task=TASK, initial_state=STATE, lock_step=True)
         self.graph.start("safety_node", **timed)
         self.graph.start(
@@ -331,14 +331,15 @@ def test_what_is_learned_from_the_nodes_is_what_is_learned_from_the_process(runn
         assert len(one.steps) == len(other.steps) > 3
         for a, b in zip(one.steps, other.steps, strict=True):
             assert a.observation.images.keys() == b.observation.images.keys() == {"corner2"}
-            for mine, theirs in (
+            arrays: list[tuple[np.ndarray | None, np.ndarray | None]] = [
                 (a.observation.images["corner2"], b.observation.images["corner2"]),
                 *zip(a.observation.state.values(), b.observation.state.values(), strict=True),
                 (a.chunk.actions, b.chunk.actions),
                 (a.chunk.tokens, b.chunk.tokens),
                 (a.chunk.log_prob, b.chunk.log_prob),
                 (a.executed, b.executed),
-            ):
+            ]
+            for mine, theirs in arrays:
                 assert mine is not None
                 assert theirs is not None
                 assert (mine.dtype, mine.tobytes()) == (theirs.dtype, theirs.tobytes())

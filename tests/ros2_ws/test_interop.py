@@ -31,7 +31,7 @@ def jazzy(**request: Any) -> tuple[int, list[Any]]:
 
 def test_a_graph_of_two_distributions(ros: None, tmp_path: Path) -> None:
     graph, watcher = Graph(tmp_path), Watcher()
-    timed = {"contract": CONTRACT, "use_sim_time": True, "lock_step": True}
+    timed: dict[str, Any] = {"contract": CONTRACT, "use_sim_time": True, "lock_step": True}
     try:
         graph.start("sim_robot_node", contract=CONTRACT, task="door-open", lock_step=True)
         graph.start("safety_node", python=JAZZY, **timed)

@@ -20,6 +20,8 @@ import pytest
 
 from ratchet_vla.cli.main import main
 from ratchet_vla.cli.nodes import graph as graphs
+from ratchet_vla.cli.nodes import ros as ros_environment
+from ratchet_vla.errors import RatchetError
 from ratchet_vla.paths import python_path
 from ratchet_vla.runtime.session.manifest import Session
 from tests.ros2_ws.graph import ROOT, Graph, Watcher, active
@@ -74,7 +76,8 @@ def sync_agent_of(watcher: Watcher, robot: Path) -> psutil.Process:
         except (OSError, ValueError, psutil.NoSuchProcess):
             return None
 
-    return watcher.until(told, "the sync agent's status")
+    process: psutil.Process = watcher.until(told, "the sync agent's status")
+    return process
 
 
 def test_a_learner_is_not_reached_without_its_keys(
@@ -109,7 +112,7 @@ def test_without_ros_the_way_to_get_it_is_named(
 ) -> None:
     for name in ("RATCHET_ROS_PYTHON", "ROS_DISTRO"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(graphs.ros, "BUILT_IN", tmp_path / "none")
+    monkeypatch.setattr(ros_environment, "BUILT_IN", tmp_path / "none")
     assert main(["doctor", "--json"]) == 1
     (missing,) = [r for r in json.loads(capsys.readouterr().out) if r["code"] == "ros.no_environment"]
     assert (missing["level"], "make ros" in missing["fix"]) == ("error", True)
@@ -120,7 +123,7 @@ def test_without_ros_the_way_to_get_it_is_named(
 def test_a_node_that_ends_ends_the_graph_with_its_last_word(tmp_path: Path) -> None:
     with graphs.Graph(tmp_path) as graph:
         graph.start(graphs.NodeSpec("nonsense_node", "nonsense"))
-        with pytest.raises(graphs.RatchetError, match="nonsense") as refused:
+        with pytest.raises(RatchetError, match="nonsense") as refused:
             graph.watch()
     assert refused.value.code == "up.node_ended"
 
@@ -143,7 +146,7 @@ def test_what_a_node_ended_with_is_what_the_graph_ends_with(lines: list[str], co
     with graphs.Graph(tmp_path) as graph:
         graph.start(graphs.NodeSpec("nonsense_node", "policy_node"))  # ends by itself
         say(tmp_path, *lines)
-        with pytest.raises(graphs.RatchetError) as refused:
+        with pytest.raises(RatchetError) as refused:
             graph.watch()
     assert refused.value.code == code
     assert str(refused.value).count(f"[{code}]") == 1

@@ -142,16 +142,18 @@ def test_joints_are_found_by_name(order: list[int]) -> None:
 def test_an_orientation_does_not_flip_where_a_gripper_points_down() -> None:
     assert FR3.ros is not None
     reader = decode.StateReader(FR3, FR3.ros.state[1])
-    generator, reads = np.random.default_rng(0), []
+    generator = np.random.default_rng(0)
+    reads: list[np.ndarray] = []
     for _ in range(200):
         q = np.array([1.0, 0.0, 0.0, 0.0]) + generator.normal(0.0, 0.01, 4)
         q *= generator.choice([-1.0, 1.0]) / np.linalg.norm(q)
         message = PoseStamped()
         o = message.pose.orientation
         o.x, o.y, o.z, o.w = q.tolist()
-        reads.append(reader.read(message))
-    assert np.abs(np.diff(reads, axis=0)).max() < 0.1
-    assert reads[0] is not None
+        orientation = reader.read(message)
+        assert orientation is not None
+        reads.append(orientation)
+    assert np.abs(np.diff(np.stack(reads), axis=0)).max() < 0.1
     assert reads[0][0] > 0
     message.pose.orientation.x = 3.0
     with pytest.raises(RatchetError):
@@ -179,10 +181,12 @@ def test_delta_poses_add_up_from_the_measured_one(frame: str) -> None:
         np.testing.assert_allclose(
             moved, [0.01 * sum(map(math.cos, steps)), 0.01 * sum(map(math.sin, steps))], atol=1e-6
         )
-    kept = encoder.hold(state, NOW)
-    assert kept.pose == message.pose
+    held = encoder.hold(state, NOW)
+    assert held is not None
+    assert held.pose == message.pose
     assert encoder.hold(state, NOW) is None  # said once
     again = encoder.action(np.zeros(6), state, NOW)
+    assert again is not None
     assert again.pose.position.x == pytest.approx(0.5)  # a new start from the measured pose
 
 
@@ -200,7 +204,9 @@ def test_joint_deltas_and_velocities(mode: Any, moved: list[float], kept: list[f
     for _ in range(2):
         message = encoder.action(np.array([0.1, 0.2]), state, NOW)
     np.testing.assert_allclose(message.data, moved)
-    np.testing.assert_allclose(encoder.hold(state, NOW).data, kept)
+    held = encoder.hold(state, NOW)
+    assert held is not None
+    np.testing.assert_allclose(held.data, np.array(kept))
 
 
 def test_a_gripper_is_told_only_what_changes() -> None:

@@ -10,6 +10,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -24,10 +25,10 @@ from ratchet_vla.testing.conformance.store import refused
 from tests.agent.adapters.tiny import TinyPolicy, batch, randomised, tiny
 
 
-def peft_folder(folder: Path, seed: int = 3, **options: object) -> tuple[torch.Tensor, Path]:
+def peft_folder(folder: Path, seed: int = 3, **options: Any) -> tuple[torch.Tensor, Path]:
     """A folder written by peft, and the logits that peft's own model computes."""
     policy = TinyPolicy()
-    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **options})  # type: ignore[arg-type]
+    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **options})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = peft.get_peft_model(policy.module, config)
@@ -41,7 +42,7 @@ def peft_folder(folder: Path, seed: int = 3, **options: object) -> tuple[torch.T
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["second", "stem"]}, {"use_rslora": True}])
-def test_what_peft_saves_computes_the_same_here(tmp_path: Path, options: dict[str, object]) -> None:
+def test_what_peft_saves_computes_the_same_here(tmp_path: Path, options: dict[str, Any]) -> None:
     peft_logits, folder = peft_folder(tmp_path / "peft", **options)
     policy = TinyPolicy()
     adapter = import_folder(folder, binding_of(policy))

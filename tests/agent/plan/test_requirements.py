@@ -133,7 +133,7 @@ def test_a_flow_that_recomputes_has_the_same_gradient(changes: dict[str, Any]) -
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             total = policy.log_prob(batch, chain, 1.0)[0].sum()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         return [p.grad.clone() for p in lora.trainable() if p.grad is not None], sum(kept.values())
 
     plain, much = gradients(False)

@@ -18,6 +18,8 @@ import torch
 
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy import computing
+from ratchet_vla.policy.discrete.policy import PrismaticPolicy
+from ratchet_vla.policy.protocol import PolicyInput
 from tests.agent.policy import samples
 
 CPU = torch.device("cpu")
@@ -134,7 +136,8 @@ def test_the_clock_measures() -> None:
 
 @pytest.mark.parametrize("make", [samples.policy, samples.flow])
 def test_ids_do_not_depend_on_it_and_outputs_hardly(make: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, log_probs = set(), []
+    ids = set()
+    log_probs: list[torch.Tensor] = []
     for name in ("float32", "bfloat16"):
         monkeypatch.setenv(computing.VARIABLE, name)
         policy = make("bfloat16")  # type: ignore[operator]
@@ -151,19 +154,26 @@ def test_ids_do_not_depend_on_it_and_outputs_hardly(make: object, monkeypatch: p
     assert 0 < float(gap) < 0.5
 
 
+def feature_of(policy: PrismaticPolicy, batch: PolicyInput) -> torch.Tensor:
+    """(B, hidden): the feature of a prediction, which this policy always has."""
+    feature = policy.predict(batch).feature
+    assert feature is not None
+    return feature
+
+
 def test_a_policy_computes_as_somebody_else_did_and_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(computing.VARIABLE, "bfloat16")
     policy = samples.policy("bfloat16")
     batch = samples.batch(policy)
-    there = policy.predict(batch).feature
+    there = feature_of(policy, batch)
     monkeypatch.setenv(computing.VARIABLE, "float32")
-    here = policy.predict(batch).feature
+    here = feature_of(policy, batch)
     with computing.computing_as(policy, "bfloat16"):
-        assert torch.equal(policy.predict(batch).feature, there)
-    assert torch.equal(policy.predict(batch).feature, here)
+        assert torch.equal(feature_of(policy, batch), there)
+    assert torch.equal(feature_of(policy, batch), here)
     assert not torch.equal(here, there)
     with computing.computing_as(policy, ""):
-        assert torch.equal(policy.predict(batch).feature, here)
+        assert torch.equal(feature_of(policy, batch), here)
 
 
 def test_who_cannot_compute_as_the_other_did_refuses_and_names_both() -> None:

@@ -8,6 +8,7 @@ running only for new images. Determinism: seeds.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from ratchet_vla.testing.conformance.policy import rows
 from ratchet_vla.testing.conformance.swap import noise
 from tests.agent.policy import samples
 
-CASES = {
+CASES: dict[str, Callable[[], PrismaticPolicy | FlowPolicy]] = {
     "tokens": samples.policy,
     "flow": samples.flow,
     "across": lambda: samples.flow(crossed=2, order="causal", state="prefix"),
@@ -53,8 +54,10 @@ def test_actions_are_the_policys_own_for_every_new_thing(policy: PrismaticPolicy
         made, own = fast.chunks(batch), policy.predict(batch)
         assert torch.allclose(made.actions, own.actions, atol=1e-5)
         for mine, theirs in ((made.tokens, own.tokens), (made.log_prob, own.log_prob)):
-            assert (mine is None) == (theirs is None)
-            assert mine is None or torch.equal(mine, theirs)
+            if mine is None or theirs is None:
+                assert mine is theirs
+            else:
+                assert torch.equal(mine, theirs)
 
 
 def test_the_same_images_are_seen_once(policy: PrismaticPolicy | FlowPolicy) -> None:

@@ -93,7 +93,7 @@ def check(robot: BentArm, announcements: list[str] | None = None) -> ActionFacts
 
 def test_a_good_arm_passes_and_ends_where_it_began() -> None:
     robot = BentArm()
-    announcements = []
+    announcements: list[str] = []
     result = check(robot, announcements)
     assert result.problems == ()
     assert (result.frame, result.gripper_works) == ("base", True)

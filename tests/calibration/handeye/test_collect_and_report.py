@@ -104,7 +104,7 @@ def test_without_a_board_nothing_moves() -> None:
 
 def test_guided_by_hand_nothing_is_commanded() -> None:
     robot = LookingArm()
-    messages = []
+    messages: list[str] = []
     stops = [HAND @ transform(Rotation.from_rotvec(r).as_matrix(), np.array([0.01 * k, 0, 0])) for k, r in enumerate(
         ([0, 0, 0], [0.2, 0, 0], [0.2, 0, 0], [0, 0.25, 0]))]  # fmt: skip
 

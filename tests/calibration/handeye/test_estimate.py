@@ -13,7 +13,7 @@ import pytest
 
 from ratchet_calibration.geometry import difference, small
 from ratchet_calibration.handeye import estimate as handeye
-from ratchet_calibration.handeye.problem import Noise, Problem, State
+from ratchet_calibration.handeye.problem import Mounting, Noise, Problem, State
 from ratchet_calibration.handeye.solvers import SOLVERS, WORLD_SOLVERS
 from tests.calibration import scenes
 from tests.calibration.scenes import BOARD, CAMERA, LENS, seen
@@ -22,7 +22,7 @@ NOISE = (0.3, float(np.radians(0.1)), 5e-4)
 
 
 @pytest.mark.parametrize("mounting", ["eye_in_hand", "eye_to_hand"])
-def test_without_noise_the_truth_is_found(mounting: handeye.Mounting) -> None:
+def test_without_noise_the_truth_is_found(mounting: Mounting) -> None:
     x, y, reported_poses, detections = scenes.arm(mounting, camera=LENS, noise=(0.0, 0.0, 0.0))
     result = handeye.calibrate(BOARD, LENS, mounting, reported_poses, detections)
     assert np.abs(difference(x, result.camera)).max() < 1e-6
@@ -36,7 +36,7 @@ def test_with_noise_it_is_better_than_every_solver_and_knows_its_error() -> None
     inside = 0
     trials = 10
     for trial in range(trials):
-        mounting: handeye.Mounting = ("eye_in_hand", "eye_to_hand")[trial % 2]  # type: ignore[assignment]
+        mounting: Mounting = ("eye_in_hand", "eye_to_hand")[trial % 2]
         x, _, reported_poses, detections = scenes.arm(mounting, 20, 50 + trial, LENS, NOISE)
         result = handeye.calibrate(BOARD, LENS, mounting, reported_poses, detections, folds=0)
         inside += result.contains(x)
@@ -90,7 +90,7 @@ def test_the_suggested_pose_teaches_most_and_as_much_as_promised() -> None:
 
 
 @pytest.mark.parametrize("mounting", ["eye_in_hand", "eye_to_hand"])
-def test_derivatives_agree_with_differences(mounting: handeye.Mounting) -> None:
+def test_derivatives_agree_with_differences(mounting: Mounting) -> None:
     x, y, reported_poses, detections = scenes.arm(mounting, count=8, camera=LENS)
     problem = Problem(BOARD, LENS, mounting, reported_poses, detections)
     errors = np.random.default_rng(0).normal(0, 1e-3, (8, 6))

@@ -17,6 +17,7 @@ from ratchet_calibration.cameras.model import CameraModel
 from ratchet_calibration.geometry import difference
 from ratchet_calibration.handeye import estimate as handeye
 from ratchet_calibration.handeye.collect import Collector
+from ratchet_calibration.handeye.problem import Mounting
 from ratchet_sim.board.arm import CAMERA, BoardArm
 from ratchet_sim.board.scene import BoardScene, Look, poses
 from ratchet_vla.runtime.robots.protocol import Robot
@@ -51,7 +52,7 @@ def test_rendered_corners_lie_where_the_camera_puts_them(look: Look) -> None:
 
 
 @pytest.mark.parametrize("mounting", ["eye_in_hand", "eye_to_hand"])
-def test_the_true_camera_is_found_by_looking(mounting: handeye.Mounting) -> None:
+def test_the_true_camera_is_found_by_looking(mounting: Mounting) -> None:
     arm = BoardArm(BOARD, LENS, mounting, seed=3)
     try:
         views = Collector(arm, CAMERA, BOARD, LENS, mounting).automatic(12)

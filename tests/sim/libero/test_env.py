@@ -91,7 +91,12 @@ def test_initial_states_cannot_be_changed_by_accident() -> None:
 def test_physical_units_reach_the_controller(env: LiberoTaskEnv) -> None:
     commands: list[np.ndarray] = []
     original = env._osc.set_goal
-    env._osc.set_goal = lambda command: (commands.append(command.copy()), original(command))[1]  # type: ignore[method-assign]
+
+    def noted(command: np.ndarray) -> None:
+        commands.append(command.copy())
+        original(command)
+
+    env._osc.set_goal = noted  # type: ignore[method-assign]
     try:
         env.reset(0)
         commands.clear()

@@ -156,9 +156,9 @@ def test_noise_is_in_range_and_depends_on_the_seed_alone(seed: int, probability:
     config = NoiseConfig(probability=probability, scale=scale)
     executed, _, disturbed, _ = episode(seed, config, steps=20)
     np.testing.assert_array_equal(executed, episode(seed, config, steps=20)[0])
-    low, high = ([getattr(d, side) for d in OnlyContract.contract.action.dims] for side in ("low", "high"))
-    assert (executed >= np.float32(low)).all()
-    assert (executed <= np.float32(high)).all()
+    dims = OnlyContract.contract.action.dims
+    assert (executed >= np.array([dim.low for dim in dims], np.float32)).all()
+    assert (executed <= np.array([dim.high for dim in dims], np.float32)).all()
     if probability == 0:
         assert not disturbed.any()
     if probability == 1:
@@ -168,8 +168,8 @@ def test_noise_is_in_range_and_depends_on_the_seed_alone(seed: int, probability:
 def test_two_episodes_differ_in_their_noise() -> None:
     noisy = NoisyExpert(Still(), NoiseConfig(probability=1.0), 5)
     env = OnlyContract()
-    first = []
-    second = []
+    first: list[np.ndarray] = []
+    second: list[np.ndarray] = []
     for target in (first, second):
         noisy.reset(env)  # type: ignore[arg-type]
         target.append(noisy.act(env))  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ meshes, experts that succeed. Determinism: initial states are seeds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -25,9 +27,9 @@ def commands(count: int) -> np.ndarray:
     return np.random.default_rng(7).uniform(-1, 1, (count, 4)).astype(np.float32)
 
 
-def state_of(env: object) -> np.ndarray:
+def state_of(env: Any) -> np.ndarray:
     model = env.model
-    data = env.data  # type: ignore[attr-defined]
+    data = env.data
     state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
     mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
     return state

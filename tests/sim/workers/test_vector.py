@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing import shared_memory
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def test_a_killed_worker_costs_nothing(make: Callable[..., ChunkVectorEnv], when
     def kill(round_: int) -> None:
         if round_ == when:
             process = env._workers[1].process
+            assert isinstance(process, BaseProcess)
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
             process.join()
@@ -103,6 +105,7 @@ def test_a_killed_simulator_costs_nothing(make: Callable[..., ChunkVectorEnv]) -
     def kill(round_: int) -> None:
         if round_ == 2:
             process = env._workers[0].process
+            assert isinstance(process, BaseProcess)
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
             process.join()

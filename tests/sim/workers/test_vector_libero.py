@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import pytest
@@ -74,6 +75,7 @@ def test_equal_to_the_plain_environment_also_after_a_kill(
         np.testing.assert_array_equal(observation["state"], by_hand[round_][1].astype(np.float32))
         if round_ == 1:
             process = env._workers[0].process
+            assert isinstance(process, BaseProcess)
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
             process.join()

@@ -54,12 +54,12 @@ def of_peft(base: Path, out: Path, std: float = 0.1, **options: Any) -> torch.Te
     given = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj", "lm_head"], **options}
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = peft.get_peft_model(policy.network, peft.LoraConfig(**given))  # type: ignore[arg-type]
+        model = peft.get_peft_model(policy.network, peft.LoraConfig(**given))
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(str(out), save_embedding_layers=False)
-    policy.network = model.base_model.model.eval()  # type: ignore[union-attr]
+    policy.network = model.base_model.model.eval()
     return logits(policy)
 
 

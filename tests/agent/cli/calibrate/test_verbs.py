@@ -219,6 +219,7 @@ def test_refusals_are_one_line_and_change_nothing(
     count = {"few": 3, "mirrored": 2, "other board": 2}.get(change, 10)
     for path in sorted((shown / "lens").iterdir())[:count]:
         image = cv2.imread(str(path))
+        assert image is not None
         if change == "mirrored":
             image = image[:, ::-1]
         elif change == "mixed" and path.name == "001.png":

@@ -23,6 +23,7 @@ import pytest
 
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.episodes.exchange import lerobot_export as export
+from ratchet_vla.episodes.exchange import lerobot_layout
 from ratchet_vla.episodes.exchange import lerobot_layout as lerobot
 from ratchet_vla.episodes.exchange.hdf5 import export_hdf5
 from ratchet_vla.episodes.exchange.imports import NameMapping, demonstration, import_lerobot, import_libero
@@ -182,7 +183,7 @@ def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: 
         raise OSError(28, "No space left on device")
 
     place: tuple[Any, str] = {
-        "writing": (export.lerobot, "write_episodes"),
+        "writing": (lerobot_layout, "write_episodes"),
         "comparing": (export, "compare"),
         "renaming": (export, "_sync_tree"),
     }[fault]

@@ -47,7 +47,9 @@ def recorded(
     all of its chunk's, if 0."""
     rng = np.random.default_rng(seed)
     marks = [Mark.NONE, Mark.CLIPPED | Mark.RAMPED, Mark.HUMAN, Mark.HELD, Mark.NONE]
-    steps, control, now = [], [], 12.3456789
+    steps: list[Step] = []
+    control: list[ControlTick] = []
+    now = 12.3456789
     for number, length in enumerate(lengths):
         for k in range(length if ticks else 1):
             images = {c.name: random_image(contract, c.name, rng, smooth=True) for c in contract.cameras}

@@ -52,7 +52,7 @@ matrix = hnp.arrays(np.float32, (3, 7), elements=floats)
     stamp=st.floats(0, 1e6),
     temperature=st.floats(0, 10),
     reward=st.floats(allow_nan=False, allow_infinity=False),
-    text=st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=30),
+    text=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30),
     executed=hnp.arrays(np.bool_, 3),
 )
 def test_any_numbers_come_back(tmp_path: Path, text: str, executed: Any, **n: Any) -> None:
@@ -114,7 +114,9 @@ def test_other_readers_see_standard_messages(tmp_path: Path) -> None:
     assert first.data.tobytes() == written.steps[0].observation.images["agentview"].tobytes()
     assert first.header.stamp.sec == 1_700_000_000
     assert len(seen[fmt.TICK]) == len(written.ticks)
-    assert seen[fmt.CHUNK][1].log_prob.tobytes() == written.steps[1].chunk.log_prob.tobytes()
+    log_prob = written.steps[1].chunk.log_prob
+    assert log_prob is not None
+    assert seen[fmt.CHUNK][1].log_prob.tobytes() == log_prob.tobytes()
     sent = [t.command for t in written.ticks if t.command is not None]
     assert [m.data.astype(np.float32).tobytes() for m in seen[fmt.COMMAND]] == [c.tobytes() for c in sent]
     assert seen["/ratchet/state/eef_position"][0].layout.dim[0].label == "eef_position"

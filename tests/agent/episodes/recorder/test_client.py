@@ -162,7 +162,7 @@ def test_what_a_control_loop_does_comes_back(tmp_path: Path, started: Callable[.
         ScriptedSource(),
         safety,
         CollectExecutor(CONTRACT),
-        sink=Both(memory, recorder),  # type: ignore[arg-type]
+        sink=Both(memory, recorder),
         clock=clock,
         lock_step=True,
     )

@@ -186,7 +186,9 @@ def unpack(data: bytes) -> list[tuple[float, Any]]:
     found, at = [], 0
     while at < len(data):
         time, length = struct.unpack_from("<dI", data, at)
-        found.append((time, cv2.imdecode(np.frombuffer(data, np.uint8, length, at + 12), cv2.IMREAD_COLOR)[..., ::-1]))
+        image_bgr = cv2.imdecode(np.frombuffer(data, np.uint8, length, at + 12), cv2.IMREAD_COLOR)
+        assert image_bgr is not None
+        found.append((time, image_bgr[..., ::-1]))
         at += 12 + length
     return found
 

@@ -69,7 +69,8 @@ def world(tmp_path: Path) -> World:
         card = store.put(lora.adapter(binding_of(policy)), Provenance(ids[-1] if ids else None, task, seed))
         ids.append(card.id)
     running, running_lora = tiny_with_adapter()
-    return World(store, *ids, HotSwapper(running, running_lora, store=store), running, [])
+    first, second = ids
+    return World(store, first, second, HotSwapper(running, running_lora, store=store), running, [])
 
 
 def keeper(world: World, env: ChunkVectorEnv | None, folder: Path, **options: Any) -> Gatekeeper:

@@ -242,8 +242,8 @@ def test_joining_one_adapter_changes_nothing() -> None:
     policy, lora = tiny_with_adapter()
     lora.reset(3)
     with torch.no_grad():
-        for p in lora.trainable():
-            p += 0.1
+        for parameter in lora.trainable():
+            parameter.add_(0.1)
     adapter = lora.adapter(binding_of(policy))
     once = joined([(1.0, dict(adapter.tensors))], adapter)
     for layer, w in written_out(once).items():

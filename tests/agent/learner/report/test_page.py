@@ -80,7 +80,7 @@ def test_page_is_valid_and_self_contained(folder: Path) -> None:
         head, content = source.split(",", 1)
         decoded = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
         assert head == f"data:image/{str(decoded.format).lower()};base64"
-        kinds.append(decoded.format)
+        kinds.append(str(decoded.format))
     assert sorted(kinds) == ["GIF", "GIF", "GIF", "PNG", "PNG"]
     assert "Missing from this run" not in page.text
     assert not list(folder.glob("*.partial"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def episode(steps: int = 2) -> Episode:
     return found
 
 
-def change(field: str, value: object) -> Callable[[Episode], None]:
+def change(field: str, value: Any) -> Callable[[Episode], None]:
     def apply(found: Episode) -> None:
         chunk = dataclasses.replace(found.steps[1].chunk, **{field: value})
         found.steps[1] = dataclasses.replace(found.steps[1], chunk=chunk)
@@ -53,7 +54,7 @@ def change(field: str, value: object) -> Callable[[Episode], None]:
     return apply
 
 
-def every(field: str, value: object) -> Callable[[Episode], None]:
+def every(field: str, value: Any) -> Callable[[Episode], None]:
     def apply(found: Episode) -> None:
         chunks = [dataclasses.replace(s.chunk, **{field: value}) for s in found.steps]
         found.steps = [dataclasses.replace(s, chunk=c) for s, c in zip(found.steps, chunks, strict=True)]

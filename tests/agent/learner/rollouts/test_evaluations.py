@@ -15,6 +15,7 @@ import pytest
 
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.metrics import Cell
+from ratchet_vla.learner.methods.ewc import EWC
 from ratchet_vla.learner.methods.registry import METHODS
 from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations, key_of
 from ratchet_vla.learner.rollouts.specs import EpisodeSpec
@@ -100,6 +101,6 @@ def test_methods_share_what_the_base_did_and_nothing_else(tmp_path: Path) -> Non
 
     start(tmp_path / "seq_ft", count, known=known)
     assert not looked_up
-    start(tmp_path / "ewc", count, method=METHODS["ewc"](strength=1e9, clamp=1e9), known=known)
+    start(tmp_path / "ewc", count, method=EWC(strength=1e9, clamp=1e9), known=known)
     # Nothing holds the first task back, so both learn it alike; the second task differs.
     assert looked_up == [0] * HELD + [1] * HELD

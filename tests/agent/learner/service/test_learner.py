@@ -285,8 +285,11 @@ def test_a_held_candidate_waits_for_a_person(tmp_path: Path, person: str) -> Non
     assert state.phase == "waiting"
     assert [a.code for a in alerts(state, 0.0, 1 << 50, Limits())] == ["learner.held"]
     candidate = state.candidate
-    state = bench.service.published_state()
-    assert (state["tags"]["candidate"], candidate in state["adapters"]) == (candidate, True)  # a person may try it
+    published = bench.service.published_state()
+    assert (published["tags"]["candidate"], candidate in published["adapters"]) == (
+        candidate,
+        True,
+    )  # a person may try it
     bench.reopen()
     if person == "promotes":
         bench.store.promote(candidate, "override: seen on the robot")
@@ -317,8 +320,8 @@ def test_a_persons_rollback_restarts_the_task_from_there(tmp_path: Path) -> None
     bench.store.tag("active", BASE, "not even that")
     state = bench.settle()
     assert (state.active, state.training, state.update) == ("", first, 0)
-    state = bench.service.published_state()
-    assert (state["tags"]["active"], BASE in state["adapters"]) == (BASE, False)
+    published = bench.service.published_state()
+    assert (published["tags"]["active"], BASE in published["adapters"]) == (BASE, False)
     bench.close()
 
 
@@ -416,7 +419,7 @@ def test_alerts_name_what_goes_bad() -> None:
 def test_settings_out_of_range_are_refused() -> None:
     for changes in ({"updates": 0}, {"tasks": ()}, {"tasks": ("a", "a")}, {"temperature": 0.0}, {"batch": 1}):
         with pytest.raises(RatchetError, match=r"learner\.bad_config"):
-            dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
+            dataclasses.replace(CONFIG, **changes)
     with pytest.raises(RatchetError, match=r"learner\.bad_config"):
         dataclasses.replace(real_robot(("a",)), gate_each="task")
     assert real_robot(("a",)).update.grpo.estimator == "leave_one_out"

@@ -8,6 +8,7 @@ Determinism: seeded generators; no clock, no environment.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.learner.update.advantages import gae, group_normalised, leave_one_out
+from ratchet_vla.learner.update.advantages import GroupAdvantage, gae, group_normalised, leave_one_out
 from tests.agent.learner.update import reference
 
 
@@ -34,7 +35,9 @@ def test_leave_one_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize("estimator", [group_normalised, leave_one_out])
-def test_groups_without_contrast_are_masked_exactly(estimator) -> None:
+def test_groups_without_contrast_are_masked_exactly(
+    estimator: Callable[[torch.Tensor, torch.Tensor], GroupAdvantage],
+) -> None:
     score = torch.tensor([0.0, 0, 0, 0.1, 0.1, 0.1, 0, 5, 0, 3])
     group = torch.tensor([0, 0, 0, 4, 4, 4, 9, 9, 9, 2])  # all failure, all equal, mixed, alone
     result = estimator(score, group)

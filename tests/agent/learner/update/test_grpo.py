@@ -35,7 +35,7 @@ def one_chunk(log_ratio: Tensor, advantage: float, valid: Tensor, weight: float 
     return (old + log_ratio).requires_grad_(), batch
 
 
-def random_update(seed: int, dtype: torch.dtype = torch.float64):
+def random_update(seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     """12 episodes in 3 groups, 4 chunks of 5 steps with 3 dimensions, unequal lengths and holes in the mask."""
     generator = torch.Generator().manual_seed(seed)
     episodes, chunks, steps, dims = 12, 4, 5, 3

@@ -18,7 +18,9 @@ from ratchet_vla.learner.update.minibatch import Minibatch, flatten
 from tests.agent.learner.update import reference
 
 
-def samples(seed: int, dtype: torch.dtype = torch.float64):
+def samples(
+    seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Minibatch]:
     """7 chunk samples of 4 steps with 3 dimensions; the third has no valid step."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,7 +40,9 @@ def samples(seed: int, dtype: torch.dtype = torch.float64):
     return new, normal(7, 4, 3).abs(), old_value + 0.4 * normal(7), batch
 
 
-def single(log_ratio: list[list[float]], advantage: float, old_value: float, target: float):
+def single(
+    log_ratio: list[list[float]], advantage: float, old_value: float, target: float
+) -> tuple[torch.Tensor, Minibatch]:
     old = torch.full((1, len(log_ratio), len(log_ratio[0])), -1.0, dtype=torch.float64)
     batch = Minibatch(
         old_log_prob=old, advantage=torch.tensor([advantage]).double(),

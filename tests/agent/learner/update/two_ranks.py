@@ -51,10 +51,7 @@ def update(folder: Path, ranks: Ranks, algorithm: str, sharded: bool) -> None:
     if sharded:
         whole = sum(p.numel() for p in policy.network.parameters())
         ranks.shard(policy, lora)
-        local = sum(
-            (p.to_local() if hasattr(p, "to_local") else p).numel()  # type: ignore[operator]
-            for p in policy.network.parameters()
-        )
+        local = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in policy.network.parameters())
         assert local < whole
     batch = ranks.gather(unpack((folder / f"batch{ranks.rank}.npz").read_bytes()))
     config = UpdateConfig(algorithm=algorithm, **CONFIG)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from ratchet_vla.policy.checkpoints import lerobot
 from ratchet_vla.policy.flow import rtc
 from ratchet_vla.policy.flow import sde as flow_sde
 from ratchet_vla.policy.flow.policy import FlowPolicy
-from ratchet_vla.policy.protocol import PolicyInput
+from ratchet_vla.policy.protocol import Policy, PolicyInput
 from tests.agent.policy import samples
 from tests.agent.policy.flow.test_policy import FlowConformance
 from tests.golden.fill import fill_all
@@ -120,7 +120,7 @@ class TestSmolVla(FlowConformance):
     def batch(self) -> PolicyInput:
         return observations("smolvla")[0]
 
-    def test_images_that_do_not_fit_are_refused(self, policy: FlowPolicy, batch: PolicyInput) -> None:
+    def test_images_that_do_not_fit_are_refused(self, policy: Policy, batch: PolicyInput) -> None:
         """Any size goes in, so other misfits alone are left."""
         images = torch.as_tensor(batch.images)
         for wrong in (images.float(), images[:-1], images.transpose(-1, -2), images[:, :1]):

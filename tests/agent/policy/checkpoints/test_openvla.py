@@ -25,7 +25,7 @@ from ratchet_vla.policy.checkpoints import openvla as published
 from ratchet_vla.policy.checkpoints.weights import read_headers, read_weights
 from ratchet_vla.policy.discrete.policy import PrismaticPolicy
 from ratchet_vla.policy.images import Preparation
-from ratchet_vla.policy.protocol import PolicyInput
+from ratchet_vla.policy.protocol import Policy, PolicyInput
 from ratchet_vla.testing.conformance.policy import PolicyConformance, rows, uniform
 from tests.agent.policy import samples
 
@@ -101,8 +101,9 @@ class TestAutoregressive(PolicyConformance):
     def batch(self, policy: PrismaticPolicy) -> PolicyInput:
         return samples.batch(policy)
 
-    def test_probabilities_of_all_bins_sum_to_one(self, policy: PrismaticPolicy, batch: PolicyInput) -> None:
+    def test_probabilities_of_all_bins_sum_to_one(self, policy: Policy, batch: PolicyInput) -> None:
         """Over the bins of one token, given those before it."""
+        assert isinstance(policy, PrismaticPolicy)
         tokens = policy.predict(batch).tokens
         assert tokens is not None
         for index in (0, 3, 6):

@@ -54,6 +54,7 @@ def test_the_round_trip_is_exact(folder: Path) -> None:
     assert again.base_hash == policy.base_hash
     assert (again.config, again.spec, again.statistics) == (policy.config, policy.spec, policy.statistics)
     batch = samples.batch(policy)
+    assert isinstance(again, PrismaticPolicy)
     assert torch.equal(again.logits(batch), policy.logits(batch))
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
 

@@ -42,7 +42,9 @@ def test_a_samples_log_probability_is_log_softmax_over_all_action_rows() -> None
     assert torch.allclose(log_prob, expected.log_prob(chunks.tokens), atol=1e-5)
     assert torch.allclose(entropy, expected.entropy(), atol=1e-5)
     assert torch.allclose(chunks.actions, policy.actions_of(chunks.tokens))
-    assert torch.equal(policy.predict(batch).tokens, logits.argmax(-1))
+    greedy = policy.predict(batch).tokens
+    assert greedy is not None
+    assert torch.equal(greedy, logits.argmax(-1))
 
 
 def test_the_feature_is_the_mean_hidden_state() -> None:
@@ -52,6 +54,7 @@ def test_the_feature_is_the_mean_hidden_state() -> None:
     assert feature is not None
     assert feature.shape == (3, policy.config.hidden)
     sampled = policy.sample(batch, 1.0, uniform(policy, 3)).feature
+    assert sampled is not None
     assert torch.equal(feature, sampled)
 
 

@@ -302,7 +302,7 @@ def test_the_learner_raises_what_succeeded_and_lowers_what_failed() -> None:
     count = 8
     images = torch.as_tensor(one.images).repeat(count, 1, 1, 1, 1)
     state = None if one.state is None else one.state.repeat(count, 1)
-    batch = PolicyInput(images, state, one.instructions * count)
+    batch = PolicyInput(images, state, list(one.instructions) * count)
     chunks = policy.sample(batch, 1.0, uniform(policy, count))
     assert chunks.tokens is not None
     assert chunks.log_prob is not None
@@ -514,6 +514,7 @@ def test_the_server_gives_chains_whole_and_goes_on_from_what_runs() -> None:
     assert drawn.tokens.shape == policy.sampled_shape
     np.testing.assert_array_equal(drawn.tokens, expected.tokens[0].numpy())  # type: ignore[index]
     log_prob = policy.log_prob(batch, torch.from_numpy(drawn.tokens)[None], 1.0)[0]
+    assert drawn.log_prob is not None
     np.testing.assert_allclose(drawn.log_prob, log_prob[0].detach().numpy(), atol=1e-4)
     # The running plan, in the robot's numbers; its gripper is turned round for the policy.
     free = server.infer(images, state, batch.instructions[0], 0.0, None, None).actions

@@ -46,6 +46,7 @@ def images(size: int, views: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["film_conv", "fused_dinov2_siglip"])
 def test_cameras_stand_one_after_another(kind: str) -> None:
     made = tower(kind)
+    assert isinstance(made.image_size, int)
     seen = images(made.image_size, 2)
     text = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
     both = made(made.prepare(seen), text)
@@ -120,7 +121,9 @@ def test_every_stage_is_modulated() -> None:
     assert isinstance(made, FilmConv)
     pixels, text = made.prepare(images(32, 1)), torch.ones(2, 12)
     made(pixels, text).square().sum().backward()
-    assert all(bool(block.film.weight.grad.any()) for block in made.blocks)
+    gradients = [parameter.grad for name, parameter in made.named_parameters() if name.endswith("film.weight")]
+    assert len(gradients) == len(list(made.blocks.children()))
+    assert all(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 def test_patches_are_seen_where_they_are() -> None:

@@ -55,7 +55,7 @@ class TestVideo(Settings, CameraConformance):
     @pytest.fixture
     def opener(self, tmp_path: Path) -> Open:
         path = tmp_path / "video.avi"
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), FPS, (48, 32))
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), FPS, (48, 32))
         for k in range(8):
             writer.write(image(k)[..., ::-1])
         writer.release()

@@ -8,6 +8,7 @@ policy's. A manual clock stands for time; nothing sleeps.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -79,7 +80,7 @@ class Rig:
 def test_collect_sends_exactly_what_was_sampled() -> None:
     rig = Rig(CollectExecutor(CONTRACT), lock_step=True)
     rig.run(3 * K)
-    sent = [c for _, c in rig.robot.commands]
+    sent = [command for _, command in rig.robot.commands if command is not None]
     expected = np.concatenate([numbered(o) for o in rig.source.seen])
     np.testing.assert_array_equal(np.stack(sent), expected)
     assert [t.chunk_offset for t in rig.sink.ticks] == [*range(K)] * 3
@@ -153,7 +154,9 @@ def test_the_hook_for_real_time_chunking_tells_what_will_have_been_sent() -> Non
     assert ahead.delay == 2  # the command of the observation's own tick, and the one while the answer is made
     asked = rig.source.seen[4].stamp
     sent = [t for t in rig.sink.ticks if t.deadline > asked - 1e-6][: ahead.delay]
-    np.testing.assert_array_equal(ahead.previous_actions[: ahead.delay], np.stack([t.command for t in sent]))
+    np.testing.assert_array_equal(
+        ahead.previous_actions[: ahead.delay], np.stack([t.command for t in sent if t.command is not None])
+    )
     # The answer is taken up at the action after those, so both count from the same moment.
     first = next(t for t in rig.sink.ticks if t.chunk_sequence == rig.source.seen[4].sequence)
     assert first.chunk_offset == ahead.delay
@@ -408,7 +411,7 @@ def test_a_solved_scene_and_a_goal_without_words_move_nothing() -> None:
         rig = Rig(CollectExecutor(CONTRACT))
         rig.sink.episodes.clear()
         with pytest.raises(RatchetError) as caught:
-            rig.loop.run_episode("t", instruction, horizon=20, labeller=SceneLabeller(lambda solved=solved: solved))
+            rig.loop.run_episode("t", instruction, horizon=20, labeller=SceneLabeller(functools.partial(bool, solved)))
         assert caught.value.code == f"goal.{code}"
         assert (rig.robot.commands, rig.sink.episodes) == ([], [])
 

@@ -114,7 +114,12 @@ def test_clocks() -> None:
     told = ExternalClock(stall_timeout=0.01)
     assert not told.sleep_until(1.0)  # nobody tells the time
     patient = ExternalClock(stall_timeout=60.0)
-    teller = threading.Thread(target=lambda: [patient.update(t) for t in (0.5, 1.0)])
+
+    def tell() -> None:
+        for moment in (0.5, 1.0):
+            patient.update(moment)
+
+    teller = threading.Thread(target=tell)
     teller.start()
     assert patient.sleep_until(1.0)
     teller.join()

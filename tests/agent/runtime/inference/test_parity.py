@@ -53,7 +53,8 @@ def in_process(robot: SimRobot, temperature: float) -> tuple[list[Chunks], np.nd
     spec = policy.spec
     generator = np.random.Generator(np.random.Philox(key=SEED))
     robot.reset(STATE)
-    answers, sent = [], []
+    answers: list[Chunks] = []
+    sent: list[np.ndarray] = []
     while len(sent) < HORIZON:
         seen = robot.observe()
         state = torch.from_numpy(np.concatenate([seen.state[n] for n in spec.state]))[None]
@@ -95,7 +96,7 @@ def test_an_episode_is_the_same_in_process_and_through_the_runtime(
     end = loop.run_episode(TASK, "open the door", horizon=HORIZON, labeller=SceneLabeller(robot.success))
     assert [e.code for e in sink.events] == []
     ticks = [t for t in sink.ticks if t.chunk_sequence >= 0]
-    np.testing.assert_array_equal(np.stack([t.command for t in ticks]), expected)
+    np.testing.assert_array_equal(np.stack([t.command for t in ticks if t.command is not None]), expected)
     assert all(t.marks == Mark.NONE for t in ticks)
     assert end.success is solved
     assert (end.termination is Termination.SUCCESS) == solved

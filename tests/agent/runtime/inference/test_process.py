@@ -146,7 +146,7 @@ def test_swaps_run_beside_inference_and_refusals_leave_the_adapter() -> None:
         ({"fault": "oom"}, {"memory_limit": 1 << 30}, "policy.out_of_memory"),
     ],
 )
-def test_every_way_to_fail_has_its_code(options: dict[str, object], launch: dict[str, object], code: str) -> None:
+def test_every_way_to_fail_has_its_code(options: dict[str, Any], launch: dict[str, Any], code: str) -> None:
     with serving(launch=launch, fault_at=1, **options) as client:
         assert isinstance(ask(client, 0), ActionChunk)
         client.request(seen(1))
@@ -321,7 +321,11 @@ def test_malformed_messages_are_refused(data: bytes) -> None:
 
 def test_messages_come_back_as_they_were_sent() -> None:
     mine, theirs = socket.socketpair()
-    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([], np.int64), "c": np.uint8([1, 2])}
+    arrays: dict[str, np.ndarray] = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array([], np.int64),
+        "c": np.array([1, 2], np.uint8),
+    }
     with mine, theirs:
         theirs.sendall(wire.pack({"type": "x", "n": 1}, arrays))
         theirs.close()

@@ -48,7 +48,8 @@ class Rig:
         return result
 
     def back_and_forth(self) -> np.ndarray:
-        return FULL * (1.0 if (self.count // 10) % 2 else -1.0) * np.array([1, 0, 0, 0]) + np.array([0, 0, 0, 1.0])
+        sign = 1.0 if (self.count // 10) % 2 else -1.0
+        return np.asarray(FULL * sign * np.array([1, 0, 0, 0]) + np.array([0, 0, 0, 1.0]))
 
     def until_standing(self) -> int:
         for ticks in range(1, 20):
