@@ -98,7 +98,7 @@ class ActionSpace:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds that the safety stage enforces, per action dimension unless said otherwise.
+    """Bounds that the safety filter enforces, per action dimension unless said otherwise.
 
     velocity: units/s; acceleration: units/s^2; one value per action dimension (gripper included, inf to exempt).
     workspace_low, workspace_high: (3,) m in the action frame, box for the end effector; empty for joint modes.

@@ -52,7 +52,7 @@ def _line(feedback: dict[str, Any]) -> str:
 
 @dataclass
 class Status(_Common):
-    """What policy, safety stage and scene are doing."""
+    """What policy, safety filter and scene are doing."""
 
     def run(self) -> int:
         return self._show(self._ask("status"))

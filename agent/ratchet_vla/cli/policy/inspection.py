@@ -139,8 +139,8 @@ class Adopt(_Question):
             if isinstance(policy, PrismaticPolicy) and policy.config.decoding == "parallel":
                 found = masks.require(policy, observations(self.frames, policy.spec))
                 data["attention"] = {**dataclasses.asdict(found), "fits": found.fits}
-                verdict = "fits" if found.fits else "cannot be told from these frames"
-                console.print(f"{found.attention} attention {verdict}: {found.stated:.2f} against {found.other:.2f}")
+                conclusion = "fits" if found.fits else "cannot be told from these frames"
+                console.print(f"{found.attention} attention {conclusion}: {found.stated:.2f} against {found.other:.2f}")
         adopted.adopt(self.checkpoint, contract, stated, self.out)
         if self.json:
             print(json.dumps({**data, "out": str(self.out)}))

@@ -56,7 +56,7 @@ class Attempt:
 
 @dataclass
 class Run(remote.LearnerOptions, ComputingOptions):
-    """Run a policy on a simulated robot through policy process, chunk execution and safety stage.
+    """Run a policy on a simulated robot through policy process, chunk execution and safety filter.
 
     Commands to copy:
 
