@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ratchet_sim import registry
@@ -22,17 +21,18 @@ from ratchet_vla.adapters.identity import Adapter
 from ratchet_vla.adapters.lora.layers import scaled
 from ratchet_vla.adapters.protocol import BASE, AdapterStore
 from ratchet_vla.adapters.store.folder import FolderStore
-from ratchet_vla.cli import common
+from ratchet_vla.cli import common, display
+from ratchet_vla.cli.stores import AdapterStoreOption
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.gate.decision import GateConfig, decision_of
 from ratchet_vla.learner.gate.keeper import Gatekeeper, earlier_tasks
 
-STORE = Path("runs/demo/adapters")
-EXIT = {"promote": 0, "hold": 3, "reject": 4}
+EXIT_STATUS = {"promote": 0, "hold": 3, "reject": 4}
+COLOURS = {"promote": "green", "hold": "yellow", "reject": "red"}
 
 
 @dataclass
-class Promote:
+class Promote(AdapterStoreOption):
     """Run the gate on an adapter and make it `active` if it passes; exit 0 promoted, 3 held, 4 rejected.
 
     The gate runs candidate and active adapter (the base where nothing is active) on the same episodes of the new task,
@@ -43,32 +43,30 @@ class Promote:
 
     adapter: Annotated[str, tyro.conf.Positional] = "candidate"
     """Id, id prefix or tag."""
-    store: Path = STORE
-    """Adapter store."""
     suite: str = "metaworld"
-    """Suite of the tasks."""
+    """Simulation suite of the tasks."""
     policy: Path | None = None
     """Folder of the base policy; the built-in one of the suite if absent."""
     held_out: tuple[str, ...] = ()
-    """Tasks that were never trained, compared too."""
+    """Names of tasks that were never trained, which are compared too."""
     gate: GateConfig = field(default_factory=GateConfig)
     again: bool = False
-    """Measure although the card has a decision against the active adapter."""
+    """Measure again, although the card already has a decision against the active adapter."""
     override: str = ""
-    """Promote whatever the gate decided, for this reason, which is kept in the history."""
+    """Promote whatever the gate decided, for this reason; the tag's history keeps it."""
     workers: int = 2
-    """Simulator processes; 0 has no simulator: the gate then holds, and only --override promotes."""
+    """Simulator processes. With 0 nothing is simulated: the gate holds, and only --override promotes."""
     slots: int = 12
-    """Episodes at once per simulator process."""
+    """Episodes at once in each simulator process."""
     threads: int = 1
-    """Threads for the policy."""
+    """CPU threads for the policy."""
     json: bool = False
     """Print the decision as JSON."""
 
     def run(self) -> int:
         common.threads(self.threads)
         console = Console(stderr=self.json)
-        store = FolderStore(self.store)
+        store = self.open_adapters()
         candidate = store.resolve(self.adapter)
         running = store.resolve("active")
         active = "" if running == BASE else running
@@ -86,51 +84,56 @@ class Promote:
             console.print(f"active is now {candidate[:12]} ({reason})")
         if self.json:
             print(json.dumps({**stored, "promoted": promoted}, default=dict))
-        return 0 if promoted else EXIT[stored["decision"]]
+        return 0 if promoted else EXIT_STATUS[stored["decision"]]
 
     def _measure(self, store: FolderStore, candidate: str, active: str, console: Console) -> None:
-        names = [store.card(candidate).provenance.task, *earlier_tasks(store, candidate, active), *self.held_out]
-        folder = self.store / "gate"
+        """Run the gate; its decision is on the candidate's card afterwards."""
+        learned = [store.card(candidate).provenance.task, *earlier_tasks(store, candidate, active)]
+        names = [name for name in dict.fromkeys([*learned, *self.held_out]) if name]
         if not self.workers:
-            Gatekeeper(_no_policy, None, {}, store, self.gate, folder).run(candidate, active, self.held_out)
+            self._hold(store, candidate, active)
             return
         try:
-            tasks, env, running = self._world(store, candidate, [n for n in dict.fromkeys(names) if n], console)
+            tasks, env, running = self._open_world(store, candidate, names, console)
         except RatchetError as error:
             # What was typed here is refused; what only the cards name cannot be evaluated on this machine.
             if not error.code.startswith("sim.") or self._mistyped(error):
                 raise
-            Gatekeeper(_no_policy, None, {}, store, self.gate, folder, missing=str(error)).run(
-                candidate, active, self.held_out
-            )
+            self._hold(store, candidate, active, missing=str(error))
             return
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
         try:
-            with Progress(*columns, console=console, transient=True) as progress:
+            with display.make_progress(console, counts=True, transient=True) as progress:
                 bar = progress.add_task("gate", total=1)
 
-                def show(kind: str, facts: dict[str, Any]) -> None:
+                def show(kind: str, event: dict[str, Any]) -> None:
                     if kind == "episode":
-                        progress.update(bar, description=facts["what"], completed=facts["done"], total=facts["of"])
+                        progress.update(bar, description=event["what"], completed=event["done"], total=event["of"])
 
-                keeper = Gatekeeper(running.serve, env, tasks, store, self.gate, folder, show)
+                keeper = Gatekeeper(running.serve, env, tasks, store, self.gate, self.store / "gate", show)
                 keeper.run(candidate, active, self.held_out)
         finally:
             env.close()
 
-    def _world(
+    def _hold(self, store: FolderStore, candidate: str, active: str, missing: str = "") -> None:
+        """Let the gate decide without a simulator: it says what is missing, and holds."""
+        keeper = Gatekeeper(_no_policy, None, {}, store, self.gate, self.store / "gate", missing=missing)
+        keeper.run(candidate, active, self.held_out)
+
+    def _open_world(
         self, store: FolderStore, candidate: str, names: list[str], console: Console
     ) -> tuple[dict[str, TaskInfo], ChunkVectorEnv, common.Running]:
         """The tasks by name, their simulators and the policy that takes either adapter."""
         contract = registry.contract_for(self.suite)
         tasks = common.find_tasks(self.suite, names)
         lora = common.lora_of(store, candidate)
-        folder, made_for = common.policy_folder(self.suite, self.policy), common.made_for(store, candidate)
+        folder = common.policy_folder(self.suite, self.policy)
+        made_for = common.made_for(store, candidate)
         running = common.open_running(folder, contract, lora, store, made_for=made_for)
         common.print_contract(console, contract)
         return tasks, common.make_vector(running.policy, self.suite, contract, self.workers, self.slots), running
 
     def _mistyped(self, error: RatchetError) -> bool:
+        """Whether an unknown name is one that the user gave."""
         return error.code == "sim.unknown_suite" or any(f"'{name}'" in error.what for name in self.held_out)
 
 
@@ -139,21 +142,21 @@ def _no_policy(adapter_id: str) -> NoReturn:
 
 
 @dataclass
-class Rollback:
-    """Point a tag back at what it pointed at before: after a first promotion, at the base. A running robot follows at
-    its next look at the store."""
+class Rollback(AdapterStoreOption):
+    """Point a tag back at what it pointed at before: after a first promotion, at the base.
+
+    A running robot that follows the tag swaps as soon as it next reads the store.
+    """
 
     tag: str = "active"
     """Tag to move back."""
     reason: str = ""
-    """Why; kept in the history."""
-    store: Path = STORE
-    """Adapter store."""
+    """Why; kept in the tag's history."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        move = FolderStore(self.store).rollback(self.tag, self.reason)
+        move = self.open_adapters().rollback(self.tag, self.reason)
         if self.json:
             print(json.dumps(dataclasses.asdict(move)))
         else:
@@ -162,113 +165,127 @@ class Rollback:
 
 
 @dataclass
-class Diff:
-    """What differs between two adapters: origin, measured values, and how far their weights are apart, layer by
-    layer."""
+class Diff(AdapterStoreOption):
+    """Show what differs between two adapters: origin, measured values, and the weights of each layer."""
 
     first: Annotated[str, tyro.conf.Positional]
-    """Id, id prefix, tag, or base."""
+    """Id, id prefix, tag, or `base`."""
     second: Annotated[str, tyro.conf.Positional]
-    """Id, id prefix, tag, or base."""
-    store: Path = STORE
-    """Adapter store."""
+    """Id, id prefix, tag, or `base`."""
     layers: int = 10
-    """Layers to list, the most changed first."""
+    """How many layers to list, the most changed first."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        store = FolderStore(self.store)
-        names = [store.resolve(reference) for reference in (self.first, self.second)]
-        if names == [BASE, BASE]:
+        store = self.open_adapters()
+        first = store.resolve(self.first)
+        second = store.resolve(self.second)
+        if first == second == BASE:
             text = f"{self.first} and {self.second} are the base"
             print(json.dumps({"cards": {}, "layers": []}) if self.json else text)
             return 0
-        changes = change(*_pair(store, names))
-        facts = _card_differences(store, *names)
+        changes = change(*_pair(store, first, second))
+        differences = _card_differences(store, first, second)
         if self.json:
-            print(json.dumps({"cards": facts, "layers": [dataclasses.asdict(c) for c in changes]}, default=dict))
+            layers = [dataclasses.asdict(layer) for layer in changes]
+            print(json.dumps({"cards": differences, "layers": layers}, default=dict))
             return 0
         console = Console()
-        table = Table(title=f"{names[0][:12]} against {names[1][:12]}")
-        for column in ("", "first", "second"):
-            table.add_column(column)
-        for name, (one, two) in facts.items():
-            table.add_row(name, _show(one), _show(two))
+        table = display.make_table(("", "first", "second"), title=f"{first[:12]} against {second[:12]}")
+        for name, (value_first, value_second) in differences.items():
+            table.add_row(name, _cell(value_first), _cell(value_second))
         console.print(table)
-        console.print(_layers(changes[: self.layers], len(changes)))
+        console.print(_layer_table(changes[: self.layers], len(changes)))
         return 0
 
 
 def print_decision(decision: Mapping[str, Any], console: Console) -> None:
-    """The comparison as a table, then the decision and its reasons."""
+    """Print the gate's comparison as a table, then its decision and the reasons.
+
+    Args:
+        decision: A gate's decision as an adapter's card keeps it.
+        console: Where it is printed.
+    """
     if decision["tasks"]:
-        table = Table(title="gate: candidate against active, same episodes")
-        for column in ("task", "active", "candidate", "change [95 %]", "lost/gained", "p worse", "sees"):
-            table.add_column(column, justify="left" if column == "task" else "right", overflow="fold")
-        for row in decision["tasks"]:
-            change_ = f"{100 * row['change']:+.0f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
-            table.add_row(
-                f"{row['task']} ({row['role'].replace('_', '-')})",
-                f"{row['active']:.0%}",
-                f"{row['candidate']:.0%}",
-                change_,
-                f"{row['losses']}/{row['gains']} of {row['episodes']}",
-                f"{row['p_worse']:.3f}",
-                f"-{100 * row['detectable_drop']:.0f}",
-            )
-        console.print(table)
+        console.print(_comparison_table(decision["tasks"]))
         console.print("sees: smallest true drop, in points, that the test finds with 80 % chance", highlight=False)
-    colour = {"promote": "green", "hold": "yellow", "reject": "red"}[decision["decision"]]
-    console.print(f"[bold {colour}]{decision['decision'].upper()}[/]")
+    console.print(f"[bold {COLOURS[decision['decision']]}]{decision['decision'].upper()}[/]")
     for reason in decision["reasons"]:
-        place = f" {reason['task']}:" if reason["task"] else ""
-        console.print(f"  {reason['code']}{place} {reason['text']}", markup=False, highlight=False)
+        task = f" {reason['task']}:" if reason["task"] else ""
+        console.print(f"  {reason['code']}{task} {reason['text']}", markup=False, highlight=False)
 
 
-def _pair(store: AdapterStore, names: list[str]) -> tuple[Adapter, Adapter]:
-    """Two adapters of which one may be the base: the other one's layers, changed by nothing."""
-    first, second = (None if name == BASE else store.get(name) for name in names)
-    some = first or second
-    assert some is not None
-    return first or scaled(some, 0.0), second or scaled(some, 0.0)
+def _comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    numbers = ("active", "candidate", "change [95 %]", "lost/gained", "p worse", "sees")
+    table = display.make_table(
+        ("task", *numbers), title="gate: candidate against active, same episodes", numbers=numbers, folds=True
+    )
+    for row in rows:
+        table.add_row(
+            f"{row['task']} ({row['role'].replace('_', '-')})",
+            f"{row['active']:.0%}",
+            f"{row['candidate']:.0%}",
+            f"{100 * row['change']:+.0f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]",
+            f"{row['losses']}/{row['gains']} of {row['episodes']}",
+            f"{row['p_worse']:.3f}",
+            f"-{100 * row['detectable_drop']:.0f}",
+        )
+    return table
+
+
+def _pair(store: AdapterStore, first: str, second: str) -> tuple[Adapter, Adapter]:
+    """Two adapters of which one may be the base: the other one's layers, with an update of zero."""
+    if first == BASE:
+        adapter = store.get(second)
+        return scaled(adapter, 0.0), adapter
+    if second == BASE:
+        adapter = store.get(first)
+        return adapter, scaled(adapter, 0.0)
+    return store.get(first), store.get(second)
 
 
 def _card_differences(store: AdapterStore, first: str, second: str) -> dict[str, tuple[Any, Any]]:
-    """Facts of the two cards by name, those that are equal left out; the base has none."""
-    sides: list[dict[str, Any]] = []
-    for reference in (first, second):
-        if reference == BASE:
-            sides.append({})
-            continue
-        card = store.card(reference)
-        origin = card.provenance
-        sides.append(
-            {
-                "task": origin.task,
-                "stage": origin.stage,
-                "parent": origin.parent,
-                "created": card.created,
-                "base": card.base_hash,
-                "effect": origin.effect,
-                "gate": origin.gate.get("decision"),
-                **{f"measured {k}": v for k, v in origin.metrics.items()},
-            }
-        )
-    one, two = sides
-    return {k: (one.get(k), two.get(k)) for k in dict.fromkeys([*one, *two]) if one.get(k) != two.get(k)}
+    """Entries of the two cards that differ, by name; the base has none."""
+    of_first = _card_entries(store, first)
+    of_second = _card_entries(store, second)
+    pairs = {name: (of_first.get(name), of_second.get(name)) for name in [*of_first, *of_second]}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _show(value: Any) -> str:
+def _card_entries(store: AdapterStore, reference: str) -> dict[str, Any]:
+    if reference == BASE:
+        return {}
+    card = store.card(reference)
+    origin = card.provenance
+    return {
+        "task": origin.task,
+        "stage": origin.stage,
+        "parent": origin.parent,
+        "created": card.created,
+        "base": card.base_hash,
+        "effect": origin.effect,
+        "gate": origin.gate.get("decision"),
+        **{f"measured {name}": value for name, value in origin.metrics.items()},
+    }
+
+
+def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return "-" if value is None else str(value)[:24]
 
 
-def _layers(changes: list[Change], total: int) -> Table:
-    table = Table(title=f"{len(changes)} of {total} layers, most changed first")
-    for column in ("layer", "norm first", "norm second", "norm of difference", "cosine"):
-        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
-    for c in changes:
-        table.add_row(c.layer, f"{c.first:.3g}", f"{c.second:.3g}", f"{c.difference:.3g}", f"{c.cosine:+.2f}")
+def _layer_table(changes: Sequence[Change], total: int) -> Table:
+    numbers = ("norm first", "norm second", "norm of difference", "cosine")
+    title = f"{len(changes)} of {total} layers, most changed first"
+    table = display.make_table(("layer", *numbers), title=title, numbers=numbers, folds=True)
+    for layer in changes:
+        table.add_row(
+            layer.layer,
+            f"{layer.first:.3g}",
+            f"{layer.second:.3g}",
+            f"{layer.difference:.3g}",
+            f"{layer.cosine:+.2f}",
+        )
     return table

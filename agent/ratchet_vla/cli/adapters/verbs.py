@@ -4,74 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ratchet_vla.adapters.protocol import BASE
-from ratchet_vla.adapters.store.folder import FolderStore
+from ratchet_vla.adapters.protocol import BASE, Card
+from ratchet_vla.cli import display
 from ratchet_vla.cli.adapters.exchange import Export, Import
 from ratchet_vla.cli.adapters.promotion import Diff, Promote, Rollback
+from ratchet_vla.cli.stores import AdapterStoreOption
 
-STORE = Path("runs/demo/adapters")
 
 
 @dataclass
-class List:
-    """All adapters, oldest first, with their tags."""
+class List(AdapterStoreOption):
+    """List all adapters, oldest first, with their tags."""
 
-    store: Path = STORE
-    """Adapter store."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        store = FolderStore(self.store)
-        cards = sorted((store.card(i) for i in store.ids()), key=lambda c: c.created)
-        tags = {"active": BASE, **store.tags()}
+        store = self.open_adapters()
+        cards = sorted((store.card(identity) for identity in store.ids()), key=lambda card: card.created)
+        tags = {"active": BASE, **store.tags()}  # where nothing was promoted yet, the base is active
         if self.json:
-            print(json.dumps({"adapters": [dataclasses.asdict(c) for c in cards], "tags": tags}, default=dict))
+            adapters = [dataclasses.asdict(card) for card in cards]
+            print(json.dumps({"adapters": adapters, "tags": tags}, default=dict))
             return 0
-        table = Table()
-        for column in ("id", "task", "stage", "parent", "effect", "created", "tags"):
-            table.add_column(column)
-        at_base = ", ".join(t for t, target in sorted(tags.items()) if target == BASE)
-        if at_base:
-            table.add_row(BASE, "", "", "", "", "", at_base)
-        for card in cards:
-            provenance = card.provenance
-            table.add_row(
-                card.id[:12],
-                provenance.task,
-                str(provenance.stage),
-                (provenance.parent or "base")[:12],
-                "" if provenance.effect is None else f"{provenance.effect:.2%}",
-                card.created[:19],
-                ", ".join(t for t, i in sorted(tags.items()) if i == card.id),
-            )
-        Console().print(table)
+        Console().print(_card_table(cards, tags))
         return 0
 
 
 @dataclass
-class Show:
-    """One adapter's card and lineage."""
+class Show(AdapterStoreOption):
+    """Show one adapter's card and lineage."""
 
     adapter: Annotated[str, tyro.conf.Positional]
-    """Id, id prefix, tag, or base."""
-    store: Path = STORE
-    """Adapter store."""
+    """Id, id prefix, tag, or `base`."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON on one line."""
 
     def run(self) -> int:
-        store = FolderStore(self.store)
+        store = self.open_adapters()
         if store.resolve(self.adapter) == BASE:
-            tags = sorted(t for t, target in {"active": BASE, **store.tags()}.items() if target == BASE)
+            tags = _tags_of(BASE, {"active": BASE, **store.tags()})
             card: dict[str, Any] = {"id": BASE, "tags": tags, "what": "the base without an adapter", "lineage": []}
         else:
             card = dataclasses.asdict(store.card(self.adapter))
@@ -84,22 +64,20 @@ class Show:
 
 
 @dataclass
-class Tag:
+class Tag(AdapterStoreOption):
     """Point a tag at an adapter or at the base."""
 
     name: Annotated[str, tyro.conf.Positional]
     """Tag, such as `active`."""
     adapter: Annotated[str, tyro.conf.Positional]
-    """Id, id prefix, another tag, or base."""
+    """Id, id prefix, another tag, or `base`."""
     reason: str = ""
-    """Why; kept in the history."""
-    store: Path = STORE
-    """Adapter store."""
+    """Why; kept in the tag's history."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        move = FolderStore(self.store).tag(self.name, self.adapter, self.reason)
+        move = self.open_adapters().tag(self.name, self.adapter, self.reason)
         if self.json:
             print(json.dumps(dataclasses.asdict(move)))
         else:
@@ -108,25 +86,24 @@ class Tag:
 
 
 @dataclass
-class Verify:
+class Verify(AdapterStoreOption):
     """Hash every adapter again and check tags and history; exit 1 where something is wrong."""
 
-    store: Path = STORE
-    """Adapter store."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        store = FolderStore(self.store)
+        store = self.open_adapters()
         problems = store.verify()
         if self.json:
-            print(json.dumps({"adapters": len(store.ids()), "problems": [dataclasses.asdict(p) for p in problems]}))
+            rows = [dataclasses.asdict(problem) for problem in problems]
+            print(json.dumps({"adapters": len(store.ids()), "problems": rows}))
         else:
             console = Console()
             for problem in problems:
                 console.print(f"[red]{problem.code}[/] {problem.where}: {problem.what}")
             console.print(f"{len(store.ids())} adapters, {len(problems)} problems")
-        return 1 if any(p.fatal for p in problems) else 0
+        return 1 if any(problem.fatal for problem in problems) else 0
 
 
 @dataclass
@@ -165,3 +142,26 @@ class Adapters:
 
     def run(self) -> int:
         return self.command.run()
+
+
+def _card_table(cards: Sequence[Card], tags: Mapping[str, str]) -> Table:
+    table = display.make_table(("id", "task", "stage", "parent", "effect", "created", "tags"))
+    tags_of_base = _tags_of(BASE, tags)
+    if tags_of_base:
+        table.add_row(BASE, "", "", "", "", "", ", ".join(tags_of_base))
+    for card in cards:
+        provenance = card.provenance
+        table.add_row(
+            card.id[:12],
+            provenance.task,
+            str(provenance.stage),
+            (provenance.parent or "base")[:12],
+            "" if provenance.effect is None else f"{provenance.effect:.2%}",
+            card.created[:19],
+            ", ".join(_tags_of(card.id, tags)),
+        )
+    return table
+
+
+def _tags_of(identity: str, tags: Mapping[str, str]) -> list[str]:
+    return sorted(tag for tag, target in tags.items() if target == identity)
