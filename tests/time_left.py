@@ -55,7 +55,7 @@ class TimeLeft:
         speed = estimate.measure()
         expected = total * speed.factor / processes(self._config)
         self._left = estimate.Remaining(total, expected)
-        self._say(f"about {estimate.minutes(expected)} for {len(tests)} tests on this machine: {speed.told()}")
+        self._say(f"about {estimate.minutes(expected)} for {len(tests)} tests on this machine: {speed.sentence()}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         file = report.nodeid.split("::")[0]
@@ -99,7 +99,7 @@ def main() -> int:
     parts = {"lint": LINT, "tests": (sum(known.values()) - ros) / at_once, "ROS tests": ros}
     told = ", ".join(f"{name} {estimate.minutes(seconds * speed.factor)}" for name, seconds in parts.items())
     whole = estimate.minutes(sum(parts.values()) * speed.factor)
-    print(f"about {whole} ({told}) on this machine: {speed.told()}", flush=True)
+    print(f"about {whole} ({told}) on this machine: {speed.sentence()}", flush=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What several verbs share: opening policies with adapters, environments, tables and run folders.
+"""What several verbs share: opening policies with adapters, simulators and run folders.
 
 Knows how the parts are put together for one process. Holds no logic of its own.
 """
@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ratchet_sim import registry
 from ratchet_sim.base import TaskInfo
@@ -28,6 +27,7 @@ from ratchet_vla.adapters.lora.layers import Lora, attach, lora_config, room_for
 from ratchet_vla.adapters.protocol import BASE
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.adapters.swap.hotswap import HotSwapper, SwapReport
+from ratchet_vla.cli import display
 from ratchet_vla.contract import RobotContract, require_compatible
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.paths import MODELS
@@ -43,7 +43,6 @@ SMALL = {
     "metaworld": MODELS / "small-metaworld",
     "libero_object": MODELS / "small-libero-object",
 }
-EVERYTHING_LINEAR = r"(projector|language_model\.model|state_projector|language_model\.lm_head).*"
 
 
 @dataclass(frozen=True)
@@ -55,41 +54,47 @@ class LoraOptions:
     alpha: float = 32.0
     """Scale: the update is multiplied by alpha / rank."""
     targets: str = "all-linear"
-    """Layers that carry it: "all-linear" or a regular expression over module names."""
+    """Layers that get an update: "all-linear", or a regular expression over the names of modules."""
     seed: int = 0
-    """Seed of the initial values."""
+    """Seed of the update's initial values."""
 
 
 @dataclass
 class Running:
-    """A policy that is in use and whose adapter is changed by hot swap only."""
+    """A policy that is in use and whose adapter is changed by hot swap only.
+
+    Attributes:
+        policy: The policy, with LoRA layers attached.
+        swapper: Exchanges its adapter.
+        swaps: Reports of the swaps so far, oldest first.
+    """
 
     policy: AnyPolicy
     swapper: HotSwapper
     swaps: list[SwapReport]
 
     def serve(self, adapter_id: str) -> AnyPolicy:
-        """The policy with this adapter ("" for the base) in force."""
-        wanted = adapter_id or self.swapper.base_id
-        if self.swapper.current_id != wanted:
-            self.swaps.append(self.swapper.swap(wanted))
+        """Swap to this adapter ("" for the base) unless it is active, and return the policy."""
+        target_id = adapter_id or self.swapper.base_id
+        if self.swapper.current_id != target_id:
+            self.swaps.append(self.swapper.swap(target_id))
         return self.policy
 
 
 def threads(count: int) -> None:
-    """Inference and training threads of this process; workers take the other cores."""
+    """Set the inference and training threads of this process; simulator workers take the other cores."""
     if warning := policy_threads.use(count):
         Console(stderr=True).print(f"[yellow]{warning}[/]", highlight=False)
 
 
-def policy_folder(suite: str, given: Path | None) -> Path:
-    """The policy that the user named, or the built-in one of the suite.
+def policy_folder(suite: str, named: Path | None) -> Path:
+    """Return the folder of the policy that the user named, or of the suite's built-in one.
 
     Raises:
         RatchetError: cli.no_policy.
     """
-    if given is not None:
-        return given
+    if named is not None:
+        return named
     for start, folder in SMALL.items():
         if suite.startswith(start):
             return folder
@@ -100,19 +105,24 @@ def open_policy(
     folder: Path,
     contract: RobotContract,
     options: LoraOptions,
-    where: torch.device | str = "",
+    processor: torch.device | str = "",
     made_for: Binding | None = None,
 ) -> tuple[AnyPolicy, Lora]:
     """Load a base, check it against the robot, attach an empty adapter.
 
-    where: a device, or its name; "" for the one that RATCHET_DEVICE names, see `ratchet_vla.policy.device.choose`.
-    made_for: of the adapter that `options` are the shape of: another base may not even have its layers.
+    Args:
+        folder: The base policy's folder.
+        contract: The robot.
+        options: The adapter's shape.
+        processor: A device or its name; "" for the one that RATCHET_DEVICE names, see `policy.device.choose`.
+        made_for: What the adapter with this shape is bound to. It is checked before the layers are attached, because
+            another base may not even have them.
 
     Raises:
         RatchetError: adapter.wrong_base, adapter.wrong_statistics, adapter.wrong_action_space, and what loading, the
             compatibility check and `attach` raise.
     """
-    policy = adopted.load(folder, where if isinstance(where, torch.device) else device.choose(where))
+    policy = adopted.load(folder, processor if isinstance(processor, torch.device) else device.choose(processor))
     require_compatible(policy.spec, contract)
     if made_for is not None:
         binding_of(policy).require(made_for, where=str(folder))
@@ -120,7 +130,7 @@ def open_policy(
 
 
 def lora_of(store: FolderStore, reference: str) -> LoraOptions:
-    """The shape of the adapter's layers, as its configuration says; any, for the base."""
+    """Return the shape of a stored adapter's layers; the default shape for the base."""
     if store.resolve(reference) == BASE:
         return LoraOptions()
     config = room_for(store.get(reference).config)
@@ -128,8 +138,10 @@ def lora_of(store: FolderStore, reference: str) -> LoraOptions:
 
 
 def made_for(store: FolderStore, reference: str) -> Binding | None:
-    """What a stored adapter is bound to; None for the base."""
-    return None if store.resolve(reference) == BASE else store.card(reference).binding
+    """Return what a stored adapter is bound to; None for the base."""
+    if store.resolve(reference) == BASE:
+        return None
+    return store.card(reference).binding
 
 
 def open_running(
@@ -137,41 +149,52 @@ def open_running(
     contract: RobotContract,
     options: LoraOptions,
     store: FolderStore | None,
-    where: torch.device | str = "",
+    processor: torch.device | str = "",
     made_for: Binding | None = None,
 ) -> Running:
-    policy, lora = open_policy(folder, contract, options, where, made_for)
+    """Open a policy as `open_policy` does, for use with hot swaps from a store."""
+    policy, lora = open_policy(folder, contract, options, processor, made_for)
     return Running(policy, HotSwapper(policy, lora, store=store), [])
 
 
 def copy_adapter(store: FolderStore, source: FolderStore, reference: str) -> str:
-    """Copy an adapter and those it descends from into another store, with what their cards tell; returns its id."""
+    """Copy an adapter and its ancestors into another store, with what their cards say; returns its id."""
+    # Oldest first, so that no card's parent is ever missing.
     for identity in reversed(source.lineage(reference)):
         store.put(source.get(identity), source.card(identity).provenance)
     return source.resolve(reference)
 
 
-def share_base(policy: AnyPolicy, other: AnyPolicy) -> int:
-    """Let a policy read another's frozen weights instead of keeping its own; returns the bytes that this frees.
+def share_base(policy: AnyPolicy, owner: AnyPolicy) -> int:
+    """Let a policy read the owner's frozen weights instead of keeping its own; returns the bytes that this frees.
 
     Both must be the same base with LoRA layers, on one device, and nobody may change the base's weights afterwards.
     """
-    theirs = {n: p for n, p in other.module.named_parameters() if not p.requires_grad}
-    freed = 0
+    frozen = {name: weight for name, weight in owner.module.named_parameters() if not weight.requires_grad}
+    freed_bytes = 0
     for name, parameter in policy.module.named_parameters():
-        if not parameter.requires_grad and name in theirs:
-            parameter.data = theirs[name].data
-            freed += parameter.nbytes
-    return freed
+        if not parameter.requires_grad and name in frozen:
+            parameter.data = frozen[name].data
+            freed_bytes += parameter.nbytes
+    return freed_bytes
 
 
 def make_vector(
     policy: Policy, suite: str, contract: RobotContract, workers: int, slots: int, rollouts: str = "local"
 ) -> ChunkVectorEnv:
-    """rollouts: where the simulators run, "local" processes, or Ray: "local-ray" or the address of a cluster."""
+    """Start the simulators of a suite for a policy.
+
+    Args:
+        policy: Says which cameras and state fields are rendered, and how long a chunk is.
+        suite: Name of the suite.
+        contract: The robot.
+        workers: Simulator processes.
+        slots: Episodes at once in each process.
+        rollouts: Where the processes run: "local", or on Ray: "local-ray" or the address of a cluster.
+    """
     launch: Launcher = local_process
     if rollouts != "local":
-        from ratchet_sim.workers.ray_actors import RayLauncher
+        from ratchet_sim.workers.ray_actors import RayLauncher  # loads Ray, which few have
 
         launch = RayLauncher(rollouts)
     return ChunkVectorEnv(
@@ -187,29 +210,38 @@ def make_vector(
 
 
 def find_tasks(suite: str, names: Sequence[str]) -> dict[str, TaskInfo]:
-    """Raises RatchetError sim.unknown_suite, sim.unknown_task."""
+    """Look tasks up by name.
+
+    Raises:
+        RatchetError: sim.unknown_suite, sim.unknown_task.
+    """
     registry.tasks(suite)
     return {name: registry.task(suite, name) for name in names}
 
 
 def print_contract(console: Console, contract: RobotContract) -> None:
-    """What the policy is allowed to do, before it does anything."""
-    table = Table(title=f"contract {contract.name}  {contract.control_hz:g} Hz  id {contract.id[:12]}", box=None)
-    for column in ("dimension", "unit", "range per step", "velocity limit", "acceleration limit"):
-        table.add_column(column, justify="left" if column in ("dimension", "unit") else "right")
-    for dim, velocity, acceleration in zip(
-        contract.action.dims, contract.limits.velocity, contract.limits.acceleration, strict=True
-    ):
+    """Print what the policy is allowed to do, before it does anything."""
+    numbers = ("range per step", "velocity limit", "acceleration limit")
+    title = f"contract {contract.name}  {contract.control_hz:g} Hz  id {contract.id[:12]}"
+    table = display.make_table(("dimension", "unit", *numbers), title=title, numbers=numbers, framed=False)
+    limits = contract.limits
+    for dim, velocity, acceleration in zip(contract.action.dims, limits.velocity, limits.acceleration, strict=True):
         table.add_row(dim.name, dim.unit, f"{dim.low:g} … {dim.high:g}", f"{velocity:g}/s", f"{acceleration:g}/s²")
     console.print(table)
-    cameras = ", ".join(f"{c.name} {c.width}x{c.height} turned {c.rotate}°" for c in contract.cameras)
-    console.print(
-        f"cameras: {cameras}; workspace {contract.limits.workspace_low} to {contract.limits.workspace_high} m\n"
+    cameras = ", ".join(
+        f"{camera.name} {camera.width}x{camera.height} turned {camera.rotate}°" for camera in contract.cameras
     )
+    console.print(f"cameras: {cameras}; workspace {limits.workspace_low} to {limits.workspace_high} m\n")
 
 
-def describe_run(title: str, command: str, **facts: Any) -> dict[str, Any]:
-    """The contents of run.json: enough to know later what was run, where and with what."""
+def describe_run(title: str, command: str, **entries: Any) -> dict[str, Any]:
+    """Return the contents of run.json: enough to know later what was run, where and with what.
+
+    Args:
+        title: One line for people.
+        command: The command line, to copy.
+        entries: Further entries of the run's own.
+    """
     packages = ("torch", "transformers", "peft", "mujoco", "metaworld", "numpy", "gymnasium", "ratchet-vla")
     versions = {}
     for package in packages:
@@ -230,30 +262,31 @@ def describe_run(title: str, command: str, **facts: Any) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "versions": versions,
-        **facts,
+        **entries,
     }
 
 
 def write_json(path: Path, data: Any) -> None:
-    """A run folder's file: replaced at once, what JSON does not know in words."""
+    """Write a run folder's file: replaced as a whole, and what JSON has no type for as text."""
     documents.write_json(path, data, indent=1, durable=False, default=str)
 
 
 def now() -> str:
+    """Return the time in ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def command_line() -> str:
-    """This process's command, to copy into a shell; a benchmark that calls a verb is named, not the verb."""
+    """Return this process's command, to copy into a shell.
+
+    A benchmark that calls a verb is named, not the verb.
+    """
     if Path(sys.argv[0]).name == "ratchet":
         return shlex.join(["ratchet", *sys.argv[1:]])
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def _computing() -> dict[str, str]:
-    """What a policy whose checkpoint declares bfloat16 computes in here, and why."""
+    """Dtype in which a policy whose checkpoint declares bfloat16 computes here, and why."""
     choice = computing.choose(device.choose(), "bfloat16")
     return {"dtype": choice.name, "reason": choice.reason}
-
-
-Emit = Callable[[str, dict[str, Any]], None]

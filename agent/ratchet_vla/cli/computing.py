@@ -15,12 +15,12 @@ class ComputingOptions:
     """Inherited by the verbs."""
 
     dtype: Literal["", "auto", "float32", "bfloat16", "float16"] = ""
-    """What the policy's products are computed in; auto: what this device does fast (`ratchet doctor` tells). What
-    RATCHET_DTYPE says if absent. Ids and stored adapters do not depend on it."""
+    """Dtype of the policy's matrix products; auto takes what this device does fast (see `ratchet doctor`). The value of
+    RATCHET_DTYPE if absent. Ids and stored adapters do not depend on it."""
 
     def apply(self) -> None:
-        """Let this process and those that it starts compute so."""
+        """Let this process, and those that it starts, compute in this dtype."""
         if self.dtype:
-            from ratchet_vla.policy.computing import VARIABLE  # torch is loaded by those who compute
+            from ratchet_vla.policy.computing import VARIABLE  # loads torch: only where it is used
 
             os.environ[VARIABLE] = self.dtype

@@ -16,15 +16,21 @@ from ratchet_vla.policy import computing, device
 
 SECONDS = 0.7  # per measurement
 # What the reference minutes of recipes and tests were measured on: AMD EPYC 7003 without bfloat16, 2 cores.
-REFERENCE_PRODUCTS, REFERENCE_STEPS, REFERENCE_CORES = 80.0, 170.0, 2
+REFERENCE_PRODUCTS = 80.0  # GFLOP/s
+REFERENCE_STEPS = 170.0  # thousands a second
+REFERENCE_CORES = 2
+ONE_CORE = 1.7  # times as long with one core as with two: recipes for two cores leave others idle
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one machine. products: GFLOP/s of a small policy in the dtype that is chosen here, forward and backward.
+    """How fast one machine is.
 
-    steps: thousands of small numpy operations a second, as the Python around a simulator makes them. cores: that may be
-    used. dtype: chosen.
+    Attributes:
+        products: GFLOP/s of a small policy in the dtype that is chosen here, forward and backward.
+        steps: Thousands of small numpy operations a second, as the Python around a simulator makes them.
+        cores: Cores that may be used.
+        dtype: Name of the dtype that policies compute in here.
     """
 
     products: float
@@ -36,49 +42,59 @@ class Speed:
     def factor(self) -> float:
         """How many times longer than on the reference machine; a policy's work and a simulator's count alike."""
         slower = 0.5 * REFERENCE_PRODUCTS / self.products + 0.5 * REFERENCE_STEPS / self.steps
-        return slower * (1.0 if self.cores >= REFERENCE_CORES else 1.7)  # recipes for two cores leave others idle
+        return slower if self.cores >= REFERENCE_CORES else slower * ONE_CORE
 
-    def told(self) -> str:
+    def sentence(self) -> str:
+        """Describe the machine in words."""
         return f"{computing.processor()}, {self.cores} cores, {self.dtype} {self.products:.0f} GFLOP/s"
 
 
 def measure() -> Speed:
-    """Two seconds of work like the policies' and the simulators'."""
-    where = device.choose()
-    choice = computing.choose(where, "bfloat16")
-    products = computing.speed(where, choice.dtype, SECONDS)
-    count, end = 0, time.perf_counter() + SECONDS
-    x = np.linspace(0.0, 1.0, 64)
-    while time.perf_counter() < end:
+    """Measure with two seconds of work like the policies' and the simulators'."""
+    processor = device.choose()
+    choice = computing.choose(processor, "bfloat16")
+    products = computing.speed(processor, choice.dtype, SECONDS)
+    operations = 0
+    values = np.linspace(0.0, 1.0, 64)  # so few that Python's overhead counts, as around a simulator
+    end_s = time.perf_counter() + SECONDS
+    while time.perf_counter() < end_s:
         for _ in range(100):
-            x = np.clip(x * 1.0001 + 0.001, 0.0, 1.0)
-        count += 100
-    return Speed(products, count / SECONDS / 1e3, len(os.sched_getaffinity(0)), choice.name)
+            values = np.clip(values * 1.0001 + 0.001, 0.0, 1.0)
+        operations += 100
+    return Speed(products, operations / SECONDS / 1e3, len(os.sched_getaffinity(0)), choice.name)
 
 
 def minutes(seconds: float) -> str:
-    """A duration as one says it: "40 s", "6 min"."""
+    """Word a duration: "40 s", "6 min"."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 class Remaining:
-    """Time left of work whose parts are weighed; starts from an estimate and trusts what it sees more and more.
+    """Time left of work whose parts are weighed; starts from an estimate and trusts what it measures more and more.
 
-    total: weight of all parts. expected: seconds that all of it should take.
+    Args:
+        total: Weight of all parts.
+        expected: Seconds that all of it should take.
     """
 
     def __init__(self, total: float, expected: float) -> None:
-        self.total, self.expected, self.done = max(total, 1e-9), expected, 0.0
-        self._began = time.monotonic()
+        self.total = max(total, 1e-9)  # a run of no parts is over, not an error
+        self.expected = expected
+        self.done = 0.0
+        self._started_s = time.monotonic()
 
     def advance(self, weight: float) -> None:
-        """Parts of this weight are over."""
+        """Count parts of this weight as done."""
         self.done = min(self.total, self.done + weight)
 
     def seconds(self, elapsed: float | None = None) -> float:
-        """Left. elapsed: seconds since the beginning; by the clock if absent."""
-        used = time.monotonic() - self._began if elapsed is None else elapsed
+        """Estimate the seconds that are left.
+
+        Args:
+            elapsed: Seconds since the beginning; by the clock if absent.
+        """
+        elapsed_s = time.monotonic() - self._started_s if elapsed is None else elapsed
         share = self.done / self.total
         # The pace so far says little at first: the estimate counts as a tenth of the work does.
-        pace = (used + 0.1 * self.expected) / (share + 0.1)
+        pace = (elapsed_s + 0.1 * self.expected) / (share + 0.1)
         return (1 - share) * pace

@@ -28,7 +28,7 @@ class Renaming:
     gone_in: str = "0.3"
 
     def sentence(self) -> str:
-        """What is now called what; the verb of `ratchet` itself is written out as a command."""
+        """Say what is now called what; the verb of `ratchet` itself is written out as a command."""
         if self.former.startswith("-"):
             return f"`{self.former}` is now `{self.present}`"
         before = " ".join(("ratchet", *self.verb))
@@ -53,40 +53,53 @@ RENAMINGS: tuple[Renaming, ...] = (
 
 
 def translate(arguments: Sequence[str], renamings: Sequence[Renaming] = RENAMINGS) -> tuple[list[str], list[Renaming]]:
-    """The command line in present names, and the renamings that this took, each once.
+    """Translate a command line into present names; with the renamings that this took, each once.
 
     A verb is renamed only where a verb stands, before the first option, and an option only behind its own verb: a task
     or a person called like a former verb stays.
     """
     present = list(arguments)
     used: list[Renaming] = []
+    verb = _translate_verbs(present, renamings, used)
+    _translate_options(present, verb, renamings, used)
+    return present, used
+
+
+def _translate_verbs(present: list[str], renamings: Sequence[Renaming], used: list[Renaming]) -> tuple[str, ...]:
+    """Put present names for the verbs of a command line, in place; returns the words before the first option."""
     verb: tuple[str, ...] = ()
-    for position, word in enumerate(arguments):
+    for position, word in enumerate(present):
         if word.startswith("-"):
             break
-        renaming = next((r for r in renamings if r.verb == verb and r.former == word), None)
-        if renaming is not None:
-            present[position] = renaming.present
-            used.append(renaming)
+        for renaming in renamings:
+            if renaming.verb == verb and renaming.former == word:
+                present[position] = renaming.present
+                used.append(renaming)
+                break
         verb = (*verb, present[position])
-    for position, word in enumerate(arguments):
-        # Options are taken with hyphens or with underscores between their words.
+    return verb
+
+
+def _translate_options(
+    present: list[str], verb: tuple[str, ...], renamings: Sequence[Renaming], used: list[Renaming]
+) -> None:
+    """Put present names for the options of a verb, in place."""
+    for position, word in enumerate(present):
         option = re.match(r"--[\w-]+", word)
         if option is None:
             continue
-        name = option[0].replace("_", "-")
+        name = option[0].replace("_", "-")  # options are taken with hyphens or with underscores between their words
         for renaming in renamings:
             if renaming.former == name and verb[: len(renaming.verb)] == renaming.verb:
                 present[position] = renaming.present + word[option.end() :]
                 if renaming not in used:
                     used.append(renaming)
                 break
-    return present, used
 
 
 def notice(renamings: Sequence[Renaming]) -> str:
-    """One line for the user about everything that was renamed in one command."""
-    sentences = ", ".join(r.sentence() for r in renamings)
-    releases = " and ".join(sorted({r.gone_in for r in renamings}))
+    """Word one line for the user about everything that was renamed in one command."""
+    sentences = ", ".join(renaming.sentence() for renaming in renamings)
+    releases = " and ".join(sorted({renaming.gone_in for renaming in renamings}))
     names = "the old name goes" if len(renamings) == 1 else "the old names go"
     return f"{sentences}; {names} with {releases}"

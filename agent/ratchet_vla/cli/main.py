@@ -1,6 +1,6 @@
-"""The command `ratchet`: one verb per file; this one only picks the verb and words refusals.
+"""The command `ratchet`: one verb per file; this one picks the verb and prints errors.
 
-Knows argument parsing and exit codes: 0 done, 1 a measured goal or check failed, 2 refused with a coded reason, 130
+Knows argument parsing and exit codes: 0 done, 1 a measured goal or check failed, 2 refused with a coded error, 130
 interrupted, 141 where nobody reads the output any more.
 """
 
@@ -48,19 +48,23 @@ VERBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the console script."""
+    """Run the command line; returns the exit status.
+
+    Args:
+        arguments: Words behind `ratchet`; those of this process if absent.
+    """
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    given, renamed = former_names.translate(typed)
+    words, renamed = former_names.translate(typed)
     if renamed:
         Console(stderr=True, soft_wrap=True).print(former_names.notice(renamed), markup=False, highlight=False)
     try:
-        command = _parsed(given)
-        for part in (command, getattr(command, "command", None)):
-            if isinstance(part, ComputingOptions):
-                part.apply()
+        command = _parsed(words)
+        for options in (command, getattr(command, "command", None)):  # a verb, or the sub-verb that it holds
+            if isinstance(options, ComputingOptions):
+                options.apply()
         return int(command.run())
     except RatchetError as error:
-        if "--json" in given:
+        if "--json" in words:
             print(json.dumps({"error": error.for_json()}))
         else:
             Console(stderr=True, soft_wrap=True).print(f"[bold red]refused[/] {_escape(str(error))}", highlight=False)
@@ -73,22 +77,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parsed(given: list[str]) -> Any:
-    """The verb's command with its options. All verbs are loaded only where none is named: for the list of them."""
-    how = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
-    if given and given[0] in VERBS:
-        return tyro.cli(_loaded(given[0]), prog=f"ratchet {given[0]}", args=given[1:], config=how)
+def _parsed(words: list[str]) -> Any:
+    """Parse a verb with its options. All verbs are loaded only where none is named, for the list of them."""
+    config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+    if words and words[0] in VERBS:
+        return tyro.cli(_loaded(words[0]), prog=f"ratchet {words[0]}", args=words[1:], config=config)
     return tyro.extras.subcommand_cli_from_dict(
         {verb: _loaded(verb) for verb in VERBS},
         prog="ratchet",
         description="Run a VLA on an arm and let it get better between sessions without losing what it could do.",
-        args=given,
-        config=how,
+        args=words,
+        config=config,
     )
 
 
 def _loaded(verb: str) -> Any:
-    """A verb's class, imported when it is asked for: what only hands files over waits for no simulator and no plot."""
+    """Import a verb's class only when it is needed: a verb that only sends files loads no simulator and no plots."""
     match verb:
         case "demo":
             from ratchet_vla.cli.learn import demo
@@ -190,6 +194,7 @@ def _loaded(verb: str) -> Any:
 
 
 def _escape(text: str) -> str:
+    """Keep rich from reading brackets as markup."""
     return text.replace("[", "\\[")
 
 

@@ -21,7 +21,21 @@ from ratchet_vla.paths import MODELS
 class Recipe:
     """One demo: tasks in order, held-out tasks and the learner's settings.
 
-    minutes: what it took on the machine of `estimate.REFERENCE_PRODUCTS`; 0 where nobody measured it.
+    Attributes:
+        tasks: Names of the tasks, in the order in which they are learned.
+        held_out: Names of tasks that are evaluated and never trained.
+        updates: Updates per task.
+        groups: Initial states per update.
+        group_size: Episodes from each initial state.
+        temperature: Sampling temperature of training episodes.
+        noise_correlation: Correlation of the sampling noise within a chunk, 0 to 1.
+        evaluation_episodes: Episodes per task and evaluation.
+        update: How one update is made.
+        lora: The adapter's shape.
+        slots: Episodes at once in each simulator process.
+        horizon: Longest episode in control steps; 0 takes each task's own.
+        minutes: What it took on the machine of `estimate.REFERENCE_PRODUCTS`; 0 where nobody measured it.
+        evaluation_temperature: Sampling temperature of evaluations; 0 acts greedily.
     """
 
     tasks: tuple[str, ...]
@@ -40,6 +54,7 @@ class Recipe:
     evaluation_temperature: float = 0.0
 
     def sequence(self, seed: int) -> SequenceConfig:
+        """Make the learner's settings for one seed."""
         return SequenceConfig(
             tasks=self.tasks,
             held_out=self.held_out,
@@ -106,10 +121,12 @@ DEMO: dict[str, Recipe] = {
 class Shipped:
     """An adapter that a long run made, measured against its base in minutes, and one more update from it.
 
-    store: its `active` is the adapter, made by `ratchet demo --suite` and promoted by `ratchet adapters promote`.
-    gate: how both are measured on the tasks that it learned. held_out: tasks that were measured on its card besides.
-    update: one task that the adapter never learned, too few episodes for a gain. minutes: all of it, on the machine
-    that `estimate` compares with.
+    Attributes:
+        store: Its `active` is the adapter, made by `ratchet demo --suite`, promoted by `ratchet adapters promote`.
+        gate: How both are measured on the tasks that it learned.
+        held_out: Tasks that its card has measurements of besides.
+        update: One task that the adapter never learned, with too few episodes for a gain.
+        minutes: What all of it took on the machine that `estimate` compares with.
     """
 
     store: Path

@@ -40,7 +40,7 @@ def test_the_measurement_is_one() -> None:
     speed = estimate.measure()
     assert speed.products > 0
     assert speed.steps > 0
-    assert speed.dtype in speed.told()
+    assert speed.dtype in speed.sentence()
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(12.4, "12 s"), (89.0, "89 s"), (95.0, "2 min"), (600.0, "10 min")])

@@ -19,7 +19,6 @@ from ratchet_vla.cli.adapters.promotion import Diff, Promote, Rollback
 from ratchet_vla.cli.stores import AdapterStoreOption
 
 
-
 @dataclass
 class List(AdapterStoreOption):
     """List all adapters, oldest first, with their tags."""

@@ -84,7 +84,7 @@ class Demo(ComputingOptions):
         expected = [60 * part.minutes * speed.factor for part in parts]
         if all(expected):
             each = f" ({' + '.join(map(estimate.minutes, expected))})" if len(expected) > 1 else ""
-            console.print(f"about {estimate.minutes(sum(expected))}{each} on this machine: {speed.told()}")
+            console.print(f"about {estimate.minutes(sum(expected))}{each} on this machine: {speed.sentence()}")
         results: list[sequential.Result | demo_shipped.Result] = []
         if learns:
             results.append(self._learn(console, expected[0]))
