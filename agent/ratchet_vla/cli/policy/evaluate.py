@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from rich.progress import track
 from rich.table import Table
 
 from ratchet_sim import registry
+from ratchet_sim.workers.vector import ChunkVectorEnv
 from ratchet_vla.adapters.store.folder import FolderStore
-from ratchet_vla.cli import common
+from ratchet_vla.cli import common, display
 from ratchet_vla.cli.computing import ComputingOptions
+from ratchet_vla.cli.stores import ADAPTERS
 from ratchet_vla.learner.measures.metrics import Cell
 from ratchet_vla.learner.rollouts.collection import run_episodes
-from ratchet_vla.learner.rollouts.specs import evaluated, evaluation_specs
-from ratchet_vla.learner.rollouts.vision_ablation import OtherImages, OwnImages, compare
+from ratchet_vla.learner.rollouts.specs import EpisodeSpec, evaluated, evaluation_specs
+from ratchet_vla.learner.rollouts.vision_ablation import OtherImages, OwnImages, VisionAblation, compare
 
 
 @dataclass
@@ -35,104 +37,146 @@ class Eval(ComputingOptions):
     """
 
     suite: str = "metaworld"
-    """Suite of the tasks."""
+    """Simulation suite of the tasks."""
     tasks: tuple[str, ...] = ()
     """Task names; all tasks of the suite if absent."""
     policy: Path | None = None
     """Folder of the base policy; the built-in one of the suite if absent."""
     adapter: str = ""
     """Id, id prefix or tag of an adapter; the base alone if absent."""
-    store: Path = Path("runs/demo/adapters")
-    """Adapter store."""
+    store: Path = ADAPTERS
+    """Folder of the adapter store; only read with --adapter."""
     episodes: int = 50
     """Episodes per task, from the first so many evaluation states."""
     horizon: int = 0
     """Longest episode in control steps; 0 takes each task's own."""
     temperature: float = 0.0
-    """Sampling temperature; 0 acts greedily."""
+    """Sampling temperature; 0 takes the most likely action."""
     seed: int = 0
-    """Seed of sampled actions."""
+    """Seed of the sampled actions."""
     vision_ablation: bool = False
-    """Run every episode again with the images of another one: does the policy use its cameras?"""
+    """Run every episode again with the images of another one, and report the loss: does the policy use its cameras?"""
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
-    """Episodes at once per simulator process."""
+    """Episodes at once in each simulator process."""
     threads: int = 1
-    """Threads for the policy."""
+    """CPU threads for the policy."""
     json: bool = False
     """Print the result as JSON."""
 
     def run(self) -> int:
         common.threads(self.threads)
         console = Console(stderr=self.json)
-        names = self.tasks or tuple(i.name for i in registry.tasks(self.suite))
+        names = self.tasks or tuple(info.name for info in registry.tasks(self.suite))
         tasks = common.find_tasks(self.suite, names)
+        specs = {name: evaluation_specs(tasks[name], self.episodes, self.seed, self.horizon) for name in names}
+        # Made before the policy is loaded: an ablation that the episodes do not allow is refused at once.
+        images_of = _episode_images(specs) if self.vision_ablation else {}
+        running = self._open_policy(console)
         contract = registry.contract_for(self.suite)
-        wanted = {n: evaluation_specs(tasks[n], self.episodes, self.seed, self.horizon) for n in names}
-        # What the policy is shown: its own images, and for the vision ablation another episode's as well.
-        own = {n: OwnImages(len(specs)) for n, specs in wanted.items()} if self.vision_ablation else {}
-        other = {n: OtherImages(own[n], wanted[n]) for n in own}
-        folder = common.policy_folder(self.suite, self.policy)
-        store = FolderStore(self.store) if self.adapter else None
-        lora = common.lora_of(store, self.adapter) if store else common.LoraOptions()
-        made_for = common.made_for(store, self.adapter) if store else None
-        running = common.open_running(folder, contract, lora, store, made_for=made_for)
-        common.print_contract(console, contract)
-        if store is not None:
-            for warning in running.swapper.swap(store.resolve(self.adapter)).warnings:
-                console.print(f"[yellow]{warning.code}[/]: {warning.what}")
         env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
         cells: dict[str, Cell] = {}
-        others: dict[str, Cell] = {}
+        ablated_cells: dict[str, Cell] = {}
         try:
             for name in track(names, description="evaluating", console=console, transient=True):
-                specs = wanted[name]
-                for shown, into in ((own, cells), (other, others))[: 2 if self.vision_ablation else 1]:
-                    with running.swapper.running():
-                        outcomes, _ = run_episodes(
-                            running.policy,
-                            env,
-                            specs,
-                            temperature=self.temperature,
-                            keep=False,
-                            shown=shown.get(name),
-                        )
-                    into[name] = evaluated(specs, outcomes.success)
+                if not self.vision_ablation:
+                    cells[name] = self._evaluate(running, env, specs[name], None)
+                    continue
+                # In this order: the second run shows images that the first one keeps.
+                own_images, other_images = images_of[name]
+                cells[name] = self._evaluate(running, env, specs[name], own_images)
+                ablated_cells[name] = self._evaluate(running, env, specs[name], other_images)
         finally:
             env.close()
-        ablation = compare(cells, others) if self.vision_ablation else None
+        ablation = compare(cells, ablated_cells) if self.vision_ablation else None
         if self.json:
-            result = {"adapter": running.swapper.current_id, "suite": self.suite, "tasks": _rows(cells)}
+            document = {"adapter": running.swapper.current_id, "suite": self.suite, "tasks": _rows(cells)}
             if ablation:
                 # Keys of earlier releases: result files and scripts know them.
-                result |= {"other_pictures": _rows(others), "sight": asdict(ablation)}
-            print(json.dumps(result))
+                document |= {"other_pictures": _rows(ablated_cells), "sight": asdict(ablation)}
+            print(json.dumps(document))
             return 0
-        table = Table(title=f"{self.suite}, adapter {running.swapper.current_id[:12]}")
-        extra = ("others' images", "loss, points") if ablation else ()
-        for column in ("task", "success", "rate", "95 % interval", *extra):
-            table.add_column(column, justify="left" if column == "task" else "right")
-        for name, cell in cells.items():
-            rate = cell.rate
-            row = [name, f"{cell.successes}/{cell.trials}", f"{rate.estimate:.0%}", f"{rate.low:.0%} … {rate.high:.0%}"]
-            if ablation:
-                row += [f"{others[name].successes}/{others[name].trials}", ablation.per_task[name].percent()]
-            table.add_row(*row)
-        console.print(table)
+        console.print(self._table(running.swapper.current_id, cells, ablated_cells, ablation))
         if ablation:
             console.print(ablation.sentence())
         return 0
 
+    def _open_policy(self, console: Console) -> common.Running:
+        """Load the base, with the adapter swapped in where one is named."""
+        contract = registry.contract_for(self.suite)
+        folder = common.policy_folder(self.suite, self.policy)
+        if not self.adapter:
+            running = common.open_running(folder, contract, common.LoraOptions(), None)
+            common.print_contract(console, contract)
+            return running
+        store = FolderStore(self.store)
+        lora = common.lora_of(store, self.adapter)
+        made_for = common.made_for(store, self.adapter)
+        running = common.open_running(folder, contract, lora, store, made_for=made_for)
+        common.print_contract(console, contract)
+        for warning in running.swapper.swap(store.resolve(self.adapter)).warnings:
+            console.print(f"[yellow]{warning.code}[/]: {warning.what}")
+        return running
+
+    def _evaluate(
+        self,
+        running: common.Running,
+        env: ChunkVectorEnv,
+        specs: Sequence[EpisodeSpec],
+        images: OwnImages | OtherImages | None,
+    ) -> Cell:
+        """Run one task's episodes. images: what the policy is shown instead of what the cameras see, if anything."""
+        with running.swapper.running():
+            outcomes, _ = run_episodes(
+                running.policy,
+                env,
+                specs,
+                temperature=self.temperature,
+                keep=False,
+                shown=images,
+            )
+        return evaluated(specs, outcomes.success)
+
+    def _table(
+        self,
+        adapter_id: str,
+        cells: Mapping[str, Cell],
+        ablated_cells: Mapping[str, Cell],
+        ablation: VisionAblation | None,
+    ) -> Table:
+        numbers = ["success", "rate", "95 % interval"]
+        if ablation:
+            numbers += ["others' images", "loss, points"]
+        title = f"{self.suite}, adapter {adapter_id[:12]}"
+        table = display.make_table(("task", *numbers), title=title, numbers=numbers)
+        for name, cell in cells.items():
+            rate = cell.rate
+            row = [name, f"{cell.successes}/{cell.trials}", f"{rate.estimate:.0%}", f"{rate.low:.0%} … {rate.high:.0%}"]
+            if ablation:
+                ablated = ablated_cells[name]
+                row += [f"{ablated.successes}/{ablated.trials}", ablation.per_task[name].percent()]
+            table.add_row(*row)
+        return table
+
+
+def _episode_images(specs: Mapping[str, Sequence[EpisodeSpec]]) -> dict[str, tuple[OwnImages, OtherImages]]:
+    """What the policy is shown on each task: its own images, which are kept, and then another episode's."""
+    images = {}
+    for name, episodes in specs.items():
+        own_images = OwnImages(len(episodes))
+        images[name] = (own_images, OtherImages(own_images, episodes))
+    return images
+
 
 def _rows(cells: Mapping[str, Cell]) -> dict[str, dict[str, float]]:
     return {
-        n: {
-            "successes": c.successes,
-            "trials": c.trials,
-            "rate": c.rate.estimate,
-            "low": c.rate.low,
-            "high": c.rate.high,
+        name: {
+            "successes": cell.successes,
+            "trials": cell.trials,
+            "rate": cell.rate.estimate,
+            "low": cell.rate.low,
+            "high": cell.rate.high,
         }
-        for n, c in cells.items()
+        for name, cell in cells.items()
     }

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from ratchet_vla.cli import display
 from ratchet_vla.contract import PolicySpec, RobotContract
 from ratchet_vla.episodes.library.store import EpisodeStore
 from ratchet_vla.errors import RatchetError
@@ -23,40 +24,43 @@ from ratchet_vla.policy.discrete.policy import PrismaticPolicy
 from ratchet_vla.policy.images import OPENVLA, PLAIN_BICUBIC
 from ratchet_vla.policy.inspection import Report, Stated, inspect
 from ratchet_vla.policy.protocol import PolicyInput
+from ratchet_vla.records import Observation
 
-FRAMES = 16  # observations that an attention mask is judged by
+FRAMES = 16  # observations on which an attention mask is checked
+PER_EPISODE = 4  # of them from one episode, about: neighbouring steps look alike
 
 
 @dataclass
 class _Question:
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """Folder, or a Hugging Face id that is in the cache."""
+    """Folder of the checkpoint, or a Hugging Face id that is in the local cache."""
     robot: Path
-    """The robot's contract."""
+    """The robot's contract (YAML)."""
     cameras: tuple[str, ...] = ()
-    """The contract's cameras in the order of the checkpoint's images."""
+    """Names of the contract's cameras, in the order of the checkpoint's images."""
     state: tuple[str, ...] = ()
-    """The contract's state fields in the checkpoint's order."""
+    """Names of the contract's state fields, in the checkpoint's order."""
     attention: Literal["", "bidirectional", "causal"] = ""
-    """OpenVLA-OFT: the mask it was trained with, which its files do not say."""
+    """OpenVLA-OFT: the attention mask it was trained with, which its files do not say."""
     decoding: Literal["parallel", "autoregressive"] = "parallel"
     """"autoregressive" for OpenVLA, "parallel" for OpenVLA-OFT."""
     images: Literal["openvla", "bicubic"] = "openvla"
     """How the training images were made: OpenVLA's evaluation (JPEG, Lanczos, crop), or bicubic alone."""
     statistics: str = ""
-    """Which of the checkpoint's statistics."""
+    """Key of the checkpoint's normalisation statistics; needed where it has several."""
     chunk: int = 0
-    """Actions per chunk, where the files do not say."""
+    """Actions per chunk; 0 takes the number in the checkpoint's files."""
     tokenizer: str = ""
-    """Folder or file of the tokenizer, where the checkpoint has none."""
+    """Folder or file of the tokenizer; needed where the checkpoint has none."""
     vlm: str = ""
-    """SmolVLA: folder with its SmolVLM's configuration."""
+    """SmolVLA: folder, or Hugging Face id, of the SmolVLM whose configuration it uses."""
     gripper: tuple[float, float] | None = None
-    """The data's numbers for open and closed, where they are not the contract's."""
+    """The training data's numbers for open and for closed; the contract's if absent."""
     json: bool = False
     """Print the report as JSON."""
 
     def stated(self) -> Stated:
+        """Collect what the user says about the checkpoint beyond its files."""
         return Stated(
             cameras=self.cameras,
             state=self.state,
@@ -111,14 +115,16 @@ class Adopt(_Question):
     """
 
     out: Path = Path("models/adopted")
-    """Folder that will stand for it; must not hold a policy."""
+    """New folder, which then stands for the checkpoint; must not hold a policy yet."""
     dtype: Literal["own", "float32", "bfloat16"] = "own"
-    """Of the parameters in memory; "own" takes the checkpoint's."""
+    """Dtype of the weights in memory; own takes the checkpoint's."""
     frames: Path | None = None
-    """Store of episodes of the checkpoint's task, on which its attention mask is checked; loads the weights."""
+    """Episode store with episodes of the checkpoint's task, on which its attention mask is checked. Loads the weights;
+    nothing is checked if absent."""
 
     def run(self) -> int:
-        contract, console = RobotContract.load(self.robot), Console(width=100, stderr=self.json)
+        contract = RobotContract.load(self.robot)
+        console = Console(width=100, stderr=self.json)
         stated = dataclasses.replace(self.stated(), dtype=self.dtype)
         report = inspect(self.checkpoint, contract, stated)
         if not self.json:
@@ -133,41 +139,54 @@ class Adopt(_Question):
                 "nobody said which of the contract's cameras are the checkpoint's images",
                 fix="name them in order with --cameras",
             )
-        data = report.as_dict()
+        document = report.as_dict()
         if self.frames is not None:
-            policy = adopted.open_published(report.folder, report.kind, contract, stated)
-            if isinstance(policy, PrismaticPolicy) and policy.config.decoding == "parallel":
-                found = masks.require(policy, observations(self.frames, policy.spec))
-                data["attention"] = {**dataclasses.asdict(found), "fits": found.fits}
-                conclusion = "fits" if found.fits else "cannot be told from these frames"
-                console.print(f"{found.attention} attention {conclusion}: {found.stated:.2f} against {found.other:.2f}")
+            document |= self._check_attention(self.frames, report, contract, stated, console)
         adopted.adopt(self.checkpoint, contract, stated, self.out)
         if self.json:
-            print(json.dumps({**data, "out": str(self.out)}))
+            print(json.dumps({**document, "out": str(self.out)}))
         else:
             console.print(f"adopted: --policy {self.out}", soft_wrap=True)
         return 0
 
+    def _check_attention(
+        self, frames: Path, report: Report, contract: RobotContract, stated: Stated, console: Console
+    ) -> dict[str, Any]:
+        """Try the attention mask on recorded observations; nothing for models that have no choice of one.
+
+        Raises:
+            RatchetError: policy.no_frames, and what `masks.require` raises where another mask does better.
+        """
+        policy = adopted.open_published(report.folder, report.kind, contract, stated)
+        if not isinstance(policy, PrismaticPolicy) or policy.config.decoding != "parallel":
+            return {}
+        check = masks.require(policy, observations(frames, policy.spec))
+        result = "fits" if check.fits else "cannot be told from these frames"
+        console.print(f"{check.attention} attention {result}: {check.stated:.2f} against {check.other:.2f}")
+        return {"attention": {**dataclasses.asdict(check), "fits": check.fits}}
+
 
 def observations(root: Path, spec: PolicySpec) -> PolicyInput:
-    """Up to `FRAMES` recorded observations of a store's episodes, in turn from each.
+    """Read up to `FRAMES` recorded observations of a store's episodes, some of each.
 
     Raises:
         RatchetError: policy.no_frames where no episode has the policy's cameras and state.
     """
     store = EpisodeStore(root)
     store.require_some()
-    images, states = [], []
-    words: list[str] = []
-    for name in sorted(store.cards()):
-        episode = store.read(name)
-        for step in episode.steps[:: max(1, len(episode.steps) // 4)]:
-            seen = step.observation
-            if set(spec.cameras) <= set(seen.images) and set(spec.state) <= set(seen.state) and len(words) < FRAMES:
-                images.append(np.stack([seen.images[c] for c in spec.cameras]))
-                states.append(np.concatenate([seen.state[s] for s in spec.state]) if spec.state else np.zeros(0))
-                words.append(seen.instruction or episode.instruction)
-    if not words:
+    images = []  # each (V, H, W, 3) uint8, V cameras
+    states = []  # each (S,) float, the policy's state fields one after the other
+    instructions: list[str] = []
+    for observation, instruction in _recorded(store):
+        if len(instructions) == FRAMES:
+            break
+        if not _has_inputs(observation, spec):
+            continue
+        images.append(np.stack([observation.images[camera] for camera in spec.cameras]))
+        values = [observation.state[field] for field in spec.state]
+        states.append(np.concatenate(values) if values else np.zeros(0))
+        instructions.append(observation.instruction or instruction)
+    if not instructions:
         raise RatchetError(
             "policy.no_frames",
             f"no recorded decision has {', '.join((*spec.cameras, *spec.state))}",
@@ -175,15 +194,29 @@ def observations(root: Path, spec: PolicySpec) -> PolicyInput:
             fix="record or import episodes of the checkpoint's own task",
         )
     state = torch.from_numpy(np.stack(states).astype(np.float32)) if spec.state else None
-    return PolicyInput(np.stack(images), state, words)
+    return PolicyInput(np.stack(images), state, instructions)
+
+
+def _recorded(store: EpisodeStore) -> Iterator[tuple[Observation, str]]:
+    """About `PER_EPISODE` observations of each episode, with the episode's instruction."""
+    for identity in sorted(store.cards()):
+        episode = store.read(identity)
+        stride = max(1, len(episode.steps) // PER_EPISODE)
+        for step in episode.steps[::stride]:
+            yield step.observation, episode.instruction
+
+
+def _has_inputs(observation: Observation, spec: PolicySpec) -> bool:
+    return set(spec.cameras) <= set(observation.images) and set(spec.state) <= set(observation.state)
 
 
 def show(report: Report, console: Console) -> None:
-    table = Table(title=f"{report.folder} ({report.kind}) for {report.contract}", box=None)
-    for column in ("", "checkpoint expects", "robot gives"):
-        table.add_column(column, overflow="fold")
-    for fact in dict.fromkeys([*report.expects, *report.gives]):
-        table.add_row(fact, report.expects.get(fact, ""), report.gives.get(fact, ""))
+    """Print what the checkpoint expects beside what the robot gives, then what does not fit."""
+    title = f"{report.folder} ({report.kind}) for {report.contract}"
+    columns = ("", "checkpoint expects", "robot gives")
+    table = display.make_table(columns, title=title, folds=True, framed=False)
+    for name in dict.fromkeys([*report.expects, *report.gives]):
+        table.add_row(name, report.expects.get(name, ""), report.gives.get(name, ""))
     console.print(table)
     for finding in report.findings:
         colour = "red" if finding.fatal else "yellow"

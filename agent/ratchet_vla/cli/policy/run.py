@@ -41,17 +41,43 @@ from ratchet_vla.runtime.session import rollout_requests
 from ratchet_vla.runtime.session.controller import SessionController
 from ratchet_vla.runtime.session.dispatch import recorded
 
-LOOK = 0.2  # seconds between two looks for a rollout request
+POLL_S = 0.2  # between two looks for a rollout request
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One episode to run: what, from which initial state, and the name that it is recorded under."""
+    """One episode to run.
+
+    Attributes:
+        info: The task.
+        state: Id of the initial state.
+        goal: What is asked of the policy, and how its actions are sampled.
+        name: Name that the episode is recorded under.
+    """
 
     info: TaskInfo
     state: int
     goal: rollout_requests.Goal
     name: str
+
+
+@dataclass(frozen=True)
+class Rig:
+    """What all episodes of one command share.
+
+    Attributes:
+        console: Where progress goes.
+        client: The policy, in its own process.
+        safety: The filter behind it.
+        recorder: Keeps the episodes; None where nothing is kept.
+        sessions: The robot's sessions; None without a robot's folder.
+    """
+
+    console: Console
+    client: PolicyClient
+    safety: SafetyFilter
+    recorder: Recorder | None
+    sessions: SessionController | None
 
 
 @dataclass
@@ -74,47 +100,52 @@ class Run(remote.LearnerOptions, ComputingOptions):
     """
 
     task: str = ""
-    """Task name; with --learner what it requests."""
+    """Task name; with --learner the one that it requests if absent."""
     suite: str = "metaworld"
-    """Suite of the task."""
+    """Simulation suite of the task."""
     policy: Path | None = None
     """Folder of the base policy; the built-in one of the suite if absent."""
     adapter: str = ""
     """Id, id prefix or tag of an adapter; the base alone if absent."""
     store: Path | None = None
-    """Adapter store; needed with --adapter and --follow. With --learner <robot>/adapters if absent."""
+    """Folder of the adapter store; needed with --adapter and --follow. With --learner <robot>/adapters if absent."""
     follow: str = ""
-    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once. With
-    --learner `active` if absent."""
+    """Tag of the store, such as `active`, that the policy follows: when it moves (promotion, rollback), the running
+    policy swaps at once. With --learner `active` if absent."""
     episodes: int = 1
-    """Episodes: from the first so many evaluation states; with --learner from training states."""
+    """How many episodes: from the first so many evaluation states; with --learner from training states."""
     horizon: int = 0
-    """Control periods after which an episode ends; 0 for the task's own number."""
+    """Control periods after which an episode ends; 0 takes the task's own number."""
     record: Path | None = None
-    """Episode store to record into; nothing is kept if absent. With --learner <robot>/episodes."""
+    """Folder of the episode store to record into; nothing is kept if absent. With --learner <robot>/episodes if
+    absent."""
     execute: Literal["collect", "deploy"] = "collect"
-    """collect: exactly what was sampled. deploy: inference overlaps motion, stale actions skipped, chunks blended into
-    one another."""
+    """collect: execute exactly what was sampled. deploy: inference overlaps motion, stale actions are skipped, chunks
+    are blended into one another."""
     use: int = 0
-    """With deploy: actions of each chunk before the next takes over; 0 for three quarters of the chunk."""
+    """With deploy: how many actions of a chunk are executed before the next takes over; 0 takes three quarters of the
+    chunk."""
     realtime: bool = False
-    """Run at the contract's rate on the machine's clock; otherwise in lock-step, where simulated time waits."""
+    """Run at the contract's rate on the machine's clock; otherwise in lock-step, where simulated time waits for the
+    policy."""
     temperature: float | None = None
-    """Sampling temperature; 0 acts greedily, as it does if absent. With --learner it is what the learner requests."""
+    """Sampling temperature; 0 takes the most likely action. If absent: what the learner requests, and 0 without one."""
     seed: int = 0
-    """Seed of sampled actions."""
+    """Seed of the sampled actions."""
     resume: Literal["automatic", "manual"] = "automatic"
-    """After a hold that is not latched: go on by itself, or end the episode for want of a person."""
+    """After a hold that is not latched: automatic goes on by itself, manual ends the episode, as nobody is there."""
     priority: int = 0
-    """With --realtime: SCHED_FIFO level (1..99) asked for the loop's thread; 0 leaves the scheduler alone."""
+    """With --realtime: SCHED_FIFO priority (1 to 99) of the loop's thread; 0 leaves the scheduler alone."""
     python: str = ""
-    """Interpreter of the policy process; this one if absent."""
+    """Python interpreter of the policy process; this one if absent."""
     threads: int = 1
-    """Threads for the policy."""
+    """CPU threads for the policy."""
     robot: Path | None = None
-    """The robot's folder, with this session's manifest; no session if absent. With --learner runs/robot."""
+    """Folder of the robot, which keeps its sessions; no session is kept if absent. With --learner runs/robot if
+    absent."""
     learner: str = ""
-    """Address of a learner: a sync agent is started, and the rollouts that it requests are collected."""
+    """Address of a learner, such as tcp://192.0.2.7:5544: a sync agent is started, and the rollouts that the learner
+    requests are collected."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -128,6 +159,27 @@ class Run(remote.LearnerOptions, ComputingOptions):
         safety = SafetyFilter(contract, SafetyConfig(resume=self.resume))
         common.print_contract(console, contract)
         print_times(console, contract)
+        rows = []
+        # Closed in reverse, the sync agent last: it sends what the others leave.
+        with ExitStack() as opened:
+            rig = self._open(contract, safety, console, opened)
+            robots = Robots(self.suite, contract)
+            opened.callback(robots.close)
+            attempts = self._requested(rig) if self.learner else self._chosen()
+            for attempt in attempts:
+                rows.append(self._episode(robots.at(attempt), rig, attempt))
+                if rig.sessions is not None:
+                    rig.sessions.look()
+            adapter_id = rig.client.adapter_id
+        tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
+        if self.json:
+            print(json.dumps({"task": tasks, "adapter": adapter_id, "episodes": rows}))
+        else:
+            console.print(table_of(rows, f"{self.suite} {tasks}, {self.execute}, adapter {adapter_id[:12]}"))
+        return 0 if all(row["success"] is not None and not row["not_recorded"] for row in rows) else 1
+
+    def _open(self, contract: RobotContract, safety: SafetyFilter, console: Console, opened: ExitStack) -> Rig:
+        """Start sync agent, policy process, session and recorder; each is closed with `opened`."""
         options = {
             "policy": str(common.policy_folder(self.suite, self.policy)),
             "store": str(self.store) if self.store else "",
@@ -135,39 +187,29 @@ class Run(remote.LearnerOptions, ComputingOptions):
             "follow": self.follow,
             "threads": self.threads,
         }
-        rows: list[dict[str, Any]] = []
-        with ExitStack() as opened:
-            if self.learner and self.robot and self.record and self.store:
-                command = remote.sync_command(self, self.learner, self.robot, self.record, self.store)
-                opened.enter_context(remote.beside(command, self.robot / "sync.log"))
-            with console.status("starting the policy process"):
-                client = opened.enter_context(PolicyClient(contract, PolicyLaunch(options=options, python=self.python)))
-            if client.computing:
-                console.print(f"the policy computes in {client.computing}", markup=False, highlight=False)
-            for warning in client.warnings:
-                console.print(f"[yellow]{warning}[/]")
-            sessions = self._sessions(contract, client, opened)
-            recorder = None if self.record is None else opened.enter_context(Recorder(self.record, contract))
-            robots = Robots(self.suite, contract)
-            opened.callback(robots.close)
-            for attempt in self._requested(client, sessions, console) if self.learner else self._asked():
-                rows.append(self._episode(robots.at(attempt), client, safety, attempt, recorder, sessions))
-                if sessions is not None:
-                    sessions.look()
-            adapter_id = client.adapter_id
-            tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
-        if self.json:
-            print(json.dumps({"task": tasks, "adapter": adapter_id, "episodes": rows}))
-        else:
-            console.print(table_of(rows, f"{self.suite} {tasks}, {self.execute}, adapter {adapter_id[:12]}"))
-        return 0 if all(row["success"] is not None and not row["not_recorded"] for row in rows) else 1
+        if self.learner and self.robot and self.record and self.store:
+            command = remote.sync_command(self, self.learner, self.robot, self.record, self.store)
+            opened.enter_context(remote.beside(command, self.robot / "sync.log"))
+        with console.status("starting the policy process"):
+            client = opened.enter_context(PolicyClient(contract, PolicyLaunch(options=options, python=self.python)))
+        if client.computing:
+            console.print(f"the policy computes in {client.computing}", markup=False, highlight=False)
+        for warning in client.warnings:
+            console.print(f"[yellow]{warning}[/]")
+        sessions = self._sessions(contract, client, opened)
+        recorder = None if self.record is None else opened.enter_context(Recorder(self.record, contract))
+        return Rig(console, client, safety, recorder, sessions)
 
     def _take_learner(self) -> None:
-        """What follows from a learner. Raises RatchetError run.not_collected, link.no_key and others."""
+        """Set what follows from a learner: the robot's folder and its stores.
+
+        Raises:
+            RatchetError: run.not_collected, link.no_key and others.
+        """
         if self.execute != "collect":
             raise RatchetError("run.not_collected", "a learner needs --execute collect", fix="leave --execute out")
         self.check_keys()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the session is ended and the sync agent, too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # unwinds: the session and the sync agent end
         self.robot = self.robot or remote.FOLDER
         self.store = self.store or self.robot / "adapters"
         self.record = self.record or self.robot / "episodes"
@@ -175,7 +217,8 @@ class Run(remote.LearnerOptions, ComputingOptions):
         self.robot.mkdir(parents=True, exist_ok=True)
         FolderStore(self.store, create=True)
 
-    def _asked(self) -> Iterator[Attempt]:
+    def _chosen(self) -> Iterator[Attempt]:
+        """Episodes of the task that was named, one for each of the first evaluation states."""
         info = common.find_tasks(self.suite, [self.task])[self.task]
         for state in info.evaluation_states[: self.episodes]:
             seed = derive_seed(self.seed, "evaluation", info.name, state)
@@ -183,22 +226,20 @@ class Run(remote.LearnerOptions, ComputingOptions):
             goal = rollout_requests.Goal(info.name, info.instruction, horizon, self.temperature or 0.0, seed)
             yield Attempt(info, state, goal, uuid.uuid4().hex[:12])
 
-    def _requested(
-        self, client: PolicyClient, sessions: SessionController | None, console: Console
-    ) -> Iterator[Attempt]:
-        """Episodes as the learner wants them, each asked for when the one before is over."""
-        assert self.robot is not None
+    def _requested(self, rig: Rig) -> Iterator[Attempt]:
+        """Episodes as the learner requests them; each request is read when the episode before is over."""
         started = uuid.uuid4().hex[:8]
+        session = rig.sessions.id if rig.sessions else ""
         for number in range(self.episodes):
-            name = f"{sessions.id if sessions else ''}-{started}-{number + 1:04d}"
-            with console.status("waiting for the learner's rollout request"):
-                goal = self._next_goal(client, sessions, name)
+            name = f"{session}-{started}-{number + 1:04d}"
+            with rig.console.status("waiting for the learner's rollout request"):
+                goal = self._next_goal(rig, name)
             info = common.find_tasks(self.suite, [goal.task])[goal.task]
             state = info.train_states[derive_seed("state", name) % len(info.train_states)]
             yield Attempt(info, state, goal, name)
 
-    def _next_goal(self, client: PolicyClient, sessions: SessionController | None, name: str) -> rollout_requests.Goal:
-        """What the learner wants now; waited for where it wants nothing, or where its adapter is still on its way."""
+    def _next_goal(self, rig: Rig, name: str) -> rollout_requests.Goal:
+        """Wait until the learner requests something, and until the adapter that it wants is active here."""
         assert self.robot is not None
         while True:
             try:
@@ -208,67 +249,70 @@ class Run(remote.LearnerOptions, ComputingOptions):
                     horizon=self.horizon,
                     temperature=self.temperature,
                     seed=self.seed,
-                    active=client.adapter_id,
+                    active=rig.client.adapter_id,
                     episode=name,
                 )
             except RatchetError as error:
                 if error.code not in ("order.no_word", "order.none", "order.other_adapter"):
                     raise
-            if sessions is not None:
-                sessions.look()
-            time.sleep(LOOK)
+            if rig.sessions is not None:
+                rig.sessions.look()
+            time.sleep(POLL_S)
 
-    def _episode(
-        self,
-        robot: SimRobot,
-        client: PolicyClient,
-        safety: SafetyFilter,
-        attempt: Attempt,
-        recorder: Recorder | None,
-        sessions: SessionController | None,
-    ) -> dict[str, Any]:
+    def _episode(self, robot: SimRobot, rig: Rig, attempt: Attempt) -> dict[str, Any]:
+        """Run one episode; returns it as plain data."""
         robot.reset(attempt.state)
         robot.observe()  # the first frame compiles shaders; that must not happen in the first control period
-        sink, goal = MemorySink(), attempt.goal
+        goal = attempt.goal
+        sink = MemorySink()
         clock = MonotonicClock() if self.realtime else ManualClock()
-        assert client.spec is not None
-        executor: ChunkExecutor = CollectExecutor(robot.contract)
-        if self.execute == "deploy":
-            executor = DeployExecutor(robot.contract, use=self.use or max(1, client.spec.chunk * 3 // 4))
-        client.sample(goal.temperature, goal.seed, goal.noise)
-        if recorder is not None:
-            recorder.revive()
-            recorder.require_ready()
-            recorder.describe(
-                name=attempt.name,
-                session=sessions.id if sessions is not None else "",
-                adapter_id=client.adapter_id,
-                mode=self.execute,
-                seed=goal.seed,
-                initial_state=attempt.state,
-                meta={"order": goal.request_id} if goal.request_id else {},
-            )
+        rig.client.sample(goal.temperature, goal.seed, goal.noise)
+        self._describe(rig, attempt)
         loop = ControlLoop(
             Restamped(robot, clock) if self.realtime else robot,
-            client,
-            safety,
-            executor,
-            sink=sink if recorder is None else Tee(sink, recorder),
+            rig.client,
+            rig.safety,
+            self._executor(robot.contract, rig.client),
+            sink=sink if rig.recorder is None else Tee(sink, rig.recorder),
             clock=clock,
             lock_step=not self.realtime,
         )
+        prioritised = self.realtime and self.priority > 0
         try:
-            if self.realtime and self.priority:
+            if prioritised:
                 Console(stderr=True).print(real_time(self.priority))
             labeller = SceneLabeller(robot.success)
             end = loop.run_episode(goal.task, goal.instruction, horizon=goal.horizon, labeller=labeller)
         finally:
-            if self.realtime and self.priority:
+            if prioritised:
                 normal()
-        return {"task": goal.task, **report(attempt.state, end, sink, loop), **kept(recorder)}
+        return {"task": goal.task, **report(attempt.state, end, sink, loop), **kept(rig.recorder)}
+
+    def _executor(self, contract: RobotContract, client: PolicyClient) -> ChunkExecutor:
+        if self.execute == "collect":
+            return CollectExecutor(contract)
+        assert client.spec is not None
+        return DeployExecutor(contract, use=self.use or max(1, client.spec.chunk * 3 // 4))
+
+    def _describe(self, rig: Rig, attempt: Attempt) -> None:
+        """Tell the recorder what the next episode is. Raises RatchetError where it cannot record."""
+        if rig.recorder is None:
+            return
+        goal = attempt.goal
+        rig.recorder.revive()
+        rig.recorder.require_ready()
+        rig.recorder.describe(
+            name=attempt.name,
+            session=rig.sessions.id if rig.sessions is not None else "",
+            adapter_id=rig.client.adapter_id,
+            mode=self.execute,
+            seed=goal.seed,
+            initial_state=attempt.state,
+            meta={"order": goal.request_id} if goal.request_id else {},
+        )
 
     def _sessions(self, contract: RobotContract, client: PolicyClient, opened: ExitStack) -> SessionController | None:
-        """The robot's sessions; one is open until this verb ends."""
+        """Open the robot's sessions; one is open until this verb ends."""
         if self.robot is None:
             return None
         store = "" if self.record is None else str(self.record.resolve())
@@ -288,14 +332,16 @@ class Run(remote.LearnerOptions, ComputingOptions):
 
 
 class Robots:
-    """A simulated robot per task, made when it is first wanted; one at a time is kept."""
+    """A simulated robot per task, made when it is first needed; one at a time is kept, as each holds a renderer."""
 
     def __init__(self, suite: str, contract: RobotContract) -> None:
-        self._suite, self._contract = suite, contract
+        self._suite = suite
+        self._contract = contract
         self._task = ""
         self._robot: SimRobot | None = None
 
     def at(self, attempt: Attempt) -> SimRobot:
+        """Return the connected robot in the scene of this attempt's task."""
         if self._robot is None or self._task != attempt.info.name:
             self.close()
             self._task = attempt.info.name
@@ -304,6 +350,7 @@ class Robots:
         return self._robot
 
     def close(self) -> None:
+        """End the simulator, if there is one."""
         if self._robot is not None:
             self._robot.close()
             self._robot = None
