@@ -56,24 +56,24 @@ class Learn(ComputingOptions):
     tasks: tuple[str, ...]
     """Task names in the order in which they are learned."""
     source: Annotated[Literal["rollouts", "demonstrations"], tyro.conf.arg(name="from")] = "rollouts"
-    """What is learned from."""
+    """What is learned from: rollouts (on-policy reinforcement learning) or demonstrations (supervised)."""
     suite: str = "metaworld"
-    """Suite of the tasks."""
+    """Simulation suite of the tasks."""
     held_out: tuple[str, ...] = ()
-    """Tasks that are evaluated and never trained."""
+    """Names of tasks that are evaluated and never trained."""
     policy: Path | None = None
     """Folder of the base policy; the built-in one of the suite if absent."""
     start: str = ""
-    """Adapter to go on from: id, id prefix or tag in --store; a fresh one if absent. It keeps its shape, whatever
-    --lora says."""
+    """Adapter to go on from: id, id prefix or tag in --store; a new one if absent. It keeps its shape, whatever --lora
+    says."""
     store: Path | None = None
-    """Adapter store of --start; the run folder's own if absent."""
+    """Folder of the adapter store of --start; the run folder's own if absent."""
     out: Path = Path("runs/learn")
     """Run folder."""
     updates: int = LEARN.updates
     """Updates per task."""
     until: float = 0.0
-    """A task is over once this share of an update's episodes succeeded; 0 makes all updates."""
+    """A task ends early once this share (0 to 1) of an update's episodes succeeds; 0 makes all updates."""
     groups: int = LEARN.groups
     """Initial states per update."""
     group_size: int = LEARN.group_size
@@ -81,13 +81,13 @@ class Learn(ComputingOptions):
     temperature: float = LEARN.temperature
     """Sampling temperature of training episodes."""
     noise_correlation: float = LEARN.noise_correlation
-    """Correlation of the sampling noise within a chunk; small policies explore better with 0.9."""
+    """Correlation (0 to 1) of the sampling noise within a chunk; small policies explore better with 0.9."""
     evaluation_episodes: int = 50
     """Episodes per task and evaluation; 0 evaluates nothing."""
     evaluation: Literal["greedy", "sampled"] = "greedy"
-    """How actions are chosen in evaluations."""
+    """How evaluations choose actions: greedy takes the most likely one, sampled uses --temperature."""
     train_pool: int = 0
-    """Use only so many training states; 0 uses all."""
+    """How many of a task's training states are used; 0 uses all."""
     horizon: int = 0
     """Longest episode in control steps; 0 takes each task's own."""
     seed: int = 0
@@ -104,14 +104,15 @@ class Learn(ComputingOptions):
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
-    """Episodes at once per simulator process."""
+    """Episodes at once in each simulator process."""
     threads: int = 1
-    """Threads for the policy."""
+    """CPU threads for the policy."""
     device: str = ""
-    """Where the policy is: cpu, cuda or auto; what RATCHET_DEVICE says if absent. Of several processes each takes a GPU
-    of its own."""
+    """Where the policy runs: cpu, cuda or auto; the value of RATCHET_DEVICE if absent. Of several processes each takes
+    a GPU of its own."""
     shard: bool = False
-    """With several processes: each keeps only a part of the frozen base while it updates (FSDP); without videos."""
+    """With several processes: each keeps only a part of the frozen base in memory while it updates (FSDP). Makes no
+    videos."""
     videos: bool = True
     """Write before/after GIFs."""
     json: bool = False
@@ -126,9 +127,14 @@ class Learn(ComputingOptions):
             if ranks is not None:
                 ranks.leave()
 
-    def _run(self, ranks: distributed.Ranks | None) -> int:
-        console = Console(stderr=self.json, quiet=ranks is not None and not ranks.main)
-        if self.source == "demonstrations" and ranks is not None:
+    def _require_possible(self, ranks: distributed.Ranks | None) -> None:
+        """Refuse options that exclude each other, before anything is opened.
+
+        Raises:
+            RatchetError: learn.one_process, learn.cannot_start.
+        """
+        supervised = self.source == "demonstrations"
+        if supervised and ranks is not None:
             raise RatchetError(
                 "learn.one_process", "a warm start runs in one process", fix="start it without accelerate or torchrun"
             )
@@ -138,26 +144,33 @@ class Learn(ComputingOptions):
                 "--shard divides the base among processes, and there is one",
                 fix="start it with accelerate launch or torchrun, or leave --shard out",
             )
-        if self.source == "demonstrations" and self.start:
+        if supervised and self.start:
             raise RatchetError(
                 "learn.cannot_start",
                 "--start belongs to learning from rollouts",
                 where=self.start,
                 fix="for demonstrations: --warm.start and --warm.store",
             )
+
+    def _learn_from_demonstrations(self, console: Console) -> int:
+        plan = warmstart.WarmStartPlan(
+            suite=self.suite,
+            tasks=self.tasks,
+            policy_folder=common.policy_folder(self.suite, self.policy),
+            lora=self.lora,
+            folder=self.out,
+            options=self.warm,
+        )
+        document = warmstart.run(plan, console)
+        if self.json:
+            print(json.dumps(document))
+        return 0 if any(stage["effect"] for stage in document["stages"]) else 1
+
+    def _run(self, ranks: distributed.Ranks | None) -> int:
+        console = Console(stderr=self.json, quiet=ranks is not None and not ranks.main)
+        self._require_possible(ranks)
         if self.source == "demonstrations":
-            facts = warmstart.run(
-                suite=self.suite,
-                tasks=self.tasks,
-                policy_folder=common.policy_folder(self.suite, self.policy),
-                lora=self.lora,
-                folder=self.out,
-                options=self.warm,
-                console=console,
-            )
-            if self.json:
-                print(json.dumps(facts))
-            return 0 if any(stage["effect"] for stage in facts["stages"]) else 1
+            return self._learn_from_demonstrations(console)
         retention.require_known(self.reference)
         config = SequenceConfig(
             tasks=self.tasks,

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from ratchet_vla.cli import common
+from ratchet_sim import perturbations
+from ratchet_vla.cli import common, display
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.methods import variants
 from ratchet_vla.learner.methods.registry import METHODS
@@ -25,12 +25,22 @@ from ratchet_vla.learner.study.results import MEASURES, Trial, as_dict, load_tri
 from ratchet_vla.storage.files import Files
 
 
+def changed_worlds(tasks: Sequence[str], kinds: Sequence[str]) -> tuple[str, ...]:
+    """Name every task under every change of its world, as held-out tasks are named: `task@camera`."""
+    names: list[str] = []
+    for kind in kinds:
+        names += [f"{task}{perturbations.MARK}{kind}" for task in tasks]
+    return tuple(names)
+
+
 @contextmanager
-def claim(place: Path) -> Iterator[bool]:
-    """Whether this process may run the trial in `place`: no other does before the block is left. The kernel takes the
-    claim from a process that dies."""
-    place.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(place / "claim", os.O_CREAT | os.O_RDWR, 0o644)
+def claim(folder: Path) -> Iterator[bool]:
+    """Yield whether this process may run the trial in this folder: no other does before the block is left.
+
+    The kernel takes the claim from a process that dies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "claim", os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -43,54 +53,54 @@ def claim(place: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def write(out: Path, facts: dict[str, Any], console: Console) -> dict[str, Any]:
-    """All of a study's files from its finished trials; prints the table and what it says about the claims.
+def write(out: Path, description: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Write all of a study's files from its finished trials; print the table and what it says about the claims.
 
     Raises:
         RatchetError: study.nothing_finished.
     """
     out.mkdir(parents=True, exist_ok=True)
     with Files().lock(out / "lock"):  # another process may share the study
-        return _write(out, facts, console)
+        return _write(out, description, console)
 
 
-def _write(out: Path, facts: dict[str, Any], console: Console) -> dict[str, Any]:
+def _write(out: Path, description: dict[str, Any], console: Console) -> dict[str, Any]:
     trials = finished(out)
     if not trials:
         raise RatchetError("study.nothing_finished", "no finished trial", where=str(out), fix="run the study first")
-    result = as_dict(trials, facts)
+    result = as_dict(trials, description)
     measured_claims = claims(trials)
-    result["claims"] = [c.as_dict() for c in measured_claims]
+    result["claims"] = [claimed.as_dict() for claimed in measured_claims]
     common.write_json(out / "study.json", result)
     (out / "study.md").write_text(markdown(trials))
-    page = write_study(trials, facts, out / "study.html")
-    table = Table(title="points, 95 % intervals")
-    for column in ("method", "seeds", *MEASURES):
-        table.add_column(column, overflow="fold")
-    for s in summarise(trials):
-        table.add_row(s.method, str(len(s.seeds)), *[v.percent() if (v := s.values[n]) else "-" for n in MEASURES])
+    page = write_study(trials, description, out / "study.html")
+    table = display.make_table(("method", "seeds", *MEASURES), title="points, 95 % intervals", folds=True)
+    for summary in summarise(trials):
+        values = [summary.values[name] for name in MEASURES]
+        cells = [value.percent() if value else "-" for value in values]
+        table.add_row(summary.method, str(len(summary.seeds)), *cells)
     console.print(table)
-    table = Table(title="claims: a loss in points, at most the bound")
-    for column in ("method", "claim", "loss", "bound", "by the interval"):
-        table.add_column(column, overflow="fold")
-    for c in measured_claims:
-        loss = c.value.percent() if c.value else "-"
-        table.add_row(c.method, c.text, loss, f"{100 * c.bound:.0f}", c.verdict)
+    columns = ("method", "claim", "loss", "bound", "by the interval")
+    table = display.make_table(columns, title="claims: a loss in points, at most the bound", folds=True)
+    for claimed in measured_claims:
+        loss = claimed.value.percent() if claimed.value else "-"
+        table.add_row(claimed.method, claimed.text, loss, f"{100 * claimed.bound:.0f}", claimed.verdict)
     console.print(table)
     console.print(f"report: {page}")
     return result
 
 
 def finished(out: Path) -> list[Trial]:
-    """The study's finished trials, methods in the order of the list of methods, variants behind their method."""
+    """Read the study's finished trials: in the order of the list of methods, variants behind their method."""
     order = list(METHODS)
     rows = []
     for folder in out.iterdir() if out.is_dir() else ():
         if folder.is_dir() and folder.name.partition(":")[0] in METHODS:
             rows.append(variants.parse(folder.name))
     trials: list[Trial] = []
-    for variant in sorted(rows, key=lambda v: (order.index(v.kind.name), v.label)):
-        for folder in sorted((out / variant.label).glob("seed*"), key=lambda p: int(p.name[4:])):
+    for variant in sorted(rows, key=lambda row: (order.index(row.kind.name), row.label)):
+        for folder in sorted((out / variant.label).glob("seed*"), key=lambda path: int(path.name[4:])):
             trial = load_trial(variant.label, int(folder.name[4:]), folder, variant.kind.sequential)
-            trials += [trial] if trial else []
+            if trial:
+                trials.append(trial)
     return trials

@@ -17,13 +17,12 @@ from rich.console import Console
 from ratchet_sim import perturbations, registry
 from ratchet_sim.demonstrations import Demonstrations, collect
 from ratchet_vla.cli import common
+from ratchet_vla.cli import demonstrations as files
 from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.cli.learn import retention, sequential
-from ratchet_vla.cli.learn.pretrain import demonstration_states
 from ratchet_vla.cli.study.analysis import Analyse
 from ratchet_vla.cli.study.evaluate import Evaluate
-from ratchet_vla.cli.study.folder import claim, finished, write
-from ratchet_vla.errors import RatchetError
+from ratchet_vla.cli.study.folder import changed_worlds, claim, finished, write
 from ratchet_vla.learner.defaults import STUDY
 from ratchet_vla.learner.methods import variants
 from ratchet_vla.learner.methods.variants import Variant
@@ -52,9 +51,9 @@ class Run(ComputingOptions):
     reference (base, or the name of another reference set beside the base), with reference_weight and own_weight:
     seq_ft:alpha=8,order=reversed, seq_ft:reference=base."""
     seeds: tuple[int, ...] = (0,)
-    """One trial per method and seed."""
+    """Seeds; one trial is run per method and seed."""
     suite: str = "metaworld"
-    """Suite of the tasks."""
+    """Simulation suite of the tasks."""
     held_out: tuple[str, ...] = ()
     """Tasks that are evaluated and never trained; also `task@perturbation`, and `suite/task` of the same robot."""
     perturb: tuple[str, ...] = ()
@@ -66,7 +65,7 @@ class Run(ComputingOptions):
     updates: int = STUDY.updates
     """Updates per task."""
     until: float = 0.0
-    """A task is over once this share of an update's episodes succeeded; 0 makes all updates."""
+    """A task ends early once this share (0 to 1) of an update's episodes succeeds; 0 makes all updates."""
     groups: int = STUDY.groups
     """Initial states per update."""
     group_size: int = STUDY.group_size
@@ -74,11 +73,12 @@ class Run(ComputingOptions):
     temperature: float = STUDY.temperature
     """Sampling temperature of training episodes."""
     noise_correlation: float = STUDY.noise_correlation
-    """Correlation of the sampling noise within a chunk."""
+    """Correlation (0 to 1) of the sampling noise within a chunk."""
     evaluation_episodes: int = 50
     """Episodes per task and evaluation."""
     evaluation_temperature: float = 0.0
-    """Sampling temperature of evaluations; 0 acts greedily. The published study evaluates as it samples, at 1.6."""
+    """Sampling temperature of evaluations; 0 takes the most likely action. The published study uses 1.6, as it
+    trains."""
     horizon: int = 0
     """Longest episode in control steps; 0 takes each task's own."""
     lora: common.LoraOptions = field(default_factory=lambda: common.LoraOptions(rank=4, alpha=4.0))
@@ -90,17 +90,17 @@ class Run(ComputingOptions):
     full_learning_rate: float = 2e-4
     """Learning rate of full_ft and small_cnn, whose weights need smaller steps than an adapter's."""
     demonstrations: Path | None = None
-    """Demonstrations for replay and supervision; the scripted experts record them if absent."""
+    """File of demonstrations for replay and supervision; the scripted experts record some if absent."""
     demonstration_episodes: int = 20
-    """Demonstrations per task where they are recorded."""
+    """Demonstrations per task, where they are recorded."""
     rollouts: str = "local"
     """Where the simulators run: "local", "local-ray", or the address of a Ray cluster such as ray://head:10001."""
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
-    """Episodes at once per simulator process."""
+    """Episodes at once in each simulator process."""
     threads: int = 1
-    """Threads for the policy."""
+    """CPU threads for the policy."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -108,24 +108,25 @@ class Run(ComputingOptions):
         common.threads(self.threads)
         console = Console(stderr=self.json)
         chosen = [variants.parse(text) for text in self.methods]
-        held_out = (*self.held_out, *(f"{t}{perturbations.MARK}{kind}" for kind in self.perturb for t in self.tasks))
+        held_out = self.held_out + changed_worlds(self.tasks, self.perturb)
         common.find_tasks(self.suite, [*self.tasks, *held_out])
         folder = common.policy_folder(self.suite, self.policy)
-        plans = [(seed, v, self._config(v, held_out, seed), self._lora(v)) for seed in self.seeds for v in chosen]
+        plans = self._plans(chosen, held_out)
         for seed, variant, config, lora in plans:  # before hours are spent
             self._retention(variant, folder)
-            facts: dict[str, Any] = {
+            settings: dict[str, Any] = {
                 "config": {"sequence": dataclasses.asdict(config), "lora": dataclasses.asdict(lora)}
             }
-            facts |= {"suite": self.suite, "settings": variant.make_settings()}
-            require_same(self.out / variant.label / f"seed{seed}", facts)
-        data = self._demonstrations(console) if any(v.kind.needs_demonstrations for v in chosen) else None
+            settings |= {"suite": self.suite, "settings": variant.make_settings()}
+            require_same(self.out / variant.label / f"seed{seed}", settings)
+        needs_data = any(variant.kind.needs_demonstrations for variant in chosen)
+        data = self._demonstrations(console) if needs_data else None
         known = KnownEvaluations(self.out / "evaluations")
         elsewhere = 0
         for seed, variant, config, lora in plans:
             place = self.out / variant.label / f"seed{seed}"
             with claim(place) as claimed:
-                elsewhere += not claimed
+                elsewhere += 0 if claimed else 1
                 if not claimed or load_trial(variant.label, seed, place) is not None:
                     continue
                 console.rule(f"{variant.label}, seed {seed}")
@@ -156,6 +157,16 @@ class Run(ComputingOptions):
         if self.json:
             print(json.dumps(result))
         return 0
+
+    def _plans(
+        self, chosen: list[Variant], held_out: tuple[str, ...]
+    ) -> list[tuple[int, Variant, SequenceConfig, common.LoraOptions]]:
+        """The grid: all methods with the first seed, then with the next, so that a first table is soon complete."""
+        plans = []
+        for seed in self.seeds:
+            for variant in chosen:
+                plans.append((seed, variant, self._config(variant, held_out, seed), self._lora(variant)))
+        return plans
 
     def _config(self, variant: Variant, held_out: tuple[str, ...], seed: int) -> SequenceConfig:
         update = self.update
@@ -194,9 +205,9 @@ class Run(ComputingOptions):
         return dataclasses.replace(self.lora, rank=rank, alpha=alpha)
 
     def _demonstrations(self, console: Console) -> Demonstrations:
-        path = self.demonstrations or self.out / "demonstrations.safetensors"
-        if self.demonstrations is not None and not path.is_file():
-            raise RatchetError("learn.no_demonstrations", "no such file", where=str(path), fix="name a file, or record")
+        path = self.demonstrations or self.out / files.FILE
+        if self.demonstrations is not None:
+            files.require_file(path)
         self.out.mkdir(parents=True, exist_ok=True)
         with Files().lock(self.out / "demonstrations.lock"):  # one process records, others wait for it
             return Demonstrations.load(path) if path.is_file() else self._record(path, console)
@@ -206,22 +217,21 @@ class Run(ComputingOptions):
 
         spec = adopted.load(common.policy_folder(self.suite, self.policy)).spec
         console.print("recording demonstrations")
-        found = collect(
+        demonstrations = collect(
             self.suite,
             self._recorded(),
-            demonstration_states(self.suite, self.demonstration_episodes, -1),
+            files.demonstration_states(self.suite, self.demonstration_episodes, -1),
             cameras=spec.cameras,
             state_fields=spec.state,
             chunk=spec.chunk,
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found.save(path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)
-        return found
+        files.save_whole(demonstrations, path)
+        return demonstrations
 
     def _recorded(self) -> tuple[str, ...]:
         """The sequence's tasks, and one more for replay during the first of them."""
-        others = [i.name for i in registry.tasks(self.suite) if i.name not in (*self.tasks, *self.held_out)]
+        used = (*self.tasks, *self.held_out)
+        others = [info.name for info in registry.tasks(self.suite) if info.name not in used]
         return (*self.tasks, *others[:1])
 
     def _facts(self) -> dict[str, Any]:
