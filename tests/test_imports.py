@@ -60,7 +60,7 @@ HOMES = {
     "robosuite": ("ratchet_sim", "benchmarks"),
     "zmq": ("ratchet_vla.link", "benchmarks"),
 }
-FORBIDDEN = {"timm", "torchvision", "lerobot", "pickle", "dill", "joblib"}
+FORBIDDEN = {"timm", "torchvision", "lerobot", "pickle", "dill", "joblib", "tests"}
 LARGEST_FOLDER = 12
 
 

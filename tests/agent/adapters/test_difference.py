@@ -13,7 +13,7 @@ from ratchet_vla.adapters.difference import change
 from ratchet_vla.adapters.identity import Adapter, Binding
 from ratchet_vla.adapters.lora.layers import scaled, scaling_of, split_name
 from ratchet_vla.errors import RatchetError
-from tests.agent.adapters.tiny import made
+from ratchet_vla.testing.tiny_policy import made
 
 
 def written_out(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ratchet_vla.adapters.identity import Adapter, Binding, action_space_of, adapter_id, binding_of, canonical_config
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.canonical import canonical_json
-from tests.agent.adapters.tiny import SPEC, TinyPolicy
+from ratchet_vla.testing.tiny_policy import SPEC, TinyPolicy
 
 A = "base_model.model.x.lora_A.weight"
 B = "base_model.model.x.lora_B.weight"

@@ -22,7 +22,7 @@ from ratchet_vla.adapters.lora.layers import attach, lora_config, peft_config
 from ratchet_vla.adapters.peft_format import CONFIG, WEIGHTS, export_folder, import_folder
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.testing.conformance.store import refused
-from tests.agent.adapters.tiny import TinyPolicy, batch, randomised, tiny
+from ratchet_vla.testing.tiny_policy import TinyPolicy, batch, randomised, tiny
 
 
 def peft_folder(folder: Path, seed: int = 3, **options: Any) -> tuple[torch.Tensor, Path]:

@@ -27,7 +27,7 @@ from ratchet_vla.link.robot.client import LinkClient
 from ratchet_vla.link.robot.learner_tag_watcher import LearnerTagWatcher
 from ratchet_vla.link.robot.outbox import Outbox
 from ratchet_vla.storage.files import Files
-from tests.agent.adapters.tiny import made
+from ratchet_vla.testing.tiny_policy import made
 from tests.agent.link.parts import LearnerEnd, RobotEnd, both
 
 

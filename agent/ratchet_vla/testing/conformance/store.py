@@ -12,7 +12,7 @@ import torch
 from ratchet_vla.adapters.identity import Adapter
 from ratchet_vla.adapters.protocol import BASE, AdapterStore, Provenance
 from ratchet_vla.errors import RatchetError
-from tests.agent.adapters.tiny import made
+from ratchet_vla.testing.tiny_policy import made
 
 __all__ = ["StoreSuite"]
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from ratchet_vla.adapters.identity import binding_of
 from ratchet_vla.adapters.lora.layers import attach, lora_config
 from ratchet_vla.errors import RatchetError
-from tests.agent.adapters.tiny import TinyPolicy, batch, made, tiny
+from ratchet_vla.testing.tiny_policy import TinyPolicy, batch, made, tiny
 
 
 def test_a_fresh_adapter_changes_nothing_and_only_it_trains() -> None:

@@ -25,7 +25,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage import files as files_module
 from ratchet_vla.storage.files import Files
 from ratchet_vla.testing.conformance.store import StoreSuite, refused, same
-from tests.agent.adapters.tiny import made
+from ratchet_vla.testing.tiny_policy import made
 
 ONE = made(1)
 TWO = made(2)

@@ -23,7 +23,7 @@ from ratchet_vla.adapters.swap.hotswap import HotSwapper
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.testing.conformance.store import refused
 from ratchet_vla.testing.conformance.swap import SwapSuite
-from tests.agent.adapters.tiny import TinyPolicy, batch, randomised, tiny
+from ratchet_vla.testing.tiny_policy import TinyPolicy, batch, randomised, tiny
 
 Mode = Literal["flip", "copy"]
 

@@ -17,7 +17,7 @@ from ratchet_vla.adapters.protocol import Provenance
 from ratchet_vla.adapters.store.folder import FolderStore
 from ratchet_vla.cli.main import main
 from ratchet_vla.learner.gate.decision import GateConfig, decide
-from tests.agent.adapters.tiny import made
+from ratchet_vla.testing.tiny_policy import made
 from tests.agent.learner.gate.test_decision import NEW, pair
 
 

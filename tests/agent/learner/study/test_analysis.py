@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ratchet_vla.learner.study.analysis import adapter_update, effective_rank, fisher, fisher_energy, weight_update
+from ratchet_vla.testing.tiny_policy import made
 from tests.agent.adapters.test_difference import written_out
-from tests.agent.adapters.tiny import made
 
 
 def test_effective_rank_of_known_matrices() -> None:
