@@ -37,6 +37,8 @@ SPEC = PolicySpec(
 
 
 class TinyNet(nn.Module):
+    """A convolution and three linear layers: (B, 3, 4, 4) images in, (B, CHUNK * DIMS * BINS) logits out."""
+
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 2)
@@ -45,6 +47,7 @@ class TinyNet(nn.Module):
         self.lm_head = nn.Linear(width, CHUNK * DIMS * BINS, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits of a batch."""
         features = self.stem(images).flatten(1)
         out: Tensor = self.lm_head(torch.tanh(self.second(torch.tanh(self.first(features)))))
         return out
@@ -69,31 +72,38 @@ class TinyPolicy:
     sampled_shape = (CHUNK, DIMS)
 
     def actions_of(self, sampled: Tensor) -> Tensor:
+        """Refuse: nothing is sampled from this policy."""
         raise NotImplementedError("nothing is sampled from this policy")
 
     def logits(self, batch: PolicyInput) -> Tensor:
+        """(B, CHUNK, DIMS, BINS), of the first camera's image."""
         images = torch.as_tensor(batch.images)[:, 0].permute(0, 3, 1, 2).float() / 255.0
         out: Tensor = self.module(images)
         return out.view(-1, CHUNK, DIMS, BINS)
 
     @torch.no_grad()
     def predict(self, batch: PolicyInput) -> Chunks:
+        """Means over the bins, in [-1, 1], and the likeliest bins as tokens."""
         probabilities = self.logits(batch).softmax(-1)
         return Chunks((probabilities * torch.linspace(-1, 1, BINS)).sum(-1), probabilities.argmax(-1), None)
 
     def sample(self, batch: PolicyInput, temperature: float, noise: Tensor) -> Chunks:
+        """Refuse: what this policy stands in for predicts only."""
         raise NotImplementedError("adapter tests predict only")
 
     def log_prob(self, batch: PolicyInput, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Refuse: what this policy stands in for predicts only."""
         raise NotImplementedError("adapter tests predict only")
 
 
 def batch(seed: int = 0) -> PolicyInput:
+    """Two observations of one camera, from a seed."""
     images = torch.randint(0, 256, (2, 1, 4, 4, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return PolicyInput(images, None, ["a", "b"])
 
 
 def tiny(rank: int = 4, alpha: float = 8, **options: object) -> tuple[TinyPolicy, Lora]:
+    """Make a policy with LoRA on its layers. options: as of `lora_config`."""
     policy = TinyPolicy()
     return policy, attach(policy.module, lora_config(rank, alpha, **options))  # type: ignore[arg-type]
 
@@ -108,5 +118,6 @@ def randomised(lora: Lora, binding: Binding, seed: int, scale: float = 0.3) -> A
 
 
 def made(seed: int = 1, scale: float = 0.3) -> Adapter:
+    """Make an adapter for `TinyPolicy` that changes its answers."""
     policy, lora = tiny()
     return randomised(lora, binding_of(policy), seed, scale)
