@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ratchet_msgs import msg
 from ratchet_msgs.action import RunTask
 
 from ratchet_ros.nodes.base import spin
 from ratchet_ros.policy.node import PolicyNode
-from ratchet_vla.records import ControlTick
+from ratchet_ros.policy.task_server import TaskServer
+from ratchet_vla.records import ControlTick, UInt8
 from ratchet_vla.runtime.control.loop import ControlLoop
 
 HANDED_OVER = ("observation", "chunk", "tick", "event", "outcome")  # by the control loop, in its own thread
@@ -109,19 +111,19 @@ class Woken:
         return reached
 
 
-class TimedPolicyNode(PolicyNode):
-    """See the module's words."""
+class TimedTaskServer(TaskServer):
+    """See the module's words. Without its recording it hands nothing over."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._turn = 0
 
-    def _prepare(self, goal: Any) -> None:
-        super()._prepare(goal)
+    def prepare(self, goal: Any) -> None:
+        super().prepare(goal)
         assert self.loop is not None
         self.loop = TimedLoop.of(self.loop)
 
-    async def _run_task(self, handle: Any) -> RunTask.Result:
+    async def run_task(self, handle: Any) -> RunTask.Result:
         recording, watch = self.recording, Stopwatch()
         assert recording is not None
         records = self._turn % 2 == 0
@@ -133,7 +135,7 @@ class TimedPolicyNode(PolicyNode):
         else:
             self.recording = None
         try:
-            result = await super()._run_task(handle)
+            result = await super().run_task(handle)
         finally:
             self.recording = recording
         if result.termination != RunTask.Result.END_REFUSED and isinstance(self.loop, TimedLoop):
@@ -142,6 +144,19 @@ class TimedPolicyNode(PolicyNode):
             told |= {"begin": watch.begin, "missed": self.loop.timing.missed}
             print(json.dumps({**told, "commanded": self.loop.commanded, "done": self.loop.done}), flush=True)
         return result
+
+
+class TimedPolicyNode(PolicyNode):
+    TaskServer = TimedTaskServer
+
+    def _on_frame(self, camera: str, image: UInt8, stamp: float) -> None:
+        """A task without recording costs no frames either."""
+        if self.tasks is None or self.tasks.recording is not None:
+            super()._on_frame(camera, image, stamp)
+
+    def _on_applied(self, message: msg.Applied) -> None:
+        if self.tasks is None or self.tasks.recording is not None:
+            super()._on_applied(message)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""Subscriptions to what an arm and its cameras publish, feeding an Aligner; what is wrong with a message is told, once
-a second at most.
+"""Subscriptions to what an arm and its cameras publish, feeding an Aligner.
 
-Knows the contract's topics and a node to subscribe on. Decides nothing about motion.
+What is wrong with a message is logged, once a second at most per source. Knows the contract's topics and a node to
+subscribe on. Decides nothing about motion.
 """
 
 from __future__ import annotations
@@ -56,12 +56,15 @@ class Intake:
     ) -> None:
         topic_mapping = require_topic_mapping(contract)
         names = [c.name for c in contract.cameras] if cameras is None else list(cameras)
-        self.contract, self._clock, self._node = contract, clock, node
+        self.contract = contract
+        self._clock = clock
+        self._node = node
         self.aligner = Aligner(contract, max_skew=max_skew, cameras=names, keep_frames=6)
         self.received: Counter[str] = Counter()
         self.problems: dict[str, RatchetError] = {}
-        self._told: dict[str, float] = {}
-        self._on_data, self._on_frame = on_data, on_frame
+        self._logged_s: dict[str, float] = {}  # monotonic, of the newest log line per source
+        self._on_data = on_data
+        self._on_frame = on_frame
         self._subscriptions: list[Any] = []
         for name in [*names, *others]:
             camera = contract.camera(name)
@@ -80,14 +83,24 @@ class Intake:
             self._subscribe(kind, topic, self._state_callback(readers), profile)
 
     def close(self) -> None:
+        """Stop listening."""
         for subscription in self._subscriptions:
             self._node.destroy_subscription(subscription)
         self._subscriptions = []
 
     def missing(self) -> list[str]:
         """Contract names of sources that have delivered nothing yet."""
-        wanted = [*self.aligner.cameras, *(s.name for s in self.contract.state)]
-        return [name for name in wanted if not self.received[name]]
+        sources = [*self.aligner.cameras, *(s.name for s in self.contract.state)]
+        return [name for name in sources if not self.received[name]]
+
+    def describe(self) -> tuple[str, bool]:
+        """A line for /diagnostics, and whether every source delivers what the contract says."""
+        missing = self.missing()
+        if missing:
+            return f"missing {', '.join(missing)}", False
+        if self.problems:
+            return "; ".join(str(error) for error in self.problems.values()), False
+        return "complete", True
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -99,7 +112,7 @@ class Intake:
             try:
                 pixels = decode.image(message, camera)
             except RatchetError as error:
-                self._tell(camera.name, error)
+                self._report(camera.name, error)
                 return
             self.problems.pop(camera.name, None)
             stamp = self._clock.from_ros(message.header.stamp)
@@ -119,7 +132,7 @@ class Intake:
                 try:
                     values = reader.read(message)
                 except RatchetError as error:
-                    self._tell(name, error)
+                    self._report(name, error)
                     continue
                 if values is not None:
                     self.problems.pop(name, None)
@@ -133,9 +146,9 @@ class Intake:
         if self._on_data is not None:
             self._on_data()
 
-    def _tell(self, name: str, error: RatchetError) -> None:
+    def _report(self, name: str, error: RatchetError) -> None:
         self.problems[name] = error
-        now = time.monotonic()
-        if now - self._told.get(name, -1.0) > 1.0:
-            self._told[name] = now
+        now_s = time.monotonic()
+        if now_s - self._logged_s.get(name, -1.0) > 1.0:
+            self._logged_s[name] = now_s
             self._node.get_logger().error(str(error))

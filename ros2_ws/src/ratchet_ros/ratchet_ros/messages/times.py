@@ -13,13 +13,16 @@ from typing import Protocol
 
 from builtin_interfaces.msg import Time
 
+from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.clock import ExternalClock, MonotonicClock
 
-REORDERED = 0.5  # s of simulated time that messages of different topics may overtake each other by
+REORDERED_S = 0.5  # s of simulated time that messages of different topics may overtake each other by
 
-LAST = 2.0**31 - 1  # s, the last whole second that a stamp can hold
+LAST_STAMP_S = 2.0**31 - 1  # s, the last whole second that a stamp can hold
 
-TICK = 1e-6  # s that count as the same moment: stamps are rounded to nanoseconds, deadlines are sums of periods
+SAME_MOMENT_S = (
+    1e-6  # s that count as the same moment: stamps are rounded to nanoseconds, deadlines are sums of periods
+)
 
 
 def seconds(stamp: Time) -> float:
@@ -29,7 +32,7 @@ def seconds(stamp: Time) -> float:
 
 def to_time(moment: float) -> Time:
     """Seconds as ROS time, rounded to nanoseconds; what is not finite, negative or beyond its 32 bits becomes 0."""
-    if not 0.0 <= moment < LAST:
+    if not 0.0 <= moment < LAST_STAMP_S:
         return Time()
     nanoseconds = round(moment * 1e9)
     return Time(sec=nanoseconds // 1_000_000_000, nanosec=nanoseconds % 1_000_000_000)
@@ -60,6 +63,17 @@ class TimeBase(Protocol):
         ...
 
 
+def time_base(simulated: bool, lock_step: bool, stall_timeout_s: float) -> TimeBase:
+    """The clock that a node runs on. stall_timeout_s: real seconds without /clock after which waiting is given up.
+
+    Raises:
+        RatchetError: ros.bad_parameter for lock-step without simulated time.
+    """
+    if lock_step and not simulated:
+        raise RatchetError("ros.bad_parameter", "lock_step needs use_sim_time", where="lock_step")
+    return SimulatedTime(stall_timeout_s) if simulated else SteadyTime()
+
+
 class SteadyTime(MonotonicClock):
     """A real robot: the monotonic clock; header stamps are system time and mapped by what both clocks show now."""
 
@@ -84,15 +98,16 @@ class SimulatedTime(ExternalClock):
 
     def __init__(self, stall_timeout: float) -> None:
         super().__init__(stall_timeout)
-        self._limit, self._told = stall_timeout, math.inf
-        self._abandoned = False
+        self._stall_timeout_s = stall_timeout
+        self._updated_s = math.inf  # monotonic; nothing stalls before the first /clock
+        self._abandoned = False  # guarded by `_changed` of ExternalClock
         self._watchers: list[Callable[[], None]] = []
-        self._guard = threading.Lock()
+        self._watchers_lock = threading.Lock()  # `watch` comes from any thread
 
     def update(self, now: float) -> None:
-        """What /clock says. It may arrive after data of the same moment; a real step back is passed on."""
-        self._told = time.monotonic()
-        if self.now() - REORDERED < now < self.now():
+        """Take what /clock says. It may arrive after data of the same moment; a real step back is passed on."""
+        self._updated_s = time.monotonic()
+        if self.now() - REORDERED_S < now < self.now():
             return
         super().update(now)
         for changed in self._watchers:
@@ -100,9 +115,12 @@ class SimulatedTime(ExternalClock):
 
     def sleep_until(self, moment: float) -> bool:
         with self._changed:
-            while self._now < moment - TICK:
+            while self._now < moment - SAME_MOMENT_S:
                 standing = self._stalled or self._abandoned  # then a stop goes on at the rate of a running clock
-                if not self._changed.wait(min(self._limit, moment - self._now) if standing else self._limit):
+                limit_s = self._stall_timeout_s
+                if standing:
+                    limit_s = min(limit_s, moment - self._now)
+                if not self._changed.wait(limit_s):
                     self._stalled = True
                     return False
         return True
@@ -116,7 +134,7 @@ class SimulatedTime(ExternalClock):
     def from_ros(self, stamp: Time) -> float:
         """Data of a moment shows that the moment has come, whether or not /clock got here first."""
         moment = seconds(stamp)
-        if self.now() < moment < self.now() + REORDERED:
+        if self.now() < moment < self.now() + REORDERED_S:
             self.update(moment)
         return moment
 
@@ -124,9 +142,9 @@ class SimulatedTime(ExternalClock):
         return to_time(moment)
 
     def watch(self, changed: Callable[[], None]) -> None:
-        with self._guard:
+        with self._watchers_lock:
             self._watchers.append(changed)
 
     @property
     def stalled(self) -> bool:
-        return time.monotonic() - self._told > self._limit
+        return time.monotonic() - self._updated_s > self._stall_timeout_s

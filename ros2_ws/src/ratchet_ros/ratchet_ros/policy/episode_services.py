@@ -40,7 +40,8 @@ LABEL_VALUES: dict[int, LabelValue] = {
 class EpisodeServices:
     """Serves both. Without a recording, both are refused with the parameter that is missing.
 
-    name: gives the next episode's. busy: the running task, empty for none.
+    next_name: gives the next episode's. running_task: empty for none. Messages and services come on the executor
+    thread; what waits for the disk runs in a thread of its own.
     """
 
     def __init__(
@@ -49,17 +50,22 @@ class EpisodeServices:
         recording: EpisodeRecording | None,
         intake: Intake,
         clock: TimeBase,
-        name: Callable[[], str],
-        busy: Callable[[], str],
+        *,
+        next_name: Callable[[], str],
+        running_task: Callable[[], str],
     ) -> None:
-        self._node, self._recording, self._intake, self._clock = node, recording, intake, clock
-        self._name, self._busy = name, busy
+        self._node = node
+        self._recording = recording
+        self._intake = intake
+        self._clock = clock
+        self._next_name = next_name
+        self._running_task = running_task
         self.by_hand = ""  # the episode that a person records now
         self._timer: Any = None
-        self._index = 0
-        self._sent: msg.Applied | None = None
-        self._button: LabelValue | None = None  # that is held down now
-        self._served = [
+        self._tick_index = 0
+        self._newest_applied: msg.Applied | None = None  # since the last tick
+        self._held_button: LabelValue | None = None
+        self._services = [
             node.create_service(srv.RecordEpisode, "~/record", self._serve_record),
             node.create_service(srv.VerifyEpisode, "~/verify", self._serve_verify),
         ]
@@ -67,12 +73,13 @@ class EpisodeServices:
     def destroy(self) -> None:
         if self.by_hand:
             self._stop_ticking()
-        for service in self._served:
+        for service in self._services:
             service.destroy()
 
     def on_applied(self, message: msg.Applied) -> None:
         """While a person records, whoever drives the arm is shown in the ticks."""
-        self._sent = message if message.sent else self._sent
+        if message.sent:
+            self._newest_applied = message
 
     # -- recording by hand -----------------------------------------------------------------------------------------
 
@@ -89,18 +96,20 @@ class EpisodeServices:
         return response
 
     def _start(self, task: str, instruction: str) -> str:
-        recording = self._required()
+        recording = self._require_recording()
         if not self._node.active:
             raise RatchetError("ros.not_active", "the node is not active", fix="ratchet ctl lifecycle activate")
-        if self._busy():
-            raise RatchetError("ros.busy", f"task {self._busy()!r} is being recorded", fix="wait for its end")
+        if self._running_task():
+            raise RatchetError("ros.busy", f"task {self._running_task()!r} is being recorded", fix="wait for its end")
         if self.by_hand:
             raise RatchetError("recorder.busy", f"{self.by_hand} is being recorded", fix="stop it first")
         require_goal(task, instruction)
-        name = self._name()
+        name = self._next_name()
         recording.prepare(name, mode="demonstration")
         recording.begin(task, instruction, self._clock.now())
-        self.by_hand, self._index, self._sent = name, 0, None
+        self.by_hand = name
+        self._tick_index = 0
+        self._newest_applied = None
         self._timer = self._node.create_timer(1.0 / self._intake.contract.control_hz, self._tick)
         return name
 
@@ -113,26 +122,32 @@ class EpisodeServices:
             return  # nothing was measured yet
         if recording is None:
             return
-        sent, self._sent = self._sent, None
-        moved = sent is not None and len(sent.action) > 0
+        applied = self._newest_applied
+        self._newest_applied = None
+        command = None
+        marks = Mark.NONE
+        if applied is not None:
+            marks = Mark(applied.marks)
+            if len(applied.action) > 0:
+                command = np.array(applied.action, np.float32)
         now = self._clock.now()
         tick = ControlTick(
             stamp=now,
             deadline=now,
-            index=self._index,
+            index=self._tick_index,
             sampled=None,
-            command=np.array(sent.action, np.float32) if sent is not None and moved else None,
-            marks=Mark(sent.marks) if sent is not None else Mark.NONE,
+            command=command,
+            marks=marks,
             chunk_sequence=-1,
             chunk_offset=-1,
             adapter_id="",
             state=state,
         )
-        self._index += 1
+        self._tick_index += 1
         recording.recorder.tick(tick)
 
     def _stop(self, discard: bool) -> str:
-        recording = self._required()
+        recording = self._require_recording()
         if not self.by_hand:
             raise RatchetError("recorder.idle", "nobody records by hand")
         self._stop_ticking()
@@ -155,7 +170,7 @@ class EpisodeServices:
             if label is None:
                 raise RatchetError("episode.bad_label", f"no label {request.label}", fix="FAILURE, SUCCESS or DISCARD")
 
-            episode = request.episode or self._last()
+            episode = request.episode or self._last_episode()
 
             def work() -> Label:
                 return self.annotate(episode, label, request.person, request.note)
@@ -167,15 +182,21 @@ class EpisodeServices:
         return response
 
     def on_operator(self, message: msg.OperatorInput) -> None:
-        """A button that is pressed anew while nothing runs labels the episode that ended last; the press that ended it
-        does not, however long it lasts. While something runs, the attempt's labeller listens instead."""
-        before, self._button = self._button, BUTTONS.get(message.judge)
-        label, recording = self._button, self._recording
-        if label is None or label == before or recording is None or not recording.last:
+        """A button that is pressed anew while nothing runs labels the episode that ended last.
+
+        The press that ended the episode does not, however long it lasts. While something runs, the attempt's labeller
+        listens instead.
+        """
+        previous_button = self._held_button
+        label = BUTTONS.get(message.judge)
+        self._held_button = label
+        recording = self._recording
+        if label is None or label == previous_button or recording is None or not recording.last:
             return
-        if self._busy() or self.by_hand:
+        if self._running_task() or self.by_hand:
             return
-        name, annotator = recording.last, message.person
+        name = recording.last
+        annotator = message.person
 
         def work() -> None:
             try:
@@ -190,18 +211,18 @@ class EpisodeServices:
         self, episode: str, label: LabelValue, annotator: str, note: str, viewed: Viewed = BY_SERVICE
     ) -> Label:
         """Append a label to the store's index; waits for the disk. Raises what `Annotations.annotate` raises."""
-        annotations = Annotations(EpisodeStore(self._required().folder))
+        annotations = Annotations(EpisodeStore(self._require_recording().folder))
         return annotations.annotate(episode, label, annotator, note=note, viewed=viewed)
 
-    def _last(self) -> str:
-        name = self._required().last
+    def _last_episode(self) -> str:
+        name = self._require_recording().last
         if not name:
             raise RatchetError(
                 "episode.unknown", "nothing was recorded since the node was started", fix="name an episode"
             )
         return name
 
-    def _required(self) -> EpisodeRecording:
+    def _require_recording(self) -> EpisodeRecording:
         if self._recording is None:
             raise RatchetError("recorder.off", "this node records nothing", fix="set its parameter `episodes`")
         return self._recording
