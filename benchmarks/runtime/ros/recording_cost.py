@@ -18,7 +18,7 @@ from ratchet_msgs.action import RunTask
 
 from ratchet_ros.nodes.base import spin
 from ratchet_ros.policy.node import PolicyNode
-from ratchet_ros.policy.task_server import TaskServer
+from ratchet_ros.policy.servers.task_server import TaskServer
 from ratchet_vla.records import ControlTick, UInt8
 from ratchet_vla.runtime.control.loop import ControlLoop
 
@@ -119,12 +119,15 @@ class TimedTaskServer(TaskServer):
         self._turn = 0
 
     def prepare(self, goal: Any) -> None:
+        """The goal's loop, timed."""
         super().prepare(goal)
         assert self.loop is not None
         self.loop = TimedLoop.of(self.loop)
 
     async def run_task(self, handle: Any) -> RunTask.Result:
-        recording, watch = self.recording, Stopwatch()
+        """One goal; what was measured of it goes to stdout."""
+        recording = self.recording
+        watch = Stopwatch()
         assert recording is not None
         records = self._turn % 2 == 0
         if records:
@@ -147,6 +150,8 @@ class TimedTaskServer(TaskServer):
 
 
 class TimedPolicyNode(PolicyNode):
+    """policy_node with the stopwatch in it."""
+
     TaskServer = TimedTaskServer
 
     def _on_frame(self, camera: str, image: UInt8, stamp: float) -> None:

@@ -23,17 +23,17 @@ from ratchet_ros.messages.times import TimeBase, seconds, time_base
 from ratchet_ros.nodes.base import Line, RatchetNode, spin
 from ratchet_ros.policy import params as policy_params
 from ratchet_ros.policy import task_run, wire_tap
-from ratchet_ros.policy.adapter_services import AdapterServices
-from ratchet_ros.policy.episode_services import EpisodeServices
-from ratchet_ros.policy.fault_services import FaultServices
 from ratchet_ros.policy.labeller import RosLabeller
 from ratchet_ros.policy.parts import PolicyParts
 from ratchet_ros.policy.recording import EpisodeRecording
 from ratchet_ros.policy.robot import LockStepRosRobot, NotingSafety, RosRobot, StampedRosRobot
 from ratchet_ros.policy.safety_link import SafetyNodeLink
+from ratchet_ros.policy.servers.adapter_services import AdapterServices
+from ratchet_ros.policy.servers.episode_services import EpisodeServices
+from ratchet_ros.policy.servers.fault_services import FaultServices
+from ratchet_ros.policy.servers.status import StatusReports
+from ratchet_ros.policy.servers.task_server import TaskServer
 from ratchet_ros.policy.sessions import NodeSessions, open_sessions
-from ratchet_ros.policy.status import StatusReports
-from ratchet_ros.policy.task_server import TaskServer
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.records import ActionChunk, SafetyEvent, UInt8
 from ratchet_vla.runtime.inference.client import PolicyClient

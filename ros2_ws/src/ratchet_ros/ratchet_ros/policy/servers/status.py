@@ -13,7 +13,7 @@ from ratchet_msgs import msg
 from ratchet_ros.messages import qos
 from ratchet_ros.nodes.base import ERROR, OK, WARN, Line
 from ratchet_ros.policy.parts import PolicyParts
-from ratchet_ros.policy.task_server import TaskServer
+from ratchet_ros.policy.servers.task_server import TaskServer
 
 JITTER_TICKS = 1000  # newest ticks that the published jitter is taken over
 DEAD_POLICY = ("failed", "stopped")
