@@ -84,13 +84,13 @@ def machine_label(termination: str, decisions: int, human_ticks: int) -> bool | 
 
 def doubt(episode: Episode) -> str:
     """Why the simulator's word on a recorded episode does not count; empty where it does."""
-    human = sum(bool(tick.marks & Mark.HUMAN) for tick in episode.ticks)
-    if human:
-        return f"a person drove {human} of its {len(episode.ticks)} control periods"
+    human_ticks = sum(bool(tick.marks & Mark.HUMAN) for tick in episode.ticks)
+    if human_ticks:
+        return f"a person drove {human_ticks} of its {len(episode.ticks)} control periods"
     decisions = sum(bool(step.steps_run) for step in episode.steps)
     if not decisions:
         return "the policy decided nothing in it"
-    success = machine_label(episode.termination, decisions, human)
+    success = machine_label(episode.termination, decisions, human_ticks)
     if success is None or success is not episode.success:
         ended = episode.termination or "nobody knows how"
         return f"it is called a {'success' if episode.success else 'failure'}, and ended: {ended}"

@@ -53,7 +53,8 @@ def episode_of(facts: dict[str, Any], rate: Rate, found: Iterable[Row], came_fro
     Tokens and log-probabilities are in no export, so that nothing here can enter a policy gradient.
     """
     try:
-        adapter, instruction = facts["adapter_id"], facts["instruction"]
+        adapter = facts["adapter_id"]
+        instruction = facts["instruction"]
         steps: list[Step] = []
         ticks: list[ControlTick] = []
         for i, row in enumerate(found):
@@ -96,7 +97,8 @@ def contract_of(raw: Any, where: str, given: RobotContract | None) -> RobotContr
     own = RobotContract.from_dict(json.loads(raw) if isinstance(raw, str) else raw, where, rules=False)
     if given is None or given.id == own.id:
         return own
-    mine, theirs = _meaning(own), _meaning(given)
+    mine = _meaning(own)
+    theirs = _meaning(given)
     other = [name for name in mine if mine[name] != theirs[name]]
     if other:
         raise RatchetError(

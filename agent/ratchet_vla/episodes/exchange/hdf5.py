@@ -128,7 +128,8 @@ def _write_chunks(demo: Any, kept: list[Row], size: int) -> None:
     executed = np.zeros((len(kept), max(lengths)), np.int64)
     for i, row in enumerate(kept):
         if row.chunk is not None and row.flags is not None:
-            chunks[i, : lengths[i]], executed[i, : lengths[i]] = row.chunk, row.flags
+            chunks[i, : lengths[i]] = row.chunk
+            executed[i, : lengths[i]] = row.flags
     demo.create_dataset("action_chunks", data=chunks)
     demo.create_dataset("chunk_executed", data=executed)
     demo.create_dataset("chunk_lengths", data=np.array(lengths, np.int64))

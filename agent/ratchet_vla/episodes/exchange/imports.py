@@ -115,7 +115,8 @@ def demonstration(
 
     images, states: N of each. actions: (N, D) float32, physical units. human: which of them were; all if absent.
     """
-    steps, ticks = [], []
+    steps = []
+    ticks = []
     for i, action in enumerate(np.asarray(actions, np.float32)):
         stamp = i / contract.control_hz
         state = {name: np.asarray(values, np.float32) for name, values in states[i].items()}
@@ -216,7 +217,9 @@ class LeRobotSet:
     """One data set of version 3.0 or 2.1, held against the contract. rate: frames per second, or the contract's."""
 
     def __init__(self, folder: Path, contract: RobotContract, mapping: NameMapping, rate: float | None = None) -> None:
-        self._folder, self._contract, self._mapping = folder, contract, mapping
+        self._folder = folder
+        self._contract = contract
+        self._mapping = mapping
         self._rate = contract.control_hz if rate is None else rate
         try:
             self._info = json.loads((folder / "meta/info.json").read_text())
@@ -262,7 +265,8 @@ class LeRobotSet:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        contract, where = self._contract, str(self._folder)
+        contract = self._contract
+        where = str(self._folder)
         for key, names, code in (
             ("action", [d.name for d in contract.action.dims], "actions"),
             ("observation.state", state_names(contract), "state"),
@@ -301,7 +305,8 @@ class LeRobotSet:
     def _path(self, template: str, row: dict[str, Any], prefix: str, key: str = "") -> Path:
         number = row["episode_index"]
         if self._version == "v3.0":
-            chunk, file = row[f"{prefix}/chunk_index"], row[f"{prefix}/file_index"]
+            chunk = row[f"{prefix}/chunk_index"]
+            file = row[f"{prefix}/file_index"]
             return self._folder / template.format(chunk_index=chunk, file_index=file, video_key=key)
         chunk = number // self._info["chunks_size"]
         return self._folder / template.format(episode_chunk=chunk, episode_index=number, video_key=key)

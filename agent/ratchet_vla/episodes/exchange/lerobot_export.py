@@ -117,7 +117,8 @@ def export_lerobot(
         RatchetError: export.exists, export.differs where what was read back is not what was recorded, and what
             `choose` and the format raise; nothing is left behind then.
     """
-    options, tell = options or ExportOptions(), progress or (lambda what, done, of: None)
+    options = options or ExportOptions()
+    tell = progress or (lambda what, done, of: None)
     chosen = choose(annotations, references, options.unverified)
     if target.exists():
         raise RatchetError("export.exists", "there is something already", where=str(target), fix="name a new folder")
@@ -158,7 +159,9 @@ class _Writer:
     def __init__(
         self, annotations: Annotations, folder: Path, chosen: list[tuple[Card, LabelStatus]], options: ExportOptions
     ) -> None:
-        self._annotations, self._folder, self._options = annotations, folder, options
+        self._annotations = annotations
+        self._folder = folder
+        self._options = options
         readers = [annotations.store.open(card.id) for card, _ in chosen]
         self.contract: RobotContract = readers[0].info.robot()
         control = options.rate == "control" or (
@@ -172,7 +175,8 @@ class _Writer:
         )
         self._schema = lerobot.data_schema(self.columns)
         self._data: Any = None
-        self._data_at, self._data_bytes = (0, 0), 0
+        self._data_at = (0, 0)
+        self._data_bytes = 0
         self._videos: dict[str, VideoFile] = {}
         self._video_at: dict[str, tuple[int, int]] = {c.name: (0, 0) for c in self.contract.cameras}
         self._tasks: list[str] = []
@@ -243,7 +247,8 @@ class _Writer:
         if self._data is None or self._data_bytes > lerobot.DATA_MB << 20:
             if self._data is not None:
                 self._data.close()
-                self._data_at, self._data_bytes = lerobot.next_file(*self._data_at), 0
+                self._data_at = lerobot.next_file(*self._data_at)
+                self._data_bytes = 0
             path = self._folder / lerobot.DATA_PATH.format(chunk_index=self._data_at[0], file_index=self._data_at[1])
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data = pq.ParquetWriter(path, self._schema, compression="snappy")
@@ -307,7 +312,8 @@ class _Writer:
             "dataset_to_index": self.frames + count,
         }
         for camera in self.contract.cameras:
-            key, start = f"videos/{lerobot.IMAGES}{camera.name}", starts[camera.name]
+            key = f"videos/{lerobot.IMAGES}{camera.name}"
+            start = starts[camera.name]
             row[f"{key}/chunk_index"], row[f"{key}/file_index"] = self._video_at[camera.name]
             row[f"{key}/from_timestamp"] = start / self.fps
             row[f"{key}/to_timestamp"] = (start + count) / self.fps

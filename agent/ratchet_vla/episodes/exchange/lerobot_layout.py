@@ -20,12 +20,17 @@ from ratchet_vla.errors import RatchetError
 
 VERSION = "v3.0"
 CHUNK_SIZE = 1000
-DATA_MB, VIDEO_MB = 100, 200
+DATA_MB = 100
+VIDEO_MB = 200
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-IMAGES, STATE, ACTION, CHUNK = "observation.images.", "observation.state", "action", "action.chunk"
-CHUNK_EXECUTED, CHUNK_RAN = "action.chunk.executed", "action.chunk.steps_run"
+IMAGES = "observation.images."
+STATE = "observation.state"
+ACTION = "action"
+CHUNK = "action.chunk"
+CHUNK_EXECUTED = "action.chunk.executed"
+CHUNK_RAN = "action.chunk.steps_run"
 FRESH = "is_decision"  # of rows at control rate: frames and state are of this moment, not repeated
 DEFAULTS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 _ARROW = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_()}
@@ -81,11 +86,13 @@ def features(
 
 def data_schema(columns: dict[str, dict[str, Any]]) -> pa.Schema:
     """Arrow schema of the data files, with the metadata that the `datasets` library leaves there."""
-    fields, described = [], {}
+    fields = []
+    described = {}
     for name, column in columns.items():
         if column["dtype"] == "video":
             continue
-        value, size = {"dtype": column["dtype"], "_type": "Value"}, column["shape"][0]
+        value = {"dtype": column["dtype"], "_type": "Value"}
+        size = column["shape"][0]
         plain = _ARROW[column["dtype"]]
         fields.append(pa.field(name, plain if size == 1 else pa.list_(pa.field("element", plain), size)))
         described[name] = value if size == 1 else {"feature": value, "length": size, "_type": "List"}

@@ -128,7 +128,8 @@ def _decision_rows(reader: EpisodeReader, *, spread: bool) -> Iterator[Row]:
     """spread: as many rows of each decision as it had control steps; its reward comes with the last of them."""
     period = 1.0 / reader.info.robot().control_hz
     for step in reader.episode().steps:
-        seen, actions = step.observation, step.chunk.actions
+        seen = step.observation
+        actions = step.chunk.actions
         human = not step.chunk.adapter_id and not step.executed.any()
         count = max(step.steps_run, 1) if spread else 1
         for k in range(count):
@@ -166,7 +167,8 @@ def _camera_topics(reader: EpisodeReader) -> tuple[dict[str, str], dict[str, Dec
     codecs: dict[str, Codec] = {}
     for group, named in reader.info.topics.items():
         for camera, topic in named.items():
-            cameras[topic], codecs[topic] = camera, reader.codec(group)
+            cameras[topic] = camera
+            codecs[topic] = reader.codec(group)
     return cameras, {t: Decoder(c, str(reader.path)) for t, c in codecs.items()}, codecs
 
 

@@ -60,7 +60,11 @@ def human_samples(
             raise RatchetError(
                 "episode.not_verified", "nobody has verified it", where=episode[:12], fix="label it first"
             )
-    images, states, actions, task, start = [], [], [], [], []
+    images = []
+    states = []
+    actions = []
+    task = []
+    start = []
     tasks: dict[str, str] = {}
     for number, (card, status) in enumerate(annotations.verified()):
         if not status.success or (wanted and card.id not in wanted):

@@ -43,7 +43,9 @@ class VideoFile:
             stream: Any = self._container.add_stream(_ENCODERS[codec], rate=fps)
         except (ValueError, av.error.FFmpegError) as error:
             raise RatchetError("export.no_encoder", str(error), where=codec, fix="choose the other codec") from error
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width = width
+        stream.height = height
+        stream.pix_fmt = "yuv420p"
         stream.options = {"g": str(KEYFRAMES), "crf": str(crf), **_OPTIONS[codec]}
         if codec == "h264":
             stream.codec_context.thread_count = 1

@@ -26,7 +26,7 @@ from ratchet_vla.records import (
     UInt8,
 )
 
-KEEP = 64  # frames of one camera that an observation may look back to
+LOOK_BACK_FRAMES = 64  # frames of one camera that an observation may look back to
 
 
 class Assembly:
@@ -35,8 +35,10 @@ class Assembly:
     codecs: "stream" and "decisions" -> codec. images: whether observations get theirs.
     """
 
-    def __init__(self, info: EpisodeInfo, codecs: Mapping[str, Codec], where: str, images: bool) -> None:
-        self._info, self._where, self._want = info, where, images
+    def __init__(self, info: EpisodeInfo, codecs: Mapping[str, Codec], location: str, images: bool) -> None:
+        self._info = info
+        self._location = location
+        self._with_images = images
         self._codecs: dict[str, Codec] = {}
         for group, cameras in info.topics.items():
             self._codecs |= dict.fromkeys(cameras.values(), codecs[group])
@@ -80,10 +82,10 @@ class Assembly:
         """What came together. ending: None where the file was cut off."""
         info = self._info
         meta = dict(info.meta)
-        steps, lost = self._make_steps()
+        steps, lost_steps = self._make_steps()
         recording: dict[str, Any] = {}
-        if lost:
-            recording["steps_without_frames"] = lost
+        if lost_steps:
+            recording["steps_without_frames"] = lost_steps
         if ending is None or ending.recovered:
             recording["cut_off"] = True
         if ending is not None and ending.dropped:
@@ -107,45 +109,48 @@ class Assembly:
 
     def _image(self, topic: str, index: int, body: Any) -> None:
         if topic not in self._decoders:
-            self._decoders[topic] = Decoder(self._codecs[topic], self._where)
-        kept = self._encoded.setdefault(topic, {})
+            self._decoders[topic] = Decoder(self._codecs[topic], self._location)
+        recent = self._encoded.setdefault(topic, {})
         # H.264 depends on the frames before; of the others, only what is asked for is decoded.
-        kept[index] = decode_frame(self._decoders[topic], body) if self._codecs[topic] == "h264" else body
+        recent[index] = decode_frame(self._decoders[topic], body) if self._codecs[topic] == "h264" else body
         # An observation comes after its frames; older ones are nobody's any more.
-        kept.pop(index - KEEP, None)
+        recent.pop(index - LOOK_BACK_FRAMES, None)
 
     def _observation(self, body: Any) -> None:
-        images, lost = {}, False
+        images = {}
+        has_lost_frames = False
         for camera, topic, index in zip(body.cameras, body.topics, body.frames, strict=True):
-            if not self._want:
-                lost |= index < 0
+            if not self._with_images:
+                has_lost_frames |= index < 0
                 continue
-            found = self._encoded.get(topic, {}).get(index)
-            if found is None:
-                lost = True
+            frame = self._encoded.get(topic, {}).get(index)
+            if frame is None:
+                has_lost_frames = True
             else:
-                is_image = isinstance(found, np.ndarray)
-                images[camera] = found if is_image else decode_frame(self._decoders[topic], found)
-        seen = Observation(
+                is_image = isinstance(frame, np.ndarray)
+                images[camera] = frame if is_image else decode_frame(self._decoders[topic], frame)
+        observation = Observation(
             images=images,
             state=split_state(body),
             instruction=body.instruction,
             stamp=body.stamp,
             sequence=body.sequence,
         )
-        self._observations.append((seen, lost))
+        self._observations.append((observation, has_lost_frames))
 
     def _make_steps(self) -> tuple[list[Step], int]:
-        steps, lost, told = [], 0, set()
+        steps = []
+        lost_steps = 0
+        reported_chunks = set()
         for body in self._steps:
-            seen, missing = self._observations[body.observation]
-            told.add(body.chunk)
-            if missing:
-                lost += 1
+            observation, has_lost_frames = self._observations[body.observation]
+            reported_chunks.add(body.chunk)
+            if has_lost_frames:
+                lost_steps += 1
                 continue
             steps.append(
                 Step(
-                    observation=seen,
+                    observation=observation,
                     chunk=self._chunks[body.chunk],
                     executed=np.array(body.executed, np.bool_),
                     reward=body.reward,
@@ -154,25 +159,32 @@ class Assembly:
                 )
             )
         for index, chunk in enumerate(self._chunks):
-            if index in told:
+            if index in reported_chunks:
                 continue  # what follows was cut off before anybody told what became of the chunk: the ticks know
             derived = self._derive(chunk)
             if derived is None:
-                lost += 1
+                lost_steps += 1
             else:
                 steps.append(derived)
-        return steps, lost
+        return steps, lost_steps
 
     def _derive(self, chunk: ActionChunk) -> Step | None:
         sequence = chunk.observation_sequence
-        seen = next((s for s, missing in self._observations if s.sequence == sequence and not missing), None)
-        if seen is None:
+        observation = next(
+            (
+                candidate
+                for candidate, has_lost_frames in self._observations
+                if candidate.sequence == sequence and not has_lost_frames
+            ),
+            None,
+        )
+        if observation is None:
             return None
         executed = np.zeros(len(chunk.actions), np.bool_)
-        mine = [t for t in self._ticks if t.chunk_sequence == sequence]
-        for tick in mine:
+        chunk_ticks = [tick for tick in self._ticks if tick.chunk_sequence == sequence]
+        for tick in chunk_ticks:
             executed[tick.chunk_offset] = tick.fate == Mark.NONE and tick.reached is not None
-        return Step(seen, chunk, executed, 0.0, False, len(mine))
+        return Step(observation, chunk, executed, 0.0, False, len(chunk_ticks))
 
 
 def decode_frame(decoder: Decoder, body: Any) -> UInt8:
@@ -199,10 +211,10 @@ def tick_of(body: Any) -> ControlTick:
 
 def split_state(body: Any) -> dict[str, Float32]:
     values = np.array(body.state, np.float32)
-    ends = np.cumsum(body.state_sizes, dtype=int)
+    end_offsets = np.cumsum(body.state_sizes, dtype=int)
     return {
         name: values[end - size : end].copy()
-        for name, size, end in zip(body.state_names, body.state_sizes, ends, strict=True)
+        for name, size, end in zip(body.state_names, body.state_sizes, end_offsets, strict=True)
     }
 
 

@@ -20,22 +20,27 @@ __all__ = ["EpisodeEnding", "EpisodeInfo"]
 FORMAT = 1
 SUFFIX = ".mcap"
 OPEN_SUFFIX = ".mcap.open"  # still being written, or cut off
-BEGIN_RECORD, END_RECORD = "ratchet.episode", "ratchet.end"
+BEGIN_RECORD = "ratchet.episode"
+END_RECORD = "ratchet.end"
 
 Codec = Literal["raw", "png", "jpeg", "h264"]
 LOSSLESS: tuple[Codec, ...] = ("raw", "png")
 
 OURS = "/ratchet/"  # every topic of ours begins so: what was on the wire lies beside them under its own name
-OBSERVATION, CHUNK, STEP = "/ratchet/observation", "/ratchet/chunk", "/ratchet/step"
-TICK, EVENT, COMMAND = "/ratchet/tick", "/ratchet/event", "/ratchet/command"
+OBSERVATION = "/ratchet/observation"
+CHUNK = "/ratchet/chunk"
+STEP = "/ratchet/step"
+TICK = "/ratchet/tick"
+EVENT = "/ratchet/event"
+COMMAND = "/ratchet/command"
 
 _TIME = "MSG: builtin_interfaces/Time\nint32 sec\nuint32 nanosec\n"
 _HEADER = "MSG: std_msgs/Header\nbuiltin_interfaces/Time stamp\nstring frame_id\n"
 _RULE = "=" * 80 + "\n"
 
 
-def _with(text: str, *parts: str) -> str:
-    return text + "".join(_RULE + part for part in parts)
+def _with(definition: str, *dependencies: str) -> str:
+    return definition + "".join(_RULE + dependency for dependency in dependencies)
 
 
 # Stamps are repeated as float64 beside the header: a ROS time in whole nanoseconds would round them.
@@ -150,19 +155,19 @@ class EpisodeInfo:
         return {"format": str(FORMAT), "info": json.dumps(dataclasses.asdict(self), sort_keys=True)}
 
     @classmethod
-    def from_record(cls, record: dict[str, str], where: str) -> EpisodeInfo:
+    def from_record(cls, record: dict[str, str], location: str) -> EpisodeInfo:
         """Raises RatchetError episode.unknown_format, episode.damaged."""
         if record.get("format") != str(FORMAT):
             raise RatchetError(
                 "episode.unknown_format",
                 f"episode format {record.get('format')!r}, this version reads {FORMAT}",
-                where=where,
+                where=location,
                 fix="read it with the version of Ratchet that wrote it",
             )
         try:
             return cls(**json.loads(record["info"]))
         except (KeyError, ValueError, TypeError) as error:
-            raise RatchetError("episode.damaged", f"unreadable header: {error}", where=where) from None
+            raise RatchetError("episode.damaged", f"unreadable header: {error}", where=location) from None
 
     def robot(self) -> RobotContract:
         """The contract in force, as an object; checked against its id."""
@@ -203,12 +208,12 @@ class EpisodeEnding:
         return {"end": json.dumps(dataclasses.asdict(self), sort_keys=True)}
 
     @classmethod
-    def from_record(cls, record: dict[str, str], where: str) -> EpisodeEnding:
+    def from_record(cls, record: dict[str, str], location: str) -> EpisodeEnding:
         """Raises RatchetError episode.damaged."""
         try:
             return cls(**json.loads(record["end"]))
         except (KeyError, ValueError, TypeError) as error:
-            raise RatchetError("episode.damaged", f"unreadable ending: {error}", where=where) from None
+            raise RatchetError("episode.damaged", f"unreadable ending: {error}", where=location) from None
 
 
 def image_topic(camera: str, codec: Codec, group: str) -> tuple[str, str]:
@@ -227,16 +232,16 @@ def ros_name(name: str) -> str:
     return clean if clean[:1].isalpha() else f"n{clean}"
 
 
-def check_meta(meta: dict[str, Any], where: str) -> None:
+def check_meta(meta: dict[str, Any], location: str) -> None:
     """Raises RatchetError episode.bad_meta for what JSON would not give back as it is."""
     try:
-        same = json.loads(json.dumps(meta)) == meta
+        survives_json = json.loads(json.dumps(meta)) == meta
     except (TypeError, ValueError):
-        same = False
-    if not same:
+        survives_json = False
+    if not survives_json:
         raise RatchetError(
             "episode.bad_meta",
             "meta holds something that JSON does not give back as it is",
-            where=where,
+            where=location,
             fix="use strings, finite numbers, booleans, None, lists and string keys",
         )

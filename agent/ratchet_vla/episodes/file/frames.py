@@ -25,7 +25,9 @@ class Encoder:
     """
 
     def __init__(self, codec: Codec, quality: int = 90, rate: float = 30.0) -> None:
-        self.codec, self._quality, self._rate = codec, quality, rate
+        self.codec = codec
+        self._quality = quality
+        self._rate = rate
         self._video: Any = None
         self._count = 0
 
@@ -35,12 +37,12 @@ class Encoder:
             return image.tobytes()
         if self.codec == "h264":
             return self._h264(image)
-        swapped = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        image_bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         if self.codec == "png":
-            done, data = cv2.imencode(".png", swapped, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+            encoded, data = cv2.imencode(".png", image_bgr, [cv2.IMWRITE_PNG_COMPRESSION, 1])
         else:
-            done, data = cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, self._quality])
-        if not done:
+            encoded, data = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, self._quality])
+        if not encoded:
             raise RatchetError("episode.bad_frame", f"{self.codec} cannot hold an image of shape {image.shape}")
         return bytes(data.tobytes())
 
@@ -54,14 +56,16 @@ class Encoder:
                     "episode.bad_frame", f"H.264 needs even sizes, not {width}x{height}", fix="record JPEG instead"
                 )
             video: Any = av.CodecContext.create("libx264", "w")
-            video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+            video.width = width
+            video.height = height
+            video.pix_fmt = "yuv420p"
             video.framerate = Fraction(self._rate).limit_denominator(1000)
             video.time_base = 1 / video.framerate
-            crf = round(51 - self._quality * 0.37)  # 90 -> 18, visually lossless; 50 -> 32
+            rate_factor = round(51 - self._quality * 0.37)  # 90 -> 18, visually lossless; 50 -> 32
             video.options = {
                 "preset": "ultrafast",
                 "tune": "zerolatency",
-                "crf": str(crf),
+                "crf": str(rate_factor),
                 "g": str(max(1, round(self._rate * KEYFRAME_SECONDS))),
                 "x264-params": "repeat-headers=1:annexb=1",
             }
@@ -76,8 +80,9 @@ class Encoder:
 class Decoder:
     """The other direction; frames must come in the order in which they were written."""
 
-    def __init__(self, codec: Codec, where: str = "") -> None:
-        self.codec, self._where = codec, where
+    def __init__(self, codec: Codec, location: str = "") -> None:
+        self.codec = codec
+        self._location = location
         self._video: Any = None
 
     def decode(self, data: bytes, height: int = 0, width: int = 0) -> UInt8:
@@ -109,5 +114,5 @@ class Decoder:
             raise self._bad(f"an access unit gave {len(frames)} frames")
         return np.asarray(frames[0].to_ndarray(format="rgb24"), np.uint8)
 
-    def _bad(self, what: str) -> RatchetError:
-        return RatchetError("episode.bad_frame", what, where=self._where, fix="the file is damaged: verify it")
+    def _bad(self, problem: str) -> RatchetError:
+        return RatchetError("episode.bad_frame", problem, where=self._location, fix="the file is damaged: verify it")

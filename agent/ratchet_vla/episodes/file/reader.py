@@ -27,10 +27,10 @@ from ratchet_vla.storage.documents import hash_file
 
 __all__ = ["EpisodeReader", "Item", "read_episode"]
 
-SMALL = (fmt.OBSERVATION, fmt.CHUNK, fmt.STEP, fmt.TICK, fmt.EVENT)  # everything that is no image and no plot
+RECORD_TOPICS = (fmt.OBSERVATION, fmt.CHUNK, fmt.STEP, fmt.TICK, fmt.EVENT)  # everything that is no image and no plot
 RECORD_LIMIT = 1 << 30
 # What the libraries raise on bytes that are cut off or changed.
-TORN = (McapError, ZstdError, struct.error, ValueError, LookupError, TypeError, EOFError, MemoryError)
+TORN_ERRORS = (McapError, ZstdError, struct.error, ValueError, LookupError, TypeError, EOFError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,15 @@ class EpisodeReader:
 
     def topic(self, camera: str, group: str = "stream") -> str:
         """Raises RatchetError episode.no_camera."""
-        known = self.info.topics.get(group, {})
-        if camera not in known:
+        topic_by_camera = self.info.topics.get(group, {})
+        if camera not in topic_by_camera:
             raise RatchetError(
                 "episode.no_camera",
                 f"no camera {camera!r} in this episode",
                 where=str(self.path),
-                fix=f"cameras: {', '.join(known) or 'none'}",
+                fix=f"cameras: {', '.join(topic_by_camera) or 'none'}",
             )
-        return known[camera]
+        return topic_by_camera[camera]
 
     def stamp(self, item: Item) -> float:
         """Seconds on the robot's clock, to the nanosecond of the message."""
@@ -122,11 +122,11 @@ class EpisodeReader:
         what happened to the file, where anything did.
         """
         scan = _Scan()
-        collected = Assembly(self.info, {g: self.codec(g) for g in self.info.topics}, str(self.path), images)
+        assembly = Assembly(self.info, {group: self.codec(group) for group in self.info.topics}, str(self.path), images)
         topics = [topic for group in self.info.topics.values() for topic in group.values()] if images else []
-        for item in self._pass(scan, [*SMALL, *topics]):
-            collected.take(item.topic, item.index, item.body)
-        return collected.episode(scan.ending)
+        for item in self._pass(scan, [*RECORD_TOPICS, *topics]):
+            assembly.take(item.topic, item.index, item.body)
+        return assembly.episode(scan.ending)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class EpisodeReader:
                         return scan.info
                     if isinstance(record, Message):
                         break
-        except TORN as error:
+        except TORN_ERRORS as error:
             raise self._damaged(_torn(error)) from None
         raise RatchetError(
             "episode.not_an_episode",
@@ -153,11 +153,11 @@ class EpisodeReader:
         )
 
     def _pass(self, scan: _Scan, topics: Iterable[str] | None) -> Iterator[Item]:
-        wanted = None if topics is None else set(topics)
+        wanted_topics = None if topics is None else set(topics)
         schemas: dict[int, Schema] = {}
         channels: dict[int, Channel] = {}
         decoders = DecoderFactory()
-        whole = False
+        reached_end = False
         try:
             with self.path.open("rb") as file:
                 reader = StreamReader(file, validate_crcs=True, record_size_limit=RECORD_LIMIT)
@@ -169,18 +169,18 @@ class EpisodeReader:
                     elif isinstance(record, Channel):
                         channels[record.id] = record
                     elif isinstance(record, DataEnd):
-                        whole = True
+                        reached_end = True
                     elif isinstance(record, Message):
                         channel = channels[record.channel_id]
                         index = scan.counts.get(channel.topic, 0)
                         scan.counts[channel.topic] = index + 1
-                        if wanted is None or channel.topic in wanted:
+                        if wanted_topics is None or channel.topic in wanted_topics:
                             decode = decoders.decoder_for(channel.message_encoding, schemas[channel.schema_id])
                             if decode is not None:
                                 yield Item(channel.topic, index, record.log_time, decode(record.data))
-        except TORN as error:
+        except TORN_ERRORS as error:
             scan.torn = _torn(error)
-        if not whole and not scan.torn:
+        if not reached_end and not scan.torn:
             scan.torn = "the file ends early"
         if not self._cut_off and (scan.torn or scan.ending is None):
             raise self._damaged(scan.torn or "it was never finished")
@@ -191,14 +191,14 @@ class EpisodeReader:
         elif record.name == fmt.END_RECORD:
             scan.ending = EpisodeEnding.from_record(record.metadata, str(self.path))
 
-    def _damaged(self, what: str) -> RatchetError:
+    def _damaged(self, problem: str) -> RatchetError:
         unfinished = self.path.name.endswith(fmt.OPEN_SUFFIX)
-        mend = "finish it with `ratchet episodes verify --recover`"
+        recover_fix = "finish it with `ratchet episodes verify --recover`"
         return RatchetError(
             "episode.damaged",
-            what,
+            problem,
             where=str(self.path),
-            fix=mend
+            fix=recover_fix
             if unfinished
             else "restore the file from a copy; where there is none, `ratchet episodes judge discard ID` leaves it out",
         )

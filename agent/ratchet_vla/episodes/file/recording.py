@@ -32,19 +32,19 @@ from ratchet_vla.storage.growing import GrowingFile, disk_refusals
 __all__ = ["EpisodeWriter", "make_info"]
 
 CHUNK_BYTES = 4 << 20
-NOT_TOLD = -1  # in the place of marks: there is no command filter
+NO_COMMAND_FILTER = -1  # in the place of marks: there is no command filter
 
 
-def make_info(contract: RobotContract, task: str, instruction: str, **facts: Any) -> EpisodeInfo:
-    """What is known when an episode begins. facts: the other fields of `EpisodeInfo`.
+def make_info(contract: RobotContract, task: str, instruction: str, **fields: Any) -> EpisodeInfo:
+    """What is known when an episode begins. fields: the other fields of `EpisodeInfo`.
 
     Raises:
         RatchetError: episode.bad_meta.
     """
-    calibrations = {c.name: c.calibration_id for c in contract.cameras if c.calibration_id}
-    calibrations |= facts.pop("calibrations", {})
-    facts.setdefault("created", datetime.now(UTC).isoformat(timespec="milliseconds"))
-    fmt.check_meta(facts.get("meta", {}), task)
+    calibrations = {camera.name: camera.calibration_id for camera in contract.cameras if camera.calibration_id}
+    calibrations |= fields.pop("calibrations", {})
+    fields.setdefault("created", datetime.now(UTC).isoformat(timespec="milliseconds"))
+    fmt.check_meta(fields.get("meta", {}), task)
     return EpisodeInfo(
         task=task,
         instruction=instruction,
@@ -52,7 +52,7 @@ def make_info(contract: RobotContract, task: str, instruction: str, **facts: Any
         contract_id=contract.id,
         calibrations=calibrations,
         software=_software(),
-        **facts,
+        **fields,
     )
 
 
@@ -76,10 +76,13 @@ class EpisodeWriter:
         self.contract = RobotContract.from_dict(info.contract, rules=False)
         self._quality = quality
         self._topics = {
-            "stream": {c.name: fmt.image_topic(c.name, cast(Codec, info.stream), "cameras") for c in _cameras(info)},
+            "stream": {
+                camera.name: fmt.image_topic(camera.name, cast(Codec, info.stream), "cameras")
+                for camera in _cameras(info)
+            },
             "decisions": {
-                c.name: fmt.image_topic(c.name, cast(Codec, info.decisions), "decisions")
-                for c in _cameras(info)
+                camera.name: fmt.image_topic(camera.name, cast(Codec, info.decisions), "decisions")
+                for camera in _cameras(info)
                 if info.decisions
             },
         }
@@ -88,8 +91,10 @@ class EpisodeWriter:
             raise RatchetError(
                 "episode.bad_name", "two cameras have the same name in ROS", fix="rename one in the contract"
             )
-        named = {group: {c: topic for c, (topic, _) in cameras.items()} for group, cameras in self._topics.items()}
-        self.info = dataclasses.replace(info, topics=named)
+        topic_names = {
+            group: {camera: topic for camera, (topic, _) in cameras.items()} for group, cameras in self._topics.items()
+        }
+        self.info = dataclasses.replace(info, topics=topic_names)
         with disk_refusals(scratch):
             self._file = GrowingFile(scratch, final)
         compression = CompressionType.ZSTD if compress else CompressionType.NONE
@@ -98,7 +103,8 @@ class EpisodeWriter:
         self._schemas: dict[str, Schema] = {}
         self._encoders: dict[str, Encoder] = {}
         self.counts: Counter[str] = Counter()
-        self._first, self._last = math.inf, -math.inf
+        self._first = math.inf
+        self._last = -math.inf
         self._human_ticks = 0
 
     # -- records, in the order of time --------------------------------------------------------------------------
@@ -110,68 +116,79 @@ class EpisodeWriter:
         if topic not in self._encoders:
             self._encoders[topic] = Encoder(codec, self._quality, max(self.contract.control_hz, 1.0))
         data = self._encoders[topic].encode(image)
-        when = self._time(stamp)
+        ros_time = self._time(stamp)
         if codec == "raw":
             height, width = image.shape[:2]
             body: dict[str, Any] = {"height": height, "width": width, "encoding": "rgb8", "step": width * 3}
-            self._put(topic, type_name, stamp, {"header": {"stamp": when, "frame_id": camera}, **body, "data": data})
-        elif codec == "h264":
-            self._put(topic, type_name, stamp, {"timestamp": when, "frame_id": camera, "data": data, "format": "h264"})
-        else:
-            text = f"rgb8; {codec} compressed bgr8"
             self._put(
-                topic, type_name, stamp, {"header": {"stamp": when, "frame_id": camera}, "format": text, "data": data}
+                topic, type_name, stamp, {"header": {"stamp": ros_time, "frame_id": camera}, **body, "data": data}
+            )
+        elif codec == "h264":
+            self._put(
+                topic, type_name, stamp, {"timestamp": ros_time, "frame_id": camera, "data": data, "format": "h264"}
+            )
+        else:
+            format_name = f"rgb8; {codec} compressed bgr8"
+            self._put(
+                topic,
+                type_name,
+                stamp,
+                {"header": {"stamp": ros_time, "frame_id": camera}, "format": format_name, "data": data},
             )
         return self.counts[topic] - 1
 
-    def observation(self, seen: Observation, shared: Mapping[str, int] | None = None) -> int:
+    def observation(self, observation: Observation, shared: Mapping[str, int] | None = None) -> int:
         """What a decision was made on; returns its index.
 
         shared: camera -> index of the image in the stream (-1 where the frame was lost), for images that are in the
         file already; the others are written first.
         """
-        check_observation(seen, self.contract)
-        frames, topics = [], []
-        for camera, image in seen.images.items():
+        check_observation(observation, self.contract)
+        frames = []
+        topics = []
+        for camera, image in observation.images.items():
             if shared is not None and camera in shared:
-                group, index = "stream", shared[camera]
+                group = "stream"
+                index = shared[camera]
             else:
                 group = "decisions" if self.info.decisions else "stream"
-                index = self.frame(camera, image, seen.stamp, group)
+                index = self.frame(camera, image, observation.stamp, group)
             frames.append(index)
             topics.append(self._topics[group][camera][0])
-        return self.observation_record(seen, list(seen.images), topics, frames)
+        return self.observation_record(observation, list(observation.images), topics, frames)
 
-    def observation_record(self, seen: Observation, cameras: list[str], topics: list[str], frames: list[int]) -> int:
+    def observation_record(
+        self, observation: Observation, cameras: list[str], topics: list[str], frames: list[int]
+    ) -> int:
         """An observation whose images are in the file already, or lost (-1)."""
         return self._put(
             fmt.OBSERVATION,
             fmt.TYPES[fmt.OBSERVATION],
-            seen.stamp,
+            observation.stamp,
             {
-                "header": self._header(seen.stamp),
-                "stamp": seen.stamp,
-                "sequence": seen.sequence,
-                "instruction": seen.instruction,
+                "header": self._header(observation.stamp),
+                "stamp": observation.stamp,
+                "sequence": observation.sequence,
+                "instruction": observation.instruction,
                 "cameras": cameras,
                 "topics": topics,
                 "frames": frames,
-                **_state(seen.state),
+                **_state(observation.state),
             },
         )
 
     def chunk(self, chunk: ActionChunk, stamp: float | None = None) -> int:
         """An answer of the policy; returns its index. stamp: when it was admitted, the observation's if unknown."""
         check_chunk(chunk, self.contract)
-        when = chunk.observation_stamp if stamp is None else stamp
+        admitted_s = chunk.observation_stamp if stamp is None else stamp
         bins = chunk.tokens if chunk.tokens is not None and chunk.tokens.dtype == np.int64 else None
         chain = chunk.tokens if bins is None else None
         return self._put(
             fmt.CHUNK,
             fmt.TYPES[fmt.CHUNK],
-            when,
+            admitted_s,
             {
-                "header": self._header(when),
+                "header": self._header(admitted_s),
                 "observation_stamp": chunk.observation_stamp,
                 "observation_sequence": chunk.observation_sequence,
                 "adapter_id": chunk.adapter_id,
@@ -216,7 +233,8 @@ class EpisodeWriter:
     def tick(self, tick: ControlTick) -> None:
         """One control period; its state and command also go out under standard message types, for plots."""
         check_tick(tick, self.contract)
-        sampled, command = tick.sampled, tick.command
+        sampled = tick.sampled
+        command = tick.command
         body = {
             "header": self._header(tick.stamp),
             "stamp": tick.stamp,
@@ -233,7 +251,7 @@ class EpisodeWriter:
             **_state(tick.state),
             "has_applied": tick.applied is not None,
             "applied": [] if tick.applied is None else tick.applied.tolist(),
-            "applied_marks": NOT_TOLD if tick.applied_marks is None else int(tick.applied_marks),
+            "applied_marks": NO_COMMAND_FILTER if tick.applied_marks is None else int(tick.applied_marks),
         }
         self._put(fmt.TICK, fmt.TYPES[fmt.TICK], tick.stamp, body)
         self._human_ticks += bool(tick.marks & Mark.HUMAN)
@@ -273,14 +291,14 @@ class EpisodeWriter:
             self._file.sync()
 
     def finish(
-        self, success: bool | None, source: str, reason: str, *, dropped: dict[str, int] | None = None, **facts: Any
+        self, success: bool | None, source: str, reason: str, *, dropped: dict[str, int] | None = None, **fields: Any
     ) -> tuple[str, EpisodeEnding]:
         """Complete the file under its final name; returns the episode's id and how it ended.
 
-        facts: `ended` (now, if absent), `recovered` and `lost_bytes` of the ending, where they apply.
+        fields: `ended` (now, if absent), `recovered` and `lost_bytes` of the ending, where they apply.
         """
-        facts.setdefault("ended", datetime.now(UTC).isoformat(timespec="milliseconds"))
-        topics = {t for group in self.info.topics.values() for t in group.values()}
+        fields.setdefault("ended", datetime.now(UTC).isoformat(timespec="milliseconds"))
+        topics = {topic for group in self.info.topics.values() for topic in group.values()}
         ending = EpisodeEnding(
             success=success,
             success_source=source,
@@ -290,9 +308,9 @@ class EpisodeWriter:
             ticks=self.counts[fmt.TICK],
             human_ticks=self._human_ticks,
             events=self.counts[fmt.EVENT],
-            frames={t: self.counts[t] for t in sorted(topics) if self.counts[t]},
+            frames={topic: self.counts[topic] for topic in sorted(topics) if self.counts[topic]},
             dropped=dropped or {},
-            **facts,
+            **fields,
         )
         with disk_refusals(self._file.final):
             self._mcap.flush()
@@ -320,12 +338,13 @@ class EpisodeWriter:
     def _put(self, topic: str, type_name: str, stamp: float, body: dict[str, Any]) -> int:
         if type_name not in self._schemas:
             self._schemas[type_name] = self._mcap.register_msgdef(type_name, fmt.DEFINITIONS[type_name])
-        when = self._time(stamp)
-        nanoseconds = when["sec"] * 1_000_000_000 + when["nanosec"]
+        ros_time = self._time(stamp)
+        nanoseconds = ros_time["sec"] * 1_000_000_000 + ros_time["nanosec"]
         with disk_refusals(self._file.scratch):
             self._mcap.write_message(topic, self._schemas[type_name], body, log_time=nanoseconds)
         self.counts[topic] += 1
-        self._first, self._last = min(self._first, stamp), max(self._last, stamp)
+        self._first = min(self._first, stamp)
+        self._last = max(self._last, stamp)
         return self.counts[topic] - 1
 
     def _time(self, stamp: float) -> dict[str, int]:
@@ -358,7 +377,7 @@ def _state(state: Mapping[str, Float32]) -> dict[str, Any]:
     values = np.concatenate([*state.values(), np.zeros(0, np.float32)])
     return {
         "state_names": list(state),
-        "state_sizes": [len(v) for v in state.values()],
+        "state_sizes": [len(field_values) for field_values in state.values()],
         "state": values.tolist(),
     }
 

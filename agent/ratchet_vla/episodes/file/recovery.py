@@ -21,7 +21,7 @@ from mcap_ros2.decoder import DecoderFactory
 
 from ratchet_vla.episodes.file import format as fmt
 from ratchet_vla.episodes.file.format import EpisodeEnding, EpisodeInfo
-from ratchet_vla.episodes.file.reader import RECORD_LIMIT, TORN, EpisodeReader
+from ratchet_vla.episodes.file.reader import RECORD_LIMIT, TORN_ERRORS, EpisodeReader
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Mark
 from ratchet_vla.storage.growing import GrowingFile, disk_refusals, in_use
@@ -43,7 +43,7 @@ class Recovered:
 
 def unfinished(folder: Path) -> Iterator[Path]:
     """Every unfinished file below `folder` whose writer is dead, oldest first."""
-    for path in sorted(folder.rglob(f"*{fmt.OPEN_SUFFIX}"), key=lambda p: p.stat().st_mtime):
+    for path in sorted(folder.rglob(f"*{fmt.OPEN_SUFFIX}"), key=lambda candidate: candidate.stat().st_mtime):
         if path.exists() and not in_use(path):
             yield path
 
@@ -55,17 +55,17 @@ def recover(remains: Path) -> Recovered:
         RatchetError: episode.in_use while its recorder lives; episode.not_an_episode, episode.unknown_format;
             episode.disk_full, episode.io.
     """
-    began = time.monotonic()
+    began_s = time.monotonic()
     if in_use(remains):
         raise RatchetError("episode.in_use", "it is still being recorded", where=str(remains), fix="stop the recorder")
-    final = remains.with_name(remains.name.removesuffix(".open"))
-    size = remains.stat().st_size
-    if final.exists():
+    finished = remains.with_name(remains.name.removesuffix(".open"))
+    size_bytes = remains.stat().st_size
+    if finished.exists():
         # The link to the final name was made and the crash came before the scratch name was removed.
-        if final.samefile(remains):
+        if finished.samefile(remains):
             remains.unlink()
-            return Recovered(remains, final, None, 0, time.monotonic() - began)
-        raise RatchetError("episode.exists", "a finished file has its name", where=str(final), fix="move one away")
+            return Recovered(remains, finished, None, 0, time.monotonic() - began_s)
+        raise RatchetError("episode.exists", "a finished file has its name", where=str(finished), fix="move one away")
     try:
         info = EpisodeReader(remains, cut_off=True).info
     except RatchetError as error:
@@ -73,23 +73,23 @@ def recover(remains: Path) -> Recovered:
             raise
         # Nothing had reached the disk, not even what the file is.
         remains.unlink()
-        return Recovered(remains, None, None, size, time.monotonic() - began)
-    scratch = final.with_name(f".{final.name}.recovering")
+        return Recovered(remains, None, None, size_bytes, time.monotonic() - began_s)
+    scratch = finished.with_name(f".{finished.name}.recovering")
     scratch.unlink(missing_ok=True)
     with disk_refusals(scratch):
-        file = GrowingFile(scratch, final)
+        growing = GrowingFile(scratch, finished)
         try:
-            lost = _copy(remains, file, info, size)
-            digest = file.hexdigest()
-            file.finish()
+            lost_bytes = _copy(remains, growing, info, size_bytes)
+            digest = growing.hexdigest()
+            growing.finish()
         except BaseException:
-            file.discard()
+            growing.discard()
             raise
         remains.unlink()
-    return Recovered(remains, final, digest, lost, time.monotonic() - began)
+    return Recovered(remains, finished, digest, lost_bytes, time.monotonic() - began_s)
 
 
-def _copy(remains: Path, file: GrowingFile, info: EpisodeInfo, size: int) -> int:
+def _copy(remains: Path, file: GrowingFile, info: EpisodeInfo, size_bytes: int) -> int:
     """Write every whole record of the remains into a finished file; returns how many bytes were behind them."""
     compression = CompressionType.ZSTD if "raw" in (info.stream, info.decisions) else CompressionType.NONE
     writer: Any = McapWriter(cast("IO[bytes]", file), compression=compression, chunk_size=4 << 20)
@@ -97,51 +97,58 @@ def _copy(remains: Path, file: GrowingFile, info: EpisodeInfo, size: int) -> int
     writer.add_metadata(fmt.BEGIN_RECORD, info.to_record())
     schemas: dict[int, Schema] = {}
     channels: dict[int, Channel] = {}
-    named: dict[int, int] = {}  # channel id there -> here
+    new_channels: dict[int, int] = {}  # channel id there -> here
     counts: Counter[str] = Counter()
     decoders = DecoderFactory()
-    told: EpisodeEnding | None = None
-    human, first, last, good = 0, 0, 0, 0
+    ending_record: EpisodeEnding | None = None
+    human_ticks = 0
+    first_ns = 0
+    last_ns = 0
+    whole_bytes = 0
     with remains.open("rb") as stream:
         reader = StreamReader(stream, emit_chunks=True, record_size_limit=RECORD_LIMIT)
         try:
-            for outer in reader.records:
-                if isinstance(outer, Metadata) and outer.name == fmt.END_RECORD:
-                    told = EpisodeEnding.from_record(outer.metadata, str(remains))
-                for record in breakup_chunk(outer, validate_crc=True) if isinstance(outer, Chunk) else ():
+            for top_record in reader.records:
+                if isinstance(top_record, Metadata) and top_record.name == fmt.END_RECORD:
+                    ending_record = EpisodeEnding.from_record(top_record.metadata, str(remains))
+                for record in breakup_chunk(top_record, validate_crc=True) if isinstance(top_record, Chunk) else ():
                     if isinstance(record, Schema):
                         schemas[record.id] = record
                     elif isinstance(record, Channel):
                         channels[record.id] = record
                     elif isinstance(record, Message):
-                        channel, schema = channels[record.channel_id], schemas[channels[record.channel_id].schema_id]
-                        if channel.id not in named:
-                            here = writer.register_schema(schema.name, schema.encoding, schema.data)
-                            named[channel.id] = writer.register_channel(channel.topic, channel.message_encoding, here)
-                        times = (record.log_time, record.data, record.publish_time, record.sequence)
-                        writer.add_message(named[channel.id], *times)
+                        channel = channels[record.channel_id]
+                        schema = schemas[channels[record.channel_id].schema_id]
+                        if channel.id not in new_channels:
+                            schema_id = writer.register_schema(schema.name, schema.encoding, schema.data)
+                            new_channels[channel.id] = writer.register_channel(
+                                channel.topic, channel.message_encoding, schema_id
+                            )
+                        message_fields = (record.log_time, record.data, record.publish_time, record.sequence)
+                        writer.add_message(new_channels[channel.id], *message_fields)
                         counts[channel.topic] += 1
-                        first, last = min(first or record.log_time, record.log_time), max(last, record.log_time)
+                        first_ns = min(first_ns or record.log_time, record.log_time)
+                        last_ns = max(last_ns, record.log_time)
                         decode = decoders.decoder_for("cdr", schema) if channel.topic == fmt.TICK else None
-                        human += decode is not None and bool(decode(record.data).marks & Mark.HUMAN)
-                good = stream.tell()
-        except TORN:
+                        human_ticks += decode is not None and bool(decode(record.data).marks & Mark.HUMAN)
+                whole_bytes = stream.tell()
+        except TORN_ERRORS:
             pass  # the end that was torn off is what `lost_bytes` tells
-    topics = {t for group in info.topics.values() for t in group.values()}
-    ending = told or EpisodeEnding(
+    topics = {topic for group in info.topics.values() for topic in group.values()}
+    ending = ending_record or EpisodeEnding(
         success=None,
         success_source="",
         reason="cut_off",
         ended=info.created,
-        seconds=(last - first) / 1e9,
+        seconds=(last_ns - first_ns) / 1e9,
         steps=counts[fmt.STEP],
         ticks=counts[fmt.TICK],
-        human_ticks=human,
+        human_ticks=human_ticks,
         events=counts[fmt.EVENT],
-        frames={t: n for t, n in sorted(counts.items()) if t in topics},
+        frames={topic: count for topic, count in sorted(counts.items()) if topic in topics},
     )
     writer.flush()
-    lost = size - good if told is None else 0
-    writer.add_metadata(fmt.END_RECORD, dataclasses.replace(ending, recovered=True, lost_bytes=lost).to_record())
+    lost_bytes = size_bytes - whole_bytes if ending_record is None else 0
+    writer.add_metadata(fmt.END_RECORD, dataclasses.replace(ending, recovered=True, lost_bytes=lost_bytes).to_record())
     writer.finish()
-    return lost
+    return lost_bytes

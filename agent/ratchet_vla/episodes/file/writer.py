@@ -50,7 +50,7 @@ def write_episode(
         check_step(step, contract)
     for tick in episode.ticks:
         check_tick(tick, contract)
-    stamps = [s.observation.stamp for s in episode.steps] + [t.stamp for t in episode.ticks]
+    stamps = [step.observation.stamp for step in episode.steps] + [tick.stamp for tick in episode.ticks]
     if clock_offset is None:
         clock_offset = time.time() - max(stamps, default=0.0)
     info = make_info(
@@ -87,17 +87,17 @@ def write_episode(
 
 def _write_records(writer: EpisodeWriter, episode: Episode) -> None:
     """Steps, ticks and events, merged by time; of equal stamps, steps first."""
-    order: list[tuple[float, int, int, Any]] = []
-    order += [(s.observation.stamp, 0, i, s) for i, s in enumerate(episode.steps)]
-    order += [(t.stamp, 1, i, t) for i, t in enumerate(episode.ticks)]
-    order += [(e.stamp, 2, i, e) for i, e in enumerate(episode.events)]
+    records: list[tuple[float, int, int, Any]] = []
+    records += [(step.observation.stamp, 0, position, step) for position, step in enumerate(episode.steps)]
+    records += [(tick.stamp, 1, position, tick) for position, tick in enumerate(episode.ticks)]
+    records += [(event.stamp, 2, position, event) for position, event in enumerate(episode.events)]
     # Each kind keeps its own order even where stamps do not rise: the reader gives records back in the file's order.
-    running: dict[int, float] = {}
-    keyed = []
-    for stamp, kind, index, record in order:
-        running[kind] = max(running.get(kind, -math.inf), stamp)
-        keyed.append((running[kind], kind, index, record))
-    for _, kind, _, record in sorted(keyed, key=lambda k: k[:3]):
+    latest_stamps: dict[int, float] = {}
+    sortable = []
+    for stamp, kind, index, record in records:
+        latest_stamps[kind] = max(latest_stamps.get(kind, -math.inf), stamp)
+        sortable.append((latest_stamps[kind], kind, index, record))
+    for _, kind, _, record in sorted(sortable, key=lambda entry: entry[:3]):
         if kind == 0:
             _write_step(writer, record)
             if not episode.ticks:
@@ -109,11 +109,11 @@ def _write_records(writer: EpisodeWriter, episode: Episode) -> None:
 
 
 def _write_step(writer: EpisodeWriter, step: Step) -> None:
-    seen = writer.observation(step.observation)
-    chunk = writer.chunk(step.chunk)
+    observation_index = writer.observation(step.observation)
+    chunk_index = writer.chunk(step.chunk)
     writer.step(
-        seen,
-        chunk,
+        observation_index,
+        chunk_index,
         step.executed.tolist(),
         [],
         float(step.reward),

@@ -171,7 +171,8 @@ class Annotations:
                 fix="label it with `ratchet review`",
             )
         read = self.store.read(episode, images=images)
-        read.success, read.success_source = status.success, status.source
+        read.success = status.success
+        read.success_source = status.source
         return read
 
     def disagreements(self) -> list[tuple[Card, dict[str, LabelValue]]]:

@@ -42,7 +42,8 @@ class Index:
     """
 
     def __init__(self, path: Path, first: tuple[str, dict[str, Any]] | None = None) -> None:
-        self.path, self._first = path, first
+        self.path = path
+        self._first = first
         self._lock_path = path.with_name(f".{path.name}.lock")
         self._guard = threading.Lock()
         self._entries: list[Entry] = []
@@ -111,11 +112,15 @@ class Index:
         try:
             facts = self.path.stat()
         except FileNotFoundError:
-            self._entries, self._size, self._identity = [], 0, (0, 0)
+            self._entries = []
+            self._size = 0
+            self._identity = (0, 0)
             return
         identity = (facts.st_dev, facts.st_ino)
         if identity != self._identity or facts.st_size < self._size:
-            self._entries, self._size, self._identity = [], 0, identity
+            self._entries = []
+            self._size = 0
+            self._identity = identity
         if facts.st_size == self._size:
             return
         with self.path.open("rb") as file:

@@ -18,7 +18,8 @@ from ratchet_vla.errors import RatchetError
 LabelValue = Literal["success", "failure", "discard"]
 LABEL_VALUES: tuple[LabelValue, ...] = ("success", "failure", "discard")
 HUMAN = "human:"  # what an annotator's source begins with; the name follows
-LONGEST_NAME, LONGEST_NOTE = 60, 2000
+LONGEST_NAME = 60
+LONGEST_NOTE = 2000
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,8 @@ class EpisodeStore:
         if digest in self.cards():
             return self.card(digest)
         folder = self.folder(reader.info.session)
-        final, scratch = folder / f"{digest[:16]}{fmt.SUFFIX}", folder / f".{digest[:16]}.copying"
+        final = folder / f"{digest[:16]}{fmt.SUFFIX}"
+        scratch = folder / f".{digest[:16]}.copying"
         with disk_refusals(final):
             scratch.unlink(missing_ok=True)
             _duplicate(path, scratch, link)

@@ -18,7 +18,7 @@ from mcap.records import Chunk, Message, Metadata
 from mcap.stream_reader import StreamReader
 
 from ratchet_vla.episodes.file import format as fmt
-from ratchet_vla.episodes.file.reader import RECORD_LIMIT, TORN
+from ratchet_vla.episodes.file.reader import RECORD_LIMIT, TORN_ERRORS
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.storage.growing import in_use
 
@@ -60,7 +60,7 @@ def kind_of(path: Path) -> tuple[Kind, str]:
                         return "episode", _robot(record, str(path))
                 elif isinstance(record, Chunk | Message):
                     break
-    except (OSError, *TORN):
+    except (OSError, *TORN_ERRORS):
         return "broken", ""
     return ("nodes" if names >= NODES else "foreign"), ""
 

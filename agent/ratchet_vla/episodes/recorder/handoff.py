@@ -25,16 +25,20 @@ import numpy as np
 from ratchet_vla.episodes.recorder.ring import RingReader, RingWriter
 from ratchet_vla.records import UInt8
 
-SAID = 1 << 17  # bytes of what the receiver says that may wait for the sender
-NAP = 0.01  # s between looks of a receiver that is recording
-IDLE = 0.05  # s between looks of one that is not
-FREE, STATUS = b"F", b"S"  # what the receiver sends back: a slot that is free again, and how it is doing
+ANSWERS_BYTES = 1 << 17  # bytes of what the receiver says that may wait for the sender
+RECORDING_PAUSE_S = 0.01  # s between looks of a receiver that is recording
+IDLE_PAUSE_S = 0.05  # s between looks of one that is not
+# First byte of what the receiver sends back: a slot that is free again, or how it is doing.
+SLOT_FREED = b"F"
+STATUS_FOLLOWS = b"S"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in the shared memory. slot: bytes of the largest frame. count: slots. queue: bytes of records
-    that may wait for the receiver."""
+    """Where things lie in the shared memory.
+
+    slot: bytes of the largest frame. count: slots. queue: bytes of records that may wait for the receiver.
+    """
 
     slot: int
     count: int
@@ -57,7 +61,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        return self.answers + _up(SAID + self.free, 64)
+        return self.answers + _up(ANSWERS_BYTES + self.free, 64)
 
 
 class Sender:
@@ -68,32 +72,37 @@ class Sender:
     """
 
     def __init__(self, layout: Layout, reserved: int, spare: int = 0) -> None:
-        self.layout, self._reserved, self._spare = layout, reserved, spare
+        self.layout = layout
+        self._reserved = reserved
+        self._spare = spare
         self.memory_fd = os.memfd_create("ratchet-recorder")
         os.ftruncate(self.memory_fd, layout.size)
         self._memory = memoryview(mmap.mmap(self.memory_fd, layout.size))
         answers = self._memory[layout.answers :]
-        self._records, self._answers = RingWriter(self._memory[layout.rings : layout.answers]), RingReader(answers)
+        self._records = RingWriter(self._memory[layout.rings : layout.answers])
+        self._answers = RingReader(answers)
         self._packer = msgpack.Packer(buf_size=1 << 14)  # kept: a new one each time costs as much as all the rest
         self._free = deque(range(layout.count))
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # each ring has one end at a time, but the loop and the drivers all hand over
         self._socket: socket.socket | None = None
-        self._told: deque[dict[str, Any]] = deque()
-        self._unread = 0
+        self._statuses: deque[dict[str, Any]] = deque()
+        self._unread_count = 0
 
     def connect(self) -> socket.socket:
-        """A new connection, after the receiver before has died; returns the receiver's end, to be handed to its process
-        and closed here."""
-        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        mine.setblocking(False)
+        """Open a new connection, after the receiver before has died.
+
+        Returns the receiver's end, to be handed to its process and closed here.
+        """
+        sender_end, receiver_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        sender_end.setblocking(False)
         with self._lock:
             self._drop()
             self._records.clear()
             RingWriter(self._memory[self.layout.answers :]).clear()
             self._answers.begin()
             self._free = deque(range(self.layout.count))  # the receiver before died with its slots
-            self._socket = mine
-        return theirs
+            self._socket = sender_end
+        return receiver_end
 
     @property
     def alive(self) -> bool:
@@ -102,6 +111,7 @@ class Sender:
 
     @property
     def slots_used(self) -> int:
+        """How many slots hold a frame, or are being filled."""
         return self.layout.count - len(self._free)
 
     def take_slot(self, decision: bool) -> int | None:
@@ -126,12 +136,15 @@ class Sender:
             np.copyto(np.frombuffer(target, np.uint8).reshape(image.shape), image)
 
     def give_back(self, slot: int) -> None:
+        """Free a slot that was taken and not sent."""
         with self._lock:
             self._free.append(slot)
 
     def send(self, record: dict[str, Any], *, must: bool = False) -> bool:
-        """Hand a record over, in the order of the calls; False where it found no room or nobody. From here on the
-        receiver gets it, whatever becomes of this process."""
+        """Hand a record over, in the order of the calls; False where it found no room or nobody.
+
+        From here on the receiver gets it, whatever becomes of this process.
+        """
         with self._lock:
             if self._socket is None:
                 return False
@@ -145,22 +158,24 @@ class Sender:
 
     def poll(self) -> list[dict[str, Any]]:
         """Look whether the receiver is there, and take what it said since the last call. A system call."""
-        gone = self._receiver_gone()
+        receiver_gone = self._receiver_gone()
         with self._lock:
             self._drain()  # also what it said before it died
-            if gone:
+            if receiver_gone:
                 self._drop()
-            told = list(self._told)
-            self._told.clear()
-            return told
+            statuses = list(self._statuses)
+            self._statuses.clear()
+            return statuses
 
     def take_unread(self) -> int:
         """Records that receivers had not read when they died, since the last call."""
         with self._lock:
-            unread, self._unread = self._unread, 0
-            return unread
+            unread_count = self._unread_count
+            self._unread_count = 0
+            return unread_count
 
     def close(self) -> None:
+        """Drop the connection and the memory; safe to call more than once."""
         with self._lock:
             self._drop()
             if self.memory_fd >= 0:
@@ -170,11 +185,11 @@ class Sender:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _receiver_gone(self) -> bool:
-        mine = self._socket
-        if mine is None:
+        connection = self._socket
+        if connection is None:
             return False
         try:
-            return not mine.recv(1)
+            return not connection.recv(1)
         except BlockingIOError:
             return False
         except OSError:
@@ -182,32 +197,34 @@ class Sender:
 
     def _drain(self) -> None:
         """With the lock held."""
-        while (data := self._answers.take()) is not None:
-            if data[:1] == FREE:
-                self._free.extend(struct.unpack("<I", data[1:]))
+        while (packet := self._answers.take()) is not None:
+            if packet[:1] == SLOT_FREED:
+                self._free.extend(struct.unpack("<I", packet[1:]))
             else:
-                self._told.append(msgpack.unpackb(data[1:]))
+                self._statuses.append(msgpack.unpackb(packet[1:]))
 
     def _drop(self) -> None:
         """With the lock held."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-            left = RingReader(self._memory[self.layout.rings : self.layout.answers])
-            while left.take() is not None:
-                self._unread += 1
+            unread_records = RingReader(self._memory[self.layout.rings : self.layout.answers])
+            while unread_records.take() is not None:
+                self._unread_count += 1
 
 
 class Receiver:
     """The recorder process's end; one thread. memory_fd: the sender's; closed here."""
 
     def __init__(self, end: socket.socket, memory_fd: int, layout: Layout) -> None:
-        self._socket, self._layout = end, layout
+        self._socket = end
+        self._layout = layout
         self._frames = mmap.mmap(memory_fd, layout.rings, prot=mmap.PROT_READ)
         rings = memoryview(mmap.mmap(memory_fd, layout.size - layout.rings, offset=layout.rings))
         os.close(memory_fd)
         border = layout.answers - layout.rings
-        self._records, self._answers = RingReader(rings[:border]), RingWriter(rings[border:])
+        self._records = RingReader(rings[:border])
+        self._answers = RingWriter(rings[border:])
         self._sender_gone = False
         self.ended = False
 
@@ -216,29 +233,33 @@ class Receiver:
 
         recording: the sender hands over without waking, so it is looked for more often.
         """
-        data = self._records.take()
-        if data is None:
-            self._pause(min(max(timeout, 1e-3), NAP if recording else IDLE), asleep=recording)
-            data = self._records.take()  # after the look at the sender: nothing comes after its end
-        if data is None:
+        packet = self._records.take()
+        if packet is None:
+            self._pause(min(max(timeout, 1e-3), RECORDING_PAUSE_S if recording else IDLE_PAUSE_S), asleep=recording)
+            packet = self._records.take()  # after the look at the sender: nothing comes after its end
+        if packet is None:
             self.ended = self._sender_gone
             return None
-        record: dict[str, Any] = msgpack.unpackb(data)
+        record: dict[str, Any] = msgpack.unpackb(packet)
         return record
 
     def image(self, slot: int, shape: list[int]) -> UInt8:
         """The frame in a slot; valid until it is released."""
-        size = int(np.prod(shape))
-        return np.frombuffer(self._frames, np.uint8, size, slot * self._layout.slot).reshape(shape)
+        size_bytes = int(np.prod(shape))
+        return np.frombuffer(self._frames, np.uint8, size_bytes, slot * self._layout.slot).reshape(shape)
 
     def release(self, slot: int) -> None:
         """The slot is free again."""
-        self._answers.append(FREE + struct.pack("<I", slot))
+        self._answers.append(SLOT_FREED + struct.pack("<I", slot))
 
     def say(self, status: dict[str, Any], *, must: bool = False) -> None:
-        """Without waiting: where the sender has not listened for long, it is left out. must: use the last of the room,
-        which the next `poll` empties."""
-        self._answers.append(STATUS + msgpack.packb(status), self._layout.free + (0 if must else SAID // 2))
+        """Report a status without waiting: where the sender has not listened for long, it is left out.
+
+        must: use the last of the room, which the next `poll` empties.
+        """
+        self._answers.append(
+            STATUS_FOLLOWS + msgpack.packb(status), self._layout.free + (0 if must else ANSWERS_BYTES // 2)
+        )
 
     def _pause(self, seconds: float, *, asleep: bool) -> None:
         """Let time pass, and look whether the sender is still there. asleep: it wakes nobody."""

@@ -41,6 +41,7 @@ def of_observation(observation: Observation, numbers: Mapping[str, int]) -> Mess
 
 
 def of_chunk(chunk: ActionChunk) -> Message:
+    """Make a message of an answer of the policy."""
     message = {
         "kind": "chunk",
         "actions": chunk.actions.tobytes(),
@@ -78,15 +79,18 @@ def of_tick(tick: ControlTick, number: int) -> Message:
 
 
 def of_applied(applied: Applied) -> Message:
+    """Make a message of what the command filter made of a command."""
     action = None if applied.action is None else applied.action.tobytes()
     return {"kind": "applied", "number": applied.number, "action": action, "marks": applied.marks}
 
 
 def of_event(event: SafetyEvent) -> Message:
+    """Make a message of what the safety filter did."""
     return {"kind": "event", **event.__dict__}
 
 
 def of_outcome(outcome: Outcome) -> Message:
+    """Make a message of what became of a chunk."""
     return {"kind": "outcome", "sequence": outcome.sequence, "marks": np.asarray(outcome.marks, np.int64).tobytes()}
 
 
@@ -104,8 +108,10 @@ def to_observation(message: Message) -> Observation:
 
 
 def to_chunk(message: Message) -> ActionChunk:
+    """Read an answer of the policy."""
     shape = message["shape"]
-    tokens, log_prob = message["tokens"], message["log_prob"]
+    tokens = message["tokens"]
+    log_prob = message["log_prob"]
     if tokens is not None:
         tokens = np.frombuffer(tokens, message["tokens_type"]).reshape(message["tokens_shape"])
     return ActionChunk(
@@ -137,15 +143,18 @@ def to_tick(message: Message) -> ControlTick:
 
 
 def to_applied(message: Message) -> Applied:
+    """Read what the command filter made of a command."""
     return Applied(message["number"], _floats(message["action"]), Mark(message["marks"]))
 
 
 def to_event(message: Message) -> SafetyEvent:
+    """Read what the safety filter did."""
     fields = ("stamp", "code", "message", "dim", "value", "limit", "latched")
     return SafetyEvent(**{name: message[name] for name in fields})
 
 
 def to_outcome(message: Message) -> ChunkOutcome:
+    """Read what became of a chunk."""
     return ChunkOutcome(message["sequence"], np.frombuffer(message["marks"], np.int64).tolist())
 
 

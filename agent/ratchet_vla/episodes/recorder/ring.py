@@ -14,7 +14,9 @@ import struct
 import threading
 
 HEADER = 128  # bytes: what the appending side counts, and 64 bytes on (another cache line) what the taking side counts
-APPENDED, TAKEN = 0, 8  # words of 8 bytes in the header: bytes since the start
+# words of 8 bytes in the header: bytes since the start
+APPENDED = 0
+TAKEN = 8
 LENGTH = struct.Struct("<I")
 REORDERS = platform.machine() not in ("x86_64", "AMD64")  # whether others may see a processor's stores in another order
 
@@ -30,8 +32,10 @@ class Ring:
         self._order.acquire()
 
     def _fence(self) -> None:
-        """Everything before it is seen by the other side before anything after it: a release, then an acquire. For
-        processors that reorder."""
+        """Make the other side see everything before it before anything after it: a release, then an acquire.
+
+        For processors that reorder.
+        """
         self._order.release()
         self._order.acquire()
 
@@ -55,13 +59,13 @@ class RingWriter(Ring):
         appended = self._appended + len(packet)
         if appended - self._counts[TAKEN] > self.capacity - spare:
             return False
-        start = self._appended % self.capacity
-        end = start + len(packet)
-        if end <= self.capacity:
-            self._packets[start:end] = packet
+        start_offset = self._appended % self.capacity
+        end_offset = start_offset + len(packet)
+        if end_offset <= self.capacity:
+            self._packets[start_offset:end_offset] = packet
         else:
-            self._packets[start:] = packet[: self.capacity - start]
-            self._packets[: end - self.capacity] = packet[self.capacity - start :]
+            self._packets[start_offset:] = packet[: self.capacity - start_offset]
+            self._packets[: end_offset - self.capacity] = packet[self.capacity - start_offset :]
         if REORDERS:
             self._fence()
         self._appended = self._counts[APPENDED] = appended
@@ -94,6 +98,6 @@ class RingReader(Ring):
         return data
 
     def _bytes_at(self, position: int, length: int) -> bytes:
-        start = position % self.capacity
-        first = bytes(self._packets[start : start + length])
-        return first + bytes(self._packets[: length - len(first)])
+        start_offset = position % self.capacity
+        up_to_end = bytes(self._packets[start_offset : start_offset + length])
+        return up_to_end + bytes(self._packets[: length - len(up_to_end)])

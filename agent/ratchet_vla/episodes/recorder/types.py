@@ -32,7 +32,7 @@ class RecorderConfig:
     nice: int = 0
     """Politeness of the recorder process; it needs little, but beside a busy policy a polite one starves."""
 
-    def check(self, where: str) -> None:
+    def check(self, location: str) -> None:
         """Raises RatchetError recorder.bad_config."""
         problem = ""
         if not 0 < self.flush_seconds <= 0.5:
@@ -44,16 +44,21 @@ class RecorderConfig:
         elif self.decisions is not None and self.decisions not in LOSSLESS:
             problem = f"decisions cannot be {self.decisions}: give raw, png, or None to share the stream's frames"
         if problem:
-            raise RatchetError("recorder.bad_config", problem, where=where, fix="see RecorderConfig")
+            raise RatchetError("recorder.bad_config", problem, where=location, fix="see RecorderConfig")
 
 
 class Outcome(Protocol):
     """What became of a chunk, as `ratchet_vla.runtime.control.sink.ChunkOutcome` tells it."""
 
     @property
-    def sequence(self) -> int: ...
+    def sequence(self) -> int:
+        """Of the observation that the chunk answers."""
+        ...
+
     @property
-    def marks(self) -> Int64: ...
+    def marks(self) -> Int64:
+        """One `records.Mark` value per action."""
+        ...
 
 
 @dataclass(frozen=True)

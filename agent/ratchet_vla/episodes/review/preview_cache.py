@@ -85,7 +85,9 @@ def start_of(reader: EpisodeReader) -> float:
 def _pack(reader: EpisodeReader, camera: str, fps: float) -> bytes:
     ending = reader.ending()
     group = group_of(reader, ending.frames if ending else {}, camera)
-    start, apart, last = start_of(reader), 1.0 / fps, -1e9
+    start = start_of(reader)
+    apart = 1.0 / fps
+    last = -1e9
     encoder = Encoder("jpeg", QUALITY)
     parts = []
     encoded = reader.codec(group) == "jpeg"

@@ -143,7 +143,8 @@ def make_app(annotations: Annotations, token: str, hosts: tuple[str, ...] = LOOP
 
     @app.get("/api/summary")
     def summary() -> dict[str, Any]:
-        cards, statuses = annotations.store.cards(), annotations.statuses()
+        cards = annotations.store.cards()
+        statuses = annotations.statuses()
         states: dict[str, int] = {}
         for status in statuses.values():
             states[status.state] = states.get(status.state, 0) + 1

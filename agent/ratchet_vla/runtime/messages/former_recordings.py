@@ -21,7 +21,7 @@ from mcap_ros2.decoder import DecoderFactory
 
 from ratchet_vla.contract import CameraSpec, RobotContract
 from ratchet_vla.episodes.file.format import SUFFIX, Codec
-from ratchet_vla.episodes.file.reader import RECORD_LIMIT, TORN
+from ratchet_vla.episodes.file.reader import RECORD_LIMIT, TORN_ERRORS
 from ratchet_vla.episodes.file.recording import EpisodeWriter, make_info
 from ratchet_vla.episodes.library.annotations import Annotations
 from ratchet_vla.episodes.library.labels import HUMAN, Viewed
@@ -281,7 +281,7 @@ def _about(path: Path) -> dict[str, dict[str, str]]:
             for record in StreamReader(file, record_size_limit=RECORD_LIMIT).records:
                 if isinstance(record, Metadata):
                     found[record.name] = dict(record.metadata)
-    except TORN:
+    except TORN_ERRORS:
         pass
     return found
 
@@ -305,7 +305,7 @@ def _items(path: Path) -> Iterator[_Item]:
                     if decode is not None:
                         kind = schema.name.rsplit("/", 1)[-1]
                         yield _Item(channel.topic, kind, record.log_time, decode(record.data))
-    except TORN:
+    except TORN_ERRORS:
         return
 
 

@@ -266,7 +266,7 @@ def test_a_command_filter_has_the_last_word(tmp_path: Path, started: Callable[..
 def test_topics_lie_beside_the_records_as_they_were_on_the_wire(
     tmp_path: Path, started: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder_side, "INLINE", 1000)
+    monkeypatch.setattr(recorder_side, "INLINE_BYTES", 1000)
     channel = ("std_msgs/msg/UInt8MultiArray", "uint8[] data\n")
     recorder = started(wire={"/small": channel, "/large": channel}, memory_mb=1)
     small, large = bytes(13), os.urandom(4096)
@@ -302,8 +302,8 @@ class Stopped(NamedTuple):
 
 @pytest.fixture
 def stopped(started: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch) -> Stopped:
-    monkeypatch.setattr(recorder_side, "QUEUE", 1 << 17)
-    monkeypatch.setattr(recorder_side, "SPARE", 1 << 16)
+    monkeypatch.setattr(recorder_side, "QUEUE_BYTES", 1 << 17)
+    monkeypatch.setattr(recorder_side, "SPARE_BYTES", 1 << 16)
     recorder = started(Recorder, small_contract(256), memory_mb=2, stream="jpeg", decisions=None)
     assert recorder._process is not None
     pid = recorder._process.pid
@@ -427,7 +427,7 @@ def test_what_a_killed_recorder_had_not_read_is_counted(tmp_path: Path, stopped:
     assert recorder._process is not None
     recorder._process.kill()
     recorder._process.wait()
-    assert recorder.status().dropped == {recorder_side.UNREAD: 5}
+    assert recorder.status().dropped == {recorder_side.UNREAD_RECORDS: 5}
     recorder.begin("bowl", "go", 1.0)  # starts another one, which finds none of that
     recorder.tick(tick(contract, np.random.default_rng(0), 0))
     recorder.end("horizon", None, "", 2.0)
