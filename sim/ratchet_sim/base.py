@@ -58,8 +58,12 @@ class TaskEnv(ABC):
 
     @abstractmethod
     def step(self, action: Float32) -> None:
-        """Run one control step. action: (D,) float32, the contract's physical units; out-of-range values are clipped
-        to the contract's range exactly as the simulator's own controller would."""
+        """Run one control step.
+
+        Args:
+            action: (D,) float32, the contract's physical units; out-of-range values are clipped to the contract's range
+                exactly as the simulator's own controller would.
+        """
 
     @abstractmethod
     def success(self) -> bool:

@@ -42,9 +42,16 @@ class NoiseConfig:
 
 @dataclass
 class Demonstrations:
-    """M samples. images (M, V, H, W, 3) uint8; state (M, S) float32; actions (M, K, D) float32, physical units;
-    task (M,) int64 index into `tasks` and `instructions`; start (M,) initial state id; scene (M, P) float32: where the
-    objects and the goal are (`TaskEnv.scene`), P = 0 where that is not known."""
+    """M samples.
+
+    Attributes:
+        images: (M, V, H, W, 3) uint8.
+        state: (M, S) float32.
+        actions: (M, K, D) float32, physical units.
+        task: (M,) int64, index into `tasks` and `instructions`.
+        start: (M,) initial state id.
+        scene: (M, P) float32: where the objects and the goal are (`TaskEnv.scene`), P = 0 where that is not known.
+    """
 
     images: np.ndarray
     state: np.ndarray

@@ -42,7 +42,8 @@ def split(name: str) -> tuple[str, str]:
 def moved_cameras(contract: RobotContract, model: Any) -> RobotContract:
     """The contract with every camera that hangs on nothing that moves shifted to its right and up."""
     cameras = []
-    for camera_spec in contract.cameras:
+    for contract_camera in contract.cameras:
+        camera_spec = contract_camera
         camera_id = model.camera(camera_spec.source).id
         # Body 0 is the world: a camera on a moving body, such as the wrist's, keeps its place on the hand.
         if model.cam_bodyid[camera_id] == 0:

@@ -153,8 +153,9 @@ class AdapterStore(Protocol):
         ...
 
     def rollback(self, name: str = "active", reason: str = "") -> TagMove:
-        """Point a tag at what it pointed at before its latest `set` that was not yet rolled back; `active` stood for
-        the base before its first.
+        """Point a tag at what it pointed at before its latest `set` that was not yet rolled back.
+
+        Before its first, `active` stood for the base.
 
         Raises:
             RatchetError: adapter.no_previous.

@@ -17,10 +17,14 @@ class Arm(Protocol):
     """A Robot of ratchet_vla.runtime fulfils this, simulated or real."""
 
     @property
-    def contract(self) -> RobotContract: ...
+    def contract(self) -> RobotContract:
+        """What the arm's states and actions mean."""
 
-    def observe(self, cameras: bool = True) -> Observation: ...
+    def observe(self, cameras: bool = True) -> Observation:
+        """The newest state, with images where `cameras`."""
 
-    def act(self, action: Float32) -> None: ...
+    def act(self, action: Float32) -> None:
+        """Command one action: (D,) float32, the contract's physical units."""
 
-    def hold(self) -> None: ...
+    def hold(self) -> None:
+        """Stay where the arm is."""

@@ -84,6 +84,7 @@ class Board:
             raise RatchetError("calibration.bad_board", str(error), where=where) from None
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, as a calibration's file holds it."""
         return asdict(self)
 
     @property

@@ -49,6 +49,7 @@ class Coverage:
 
     @property
     def share(self) -> float:
+        """Share of the cells that hold at least one corner."""
         return float((self.counts > 0).mean())
 
 

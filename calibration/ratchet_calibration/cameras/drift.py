@@ -170,8 +170,11 @@ def averaged(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def comparison_image(reference: NDArray[np.uint8], current: NDArray[np.uint8], drift: Drift) -> NDArray[np.uint8]:
-    """(H, 2 W, 3) uint8 RGB for a person: now with arrows from then to now, and both laid over each other (then in
-    red, now in cyan: what has not moved is grey)."""
+    """Draw both images for a person: (H, 2 W, 3) uint8 RGB.
+
+    Left, the present one with arrows from then to now; right, both laid over each other, then in red and now in cyan:
+    what has not moved is grey.
+    """
     reference_grey = _grey(reference)
     current_grey = _grey(current)
     arrow_image = cv2.cvtColor(current_grey, cv2.COLOR_GRAY2RGB)
@@ -216,8 +219,14 @@ def _with_board(
 
 
 def _agreed(cell_positions: Float, cell_shifts: Float) -> float:
-    """px, rms over the image of the affine motion that most cells agree on: sampled over pairs of cells, then fitted
-    to all that agree. places: (c, 2) in widths of the image. shifts: (c, 2) px."""
+    """Rms over the image, in px, of the affine motion that most cells agree on.
+
+    Sampled over pairs of cells, then fitted to all that agree.
+
+    Args:
+        cell_positions: (c, 2) in widths of the image.
+        cell_shifts: (c, 2) px.
+    """
     # A fixed seed: the same two images always give the same answer.
     generator = np.random.default_rng(0)
     design = _affine(cell_positions)

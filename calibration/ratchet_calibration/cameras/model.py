@@ -104,6 +104,7 @@ class CameraModel:
         return np.asarray(rays, float).reshape(-1, 2)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, as a calibration's file holds it."""
         names = ("fx", "fy", "cx", "cy")
         fields: dict[str, Any] = {"width": self.width, "height": self.height}
         fields |= {name: float(getattr(self, name)) for name in names}

@@ -202,8 +202,13 @@ def candidates(
     generator: np.random.Generator,
     allowed: Callable[[Float], bool] = lambda p: True,
 ) -> list[Float]:
-    """Poses between and a little beyond those that were taken: blends of two, turned by up to 35 degrees, moved by up
-    to 6 cm. allowed: the arm's own opinion."""
+    """Poses between and a little beyond those that were taken.
+
+    Each is a blend of two, turned by up to 35 degrees and moved by up to 6 cm.
+
+    Args:
+        allowed: the arm's own opinion of a pose.
+    """
     poses_found: list[Float] = []
     for _ in range(20 * count):
         first_pose, second_pose = (poses[pose_index] for pose_index in generator.choice(len(poses), 2, replace=False))

@@ -78,7 +78,8 @@ def first_guess(
     best_state = None
     lowest_error = np.inf
     # A solver may return a pose from which the board is behind the camera; its cost is infinite.
-    for camera_pose, board_pose in solver_answers.values():
+    for camera_pose, solved_board_pose in solver_answers.values():
+        board_pose = solved_board_pose
         if board_pose is None:
             board_pose = _board_of(problem, camera_pose, board_poses)
         state = State(camera_pose, board_pose, no_errors)

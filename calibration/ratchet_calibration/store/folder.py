@@ -99,6 +99,7 @@ class CalibrationStore:
         )
 
     def ids(self) -> list[str]:
+        """Ids of all calibrations, sorted."""
         if not self.root.is_dir():
             return []
         return sorted(

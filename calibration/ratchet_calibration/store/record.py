@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -97,6 +98,7 @@ class Calibration:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, as its file holds it; `from_dict` reads it."""
         fields = {field_name: getattr(self, field_name) for field_name in self.__dataclass_fields__}
         fields |= {"model": self.model.to_dict(), "board": self.board.to_dict(), "images": dict(self.images)}
         fields["mount"] = None if self.mount is None else json.loads(json.dumps(asdict(self.mount)))
@@ -110,7 +112,7 @@ class Calibration:
             RatchetError: calibration.bad_file naming file and field.
         """
 
-        def refuse(problem: str) -> None:
+        def refuse(problem: str) -> NoReturn:
             raise RatchetError("calibration.bad_file", problem, where=where, fix="take it from the store again")
 
         if not isinstance(raw, dict):
@@ -132,22 +134,26 @@ class Calibration:
             "images": dict(images),
         }
         if raw.get("mount") is not None:
-            try:
-                mount_fields: dict[str, Any] = {
-                    field_name: tuple(value) if isinstance(value, list) else value
-                    for field_name, value in raw["mount"].items()
-                }
-                mount = Mount(**mount_fields)
-            except (TypeError, AttributeError):
-                refuse("mount has missing or unknown fields")
-            if (len(mount.position), len(mount.orientation), len(mount.covariance)) != (3, 4, 36):
-                refuse("mount has the wrong number of values")
-            if not np.isfinite([*mount.position, *mount.orientation, *mount.covariance]).all():
-                refuse("mount has values that are not finite")
-            if abs(np.linalg.norm(mount.orientation) - 1) > 1e-6:
-                refuse("the mount's orientation is not a unit quaternion")
-            values["mount"] = mount
+            values["mount"] = _mount_of(raw["mount"], refuse)
         numbers = [values.get(field_name) for field_name in ("rms", "held_out_rms", "views")]
         if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
             refuse("rms, held_out_rms and views must be numbers")
         return cls(**values)
+
+
+def _mount_of(raw: Any, refuse: Callable[[str], NoReturn]) -> Mount:
+    """The mount of a calibration's plain data; `refuse` raises with what is wrong."""
+    try:
+        fields: dict[str, Any] = {
+            field_name: tuple(value) if isinstance(value, list) else value for field_name, value in raw.items()
+        }
+        mount = Mount(**fields)
+    except (TypeError, AttributeError):
+        refuse("mount has missing or unknown fields")
+    if (len(mount.position), len(mount.orientation), len(mount.covariance)) != (3, 4, 36):
+        refuse("mount has the wrong number of values")
+    if not np.isfinite([*mount.position, *mount.orientation, *mount.covariance]).all():
+        refuse("mount has values that are not finite")
+    if abs(np.linalg.norm(mount.orientation) - 1) > 1e-6:
+        refuse("the mount's orientation is not a unit quaternion")
+    return mount

@@ -31,8 +31,11 @@ def quiet() -> Iterator[None]:
 
 
 def trim_memory() -> None:
-    """Return freed memory to the system. Compiling a task leaves about 400 MB of holes in the heap, and robosuite's
-    objects refer to each other in cycles that hold 260 MB of textures until they are collected."""
+    """Return freed memory to the system.
+
+    Compiling a task leaves about 400 MB of holes in the heap, and robosuite's objects refer to each other in cycles
+    that hold 260 MB of textures until they are collected.
+    """
     gc.collect()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if malloc_trim is not None:

@@ -163,8 +163,10 @@ class MetaWorldTaskEnv(TaskEnv):
 
 
 class _Start:
-    """A task as its reset left it. Meta-World's reset runs 500 simulator steps, twice what many episodes take, and GRPO
-    starts every state several times: a copy costs 1 ms.
+    """A task as its reset left it.
+
+    Meta-World's reset runs 500 simulator steps, twice what many episodes take, and GRPO starts every state several
+    times: a copy costs 1 ms.
 
     Everything is copied that a reset, a step or a perturbation writes, so what follows is the same bit by bit; the
     tests compare all of the model and the data.
@@ -262,9 +264,11 @@ def close_frames() -> None:
 
 
 def _close_frames_first_at_exit() -> None:
-    """GL contexts must go before the display does. MuJoCo and robosuite have the display closed by exit handlers that
-    they register with their first context, and handlers run in reverse order: so this goes to the end again and
-    again."""
+    """Let GL contexts go before the display does.
+
+    MuJoCo and robosuite have the display closed by exit handlers that they register with their first context, and
+    handlers run in reverse order: so this goes to the end again and again.
+    """
     atexit.unregister(close_frames)
     atexit.register(close_frames)
 

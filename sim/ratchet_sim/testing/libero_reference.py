@@ -73,6 +73,9 @@ class ReferenceLibero:
         self.env.close()
 
     def _make_current(self) -> None:
-        """robosuite draws into, and frees, whichever GL context is current: without this, another environment's.
-        No reference to the context may stay behind, or it is freed after its successor became current."""
+        """Make this environment's GL context the current one.
+
+        robosuite draws into, and frees, whichever is current: without this, another environment's. No reference to the
+        context may stay behind, or it is freed after its successor became current.
+        """
         self.env.sim._render_context_offscreen.gl_ctx.make_current()

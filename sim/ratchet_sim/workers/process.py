@@ -212,7 +212,7 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
                 connection.send(None)
             except RatchetError as error:
                 connection.send(error)
-            except Exception:
+            except Exception:  # noqa: BLE001 - goes to the parent, which names it
                 connection.send(
                     RatchetError("sim.worker_error", traceback.format_exc(limit=4).strip(), where=config.suite)
                 )

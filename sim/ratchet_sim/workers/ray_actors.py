@@ -83,7 +83,7 @@ class _Simulators:
             self._host.run(command)
         except RatchetError as refusal:
             error = refusal
-        except Exception:
+        except Exception:  # noqa: BLE001 - goes to the learner, which names it
             trace = traceback.format_exc(limit=4).strip()
             error = RatchetError("sim.worker_error", trace, where=self._host.config.suite)
         # Only rows that changed cross the network.

@@ -248,8 +248,13 @@ class ChunkVectorEnv(gymnasium.vector.VectorEnv):  # type: ignore[misc]  # its p
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Start episodes. options: "task" (one name or N names), "initial_state" (one id or N ids), optional "horizon"
-        and "reset_mask" ((N,) bool, which slots). Initial states are ids, so `seed` must stay None."""
+        """Start episodes.
+
+        Args:
+            seed: None: initial states are ids.
+            options: "task" (one name or N names), "initial_state" (one id or N ids), optional "horizon" and
+                "reset_mask" ((N,) bool, which slots).
+        """
         if seed is not None:
             raise RatchetError("sim.seed", "initial states are chosen by id", fix='pass options={"initial_state": …}')
         if not options or "task" not in options or "initial_state" not in options:

@@ -62,8 +62,10 @@ def lora_config(rank: int, alpha: float, target_modules: str | Sequence[str] = "
 
 
 def room_for(config: Mapping[str, Any]) -> LoraConfig:
-    """A configuration whose layers hold an adapter of another one: its largest rank, its own scale where no pattern
-    says otherwise, and its layers."""
+    """Return a configuration whose layers hold an adapter of another one.
+
+    Its rank is the largest of the other's, its scale the other's own where no pattern says otherwise.
+    """
     # Padding with zeros makes a smaller rank fit a larger one, so the room is the largest of all patterns.
     largest_rank = max([int(config["r"]), *(int(pattern_rank) for pattern_rank in config["rank_pattern"].values())])
     if largest_rank == config["r"] and not config["use_rslora"]:

@@ -100,7 +100,7 @@ class RWLock:
             started_s = time.perf_counter()
             try:
                 pending.action()
-            except BaseException as error:  # handed to the thread that asked for the change, not to the forward's
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that asked for the change
                 pending.error = error
             pending.interruption = Interruption(time.perf_counter() - started_s, _preemptions() > preemptions_before)
             pending.done = True

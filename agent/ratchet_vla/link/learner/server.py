@@ -223,7 +223,7 @@ class LinkServer:
         self._meet(routing, robot, message)
         try:
             self._answer(routing, robot, message)
-        except Exception as caught:
+        except Exception as caught:  # noqa: BLE001
             # Whatever one robot's message runs into, the others are served on.
             refusal = caught if isinstance(caught, RatchetError) else _unexpected(caught)
             self.counts.refused += 1
@@ -306,7 +306,7 @@ class LinkServer:
             refusal: RatchetError | None = None
             try:
                 self._inbox.settle(sha)
-            except Exception as failure:
+            except Exception as failure:  # noqa: BLE001 - goes to the robot as a refusal
                 refusal = failure if isinstance(failure, RatchetError) else _unexpected(failure)
             self._settled.append((routing, sha, refusal))
             with self._lock:

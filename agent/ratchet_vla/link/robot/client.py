@@ -38,8 +38,13 @@ _FAILED: dict[int, str] = {
 
 @dataclass
 class LinkStatus:
-    """State of the link. error: why it is down, empty while unknown; heard: seconds since the learner's last message,
-    inf before the first; waiting, waiting_bytes: files in the outbox."""
+    """State of the link.
+
+    Attributes:
+        heard: seconds since the learner's last message, inf before the first.
+        error: why it is down, empty while unknown.
+        waiting, waiting_bytes: files in the outbox.
+    """
 
     up: bool
     heard: float

@@ -30,8 +30,14 @@ from ratchet_vla.storage.files import Files
 
 @dataclass(frozen=True)
 class Item:
-    """One file on its way. type: what kind of file, such as `episode`; key: unique name of what it is, such as
-    `request/17`: the same thing made twice (with other bytes even) is sent once. meta: small plain data."""
+    """One file on its way.
+
+    Attributes:
+        type: what kind of file, such as `episode`.
+        key: unique name of what it is, such as `request/17`: the same thing made twice, even with other bytes, is sent
+            once.
+        meta: small plain data.
+    """
 
     sequence: int
     sha: str
