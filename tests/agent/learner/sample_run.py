@@ -13,7 +13,7 @@ import numpy as np
 from ratchet_vla.learner.gate.decision import Comparison, GateConfig, decide
 from ratchet_vla.learner.measures.intervals import mean
 from ratchet_vla.learner.measures.metrics import Cell, SuccessMatrix
-from ratchet_vla.learner.report.page import video_name
+from ratchet_vla.learner.report.run_folder import video_name
 
 TASKS = ("pick_up_the_alphabet_soup_and_place_it_in_the_basket", "open <the> [top] drawer & wait", "push-v3")
 HELD_OUT = ("close_the_microwave", "button-press-v3")

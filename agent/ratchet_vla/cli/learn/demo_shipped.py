@@ -33,7 +33,8 @@ from ratchet_vla.cli.recipes import Shipped
 from ratchet_vla.learner.gate.decision import Comparison, GateConfig, GateDecision
 from ratchet_vla.learner.gate.keeper import Gatekeeper, earlier_tasks
 from ratchet_vla.learner.measures.intervals import Interval, mean
-from ratchet_vla.learner.report.page import video_name, write_report
+from ratchet_vla.learner.report.page import write_report
+from ratchet_vla.learner.report.run_folder import video_name
 from ratchet_vla.learner.rollouts.specs import episode_keys, evaluation_specs
 from ratchet_vla.learner.sequence import SequentialRun
 from ratchet_vla.policy.checkpoints.own import AnyPolicy

@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from ratchet_vla.learner.report.page import load_run, print_matrix, write_report
+from ratchet_vla.learner.report.page import print_matrix, write_report
+from ratchet_vla.learner.report.run_folder import load_run
 
 
 @dataclass

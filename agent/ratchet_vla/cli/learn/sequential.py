@@ -29,7 +29,8 @@ from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.metrics import SuccessMatrix, difference, measures
 from ratchet_vla.learner.methods.base import SeqFT
-from ratchet_vla.learner.report.page import print_matrix, video_name, write_report
+from ratchet_vla.learner.report.page import print_matrix, write_report
+from ratchet_vla.learner.report.run_folder import video_name
 from ratchet_vla.learner.retention.regulariser import Retention
 from ratchet_vla.learner.rollouts.evaluations import KnownEvaluations
 from ratchet_vla.learner.sequence import SequenceConfig, SequentialRun

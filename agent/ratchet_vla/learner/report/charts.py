@@ -32,19 +32,20 @@ Update = Mapping[str, Any]
 def number(update: Update, key: str) -> float:
     """The value as a float, NaN (a gap in the curve) where the record does not have it."""
     value = update.get(key)
+    # bool is an int for Python, and no figure for a curve.
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def segments(updates: Sequence[Update]) -> list[tuple[str, int, int]]:
     """Consecutive updates on one task: (task, first, last + 1), positions in `updates`."""
-    found: list[tuple[str, int, int]] = []
-    for i, update in enumerate(updates):
+    stretches: list[tuple[str, int, int]] = []
+    for position, update in enumerate(updates):
         task = str(update.get("task", "?"))
-        if found and found[-1][0] == task:
-            found[-1] = (task, found[-1][1], i + 1)
+        if stretches and stretches[-1][0] == task:
+            stretches[-1] = (task, stretches[-1][1], position + 1)
         else:
-            found.append((task, i, i + 1))
-    return found
+            stretches.append((task, position, position + 1))
+    return stretches
 
 
 def success_curve(updates: Sequence[Update]) -> bytes:
@@ -52,13 +53,18 @@ def success_curve(updates: Sequence[Update]) -> bytes:
     figure = _figure(9.0, 3.2)
     axes = figure.subplots()
     for _, first, last in _shade(axes, updates, numbered=True):
-        positions, rates, below, above = [], [], [], []
-        for i in range(first, last):
-            episodes, successes = number(updates[i], "episodes"), number(updates[i], "successes")
+        positions = []
+        rates = []
+        below = []
+        above = []
+        for position in range(first, last):
+            episodes = number(updates[position], "episodes")
+            successes = number(updates[position], "successes")
+            # False for NaN too: a record without counts leaves a gap.
             if not (episodes >= 1 and 0 <= successes <= episodes):
                 continue
             rate = wilson(int(successes), int(episodes))
-            positions.append(i + 1)
+            positions.append(position + 1)
             rates.append(100 * rate.estimate)
             below.append(100 * (rate.estimate - rate.low))
             above.append(100 * (rate.high - rate.estimate))
@@ -74,7 +80,7 @@ def diagnostic_curves(updates: Sequence[Update]) -> bytes:
     figure = _figure(9.0, 4.6)
     for axes, (key, label) in zip(figure.subplots(2, 2).flat, DIAGNOSTICS, strict=True):
         for _, first, last in _shade(axes, updates, numbered=False):
-            values = [number(updates[i], key) for i in range(first, last)]
+            values = [number(updates[position], key) for position in range(first, last)]
             axes.plot(range(first + 1, last + 1), values, color=LINE, marker="o", markersize=3, lw=1.4)
         axes.set_ylabel(label)
         if key in ("approx_kl", "clip_fraction"):
@@ -91,17 +97,17 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _shade(axes: Any, updates: Sequence[Update], *, numbered: bool) -> list[tuple[str, int, int]]:
-    found = segments(updates)
-    order = list(dict.fromkeys(task for task, _, _ in found))
-    for n, (task, first, last) in enumerate(found):
-        axes.axvspan(first + 0.5, last + 0.5, color=BAND[n % 2], zorder=0, lw=0)
+    stretches = segments(updates)
+    task_order = list(dict.fromkeys(task for task, _, _ in stretches))
+    for stretch_number, (task, first, last) in enumerate(stretches):
+        axes.axvspan(first + 0.5, last + 0.5, color=BAND[stretch_number % 2], zorder=0, lw=0)
         if numbered:
             middle = (first + last + 1) / 2
-            label = f"task {order.index(task) + 1}"
-            place = ("data", "axes fraction")
-            axes.annotate(label, (middle, 1.02), xycoords=place, ha="center", fontsize=9, color=INK)
+            label = f"task {task_order.index(task) + 1}"
+            coordinates = ("data", "axes fraction")
+            axes.annotate(label, (middle, 1.02), xycoords=coordinates, ha="center", fontsize=9, color=INK)
     axes.set_xlim(0.5, len(updates) + 0.5)
-    return found
+    return stretches
 
 
 def _finish(axes: Any) -> None:

@@ -90,12 +90,7 @@ def shown(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     decision = data["verdict"]
     change = data["change"]
-    config = decision["config"]
     figure, bounds = _points(change["estimate"], change["low"], change["high"])
-    acting = f"sampled at temperature {config['temperature']:g}" if config["temperature"] else "greedy"
-    horizon = f"at most {config['horizon']} control steps" if config["horizon"] else "each task's own horizon"
-    drawn = config.get("draws", 1)
-    draws = f" ({drawn} per state)" if drawn > 1 else ""
     tasks = [_task(row, data["outcomes"][row["task"]]) for row in decision["tasks"]]
     episodes = sum(row["episodes"] for row in decision["tasks"])
     return {
@@ -103,35 +98,53 @@ def shown(data: Mapping[str, Any]) -> dict[str, Any]:
         "bounds": bounds,
         "conclusion": "larger than its interval" if change["low"] > 0 else "NOT larger than its interval",
         "decision": decision["decision"],
-        "how": f"{episodes} pairs of episodes: the same initial states, none of which was trained on, and the same "
-        f"noise{draws}; actions {acting}, {horizon}. The adapter was swapped into the running policy in between.",
+        "how": _procedure(episodes, decision["config"]),
         "tasks": tasks,
         "held_out": [_held_out(row) for row in data["when_made"].get("tasks", ()) if row["role"] == "held_out"],
-        "video": f"{data['video']['task']}, {data['video']['episode']}: {data['video']['why']}."
-        if data["video"]
-        else "",
+        "video": _video(data["video"]),
         "step": _update(data["update"]),
-        "origin": [(name, " ".join(v) if isinstance(v, list) else str(v)) for name, v in data["adapter"].items()],
+        "origin": [(name, _text(fact)) for name, fact in data["adapter"].items()],
     }
+
+
+def _video(video: Mapping[str, str] | None) -> str:
+    return f"{video['task']}, {video['episode']}: {video['why']}." if video else ""
+
+
+def _text(fact: Any) -> str:
+    return " ".join(fact) if isinstance(fact, list) else str(fact)
+
+
+def _procedure(episodes: int, config: Mapping[str, Any]) -> str:
+    """How the pairs of episodes were run. config: of the gate, as it stands in the decision."""
+    acting = f"sampled at temperature {config['temperature']:g}" if config["temperature"] else "greedy"
+    horizon = f"at most {config['horizon']} control steps" if config["horizon"] else "each task's own horizon"
+    # Decisions from before there were draws made one per state.
+    draw_count = config.get("draws", 1)
+    draws = f" ({draw_count} per state)" if draw_count > 1 else ""
+    return (
+        f"{episodes} pairs of episodes: the same initial states, none of which was trained on, and the same "
+        f"noise{draws}; actions {acting}, {horizon}. The adapter was swapped into the running policy in between."
+    )
 
 
 def _task(row: Mapping[str, Any], outcomes: Mapping[str, Mapping[str, bool]]) -> dict[str, Any]:
     figure, bounds = _points(row["change"], row["low"], row["high"])
     lines = []
-    for who in ("base", "adapter"):
-        episodes = outcomes[who]
+    for policy_label in ("base", "adapter"):
+        episodes = outcomes[policy_label]
         marks = []
         draw_before = 0
-        for key in sorted(episodes, key=_draw_and_state):
-            draw, _ = _draw_and_state(key)
-            marks.append({"episode": key, "ok": episodes[key], "first_of_draw": draw != draw_before})
+        for episode_key in sorted(episodes, key=_draw_and_state):
+            draw, _ = _draw_and_state(episode_key)
+            marks.append({"episode": episode_key, "ok": episodes[episode_key], "first_of_draw": draw != draw_before})
             draw_before = draw
-        won = sum(episodes.values())
+        solved = sum(episodes.values())
         lines.append(
             {
-                "who": who,
-                "rate": f"{100 * won / len(episodes):.0f} %",
-                "counts": f"{won}/{len(episodes)}",
+                "who": policy_label,
+                "rate": f"{100 * solved / len(episodes):.0f} %",
+                "counts": f"{solved}/{len(episodes)}",
                 "marks": marks,
             }
         )
@@ -164,9 +177,9 @@ def _update(update: Mapping[str, Any]) -> dict[str, Any]:
     if "skipped" in update:
         rows.append(("update", f"skipped: {update['skipped']}"))
     names = {"approx_kl": "KL from the sampling policy", "entropy": "entropy", "clip_fraction": "share clipped"}
-    rows += [(text, f"{update[key]:.4f}") for key, text in names.items() if key in update]
+    rows += [(label, f"{update[key]:.4f}") for key, label in names.items() if key in update]
     times = {"seconds_rollout": "episodes", "seconds_update": "optimisation"}
-    rows += [(f"time, {text}", f"{update[key]:.0f} s") for key, text in times.items() if key in update]
+    rows += [(f"time, {label}", f"{update[key]:.0f} s") for key, label in times.items() if key in update]
     rows.append(("adapter", f"{update['adapter_id'][:12]} -> {update['to'][:12]}"))
     return {"task": update["task"], "episodes": update["episodes"], "rows": rows}
 
@@ -176,6 +189,6 @@ def _points(estimate: float, low: float, high: float) -> tuple[str, str]:
 
 
 def _draw_and_state(key: str) -> tuple[int, int]:
-    """Where an episode's mark stands, from a key of `sequence.episode_keys`."""
+    """Where an episode's mark stands, from a key of `specs.episode_keys`."""
     state, _, draw = key.partition("/")
     return int(draw.removeprefix("draw-") or 0), int(state.removeprefix("state-"))

@@ -1,28 +1,13 @@
 """A run folder as one self-contained HTML page, and the success matrix for the terminal.
 
-Knows the run folder's files and how to sum them up. Knows no robot, no policy and no training.
-
-The run folder (every file may be absent; the page then says so):
-
-    run.json        what was run: {"title", "command", "seed", "method", "contract", "base_hash", "started", "finished",
-                    "config": {...}, "host": {...}, "versions": {...}}; further keys are shown too
-    matrix.json     `metrics.SuccessMatrix.save`
-    updates.jsonl   one JSON object per update, in order: {"task", "update", "episodes", "successes", "loss",
-                    "approx_kl", "entropy", "clip_fraction", "seconds_rollout", "seconds_update"}; further keys ignored
-    videos/*.gif    named by `video_name`: NAME__before.gif and NAME__after.gif stand side by side
-    adapters.json   list of {"stage", "task", "id", "parent", "tags"}, oldest first; further keys are shown too
-    comparison.json of a stored adapter against its base, see report_comparison; most runs have none. The page is then
-                    about it: a run that has it needs no matrix
+Knows how to sum up what `run_folder` read. Knows no robot, no policy and no training.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.intervals import Interval
 from ratchet_vla.learner.measures.metrics import Measures, SuccessMatrix, measures
-from ratchet_vla.learner.report import comparison as report_comparison
 from ratchet_vla.learner.report.charts import diagnostic_curves, number, segments, success_curve
+from ratchet_vla.learner.report.run_folder import MOMENTS, Run, load_run, video_name
 from ratchet_vla.learner.report.template import MACROS, TEMPLATE
 from ratchet_vla.storage.documents import write_text
 
 HEADER = ("command", "method", "seed", "contract", "base_hash", "started", "finished")
-MOMENTS = (("before", "after"), ("base", "adapter"))  # what stands side by side
 MEANING = {
     "avg": ("AVG", "mean success over the learned tasks"),
     "nbt": ("NBT", "negative backward transfer: loss on earlier tasks since they were learned; lower is better"),
@@ -49,91 +32,20 @@ MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run folder holds. comparison: as `report_comparison.shown` tells it, {} for most runs. missing: one line
-    per file or part that is absent or unreadable."""
-
-    folder: Path
-    facts: dict[str, Any] = field(default_factory=dict)
-    matrix: SuccessMatrix | None = None
-    updates: list[dict[str, Any]] = field(default_factory=list)
-    videos: list[Path] = field(default_factory=list)
-    adapters: list[dict[str, Any]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    comparison: dict[str, Any] = field(default_factory=dict)
-
-
-def video_name(task: str, moment: str) -> str:
-    """File name for a rollout's GIF. moment: one of `MOMENTS`, such as "before" or "after"."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', task)}__{moment}.gif"
-
-
-def load_run(folder: Path) -> Run:
-    """Read whatever the folder has.
-
-    Raises:
-        RatchetError: report.no_run where there is no such folder.
-    """
-    if not folder.is_dir():
-        raise RatchetError("report.no_run", "no such run folder", where=str(folder), fix="name the folder of a run")
-    missing: list[str] = []
-
-    facts = _read_json(folder / "run.json", dict, missing)
-    adapters = [a for a in _read_json(folder / "adapters.json", list, missing) if isinstance(a, dict)]
-    comparison: dict[str, Any] = {}
-    if (folder / "comparison.json").is_file():
-        try:
-            comparison = report_comparison.shown(_read_json(folder / "comparison.json", dict, missing))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            missing.append(f"comparison.json: not one of ours ({error!r})")
-    matrix = None
-    if (folder / "matrix.json").is_file():
-        try:
-            matrix = SuccessMatrix.load(folder / "matrix.json")
-        except RatchetError as error:
-            missing.append(f"matrix.json: {error}")
-    elif not comparison:
-        missing.append("matrix.json: not there")
-
-    updates: list[dict[str, Any]] = []
-    path = folder / "updates.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    for count, line in enumerate(lines, start=1):
-        try:
-            update = json.loads(line)
-        except ValueError:
-            update = None
-        if isinstance(update, dict):
-            updates.append(update)
-        elif line.strip():
-            missing.append(f"updates.jsonl: line {count} is unreadable")
-    if not lines:
-        missing.append("updates.jsonl: empty" if path.is_file() else "updates.jsonl: not there")
-
-    videos = sorted((folder / "videos").glob("*.gif"))
-    if not videos:
-        missing.append("videos: no GIF there")
-    return Run(folder, facts, matrix, updates, videos, adapters, missing, comparison)
-
-
 def render(run: Run) -> str:
     """The page as HTML text; images embedded, no script, nothing loaded from anywhere."""
     result = _latest_measures(run.matrix) if run.matrix else None
     cards, methods = _cards(result)
-    known = {*HEADER, "title", "config", "host", "versions"}
-    rest = {k: v for k, v in run.facts.items() if k not in known}
-    header = [(k.replace("_", " "), _text(run.facts[k])) for k in HEADER if run.facts.get(k) not in (None, "", {}, [])]
-    parts = (("Configuration", "config"), ("Host", "host"), ("Versions", "versions"))
-    details = [(name, _flat(run.facts[key])) for name, key in parts if isinstance(run.facts.get(key), dict)]
-    keys = list(dict.fromkeys(key for adapter in run.adapters for key in adapter))
+    shown_keys = {*HEADER, "title", "config", "host", "versions"}
+    more_facts = {key: value for key, value in run.facts.items() if key not in shown_keys}
+    adapter_keys = list(dict.fromkeys(key for adapter in run.adapters for key in adapter))
     charts = (success_curve(run.updates), diagnostic_curves(run.updates)) if run.updates else ()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(MACROS + TEMPLATE).render(
         comparison=run.comparison,
         title=str(run.facts.get("title", run.folder.resolve().name)),
         missing=run.missing,
-        header=header + _flat(rest),
+        header=_header(run.facts) + _flat(more_facts),
         measures=result,
         cards=cards,
         methods=methods,
@@ -143,10 +55,27 @@ def render(run: Run) -> str:
         curve_tasks=list(dict.fromkeys(task for task, _, _ in segments(run.updates))),
         videos=_videos(run),
         times=_times(run.updates),
-        adapter_keys=keys,
-        adapters=[[_text(adapter.get(key, "")) for key in keys] for adapter in run.adapters],
-        details=details,
+        adapter_keys=adapter_keys,
+        adapters=[[_text(adapter.get(key, "")) for key in adapter_keys] for adapter in run.adapters],
+        details=_details(run.facts),
     )
+
+
+def _header(run_facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for key in HEADER:
+        value = run_facts.get(key)
+        if value not in (None, "", {}, []):
+            rows.append((key.replace("_", " "), _text(value)))
+    return rows
+
+
+def _details(run_facts: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    tables = []
+    for title, key in (("Configuration", "config"), ("Host", "host"), ("Versions", "versions")):
+        if isinstance(run_facts.get(key), dict):
+            tables.append((title, _flat(run_facts[key])))
+    return tables
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -167,7 +96,7 @@ def print_matrix(matrix: SuccessMatrix, console: Console | None = None) -> None:
     Where the stages do not fit side by side the table is printed in parts.
     """
     console = Console(width=100) if console is None else console
-    numbers = [*map(str, matrix.stages[1:]), *(f"H{i + 1}" for i in range(len(matrix.held_out)))]
+    numbers = [*map(str, matrix.stages[1:]), *(f"H{position + 1}" for position in range(len(matrix.held_out)))]
     widest = max((len(_short(cell.rate)) for cell in matrix.cells.values()), default=7)
     # 3 characters of padding and border for each stage; 30 stay for the task's number and name.
     fitting = max((min(console.width, 100) - 30) // (max(widest, 7) + 3), 1)
@@ -180,18 +109,18 @@ def print_matrix(matrix: SuccessMatrix, console: Console | None = None) -> None:
             table.add_column("base" if stage == 0 else f"stage {stage}", justify="right", no_wrap=True)
         for label, task in zip(numbers, matrix.columns, strict=True):
             cells = [matrix.get(stage, task) for stage in stages]
-            shown = [_short(cell.rate) if cell else "-" for cell in cells]
+            rates = [_short(cell.rate) if cell else "-" for cell in cells]
             # Text, because a task's name may look like markup.
-            table.add_row(label, Text(task), *map(Text, shown), end_section=task == matrix.tasks[-1])
+            table.add_row(label, Text(task), *map(Text, rates), end_section=task == matrix.tasks[-1])
         console.print(table)
     result = _latest_measures(matrix)
     if result is None:
         console.print("AVG, NBT, FWT, ZS: no stage has been measured on every task learned by then", markup=False)
         return
-    for name in ("avg", "nbt", "fwt", "zs"):
-        value: Interval | None = getattr(result, name)
-        text = value.percent() if value else result.missing[name]
-        console.print(f"{name.upper():4} after stage {result.after}: {text}", markup=False, highlight=False)
+    for measure_name in ("avg", "nbt", "fwt", "zs"):
+        interval: Interval | None = getattr(result, measure_name)
+        text = interval.percent() if interval else result.missing[measure_name]
+        console.print(f"{measure_name.upper():4} after stage {result.after}: {text}", markup=False, highlight=False)
 
 
 def _latest_measures(matrix: SuccessMatrix) -> Measures | None:
@@ -206,23 +135,25 @@ def _latest_measures(matrix: SuccessMatrix) -> Measures | None:
 def _cards(result: Measures | None) -> tuple[list[dict[str, str]], str]:
     if result is None:
         return [], ""
-    cards, methods = [], []
-    for key, (name, meaning) in MEANING.items():
-        value: Interval | None = getattr(result, key)
-        if value is None:
-            cards.append({"name": name, "value": "–", "detail": result.missing[key], "meaning": meaning})
+    cards = []
+    methods = []
+    for measure_name, (label, meaning) in MEANING.items():
+        interval: Interval | None = getattr(result, measure_name)
+        if interval is None:
+            cards.append({"name": label, "value": "–", "detail": result.missing[measure_name], "meaning": meaning})
             continue
-        figure, bounds = value.percent().split(" ", 1)
-        cards.append({"name": name, "value": figure, "detail": bounds, "meaning": meaning})
-        methods.append(f"{name}: {value.method}.")
+        figure, bounds = interval.percent().split(" ", 1)
+        cards.append({"name": label, "value": figure, "detail": bounds, "meaning": meaning})
+        methods.append(f"{label}: {interval.method}.")
     return cards, " ".join(methods)
 
 
 def _rows(matrix: SuccessMatrix) -> list[dict[str, Any]]:
     rows = []
-    for i, task in enumerate(matrix.columns):
-        trained = i + 1 if task in matrix.tasks else None
-        label = f"{trained} {task}" if trained else f"H{i + 1 - len(matrix.tasks)} {task}"
+    for column, task in enumerate(matrix.columns):
+        # Columns are numbered from 1, as the stages are: a task is trained in the stage of its own number.
+        trained = column + 1 if task in matrix.tasks else None
+        label = f"{trained} {task}" if trained else f"H{column + 1 - len(matrix.tasks)} {task}"
         cells: list[dict[str, Any] | None] = []
         for stage in matrix.stages:
             cell = matrix.get(stage, task)
@@ -243,34 +174,45 @@ def _rows(matrix: SuccessMatrix) -> list[dict[str, Any]]:
 
 def _colour(rate: float) -> tuple[str, str]:
     """Background from pale to deep teal, and the ink that stays readable on it."""
-    pale, deep = (232, 244, 246), (8, 84, 110)
-    mixed = tuple(round(a + (b - a) * rate) for a, b in zip(pale, deep, strict=True))
-    return "#{:02x}{:02x}{:02x}".format(*mixed), "#ffffff" if rate > 0.55 else "#1f2933"
+    pale = (232, 244, 246)
+    deep = (8, 84, 110)
+    channels = zip(pale, deep, strict=True)
+    mixed = tuple(round(pale_channel + (deep_channel - pale_channel) * rate) for pale_channel, deep_channel in channels)
+    ink = "#ffffff" if rate > 0.55 else "#1f2933"
+    return "#{:02x}{:02x}{:02x}".format(*mixed), ink
 
 
 def _videos(run: Run) -> list[dict[str, Any]]:
     by_name: dict[str, dict[str, Path]] = {}
     for path in run.videos:
         name, _, moment = path.stem.rpartition("__")
-        by_name.setdefault(name or path.stem, {})[moment if name else ""] = path
+        if not name:
+            name = path.stem
+            moment = ""
+        by_name.setdefault(name, {})[moment] = path
     tasks = run.matrix.columns if run.matrix else ()
-    order = [video_name(task, "").removesuffix("__.gif") for task in tasks]
-    names = sorted(by_name, key=lambda name: (order.index(name) if name in order else len(order), name))
-    shown = []
-    for name in names:
-        found = by_name[name]
-        moments = [m for pair in MOMENTS if {*pair} & found.keys() for m in pair]
-        moments += sorted(found.keys() - {*moments})
-        sides = [
-            {
-                "label": moment or "rollout",
-                "source": _data_uri(found[moment].read_bytes(), "image/gif") if moment in found else "",
-            }
-            for moment in moments
-        ]
-        title = tasks[order.index(name)] if name in order else name
-        shown.append({"name": title, "sides": sides})
-    return shown
+    # A file's name is the task's with some characters replaced; the page shows the task's own.
+    task_of_name: dict[str, str] = {}
+    for task in tasks:
+        task_of_name.setdefault(video_name(task, "").removesuffix("__.gif"), task)
+    in_order = [name for name in task_of_name if name in by_name]
+    in_order += sorted(by_name.keys() - task_of_name.keys())
+    return [{"name": task_of_name.get(name, name), "sides": _sides(by_name[name])} for name in in_order]
+
+
+def _sides(path_of_moment: Mapping[str, Path]) -> list[dict[str, str]]:
+    """Images that stand beside each other; one without a source where only its counterpart was recorded."""
+    moments: list[str] = []
+    for pair in MOMENTS:
+        if {*pair} & path_of_moment.keys():
+            moments += pair
+    moments += sorted(path_of_moment.keys() - {*moments})
+    sides = []
+    for moment in moments:
+        path = path_of_moment.get(moment)
+        source = "" if path is None else _data_uri(path.read_bytes(), "image/gif")
+        sides.append({"label": moment or "rollout", "source": source})
+    return sides
 
 
 def _times(updates: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -282,29 +224,35 @@ def _times(updates: list[dict[str, Any]]) -> list[dict[str, str]]:
     if len(stretches) > 1:
         stretches.append(("all", 0, len(updates)))
     for task, first, last in stretches:
-        sums = {
-            key: math.fsum(x for u in updates[first:last] if not math.isnan(x := number(u, key)))
-            for key in ("episodes", "seconds_rollout", "seconds_update")
-        }
-        rollout, update = sums["seconds_rollout"], sums["seconds_update"]
+        stretch = updates[first:last]
+        rollout_s = _sum(stretch, "seconds_rollout")
+        update_s = _sum(stretch, "seconds_update")
         rows.append(
             {
                 "task": task,
                 "updates": str(last - first),
-                "episodes": f"{sums['episodes']:,.0f}",
-                "rollout": _duration(rollout),
-                "optimisation": _duration(update),
-                "total": _duration(rollout + update),
+                "episodes": f"{_sum(stretch, 'episodes'):,.0f}",
+                "rollout": _duration(rollout_s),
+                "optimisation": _duration(update_s),
+                "total": _duration(rollout_s + update_s),
             }
         )
     return rows
 
 
+def _sum(updates: list[dict[str, Any]], key: str) -> float:
+    """Sum over the updates that have the figure."""
+    values = [number(update, key) for update in updates]
+    return math.fsum(value for value in values if not math.isnan(value))
+
+
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+    hours, rest_s = divmod(round(seconds), 3600)
+    if hours:
+        return f"{hours} h {rest_s // 60:02d} min"
+    return f"{rest_s // 60} min {rest_s % 60:02d} s"
 
 
 def _short(rate: Interval) -> str:
@@ -324,27 +272,11 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return " ".join(str(v) for v in value)
+        return " ".join(str(item) for item in value)
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {v}" for k, v in value.items())
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
     return str(value)
 
 
 def _data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _read_json(path: Path, kind: type, missing: list[str]) -> Any:
-    """The file's content where it is of `kind`; otherwise an empty one, and a line in `missing`."""
-    if not path.is_file():
-        missing.append(f"{path.name}: not there")
-        return kind()
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        missing.append(f"{path.name}: unreadable ({error})")
-        return kind()
-    if not isinstance(data, kind):
-        missing.append(f"{path.name}: holds a {type(data).__name__}, expected a {kind.__name__}")
-        return kind()
-    return data

@@ -20,7 +20,8 @@ from rich.console import Console
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.measures.metrics import Cell, SuccessMatrix, measures
 from ratchet_vla.learner.report.charts import diagnostic_curves, segments, success_curve
-from ratchet_vla.learner.report.page import load_run, print_matrix, render, video_name, write_report
+from ratchet_vla.learner.report.page import print_matrix, render, write_report
+from ratchet_vla.learner.report.run_folder import load_run, video_name
 from tests.agent.learner.sample_run import HELD_OUT, TASKS, sample_comparison, sample_matrix, write_sample_run
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
