@@ -51,9 +51,13 @@ class GateConfig:
     """Root of the seeds of sampled actions."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("allowed_drop", 0.0, 1.0), ("significance", 0.0, 0.5), ("temperature", 0.0, math.inf)):
-            if not low <= getattr(self, name) <= high:
-                raise RatchetError("gate.bad_config", f"{name} {getattr(self, name)} is not in [{low}, {high}]")
+        for setting, low, high in (
+            ("allowed_drop", 0.0, 1.0),
+            ("significance", 0.0, 0.5),
+            ("temperature", 0.0, math.inf),
+        ):
+            if not low <= getattr(self, setting) <= high:
+                raise RatchetError("gate.bad_config", f"{setting} {getattr(self, setting)} is not in [{low}, {high}]")
         if self.horizon < 0:
             raise RatchetError("gate.bad_config", f"horizon {self.horizon} is negative", fix="0 takes each task's own")
         if self.episodes < 1 or self.min_episodes < 1 or self.draws < 1:
@@ -87,12 +91,12 @@ class Comparison:
     @property
     def losses(self) -> int:
         """Episodes that the active adapter solved and the candidate did not."""
-        return sum(ok and not self.candidate.episodes[k] for k, ok in self.active.episodes.items())
+        return _only_first(self.active.episodes, self.candidate.episodes)
 
     @property
     def gains(self) -> int:
         """Episodes that the candidate solved and the active adapter did not."""
-        return sum(ok and not self.active.episodes[k] for k, ok in self.candidate.episodes.items())
+        return _only_first(self.candidate.episodes, self.active.episodes)
 
     @property
     def change(self) -> Interval:
@@ -110,6 +114,10 @@ class Comparison:
         return sign_test(self.gains, self.losses)
 
 
+def _only_first(first: Mapping[str, bool], second: Mapping[str, bool]) -> int:
+    return sum(solved and not second[episode_key] for episode_key, solved in first.items())
+
+
 def sign_test(more: int, fewer: int) -> float:
     """P(X >= more) for X ~ Binomial(more + fewer, 1/2); 1 where nothing differs. Source: McNemar 1947, exact form."""
     total = more + fewer
@@ -122,24 +130,27 @@ def power(drop: float, episodes: int, churn: float, significance: float) -> floa
     drop: true loss of success in [0, 1]. churn: chance that an episode turns from failure to success, in [0, 1]; the
     chance of the reverse is drop + churn. Exact: sums over all outcomes of losses and gains.
     """
-    worse = min(drop + churn, 1.0)
-    total = np.arange(episodes + 1)
-    differing = stats.binom.pmf(total, episodes, min(worse + churn, 1.0))
-    share = worse / (worse + churn) if worse + churn else 0.0
-    seen = 0.0
-    for n in total[differing > 1e-12]:
-        # Fewest losses among n differing episodes that the test calls significant.
-        losses = np.arange(n + 1)
-        flagged = stats.binom.sf(losses - 1, n, 0.5) <= significance
-        if n and flagged.any():
-            seen += float(differing[n] * stats.binom.sf(losses[flagged][0] - 1, n, share))
-    return seen
+    chance_of_loss = min(drop + churn, 1.0)
+    differing_counts = np.arange(episodes + 1)
+    chance_of_count = stats.binom.pmf(differing_counts, episodes, min(chance_of_loss + churn, 1.0))
+    share_of_losses = chance_of_loss / (chance_of_loss + churn) if chance_of_loss + churn else 0.0
+    detection = 0.0
+    # Counts below this chance add less than the digits that are shown.
+    for differing in differing_counts[chance_of_count > 1e-12]:
+        possible_losses = np.arange(differing + 1)
+        is_significant = stats.binom.sf(possible_losses - 1, differing, 0.5) <= significance
+        if differing and is_significant.any():
+            fewest_losses = possible_losses[is_significant][0]
+            detection += float(
+                chance_of_count[differing] * stats.binom.sf(fewest_losses - 1, differing, share_of_losses)
+            )
+    return detection
 
 
-def detectable_drop(episodes: int, churn: float, significance: float, wanted: float = 0.8) -> float:
-    """Smallest drop, in whole points, that the test sees with the wanted chance; 1.0 where none is."""
+def detectable_drop(episodes: int, churn: float, significance: float, target_power: float = 0.8) -> float:
+    """Smallest drop, in whole points, that the test sees with a chance of `target_power`; 1.0 where none is."""
     for points in range(1, 101):
-        if power(points / 100, episodes, churn, significance) >= wanted:
+        if power(points / 100, episodes, churn, significance) >= target_power:
             return points / 100
     return 1.0
 
@@ -168,23 +179,23 @@ class GateDecision:
     def rows(self) -> list[dict[str, Any]]:
         """One row per task for a table: rates, change with interval, differing episodes, p, detectable drop."""
         rows = []
-        for c in self.comparisons:
-            churn = min(c.gains, c.losses) / c.active.trials
+        for comparison in self.comparisons:
+            churn = min(comparison.gains, comparison.losses) / comparison.active.trials
             rows.append(
                 {
-                    "task": c.task,
-                    "role": c.role,
-                    "episodes": c.active.trials,
-                    "active": c.active.rate.estimate,
-                    "candidate": c.candidate.rate.estimate,
-                    "change": c.change.estimate,
-                    "low": c.change.low,
-                    "high": c.change.high,
-                    "losses": c.losses,
-                    "gains": c.gains,
-                    "p_worse": c.p_worse,
-                    "p_better": c.p_better,
-                    "detectable_drop": detectable_drop(c.active.trials, churn, self.config.significance),
+                    "task": comparison.task,
+                    "role": comparison.role,
+                    "episodes": comparison.active.trials,
+                    "active": comparison.active.rate.estimate,
+                    "candidate": comparison.candidate.rate.estimate,
+                    "change": comparison.change.estimate,
+                    "low": comparison.change.low,
+                    "high": comparison.change.high,
+                    "losses": comparison.losses,
+                    "gains": comparison.gains,
+                    "p_worse": comparison.p_worse,
+                    "p_better": comparison.p_better,
+                    "detectable_drop": detectable_drop(comparison.active.trials, churn, self.config.significance),
                 }
             )
         return rows
@@ -193,7 +204,7 @@ class GateDecision:
         """Plain data for the adapter's card and `--json`."""
         return {
             "decision": self.decision,
-            "reasons": [asdict(r) for r in self.reasons],
+            "reasons": [asdict(reason) for reason in self.reasons],
             "candidate": self.candidate,
             "active": self.active,
             "tasks": self.rows(),
@@ -211,44 +222,80 @@ def decide(candidate: str, active: str, comparisons: Sequence[Comparison], confi
     Raises:
         RatchetError: gate.no_new_task unless exactly one comparison has the role "new".
     """
-    if sum(c.role == "new" for c in comparisons) != 1:
+    if sum(comparison.role == "new" for comparison in comparisons) != 1:
         raise RatchetError(
             "gate.no_new_task", "a gate decides on exactly one new task", fix="name the task just learned"
         )
-    worse: list[Reason] = []
-    doubts: list[Reason] = []
-    notes: list[Reason] = []
-    for c in comparisons:
-        change = f"{100 * c.change.estimate:+.0f} points [{100 * c.change.low:+.0f}, {100 * c.change.high:+.0f}]"
-        counts = f"{change}, {c.losses} lost, {c.gains} gained of {c.active.trials}"
-        significant = c.p_worse <= config.significance
-        if c.active.trials < config.min_episodes:
-            text = f"{c.active.trials} episodes, at least {config.min_episodes} are needed"
-            doubts.append(Reason("gate.too_few", text, c.task))
-        if c.role == "held_out":
-            if significant:
-                text = f"held-out task significantly worse: {counts}, p {c.p_worse:.3f}"
-                reason = Reason("gate.held_out_worse", text, c.task, blocks=config.held_out == "hold")
-                (doubts if reason.blocks else notes).append(reason)
-            continue
-        if significant:
-            worse.append(Reason(f"gate.{c.role}_worse", f"significantly worse: {counts}, p {c.p_worse:.3f}", c.task))
-        elif c.role == "earlier" and -c.change.estimate > config.allowed_drop + 1e-9:
-            text = (
-                f"dropped by more than {100 * config.allowed_drop:.0f} points: {counts}; not significant, measure more"
-            )
-            doubts.append(Reason("gate.earlier_drop", text, c.task))
-        elif c.role == "new" and config.new_task == "better" and c.p_better > config.significance:
-            doubts.append(
-                Reason("gate.new_not_better", f"not shown to be better: {counts}, p {c.p_better:.3f}", c.task)
-            )
-    decision: Decision = "reject" if worse else "hold" if doubts else "promote"
+    reasons = _Reasons()
+    for comparison in comparisons:
+        reasons.add(comparison, config)
+    decision = reasons.decision
     if decision == "promote":
-        new = next(c for c in comparisons if c.role == "new")
-        earlier = sum(c.role == "earlier" for c in comparisons)
+        new = next(comparison for comparison in comparisons if comparison.role == "new")
+        earlier = sum(comparison.role == "earlier" for comparison in comparisons)
         text = f"{new.task} {100 * new.change.estimate:+.0f} points, earlier tasks kept: {earlier}"
-        notes.insert(0, Reason("gate.passed", text, new.task, blocks=False))
-    return GateDecision(decision, (*worse, *doubts, *notes), candidate, active, tuple(comparisons), config)
+        reasons.notes.insert(0, Reason("gate.passed", text, new.task, blocks=False))
+    return GateDecision(decision, reasons.in_order(), candidate, active, tuple(comparisons), config)
+
+
+@dataclass
+class _Reasons:
+    """Reasons collected task by task. worse: reject. doubts: hold. notes: change nothing."""
+
+    worse: list[Reason] = field(default_factory=list)
+    doubts: list[Reason] = field(default_factory=list)
+    notes: list[Reason] = field(default_factory=list)
+
+    @property
+    def decision(self) -> Decision:
+        if self.worse:
+            return "reject"
+        return "hold" if self.doubts else "promote"
+
+    def in_order(self) -> tuple[Reason, ...]:
+        """All reasons, the most serious first."""
+        return (*self.worse, *self.doubts, *self.notes)
+
+    def add(self, comparison: Comparison, config: GateConfig) -> None:
+        """Collect what one task's comparison has to say."""
+        if comparison.active.trials < config.min_episodes:
+            text = f"{comparison.active.trials} episodes, at least {config.min_episodes} are needed"
+            self.doubts.append(Reason("gate.too_few", text, comparison.task))
+        if comparison.role == "held_out":
+            self._add_held_out(comparison, config)
+        else:
+            self._add_learned(comparison, config)
+
+    def _add_held_out(self, comparison: Comparison, config: GateConfig) -> None:
+        if comparison.p_worse > config.significance:
+            return
+        text = f"held-out task significantly worse: {_counts(comparison)}, p {comparison.p_worse:.3f}"
+        blocks = config.held_out == "hold"
+        reason = Reason("gate.held_out_worse", text, comparison.task, blocks=blocks)
+        if blocks:
+            self.doubts.append(reason)
+        else:
+            self.notes.append(reason)
+
+    def _add_learned(self, comparison: Comparison, config: GateConfig) -> None:
+        counts = _counts(comparison)
+        if comparison.p_worse <= config.significance:
+            text = f"significantly worse: {counts}, p {comparison.p_worse:.3f}"
+            self.worse.append(Reason(f"gate.{comparison.role}_worse", text, comparison.task))
+        # Rounding must not turn a drop of exactly the allowed size into a larger one.
+        elif comparison.role == "earlier" and -comparison.change.estimate > config.allowed_drop + 1e-9:
+            allowed = f"{100 * config.allowed_drop:.0f} points"
+            text = f"dropped by more than {allowed}: {counts}; not significant, measure more"
+            self.doubts.append(Reason("gate.earlier_drop", text, comparison.task))
+        elif comparison.role == "new" and config.new_task == "better" and comparison.p_better > config.significance:
+            text = f"not shown to be better: {counts}, p {comparison.p_better:.3f}"
+            self.doubts.append(Reason("gate.new_not_better", text, comparison.task))
+
+
+def _counts(comparison: Comparison) -> str:
+    change = comparison.change
+    points = f"{100 * change.estimate:+.0f} points [{100 * change.low:+.0f}, {100 * change.high:+.0f}]"
+    return f"{points}, {comparison.losses} lost, {comparison.gains} gained of {comparison.active.trials}"
 
 
 def cannot_evaluate(candidate: str, active: str, why: str, config: GateConfig) -> GateDecision:

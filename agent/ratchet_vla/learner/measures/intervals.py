@@ -34,8 +34,8 @@ class Interval:
     def percent(self) -> str:
         """`81.2 [78.0, 84.1]`, in %."""
         # Adding zero turns -0.0 into 0.0, which would print a minus sign.
-        e, low, high = (round(100 * x, 1) + 0.0 for x in (self.estimate, self.low, self.high))
-        return f"{e:.1f} [{low:.1f}, {high:.1f}]"
+        estimate, low, high = (round(100 * bound, 1) + 0.0 for bound in (self.estimate, self.low, self.high))
+        return f"{estimate:.1f} [{low:.1f}, {high:.1f}]"
 
     def __neg__(self) -> Interval:
         return Interval(-self.estimate, -self.high, -self.low, self.method)
@@ -53,7 +53,9 @@ def wilson(successes: int, trials: int) -> Interval:
     """
     if not (0 <= successes <= trials and trials >= 1):
         raise RatchetError("metrics.bad_counts", f"{successes} successes in {trials} trials", where="interval")
-    n, p, z2 = trials, successes / trials, Z95**2
+    n = trials
+    p = successes / trials
+    z2 = Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     # Exact at the ends, where rounding could leave the estimate outside its own interval.
@@ -101,11 +103,12 @@ def paired_difference(first: Mapping[str, bool], second: Mapping[str, bool]) -> 
             where="paired difference",
             fix="evaluate both on the same initial states and seeds",
         )
-    a = sum(first[k] and second[k] for k in first)
-    b = sum(first[k] and not second[k] for k in first)
-    c = sum(second[k] and not first[k] for k in first)
+    a = sum(first[episode_key] and second[episode_key] for episode_key in first)
+    b = sum(first[episode_key] and not second[episode_key] for episode_key in first)
+    c = sum(second[episode_key] and not first[episode_key] for episode_key in first)
     n = len(first)
     d = n - a - b - c
+    # phi: correlation of the two outcomes, with the paper's continuity correction where it is positive.
     product = (a + b) * (c + d) * (a + c) * (b + d)
     cross = a * d - b * c
     corrected = cross if cross < 0 else max(cross - n / 2, 0.0)
@@ -127,18 +130,23 @@ def mean(terms: Sequence[Interval]) -> Interval:
     if not terms:
         raise RatchetError("metrics.nothing_to_average", "a mean needs at least one term", where="interval")
     count = len(terms)
-    centre = math.fsum(t.estimate for t in terms) / count
-    below = math.sqrt(math.fsum((t.estimate - t.low) ** 2 for t in terms)) / count
-    above = math.sqrt(math.fsum((t.high - t.estimate) ** 2 for t in terms)) / count
-    methods = " and ".join(sorted({t.method for t in terms}))
-    return Interval(centre, centre - below, centre + above, methods if count == 1 else f"MOVER over {methods}")
+    centre = math.fsum(term.estimate for term in terms) / count
+    distance_below = math.sqrt(math.fsum((term.estimate - term.low) ** 2 for term in terms)) / count
+    distance_above = math.sqrt(math.fsum((term.high - term.estimate) ** 2 for term in terms)) / count
+    methods = " and ".join(sorted({term.method for term in terms}))
+    method = methods if count == 1 else f"MOVER over {methods}"
+    return Interval(centre, centre - distance_below, centre + distance_above, method)
 
 
-def _difference(one: Interval, two: Interval, phi: float, method: str) -> Interval:
-    d1, d2 = one.estimate - one.low, two.high - two.estimate
-    e1, e2 = one.high - one.estimate, two.estimate - two.low
-    delta = one.estimate - two.estimate
+def _difference(first: Interval, second: Interval, phi: float, method: str) -> Interval:
+    first_below = first.estimate - first.low  # p1 - l1
+    first_above = first.high - first.estimate  # u1 - p1
+    second_below = second.estimate - second.low  # p2 - l2
+    second_above = second.high - second.estimate  # u2 - p2
+    estimate = first.estimate - second.estimate
     # The radicand is a positive semidefinite form; rounding may put it a hair below zero.
-    low = delta - math.sqrt(max(d1 * d1 - 2 * phi * d1 * d2 + d2 * d2, 0.0))
-    high = delta + math.sqrt(max(e1 * e1 - 2 * phi * e1 * e2 + e2 * e2, 0.0))
-    return Interval(delta, max(low, -1.0), min(high, 1.0), method)
+    squared_below = first_below * first_below - 2 * phi * first_below * second_above + second_above * second_above
+    squared_above = first_above * first_above - 2 * phi * first_above * second_below + second_below * second_below
+    low = estimate - math.sqrt(max(squared_below, 0.0))
+    high = estimate + math.sqrt(max(squared_above, 0.0))
+    return Interval(estimate, max(low, -1.0), min(high, 1.0), method)

@@ -7,7 +7,7 @@ Stage 0 is the base model; stage k is after learning the k-th task. T trained ta
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ratchet_vla.storage.documents import write_json
 __all__ = ["Measures", "SuccessMatrix", "measures"]
 
 SCHEMA = 1
+CellKey = tuple[int, str]
+"""Stage and task."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class SuccessMatrix:
     cells: dict[tuple[int, str], Cell] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = self.columns
-        if not self.tasks or len(set(names)) != len(names):
+        task_names = self.columns
+        if not self.tasks or len(set(task_names)) != len(task_names):
             raise RatchetError(
                 "metrics.bad_tasks", "task names must be unique, with at least one trained task", where="matrix"
             )
@@ -119,18 +121,13 @@ class SuccessMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; cells in order of stage, then column."""
-        cells = [
-            {
-                "stage": stage,
-                "task": task,
-                "successes": cell.successes,
-                "trials": cell.trials,
-                "episodes": dict(cell.episodes),
-            }
-            for stage in self.stages
-            for task in self.columns
-            if (cell := self.cells.get((stage, task))) is not None
-        ]
+        cells = []
+        for stage in self.stages:
+            for task in self.columns:
+                cell = self.cells.get((stage, task))
+                if cell is not None:
+                    counts = {"successes": cell.successes, "trials": cell.trials, "episodes": dict(cell.episodes)}
+                    cells.append({"stage": stage, "task": task, **counts})
         return {"schema": SCHEMA, "tasks": list(self.tasks), "held_out": list(self.held_out), "cells": cells}
 
     @classmethod
@@ -144,9 +141,13 @@ class SuccessMatrix:
             if data["schema"] != SCHEMA:
                 raise RatchetError("metrics.bad_file", f"schema {data['schema']}", fix=f"this version reads {SCHEMA}")
             matrix = cls(tuple(data["tasks"]), tuple(data["held_out"]))
-            for c in data["cells"]:
-                episodes = {str(k): bool(v) for k, v in c["episodes"].items()}
-                matrix.record(int(c["stage"]), c["task"], Cell(int(c["successes"]), int(c["trials"]), episodes))
+            for stored_cell in data["cells"]:
+                episodes = {str(episode_key): bool(success) for episode_key, success in stored_cell["episodes"].items()}
+                matrix.record(
+                    int(stored_cell["stage"]),
+                    stored_cell["task"],
+                    Cell(int(stored_cell["successes"]), int(stored_cell["trials"]), episodes),
+                )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RatchetError(
                 "metrics.bad_file", f"not a success matrix: {error!r}", fix="write it with SuccessMatrix.save"
@@ -199,11 +200,11 @@ class Measures:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: {"after": k, "avg": {"estimate", "low", "high", "method"} or null, ..., "missing": {...}}."""
-        out: dict[str, Any] = {"after": self.after, "missing": dict(self.missing)}
-        for name in ("avg", "nbt", "fwt", "zs"):
-            value: Interval | None = getattr(self, name)
-            out[name] = None if value is None else vars(value).copy()
-        return out
+        plain: dict[str, Any] = {"after": self.after, "missing": dict(self.missing)}
+        for measure_name in ("avg", "nbt", "fwt", "zs"):
+            interval: Interval | None = getattr(self, measure_name)
+            plain[measure_name] = None if interval is None else vars(interval).copy()
+        return plain
 
 
 def measures(matrix: SuccessMatrix, after: int | None = None) -> Measures:
@@ -222,34 +223,39 @@ def measures(matrix: SuccessMatrix, after: int | None = None) -> Measures:
     Raises:
         RatchetError: metrics.unknown_cell for a stage that does not exist.
     """
-    last = len(matrix.tasks) if after is None else after
-    if not 1 <= last <= len(matrix.tasks):
+    last_stage = len(matrix.tasks) if after is None else after
+    if not 1 <= last_stage <= len(matrix.tasks):
         raise RatchetError(
-            "metrics.unknown_cell", f"no measures after stage {last}", fix=f"give 1..{len(matrix.tasks)}"
+            "metrics.unknown_cell", f"no measures after stage {last_stage}", fix=f"give 1..{len(matrix.tasks)}"
         )
+    learned = tuple(enumerate(matrix.tasks[:last_stage], start=1))
+    # Each term is the key of a rate, or the keys of two rates whose difference counts.
+    terms_by_measure: dict[str, list[tuple[CellKey, ...]]] = {
+        "avg": [((last_stage, task),) for _, task in learned],
+        "nbt": [((stage, task), (last_stage, task)) for stage, task in learned[:-1]],
+        "fwt": [((stage - 1, task), (0, task)) for stage, task in learned[1:]],
+        "zs": [((last_stage, task),) for task in matrix.held_out],
+    }
+    intervals: dict[str, Interval | None] = {}
     missing: dict[str, str] = {}
+    for measure_name, terms in terms_by_measure.items():
+        why_none = _why_not_measured(matrix, measure_name, terms)
+        if why_none:
+            missing[measure_name] = why_none
+        intervals[measure_name] = None if why_none else mean([_term(matrix, keys) for keys in terms])
+    return Measures(after=last_stage, missing=missing, **intervals)
 
-    def averaged(name: str, wanted: list[tuple[tuple[int, str], ...]], why_none: str) -> Interval | None:
-        if not wanted:
-            missing[name] = why_none
-            return None
-        absent = sorted({key for keys in wanted for key in keys if key not in matrix.cells})
-        if absent:
-            missing[name] = "not measured: " + ", ".join(f"stage {stage} on {task}" for stage, task in absent)
-            return None
-        terms = []
-        for keys in wanted:
-            cells = [matrix.cells[key] for key in keys]
-            terms.append(cells[0].rate if len(cells) == 1 else difference(cells[0], cells[1]))
-        return mean(terms)
 
-    learned = matrix.tasks[:last]
-    one = "needs at least two learned tasks"
-    return Measures(
-        after=last,
-        avg=averaged("avg", [((last, task),) for task in learned], ""),
-        nbt=averaged("nbt", [((j, task), (last, task)) for j, task in enumerate(learned[:-1], start=1)], one),
-        fwt=averaged("fwt", [((j - 1, task), (0, task)) for j, task in enumerate(learned[1:], start=2)], one),
-        zs=averaged("zs", [((last, task),) for task in matrix.held_out], "no held-out tasks"),
-        missing=missing,
-    )
+def _why_not_measured(matrix: SuccessMatrix, measure_name: str, terms: Sequence[tuple[CellKey, ...]]) -> str:
+    """Why a measure has no value; empty where it has one."""
+    if not terms:
+        return "no held-out tasks" if measure_name == "zs" else "needs at least two learned tasks"
+    absent_keys = sorted({key for keys in terms for key in keys} - matrix.cells.keys())
+    if not absent_keys:
+        return ""
+    return "not measured: " + ", ".join(f"stage {stage} on {task}" for stage, task in absent_keys)
+
+
+def _term(matrix: SuccessMatrix, keys: tuple[CellKey, ...]) -> Interval:
+    cells = [matrix.cells[key] for key in keys]
+    return cells[0].rate if len(cells) == 1 else difference(cells[0], cells[1])
