@@ -35,9 +35,13 @@ class TaskUpdater(Protocol):
         """batch: the stage's `RolloutBatch`, None for a method that needs no rollouts."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on, besides the weights: tensors and plain data."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        ...
 
 
 class SeqFT:
@@ -66,14 +70,21 @@ class SeqFT:
 
     def bind(self, policy: Policy, lora: Lora, tasks: Sequence[str], seed: int) -> None:
         """Called once, before anything else. `self.policy` is from then on the one that is trained."""
-        self.policy, self.lora, self.tasks, self.seed = policy, lora, tuple(tasks), seed
+        self.policy = policy
+        self.lora = lora
+        self.tasks = tuple(tasks)
+        self.seed = seed
 
     @property
     def settings(self) -> dict[str, Any]:
         """The method's own parameters by name, those that differ from their defaults; part of a run's identity."""
-        own = inspect.signature(type(self).__init__).parameters.values()
-        values = {p.name: (getattr(self, p.name), p.default) for p in own if p.kind is p.KEYWORD_ONLY}
-        return {name: value for name, (value, default) in values.items() if value != default}
+        changed = {}
+        for parameter in inspect.signature(type(self).__init__).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                value = getattr(self, parameter.name)
+                if value != parameter.default:
+                    changed[parameter.name] = value
+        return changed
 
     @classmethod
     def serving_rank(cls, rank: int, tasks: int) -> int:
@@ -115,6 +126,7 @@ class SeqFT:
         )
 
     def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
         return self.lora.trainable()
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:

@@ -36,13 +36,18 @@ class SmallCNN(FullFineTuning):
         warm_rate: float = 1e-3,
     ) -> None:
         super().__init__(demonstrations)
-        self.width, self.warm_steps, self.warm_batch, self.warm_rate = width, warm_steps, warm_batch, warm_rate
+        self.width = width
+        self.warm_steps = warm_steps
+        self.warm_batch = warm_batch
+        self.warm_rate = warm_rate
 
     def bind(self, policy: Policy, lora: Lora, tasks: Sequence[str], seed: int) -> None:
-        own = small_cnn(require_discrete(policy), seed=seed % 2**31, width=self.width)
-        super().bind(own, lora, tasks, seed)
+        """Train a fresh CNN in place of the given policy, with its cameras, actions and statistics."""
+        own_policy = small_cnn(require_discrete(policy), seed=seed % 2**31, width=self.width)
+        super().bind(own_policy, lora, tasks, seed)
 
     def start(self, seed: int) -> None:
+        """Imitate the demonstrations."""
         super().start(seed)
         if self.warm_steps:
             assert self.demonstrations is not None

@@ -27,47 +27,62 @@ class EWC(SeqFT):
         self, demonstrations: Samples | None = None, *, strength: float = LAMBDA, clamp: float = CLAMP
     ) -> None:
         super().__init__(demonstrations)
-        self.strength, self.clamp = strength, clamp
+        self.strength = strength
+        self.clamp = clamp
         self.fisher: list[Tensor] = []
         self.anchor: list[Tensor] = []
         self._squares: list[Tensor] = []
         self._steps = 0
-        self._fresh = False
+        self._fresh = False  # whether the next gradient is the first of an update
 
     def begin_task(self, stage: int, seed: int) -> None:
-        self._squares, self._steps = [], 0
+        """Forget the last task's gradients."""
+        self._squares = []
+        self._steps = 0
 
     def begin_update(self) -> None:
         """Only the last update of a task that taught anything counts: the next gradient starts the sums anew."""
         self._fresh = True
 
     def on_gradient(self) -> None:
+        """Add the squares of one optimiser step's gradients."""
         if self._fresh:
-            self._squares, self._steps = [torch.zeros_like(p) for p in self.parameters()], 0
+            self._squares = [torch.zeros_like(parameter) for parameter in self.parameters()]
+            self._steps = 0
             self._fresh = False
-        for total, parameter in zip(self._squares, self.parameters(), strict=True):
+        for squares, parameter in zip(self._squares, self.parameters(), strict=True):
             if parameter.grad is not None:
-                total += parameter.grad.detach() ** 2
+                squares.add_(parameter.grad.detach() ** 2)
         self._steps += 1
 
     def extra_loss(self, generator: torch.Generator) -> Tensor | None:
+        """The quadratic pull; None before the first task is over."""
         if not self.fisher:
             return None
-        terms = [(f * (p - a) ** 2).sum() for f, p, a in zip(self.fisher, self.parameters(), self.anchor, strict=True)]
+        terms = [
+            (information * (parameter - anchor) ** 2).sum()
+            for information, parameter, anchor in zip(self.fisher, self.parameters(), self.anchor, strict=True)
+        ]
         return self.strength / 2 * torch.stack(terms).sum()
 
     def end_task(self, stage: int) -> None:
+        """Add the task's Fisher information to that of the earlier ones and move the anchor to where it ended."""
         if self._steps:
-            found = [s / self._steps for s in self._squares]
-            earlier = self.fisher or [torch.zeros_like(f) for f in found]
-            self.fisher = [(f + e).clamp(max=self.clamp) for f, e in zip(found, earlier, strict=True)]
+            task_fisher = [squares / self._steps for squares in self._squares]
+            earlier_fisher = self.fisher or [torch.zeros_like(information) for information in task_fisher]
+            pairs = zip(task_fisher, earlier_fisher, strict=True)
+            self.fisher = [(task + earlier).clamp(max=self.clamp) for task, earlier in pairs]
         elif not self.fisher:
             return  # nothing was learned yet, so there is nothing to hold on to
-        self.anchor = [p.detach().clone() for p in self.parameters()]
+        self.anchor = [parameter.detach().clone() for parameter in self.parameters()]
 
     def state_dict(self) -> dict[str, Any]:
+        """Information, anchor and the sums of the task under way."""
         return {"fisher": self.fisher, "anchor": self.anchor, "squares": self._squares, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.fisher, self.anchor = list(state["fisher"]), list(state["anchor"])
-        self._squares, self._steps = list(state["squares"]), int(state["steps"])
+        """Inverse of `state_dict`."""
+        self.fisher = list(state["fisher"])
+        self.anchor = list(state["anchor"])
+        self._squares = list(state["squares"])
+        self._steps = int(state["steps"])

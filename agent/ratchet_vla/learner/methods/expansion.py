@@ -16,9 +16,11 @@ class Expansion(SeqFT):
     name = "expansion"
 
     def begin_task(self, stage: int, seed: int) -> None:
+        """Begin a fresh adapter; the first task takes the one that the run began with."""
         if stage:
             self.lora.reset(seed % 2**31)
 
     def acting(self, ids: Sequence[str], stage: int, task: str) -> str:
-        own = self.tasks.index(task) + 1 if task in self.tasks else 0
-        return ids[own] if 0 < own <= stage else ids[0]
+        """The adapter that was trained on the task; the base before that, and on held-out tasks."""
+        own_stage = self.tasks.index(task) + 1 if task in self.tasks else 0
+        return ids[own_stage] if 0 < own_stage <= stage else ids[0]

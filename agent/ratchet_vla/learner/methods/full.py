@@ -25,46 +25,54 @@ class FullFineTuning(SeqFT):
     can_retain = False
 
     def start(self, seed: int) -> None:
+        """Freeze the adapter and let every other weight move."""
         super().start(seed)  # an empty adapter: it adds nothing and is not trained
         self._unfreeze()
 
     def _unfreeze(self) -> None:
-        adapter = {id(p) for p in self.lora.trainable()}
+        adapter_ids = {id(parameter) for parameter in self.lora.trainable()}
         for parameter in self.lora.trainable():
             parameter.requires_grad_(False)
         self._own: list[nn.Parameter] = []
         self._names: list[str] = []
         for name, parameter in self.policy.module.named_parameters():
-            if id(parameter) not in adapter and parameter.is_floating_point():
+            if id(parameter) not in adapter_ids and parameter.is_floating_point():
                 parameter.requires_grad_(True)
                 self._own.append(parameter)
+                # A layer that carries an adapter is wrapped; its weight is stored under the name that it had before.
                 self._names.append(name.replace(".base_layer.", "."))
 
     def parameters(self) -> list[nn.Parameter]:
+        """All weights but the adapter's."""
         return self._own
 
     def identity(self) -> str:
         """SHA-256 over all weights; there is no adapter whose id could tell."""
-        total = hashlib.sha256(b"ratchet.full.v1")
+        digest = hashlib.sha256(b"ratchet.full.v1")
         for parameter in self._own:
-            total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
+            # As bytes, because numpy has no bfloat16.
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def publish(self, store: AdapterStore, provenance: Provenance) -> str:
         """The id alone: whole models do not belong in a store of adapters; the run's checkpoint holds the weights."""
         return self.identity()
 
     def serve(self, serve: Callable[[str], Policy], ids: Sequence[str], stage: int, task: str) -> Policy:
+        """The policy being trained, whatever the stage."""
         return self.policy
 
     def acting(self, ids: Sequence[str], stage: int, task: str) -> str:
+        """Hash of the weights as they are now."""
         return self.identity()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": [p.detach() for p in self._own], "names": self._names}
+        """All weights, in the order of the module."""
+        return {"weights": [parameter.detach() for parameter in self._own], "names": self._names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Write the weights into the policy in place."""
         self._unfreeze()
         with torch.no_grad():
-            for mine, theirs in zip(self._own, state["weights"], strict=True):
-                mine.copy_(theirs)
+            for parameter, stored in zip(self._own, state["weights"], strict=True):
+                parameter.copy_(stored)

@@ -1,5 +1,7 @@
-"""The multi-task oracle: all tasks at once with the same number of episodes in all; what sequential learning is held
-against."""
+"""The multi-task oracle: all tasks at once with the same number of episodes in all.
+
+Sequential learning is held against it.
+"""
 
 from __future__ import annotations
 
@@ -13,4 +15,5 @@ class Oracle(SeqFT):
     sequential = False
 
     def tasks_of(self, stage: int) -> tuple[str, ...]:
+        """All tasks, in every stage."""
         return self.tasks

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.methods.base import SeqFT, require_discrete
-from ratchet_vla.learner.supervised.training import Samples, soft_targets
+from ratchet_vla.learner.supervised.training import Samples, observations, rows_of_tasks, soft_targets
 from ratchet_vla.policy.protocol import PolicyInput
 from ratchet_vla.records import Int64
 
@@ -40,7 +40,9 @@ class ExpertReplay(SeqFT):
         smoothing: float = 0.0,
     ) -> None:
         super().__init__(demonstrations)
-        self.weight, self.batch, self.smoothing = weight, batch, smoothing
+        self.weight = weight
+        self.batch = batch
+        self.smoothing = smoothing
         self._rows: Int64 = np.zeros(0, np.int64)
         self._stage = -1
 
@@ -48,26 +50,25 @@ class ExpertReplay(SeqFT):
         """Frames of earlier tasks, and of all others that are stored, but not of the tasks learned now or later."""
         assert self.demonstrations is not None
         self._stage = stage
-        ahead = {*self.tasks[stage:]}
-        replayed = [i for i, name in enumerate(self.demonstrations.tasks) if name not in ahead]
-        self._rows = np.flatnonzero(np.isin(self.demonstrations.task, replayed))
+        replayed = {*self.demonstrations.tasks} - {*self.tasks[stage:]}
+        self._rows = rows_of_tasks(self.demonstrations, replayed)
         if not len(self._rows):
             text = "no demonstrations of other tasks to replay"
             raise RatchetError("learn.no_replay", text, fix="add demonstrations of earlier tasks")
 
     def extra_loss(self, generator: torch.Generator) -> Tensor | None:
+        """The weighted replay term of one optimiser step, on a random batch of stored frames."""
         assert self.demonstrations is not None
         picks = torch.randint(0, len(self._rows), (self.batch,), generator=generator).numpy()
         rows = self._rows[picks]
-        data = self.demonstrations
-        state = torch.from_numpy(data.state[rows]) if data.state.shape[1] else None
-        frames = PolicyInput(data.images[rows], state, [data.instructions[t] for t in data.task[rows]])
-        return self.weight * self._term(frames, rows)
+        return self.weight * self._term(observations(self.demonstrations, rows), rows)
 
     def state_dict(self) -> dict[str, Any]:
+        """The stage, from which the rows to replay follow."""
         return {"stage": self._stage}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
         if state["stage"] >= 0:
             self.begin_task(state["stage"], 0)
 
@@ -75,7 +76,7 @@ class ExpertReplay(SeqFT):
         assert self.demonstrations is not None
         policy = require_discrete(self.policy)
         tokens = policy.tokens_of(torch.from_numpy(self.demonstrations.actions[rows])).to(policy.device)
-        logits = policy.logits(frames, tokens).float()
+        logits = policy.logits(frames, tokens).float()  # (B, K, D, bins)
         target = soft_targets(tokens, logits.shape[-1], self.smoothing)
         return -(target * logits.log_softmax(-1)).sum(-1).mean()
 
@@ -89,6 +90,7 @@ class DarkReplay(ExpertReplay):
         assert self.demonstrations is not None
         policy = require_discrete(self.policy)
         tokens = policy.tokens_of(torch.from_numpy(self.demonstrations.actions[rows]))
+        # The base is the policy with its adapter switched off: no second copy of the weights is kept.
         with torch.no_grad(), self.lora.disabled():
             base = policy.logits(frames, tokens).float()
         return functional.mse_loss(policy.logits(frames, tokens).float(), base)

@@ -32,21 +32,25 @@ class Retain(SeqFT):
 
     @classmethod
     def serving_rank(cls, rank: int, tasks: int) -> int:
+        """Ranks add up: after the last task the published adapter is the sum of all."""
         return rank * tasks
 
     def begin_task(self, stage: int, seed: int) -> None:
+        """Freeze the last task's adapter into the weights and begin a fresh one."""
         if stage:
-            self.earlier.append({n: t.detach().clone() for n, t in self.lora.export().items()})
+            self.earlier.append({name: tensor.detach().clone() for name, tensor in self.lora.export().items()})
             self._freeze()
             self.lora.reset(seed % 2**31)
 
     @torch.no_grad()
     def _freeze(self) -> None:
+        """Add what is not in the weights yet; after a resumption that is all of it."""
         for tensors in self.earlier[self._frozen :]:
             for layer, module in self.lora.layers.items():
-                a, b = (tensors[tensor_name(layer, half)] for half in ("lora_A", "lora_B"))
+                down = tensors[tensor_name(layer, "lora_A")].flatten(1).float()  # (r, in)
+                up = tensors[tensor_name(layer, "lora_B")].flatten(1).float()  # (out, r)
                 weight = module.get_base_layer().weight
-                change = self.coefficient * self.lora.scaling[layer] * (b.flatten(1).float() @ a.flatten(1).float())
+                change = self.coefficient * self.lora.scaling[layer] * (up @ down)  # (out, in)
                 weight += change.view_as(weight).to(weight.dtype)
         self._frozen = len(self.earlier)
 
@@ -55,12 +59,15 @@ class Retain(SeqFT):
         latest = self.lora.adapter(binding_of(self.policy))
         if not self.earlier:
             return latest
-        return joined([*((self.coefficient, t) for t in self.earlier), (1.0, dict(latest.tensors))], latest)
+        weighted = [(self.coefficient, tensors) for tensors in self.earlier]
+        return joined([*weighted, (1.0, dict(latest.tensors))], latest)
 
     def state_dict(self) -> dict[str, Any]:
+        """Earlier tasks' adapters; the weights follow from them."""
         return {"earlier": self.earlier}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the earlier adapters back and freeze them into the weights."""
         self.earlier = list(state["earlier"])
         self._freeze()
 
@@ -71,15 +78,17 @@ def joined(parts: list[tuple[float, dict[str, Tensor]]], like: Adapter) -> Adapt
     like: gives configuration and binding; every part has its shapes.
     """
     rank = int(like.config["r"])
-    total = rank * len(parts)
+    total_rank = rank * len(parts)
     tensors: dict[str, Tensor] = {}
-    config = dict(like.config) | {"r": total, "lora_alpha": total, "rank_pattern": {}, "alpha_pattern": {}}
+    config = dict(like.config) | {"r": total_rank, "lora_alpha": total_rank, "rank_pattern": {}, "alpha_pattern": {}}
     config["use_rslora"] = False  # with alpha = r the scale of the joined adapter is one
     for name in like.tensors:
         layer, half = split_name(name)
         if half == "lora_A":
-            tensors[name] = torch.cat([t[name] for _, t in parts], dim=0)
+            tensors[name] = torch.cat([summand[name] for _, summand in parts], dim=0)
         else:
+            # The factors are multiplied in float32 and rounded once.
             scale = scaling_of(like.config, layer)
-            tensors[name] = torch.cat([(c * scale * t[name].float()).to(t[name].dtype) for c, t in parts], dim=1)
+            scaled = [(factor * scale * summand[name].float()).to(summand[name].dtype) for factor, summand in parts]
+            tensors[name] = torch.cat(scaled, dim=1)
     return Adapter(tensors, config, like.binding)

@@ -23,17 +23,22 @@ class SLCA(SeqFT):
         self, demonstrations: Samples | None = None, *, vision: float = 0.1, language: float = 0.5, head: float = 1.0
     ) -> None:
         super().__init__(demonstrations)
-        self.vision, self.language, self.head = vision, language, head
+        self.vision = vision
+        self.language = language
+        self.head = head
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        trained = {id(p): p for p in self.parameters()}
-        rates = {"vision": self.vision, "language": self.language, "head": self.head}
-        groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+        """One group per component that has trained parameters."""
+        trained_by_id = {id(parameter): parameter for parameter in self.parameters()}
+        rate_factors = {"vision": self.vision, "language": self.language, "head": self.head}
+        groups: dict[str, list[nn.Parameter]] = {name: [] for name in rate_factors}
         for name, parameter in self.policy.module.named_parameters():
-            if id(parameter) in trained:
-                groups[component(name)].append(trained.pop(id(parameter)))
-        groups["language"] += trained.values()  # what the module does not name belongs to the trunk
-        return [{"params": p, "lr": learning_rate * rates[n]} for n, p in groups.items() if p]
+            # By identity: tensors compare element by element.
+            if id(parameter) in trained_by_id:
+                groups[component(name)].append(trained_by_id.pop(id(parameter)))
+        groups["language"] += trained_by_id.values()  # what the module does not name belongs to the trunk
+        used = {name: parameters for name, parameters in groups.items() if parameters}
+        return [{"params": used[name], "lr": learning_rate * rate_factors[name]} for name in used]
 
 
 def component(name: str) -> str:

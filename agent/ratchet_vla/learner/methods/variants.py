@@ -59,8 +59,8 @@ class Variant:
 
     def make_settings(self) -> dict[str, Any]:
         """The method's own parameters that differ from their defaults, as a run of it would write them down."""
-        own = inspect.signature(self.kind.__init__).parameters
-        return {key: value for key, value in self.settings.items() if value != own[key].default}
+        parameters = inspect.signature(self.kind.__init__).parameters
+        return {key: value for key, value in self.settings.items() if value != parameters[key].default}
 
     def arranged(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """The tasks in this entry's order."""
@@ -68,12 +68,14 @@ class Variant:
             return tasks
         if self.order == "reversed":
             return tasks[::-1]
-        return tuple(tasks[i] for i in np.random.default_rng(int(self.order)).permutation(len(tasks)))
+        positions = np.random.default_rng(int(self.order)).permutation(len(tasks))
+        return tuple(tasks[position] for position in positions)
 
     def lora(self, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of the adapter, given the study's."""
-        mine = self.rank or rank
-        return mine, self.alpha if self.alpha is not None else alpha * mine / rank
+        own_rank = self.rank or rank
+        own_alpha = alpha * own_rank / rank if self.alpha is None else self.alpha
+        return own_rank, own_alpha
 
 
 def parse(text: str) -> Variant:
@@ -82,20 +84,34 @@ def parse(text: str) -> Variant:
     Raises:
         RatchetError: learn.unknown_method, learn.unknown_setting, learn.bad_setting.
     """
-    name, _, rest = text.partition(":")
-    kind = method_named(name)
-    own = {p.name: p.default for p in inspect.signature(kind.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    name, _, options = text.partition(":")
+    method = method_named(name)
+    parameters = inspect.signature(method.__init__).parameters.values()
+    own_defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     settings: dict[str, Any] = {}
     common: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if key in own:
-            settings[key] = _read(text, key, value if equals else "", type(own[key]))
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if key in own_defaults:
+            # A parameter's type is that of its default.
+            settings[key] = _read(text, key, value if equals else "", type(own_defaults[key]))
         elif key in COMMON:
             common[key] = _read(text, key, value if equals else "", COMMON[key])
         else:
-            known = ", ".join((*own, *COMMON))
-            raise RatchetError("learn.unknown_setting", f"{name} has no '{key}'", where=text, fix=f"keys: {known}")
+            known_keys = ", ".join((*own_defaults, *COMMON))
+            raise RatchetError("learn.unknown_setting", f"{name} has no '{key}'", where=text, fix=f"keys: {known_keys}")
+    _check_common(common, text)
+    sequence = {key: common.pop(key) for key in SEQUENCE if key in common}
+    weights: dict[str, float] = {key: common.pop(key) for key in RETENTION if key != "reference" and key in common}
+    reference = common.get("reference", "none")
+    if weights and reference == "none":
+        raise RatchetError("learn.bad_setting", "weights without a reference", where=text, fix="add reference=base")
+    if reference != "none" and not method.can_retain:
+        raise RatchetError("learn.bad_setting", f"{name} takes no reference set", where=text, fix="leave it out")
+    return Variant(text, method, settings, **common, sequence=sequence, weights=weights)
+
+
+def _check_common(common: dict[str, Any], text: str) -> None:
     order = common.get("order", "given")
     if order not in ("given", "reversed") and not order.isdigit():
         raise RatchetError("learn.bad_setting", f"order '{order}'", where=text, fix="given, reversed, or a number")
@@ -104,22 +120,14 @@ def parse(text: str) -> Variant:
             continue  # 0 leaves a term out
         if key not in ("order", "until", "reference") and not value > 0:
             raise RatchetError("learn.bad_setting", f"{key} {value} is not above 0", where=text)
-    sequence = {key: common.pop(key) for key in SEQUENCE if key in common}
-    weights: dict[str, float] = {key: common.pop(key) for key in RETENTION if key != "reference" and key in common}
-    reference = common.get("reference", "none")
-    if weights and reference == "none":
-        raise RatchetError("learn.bad_setting", "weights without a reference", where=text, fix="add reference=base")
-    if reference != "none" and not kind.can_retain:
-        raise RatchetError("learn.bad_setting", f"{name} takes no reference set", where=text, fix="leave it out")
-    return Variant(text, kind, settings, **common, sequence=sequence, weights=weights)
 
 
-def _read(text: str, key: str, value: str, wanted: type) -> Any:
+def _read(text: str, key: str, value: str, value_type: type) -> Any:
     try:
         if not value:
             raise ValueError("no value")
-        return wanted(value)
+        return value_type(value)
     except ValueError:
         raise RatchetError(
-            "learn.bad_setting", f"{key} '{value}' is not of type {wanted.__name__}", where=text
+            "learn.bad_setting", f"{key} '{value}' is not of type {value_type.__name__}", where=text
         ) from None

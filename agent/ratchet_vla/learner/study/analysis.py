@@ -20,10 +20,10 @@ from ratchet_vla.adapters.identity import Adapter
 from ratchet_vla.adapters.lora.layers import scaling_of, split_name
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.rollouts.batch import RolloutBatch
-from ratchet_vla.learner.supervised.training import Samples
+from ratchet_vla.learner.supervised.training import Samples, observations, rows_of_tasks
 from ratchet_vla.learner.update.step import UpdateConfig, Updater
 from ratchet_vla.policy.discrete.policy import PrismaticPolicy
-from ratchet_vla.policy.protocol import Policy, PolicyInput
+from ratchet_vla.policy.protocol import Policy
 from ratchet_vla.records import Int64
 
 
@@ -52,27 +52,28 @@ def adapter_update(adapter: Adapter) -> list[LayerUpdate]:
     for name, tensor in adapter.tensors.items():
         layer, half = split_name(name)
         halves.setdefault(layer, {})[half] = tensor.double().flatten(1)
-    out = []
+    updates = []
     for layer, pair in sorted(halves.items()):
-        a, b = pair["lora_A"], pair["lora_B"]
+        a = pair["lora_A"]
+        b = pair["lora_B"]
         # Singular values of B A are those of R_b R_a^T, with B = Q_b R_b and A^T = Q_a R_a.
-        small = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
-        singular = torch.linalg.svdvals(small) * scaling_of(adapter.config, layer)
-        out.append(LayerUpdate(layer, float(singular.norm()), effective_rank(singular), (b.shape[0], a.shape[1])))
-    return out
+        core = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+        singular = torch.linalg.svdvals(core) * scaling_of(adapter.config, layer)
+        updates.append(LayerUpdate(layer, float(singular.norm()), effective_rank(singular), (b.shape[0], a.shape[1])))
+    return updates
 
 
 def weight_update(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[LayerUpdate]:
     """The same for whole matrices: what full fine-tuning changed. Tensors of fewer than 2 dimensions are left out."""
-    out = []
+    updates = []
     for name in sorted(before):
         if before[name].ndim < 2:
             continue
         change = (after[name].double() - before[name].double()).flatten(1)
         singular = torch.linalg.svdvals(change)
         shape = (change.shape[0], change.shape[1])
-        out.append(LayerUpdate(name, float(singular.norm()), effective_rank(singular), shape))
-    return out
+        updates.append(LayerUpdate(name, float(singular.norm()), effective_rank(singular), shape))
+    return updates
 
 
 def fisher(losses: Iterable[Callable[[], Tensor]], parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -80,15 +81,15 @@ def fisher(losses: Iterable[Callable[[], Tensor]], parameters: list[nn.Parameter
 
     losses: one callable per sample (or small batch) that gives the loss with its graph.
     """
-    total = [torch.zeros_like(p) for p in parameters]
+    total = [torch.zeros_like(parameter) for parameter in parameters]
     count = 0
     for loss in losses:
-        gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
-        for t, g in zip(total, gradients, strict=True):
-            if g is not None:
-                t += g.detach() ** 2
+        sample_gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        for squares, gradient in zip(total, sample_gradients, strict=True):
+            if gradient is not None:
+                squares.add_(gradient.detach() ** 2)
         count += 1
-    return [t / max(count, 1) for t in total]
+    return [squares / max(count, 1) for squares in total]
 
 
 def fisher_energy(gradient: list[Tensor], information: list[Tensor]) -> float:
@@ -98,12 +99,12 @@ def fisher_energy(gradient: list[Tensor], information: list[Tensor]) -> float:
 
     0: the new task pulls only on weights that the old tasks do not care about; 1: only on the one they care most about.
     """
-    squared = torch.cat([(g.double() ** 2).flatten() for g in gradient])
-    weight = torch.cat([f.double().flatten() for f in information])
-    energy, largest = float(squared.sum()), float(weight.max())
+    squared, sensitivity = _flat(gradient, information)
+    energy = float(squared.sum())
+    largest = float(sensitivity.max())
     if energy <= 0.0 or largest <= 0.0:
         return 0.0
-    return float((squared * weight).sum()) / (energy * largest)
+    return float((squared * sensitivity).sum()) / (energy * largest)
 
 
 def energy_in_top(gradient: list[Tensor], information: list[Tensor], share: float) -> float:
@@ -111,13 +112,19 @@ def energy_in_top(gradient: list[Tensor], information: list[Tensor], share: floa
 
     A gradient that knows nothing of the base has `share` there; unlike `fisher_energy` it does not hang on one weight.
     """
-    squared = torch.cat([(g.double() ** 2).flatten() for g in gradient])
-    weight = torch.cat([f.double().flatten() for f in information])
+    squared, sensitivity = _flat(gradient, information)
     energy = float(squared.sum())
     if energy <= 0.0:
         return 0.0
-    count = max(1, round(share * len(weight)))
-    return float(squared[weight.topk(count).indices].sum()) / energy
+    count = max(1, round(share * len(sensitivity)))
+    return float(squared[sensitivity.topk(count).indices].sum()) / energy
+
+
+def _flat(gradient: list[Tensor], information: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Squared gradient and information of every weight, (W,) float64 each: squares underflow in float32."""
+    squared = torch.cat([(layer.double() ** 2).flatten() for layer in gradient])
+    sensitivity = torch.cat([layer.double().flatten() for layer in information])
+    return squared, sensitivity
 
 
 def policy_gradient(
@@ -128,16 +135,19 @@ def policy_gradient(
     Raises:
         RatchetError: learner.no_samples where nothing distinguishes the episodes.
     """
-    found: list[Tensor] = []
+    gradients: list[Tensor] = []
 
     def keep() -> None:
-        found.extend(torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in parameters)
+        for parameter in parameters:
+            gradient = parameter.grad
+            gradients.append(torch.zeros_like(parameter) if gradient is None else gradient.detach().clone())
 
+    # Learning rate 0: the updater runs as in training, and every weight stays bit for bit what it was.
     still = replace(config, minibatches=1, passes=1, learning_rate=0.0, weight_decay=0.0)
     Updater(policy, parameters, still, torch.Generator().manual_seed(0), on_gradient=keep).update(batch)
     for parameter in parameters:
         parameter.grad = None
-    return found
+    return gradients
 
 
 def demonstration_losses(
@@ -148,8 +158,7 @@ def demonstration_losses(
     Raises:
         RatchetError: learn.no_replay where there are no other tasks.
     """
-    others = [i for i, name in enumerate(data.tasks) if name != exclude]
-    rows = np.flatnonzero(np.isin(data.task, others))
+    rows = rows_of_tasks(data, {*data.tasks} - {exclude})
     if not len(rows):
         raise RatchetError("learn.no_replay", f"demonstrations of '{exclude}' only", fix="add other tasks")
     chosen = np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False)
@@ -160,22 +169,23 @@ def demonstration_gradients(
     policy: PrismaticPolicy, parameters: list[nn.Parameter], data: Samples, task: str, count: int
 ) -> list[Tensor]:
     """Gradient of the mean imitation loss on one task. Raises RatchetError learn.no_samples_of_task."""
-    rows = np.flatnonzero(np.isin(data.task, [i for i, name in enumerate(data.tasks) if name == task]))
+    rows = rows_of_tasks(data, {task})
     if not len(rows):
         raise RatchetError("learn.no_samples_of_task", f"no demonstrations of '{task}'", fix="record some")
     chosen = np.random.default_rng(0).choice(rows, min(count, len(rows)), replace=False)
-    total = [torch.zeros_like(p) for p in parameters]
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    # 32 frames per forward; the shares add up to the mean over all of them.
     for part in np.array_split(chosen, -(-len(chosen) // 32)):
         loss = _imitation(policy, data, part) * (len(part) / len(chosen))
-        for t, g in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-            if g is not None:
-                t += g
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for gradient_sum, gradient in zip(total, gradients, strict=True):
+            if gradient is not None:
+                gradient_sum.add_(gradient)
     return total
 
 
 def _imitation(policy: PrismaticPolicy, data: Samples, rows: Int64) -> Tensor:
     """Mean over frames of the chunk's negative log-likelihood."""
-    state = torch.from_numpy(data.state[rows]) if data.state.shape[1] else None
-    frames = PolicyInput(data.images[rows], state, [data.instructions[t] for t in data.task[rows]])
-    log_prob, _ = policy.log_prob(frames, policy.tokens_of(torch.from_numpy(data.actions[rows])), 1.0)
+    tokens = policy.tokens_of(torch.from_numpy(data.actions[rows]))
+    log_prob, _ = policy.log_prob(observations(data, rows), tokens, 1.0)  # (R, K, D)
     return -log_prob.flatten(1).sum(1).mean()

@@ -20,14 +20,14 @@ GAP = 0.05
 """Largest distance to the oracle that counts as close."""
 KEEPING = 0.0
 """Largest loss on held-out tasks."""
+ROUNDING = 1e-9  # a loss of exactly the bound meets it
 
 
 @dataclass(frozen=True)
 class Claim:
     """value: the loss in question, so that it should be at most `bound`; rates. None where it was not measured.
 
-    met: what the point estimate says. verdict: what the interval says: yes where all of it meets the bound, no where
-    none of it does.
+    verdict: yes where all of the interval meets the bound, no where none of it does.
     """
 
     method: str
@@ -37,25 +37,29 @@ class Claim:
 
     @property
     def met(self) -> bool | None:
-        return None if self.value is None else self.value.estimate <= self.bound + 1e-9
+        """What the point estimate says."""
+        return None if self.value is None else self.value.estimate <= self.bound + ROUNDING
 
     @property
     def verdict(self) -> Literal["yes", "no", "undecided", "not measured"]:
+        """What the interval says."""
         if self.value is None:
             return "not measured"
-        if self.value.high <= self.bound + 1e-9:
+        if self.value.high <= self.bound + ROUNDING:
             return "yes"
-        return "no" if self.value.low > self.bound + 1e-9 else "undecided"
+        return "no" if self.value.low > self.bound + ROUNDING else "undecided"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: points."""
-        value = self.value
+        figures: dict[str, float | None] = dict.fromkeys(("points", "low", "high"))
+        if self.value is not None:
+            figures["points"] = round(100 * self.value.estimate, 2)
+            figures["low"] = round(100 * self.value.low, 2)
+            figures["high"] = round(100 * self.value.high, 2)
         return {
             "method": self.method,
             "claim": self.text,
-            "points": None if value is None else round(100 * value.estimate, 2),
-            "low": None if value is None else round(100 * value.low, 2),
-            "high": None if value is None else round(100 * value.high, 2),
+            **figures,
             "bound": 100 * self.bound,
             "met": self.met,
             "verdict": self.verdict,
@@ -64,36 +68,40 @@ class Claim:
 
 def claims(trials: Sequence[Trial], oracle: str = "oracle") -> list[Claim]:
     """The three claims for every method that learns one task after the other."""
-    out = []
-    for summary in summarise([t for t in trials if t.sequential]):
-        method_trials = [t for t in trials if t.method == summary.method]
-        oracle_trials = {t.seed: t for t in trials if t.method == oracle}
-        same_seed = [(t, oracle_trials[t.seed]) for t in method_trials if t.seed in oracle_trials]
-        oracle_gaps = [gap for trial, best in same_seed if (gap := _last(best, trial)) is not None]
-        held_out_losses = [loss for t in method_trials if (loss := _held_out_loss(t)) is not None]
-        # A mean over some of the seeds would not be comparable with the other methods'.
-        all_gaps_known = bool(method_trials) and len(oracle_gaps) == len(method_trials)
-        all_losses_known = bool(held_out_losses) and len(held_out_losses) == len(method_trials)
-        out += [
+    results = []
+    for summary in summarise([trial for trial in trials if trial.sequential]):
+        method_trials = [trial for trial in trials if trial.method == summary.method]
+        oracle_trials = {trial.seed: trial for trial in trials if trial.method == oracle}
+        same_seed = [(trial, oracle_trials[trial.seed]) for trial in method_trials if trial.seed in oracle_trials]
+        oracle_gap = _over_all(method_trials, [_last(best, trial) for trial, best in same_seed])
+        held_out_loss = _over_all(method_trials, [_held_out_loss(trial) for trial in method_trials])
+        results += [
             Claim(summary.method, "loss on earlier tasks (NBT)", summary.values["NBT"], FORGETTING),
-            Claim(summary.method, "AVG below the oracle's", over_seeds(oracle_gaps) if all_gaps_known else None, GAP),
-            Claim(
-                summary.method,
-                "loss on held-out tasks against the base",
-                over_seeds(held_out_losses) if all_losses_known else None,
-                KEEPING,
-            ),
+            Claim(summary.method, "AVG below the oracle's", oracle_gap, GAP),
+            Claim(summary.method, "loss on held-out tasks against the base", held_out_loss, KEEPING),
         ]
-    return out
+    return results
+
+
+def _over_all(trials: Sequence[Trial], losses: Sequence[Interval | None]) -> Interval | None:
+    """Mean of one loss per trial; None where one is missing."""
+    measured = [loss for loss in losses if loss is not None]
+    # A mean over some of the seeds would not be comparable with the other methods'.
+    if not measured or len(measured) < len(trials):
+        return None
+    return over_seeds(measured)
 
 
 def _last(first: Trial, second: Trial) -> Interval | None:
     """Mean over tasks of first minus second after the last stage, on the same episodes where both list them."""
-    names = first.matrix.tasks
-    if {*names} != {*second.matrix.tasks}:
+    task_names = first.matrix.tasks
+    if {*task_names} != {*second.matrix.tasks}:
         return None
-    ends = [(first.matrix.get(len(names), name), second.matrix.get(len(second.matrix.tasks), name)) for name in names]
-    return _mean(ends)
+    last_cells = [
+        (first.matrix.get(len(task_names), task_name), second.matrix.get(len(second.matrix.tasks), task_name))
+        for task_name in task_names
+    ]
+    return _mean(last_cells)
 
 
 def _held_out_loss(trial: Trial) -> Interval | None:
@@ -102,5 +110,5 @@ def _held_out_loss(trial: Trial) -> Interval | None:
 
 
 def _mean(pairs: Sequence[tuple[Cell | None, Cell | None]]) -> Interval | None:
-    differences = [difference(one, two) for one, two in pairs if one is not None and two is not None]
+    differences = [difference(first, second) for first, second in pairs if first is not None and second is not None]
     return mean(differences) if differences and len(differences) == len(pairs) else None

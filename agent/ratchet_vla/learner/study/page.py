@@ -1,5 +1,4 @@
-"""A study as one self-contained page: table with intervals, success matrices as heat maps, learning and forgetting
-curves.
+"""A study as one self-contained page: a table with intervals, success matrices as heat maps, and curves.
 
 Knows trials and how to draw them. Knows nothing of how they were run.
 """
@@ -8,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ratchet_vla.learner.study.claims import claims
-from ratchet_vla.learner.study.results import MEANING, MEASURES, Trial, forgetting, summarise
+from ratchet_vla.learner.study.results import MEANING, MEASURES, Trial, cells_of, forgetting, summarise
 from ratchet_vla.storage.documents import write_text
 
 TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -59,28 +60,30 @@ verdict is the interval's: yes where all of it is within the bound, no where non
 
 def write_study(trials: Sequence[Trial], facts: Mapping[str, Any], output: Path) -> Path:
     """Write the page; returns its path."""
-    rows = []
-    for s in summarise(trials):
-        cells = [v.percent() if (v := s.values[name]) else "not measured" for name in MEASURES]
-        rows.append([s.method, len(s.seeds), *cells, f"{s.hours:.2f}", s.episodes])
-    methods = list(dict.fromkeys(t.method for t in trials))
-    page = (
-        jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-        .from_string(TEMPLATE)
-        .render(
-            title=str(facts.get("title", "Study")),
-            measures=MEASURES,
-            meaning=MEANING,
-            rows=rows,
-            heat=[(m, _uri(heat_map([t for t in trials if t.method == m]))) for m in methods],
-            curves=_uri(forgetting_curves(trials)),
-            learning=_uri(drawn) if (drawn := learning_curves(trials)) else "",
-            claims=[
-                (c.method, c.text, c.value.percent() if c.value else "-", f"{100 * c.bound:.0f}", c.verdict)
-                for c in claims(trials)
-            ],
-            facts=[(k, _plain(v)) for k, v in facts.items() if k != "methods"],
-        )
+    table_rows = []
+    for summary in summarise(trials):
+        cells = cells_of(summary, missing="not measured")
+        hours = f"{summary.hours:.2f}"
+        table_rows.append([summary.method, len(summary.seeds), *cells, hours, summary.episodes])
+    heat_maps = []
+    for method in dict.fromkeys(trial.method for trial in trials):
+        heat_maps.append((method, _uri(heat_map([trial for trial in trials if trial.method == method]))))
+    claim_rows = []
+    for claim in claims(trials):
+        loss = claim.value.percent() if claim.value else "-"
+        claim_rows.append((claim.method, claim.text, loss, f"{100 * claim.bound:.0f}", claim.verdict))
+    learning_png = learning_curves(trials)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(TEMPLATE).render(
+        title=str(facts.get("title", "Study")),
+        measures=MEASURES,
+        meaning=MEANING,
+        rows=table_rows,
+        heat=heat_maps,
+        curves=_uri(forgetting_curves(trials)),
+        learning=_uri(learning_png) if learning_png else "",
+        claims=claim_rows,
+        facts=[(key, _plain(value)) for key, value in facts.items() if key != "methods"],
     )
     write_text(output, page, durable=False)
     return output
@@ -88,30 +91,38 @@ def write_study(trials: Sequence[Trial], facts: Mapping[str, Any], output: Path)
 
 def heat_map(trials: Sequence[Trial]) -> bytes:
     """PNG of the mean success matrix over seeds of one method; stages and cells that no seed measured are blank."""
-    columns, tasks = trials[0].matrix.columns, trials[0].matrix.tasks
-    rows = []
-    for stage in trials[0].matrix.stages:
-        cells = [[c for t in trials if (c := t.matrix.get(stage, task)) is not None] for task in columns]
-        if any(cells):
-            rows.append(
-                (stage, [100 * float(np.mean([c.rate.estimate for c in seen])) if seen else np.nan for seen in cells])
-            )
-    grid = np.array([row for _, row in rows])
-    figure = Figure(figsize=(1.6 + 0.95 * len(columns), 1.3 + 0.42 * len(rows)), dpi=110)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    matrix = trials[0].matrix  # all trials of a study have its tasks and stages
+    columns = matrix.columns
+    percent_by_stage: dict[int, list[float]] = {}
+    for stage in matrix.stages:
+        percents = [_mean_percent(trials, stage, task) for task in columns]
+        if not np.isnan(percents).all():
+            percent_by_stage[stage] = percents
+    grid = np.array(list(percent_by_stage.values()))  # (stages measured, tasks), %
+    figure, axes = _axes(1.6 + 0.95 * len(columns), 1.3 + 0.42 * len(percent_by_stage))
     axes.imshow(grid, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto")
-    for i, j in np.ndindex(grid.shape):
-        if np.isfinite(grid[i, j]):
-            axes.text(j, i, f"{grid[i, j]:.0f}", ha="center", va="center", color="w" if grid[i, j] > 60 else "k")
-    for i, (stage, _) in enumerate(rows):
+    for row, column in np.ndindex(grid.shape):
+        percent = grid[row, column]
+        if np.isfinite(percent):
+            ink = "w" if percent > 60 else "k"  # the colour map is dark above
+            axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color=ink)
+    for row, stage in enumerate(percent_by_stage):
         if stage and trials[0].sequential:
-            j = columns.index(tasks[stage - 1])
-            axes.add_patch(Rectangle((j - 0.47, i - 0.44), 0.94, 0.88, fill=False, edgecolor="#d64545", linewidth=1.8))
-    axes.set_xticks(range(len(columns)), [c[:22] for c in columns], rotation=25, ha="right", fontsize=7)
-    axes.set_yticks(range(len(rows)), ["base" if s == 0 else f"stage {s}" for s, _ in rows], fontsize=8)
+            column = columns.index(matrix.tasks[stage - 1])
+            corner = (column - 0.47, row - 0.44)
+            axes.add_patch(Rectangle(corner, 0.94, 0.88, fill=False, edgecolor="#d64545", linewidth=1.8))
+    axes.set_xticks(range(len(columns)), [task[:22] for task in columns], rotation=25, ha="right", fontsize=7)
+    labels = ["base" if stage == 0 else f"stage {stage}" for stage in percent_by_stage]
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     figure.tight_layout()
     return _png(figure)
+
+
+def _mean_percent(trials: Sequence[Trial], stage: int, task: str) -> float:
+    """Mean success over the trials that measured the cell, in %; NaN where none did."""
+    cells = [trial.matrix.get(stage, task) for trial in trials]
+    rates = [cell.rate.estimate for cell in cells if cell is not None]
+    return 100 * float(np.mean(rates)) if rates else math.nan
 
 
 def losses(trials: Sequence[Trial]) -> list[tuple[int, float]]:
@@ -120,60 +131,67 @@ def losses(trials: Sequence[Trial]) -> list[tuple[int, float]]:
     A change and not the success itself: fewer tasks are old than young, so a mean of their success would move though
     nothing is forgotten.
     """
-    found: dict[int, list[float]] = {}
+    changes_by_age: dict[int, list[float]] = {}
     for trial in trials:
         for task in trial.matrix.tasks:
             points = forgetting(trial.matrix, task)
             if points and points[0][0] == 0:
-                for since, rate in points:
-                    found.setdefault(since, []).append(100 * (rate - points[0][1]))
-    return [(since, float(np.mean(found[since]))) for since in sorted(found)]
+                for age, rate in points:
+                    changes_by_age.setdefault(age, []).append(100 * (rate - points[0][1]))
+    return [(age, float(np.mean(changes_by_age[age]))) for age in sorted(changes_by_age)]
 
 
 def forgetting_curves(trials: Sequence[Trial]) -> bytes:
     """PNG of `losses` per method."""
-    figure = Figure(figsize=(9.0, 3.4), dpi=110)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    shown = [t for t in trials if t.sequential]
-    for method in dict.fromkeys(t.method for t in shown):
-        curve = losses([t for t in shown if t.method == method])
-        axes.plot([since for since, _ in curve], [points for _, points in curve], marker="o", label=method)
+    figure, axes = _axes(9.0, 3.4)
+    sequential_trials = [trial for trial in trials if trial.sequential]
+    for method in dict.fromkeys(trial.method for trial in sequential_trials):
+        curve = losses([trial for trial in sequential_trials if trial.method == method])
+        ages = [age for age, _ in curve]
+        changes = [change for _, change in curve]
+        axes.plot(ages, changes, marker="o", label=method)
     axes.axhline(0, color="#9aa5b1", linewidth=0.8)
     axes.set_xlabel("tasks learned since")
     axes.set_ylabel("change of success, points")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if shown:
+    if sequential_trials:
         axes.legend(fontsize=8, ncols=2)
     figure.tight_layout()
     return _png(figure)
 
 
 def learning_curves(trials: Sequence[Trial]) -> bytes:
-    """PNG: success of the training episodes by update, stage beside stage, mean over those seeds that made the update,
-    per method; empty where no trial ran episodes."""
+    """PNG: success of the training episodes by update, one curve per method; empty where no trial ran episodes.
+
+    Stages stand beside each other. A point is the mean over those seeds that made the update.
+    """
+    # method -> (stage, number of the update in it) -> success of each seed in %
     curves: dict[str, dict[tuple[int, int], list[float]]] = {}
-    length: dict[int, int] = {}
+    longest: dict[int, int] = {}  # stage -> updates of the trial that made most
     for trial in trials:
-        made: dict[int, int] = {}
+        made_by_stage: Counter[int] = Counter()
         for update in trial.updates:
-            if update["episodes"]:
-                stage = int(update["stage"])
-                made[stage] = made.get(stage, 0) + 1
-                length[stage] = max(length.get(stage, 0), made[stage])
-                place = curves.setdefault(trial.method, {}).setdefault((stage, made[stage]), [])
-                place.append(100 * update["successes"] / update["episodes"])
+            if not update["episodes"]:
+                continue
+            stage = int(update["stage"])
+            made_by_stage[stage] += 1
+            longest[stage] = max(longest.get(stage, 0), made_by_stage[stage])
+            rates = curves.setdefault(trial.method, {}).setdefault((stage, made_by_stage[stage]), [])
+            rates.append(100 * update["successes"] / update["episodes"])
     if not curves:
         return b""
-    start = {stage: sum(n for s, n in length.items() if s < stage) for stage in length}
-    figure = Figure(figsize=(9.0, 3.4), dpi=110)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for method, seen in curves.items():
-        places = sorted(seen)
-        means = [float(np.mean(seen[p])) for p in places]
-        axes.plot([start[stage] + k for stage, k in places], means, label=method, linewidth=1.3)
-    for border in start.values():
+    start_of_stage: dict[int, int] = {}
+    updates_before = 0
+    for stage in sorted(longest):
+        start_of_stage[stage] = updates_before
+        updates_before += longest[stage]
+    figure, axes = _axes(9.0, 3.4)
+    for method, rates_by_update in curves.items():
+        in_order = sorted(rates_by_update)
+        positions = [start_of_stage[stage] + number for stage, number in in_order]
+        means = [float(np.mean(rates_by_update[key])) for key in in_order]
+        axes.plot(positions, means, label=method, linewidth=1.3)
+    for border in start_of_stage.values():
         if border:
             axes.axvline(border + 0.5, color="#9aa5b1", linewidth=0.8)
     axes.set_xlabel("updates")
@@ -185,17 +203,26 @@ def learning_curves(trials: Sequence[Trial]) -> bytes:
     return _png(figure)
 
 
+def _axes(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of one plot, size in inches. No pyplot: it keeps global state and looks for a display."""
+    figure = Figure(figsize=(width, height), dpi=110)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
 def _plain(value: Any) -> str:
     """A fact as a person would write it."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
 
 
 def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _uri(image: bytes) -> str:

@@ -20,6 +20,7 @@ from ratchet_vla.learner.measures.intervals import Interval, mean
 from ratchet_vla.learner.measures.metrics import SuccessMatrix, difference, measures
 
 MEASURES = ("AVG", "NBT", "FWT", "ZS", "plasticity")
+RATES = ("AVG", "ZS")  # the others are differences
 MEANING = {
     "AVG": "mean success over the learned tasks after the last stage",
     "NBT": "loss on earlier tasks since they were learned; lower is better",
@@ -62,18 +63,20 @@ def plasticity(matrix: SuccessMatrix) -> Interval | None:
     """mean_k (S[k, k] - S[k-1, k]): what each task gained by being trained."""
     gains = []
     for stage, task in enumerate(matrix.tasks, 1):
-        before, after = matrix.get(stage - 1, task), matrix.get(stage, task)
-        if before is None or after is None:
+        cell_before = matrix.get(stage - 1, task)
+        cell_after = matrix.get(stage, task)
+        if cell_before is None or cell_after is None:
             return None
-        gains.append(difference(after, before))
+        gains.append(difference(cell_after, cell_before))
     return mean(gains)
 
 
 def over_seeds(values: Sequence[Interval], lowest: float = -1.0) -> Interval:
-    """Mean over seeds: Student's t interval of the seeds' estimates, which holds the luck of training and of
-    evaluation, but never a narrower one than the luck of evaluation alone gives: a few seeds may agree by chance.
-    A single seed keeps its own interval, which holds the luck of evaluation alone. lowest: what the measure cannot be
-    below, 0 for a rate; the interval is cut there and at 1.
+    """Mean over seeds with Student's t interval of the seeds' estimates.
+
+    The interval holds the luck of training and of evaluation, and is never narrower than the luck of evaluation alone
+    makes it: a few seeds may agree by chance. A single seed keeps its own interval, which holds the luck of evaluation
+    alone. lowest: what the measure cannot be below, 0 for a rate; the interval is cut there and at 1.
 
     Raises:
         RatchetError: study.nothing_measured.
@@ -82,62 +85,76 @@ def over_seeds(values: Sequence[Interval], lowest: float = -1.0) -> Interval:
         raise RatchetError("study.nothing_measured", "no seed has this measure")
     if len(values) == 1:
         return values[0]
-    estimates = np.array([v.estimate for v in values])
+    estimates = np.array([interval.estimate for interval in values])
     centre = float(estimates.mean())
-    half = float(stats.t.ppf(0.975, len(values) - 1) * estimates.std(ddof=1) / math.sqrt(len(values)))
-    luck = mean(values)
-    low, high = min(centre - half, luck.low), max(centre + half, luck.high)
+    half_width = float(stats.t.ppf(0.975, len(values) - 1) * estimates.std(ddof=1) / math.sqrt(len(values)))
+    evaluation_luck = mean(values)
+    low = min(centre - half_width, evaluation_luck.low)
+    high = max(centre + half_width, evaluation_luck.high)
     return Interval(centre, max(low, lowest), min(high, 1.0), f"Student's t over {len(values)} seeds")
 
 
 def summarise(trials: Sequence[Trial]) -> list[Summary]:
     """One line per method, in the order in which they first appear."""
-    out = []
-    for method in dict.fromkeys(t.method for t in trials):
-        method_trials = [t for t in trials if t.method == method]
-        found: dict[str, list[Interval | None]] = {name: [] for name in MEASURES}
-        for trial in method_trials:
-            scores = measures(trial.matrix)
-            for name in ("AVG", "ZS", "NBT", "FWT"):
-                known = trial.sequential or name in ("AVG", "ZS")
-                found[name].append(getattr(scores, name.lower()) if known else None)
-            found["plasticity"].append(plasticity(trial.matrix) if trial.sequential else None)
-        values = {
-            name: over_seeds([i for i in items if i is not None], 0.0 if name in ("AVG", "ZS") else -1.0)
-            if all(i is not None for i in items)
-            else None
-            for name, items in found.items()
-        }
-        hours = sum(t.seconds for t in method_trials) / 3600
-        out.append(
-            Summary(method, tuple(t.seed for t in method_trials), values, hours, sum(t.episodes for t in method_trials))
-        )
-    return out
+    summaries = []
+    for method in dict.fromkeys(trial.method for trial in trials):
+        method_trials = [trial for trial in trials if trial.method == method]
+        scores = [_scores(trial) for trial in method_trials]
+        seeds = tuple(trial.seed for trial in method_trials)
+        values = {name: _over_all_seeds(name, [seed_scores[name] for seed_scores in scores]) for name in MEASURES}
+        hours = sum(trial.seconds for trial in method_trials) / 3600
+        episodes = sum(trial.episodes for trial in method_trials)
+        summaries.append(Summary(method, seeds, values, hours, episodes))
+    return summaries
+
+
+def _scores(trial: Trial) -> dict[str, Interval | None]:
+    """The measures of one trial, None for those that mean nothing for it or were not measured."""
+    scores = measures(trial.matrix)
+    if not trial.sequential:
+        return {"AVG": scores.avg, "NBT": None, "FWT": None, "ZS": scores.zs, "plasticity": None}
+    gain = plasticity(trial.matrix)
+    return {"AVG": scores.avg, "NBT": scores.nbt, "FWT": scores.fwt, "ZS": scores.zs, "plasticity": gain}
+
+
+def _over_all_seeds(name: str, values: Sequence[Interval | None]) -> Interval | None:
+    """A measure over the seeds; None unless each of them has it, because methods are compared on the same seeds."""
+    measured = [value for value in values if value is not None]
+    if len(measured) < len(values):
+        return None
+    return over_seeds(measured, 0.0 if name in RATES else -1.0)
+
+
+def cells_of(summary: Summary, missing: str) -> list[str]:
+    """A summary's measures in points with their intervals, as text, in the order of `MEASURES`."""
+    values = [summary.values[name] for name in MEASURES]
+    return [missing if value is None else value.percent() for value in values]
 
 
 def as_dict(trials: Sequence[Trial], facts: Mapping[str, Any]) -> dict[str, Any]:
     """For JSON: measures in points with their intervals, matrices in full, what was run."""
     methods: dict[str, Any] = {}
     for summary in summarise(trials):
-        points = {
-            name: None
-            if value is None
-            else {
-                "points": round(100 * value.estimate, 2),
-                "low": round(100 * value.low, 2),
-                "high": round(100 * value.high, 2),
-                "method": value.method,
-            }
-            for name, value in summary.values.items()
-        }
+        matrices = {str(trial.seed): trial.matrix.to_dict() for trial in trials if trial.method == summary.method}
         methods[summary.method] = {
-            **points,
+            **{name: _points(interval) for name, interval in summary.values.items()},
             "seeds": list(summary.seeds),
             "hours": round(summary.hours, 3),
             "episodes": summary.episodes,
-            "matrices": {str(t.seed): t.matrix.to_dict() for t in trials if t.method == summary.method},
+            "matrices": matrices,
         }
     return {**facts, "methods": methods}
+
+
+def _points(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    return {
+        "points": round(100 * interval.estimate, 2),
+        "low": round(100 * interval.low, 2),
+        "high": round(100 * interval.high, 2),
+        "method": interval.method,
+    }
 
 
 def load_trial(method: str, seed: int, folder: Path, sequential: bool = True) -> Trial | None:
@@ -148,20 +165,21 @@ def load_trial(method: str, seed: int, folder: Path, sequential: bool = True) ->
     """
     if not (folder / "matrix.json").is_file() or not (folder / "run.json").is_file():
         return None
-    facts = json.loads((folder / "run.json").read_text())
-    if "finished" not in facts:
+    run_facts = json.loads((folder / "run.json").read_text())
+    if "finished" not in run_facts:
         return None
-    lines = (folder / "updates.jsonl").read_text().splitlines() if (folder / "updates.jsonl").is_file() else []
+    log_path = folder / "updates.jsonl"
+    lines = log_path.read_text().splitlines() if log_path.is_file() else []
     updates = tuple(json.loads(line) for line in lines)
-    episodes = sum(int(u["episodes"]) for u in updates)
+    episodes = sum(int(update["episodes"]) for update in updates)
     matrix = SuccessMatrix.load(folder / "matrix.json")
-    return Trial(method, seed, matrix, float(facts["seconds"]), episodes, updates, sequential)
+    return Trial(method, seed, matrix, float(run_facts["seconds"]), episodes, updates, sequential)
 
 
-def require_same(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """A trial that lies in `folder`, finished or not, must have been started as it would be started now.
+def require_same(folder: Path, expected: Mapping[str, Any]) -> None:
+    """Refuse to go on with a trial in `folder`, finished or not, that was started with other settings.
 
-    wanted: facts as they stand in run.json. What an older version did not write is not compared.
+    expected: facts as they stand in run.json. What an older version did not write is not compared.
 
     Raises:
         RatchetError: study.changed naming what differs.
@@ -170,29 +188,33 @@ def require_same(folder: Path, wanted: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     stored = json.loads(path.read_text())
-    changed = _differing({k: stored[k] for k in wanted if k in stored}, json.loads(json.dumps(wanted, default=str)), "")
-    if changed:
+    as_stored = json.loads(json.dumps(expected, default=str))
+    differences = _differing({key: stored[key] for key in expected if key in stored}, as_stored, "")
+    if differences:
         raise RatchetError(
             "study.changed",
-            f"this trial was run with other settings: {', '.join(changed[:4])}",
+            f"this trial was run with other settings: {', '.join(differences[:4])}",
             where=str(folder),
             fix="use a new study folder, or the settings as they were",
         )
 
 
-def _differing(stored: Any, wanted: Any, name: str) -> list[str]:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        both = [k for k in stored if k in wanted]
-        return [d for k in both for d in _differing(stored[k], wanted[k], f"{name}.{k}" if name else k)]
-    return [] if stored == wanted else [f"{name} {stored!r}, now {wanted!r}"]
+def _differing(stored: Any, expected: Any, name: str) -> list[str]:
+    if isinstance(stored, dict) and isinstance(expected, dict):
+        differences = []
+        for key in stored:
+            if key in expected:
+                differences += _differing(stored[key], expected[key], f"{name}.{key}" if name else key)
+        return differences
+    return [] if stored == expected else [f"{name} {stored!r}, now {expected!r}"]
 
 
 def markdown(trials: Sequence[Trial]) -> str:
     """The table in points with 95 % intervals, as Markdown."""
     rows = [f"| method | seeds | {' | '.join(MEASURES)} | hours | episodes |", "|---" * (len(MEASURES) + 4) + "|"]
-    for s in summarise(trials):
-        cells = [v.percent() if (v := s.values[name]) else "-" for name in MEASURES]
-        rows.append(f"| {s.method} | {len(s.seeds)} | {' | '.join(cells)} | {s.hours:.1f} | {s.episodes} |")
+    for summary in summarise(trials):
+        cells = " | ".join(cells_of(summary, missing="-"))
+        rows.append(f"| {summary.method} | {len(summary.seeds)} | {cells} | {summary.hours:.1f} | {summary.episodes} |")
     return "\n".join(rows) + "\n"
 
 

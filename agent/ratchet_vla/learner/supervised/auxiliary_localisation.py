@@ -22,21 +22,22 @@ MOVES = 0.015
 
 
 def normalised_positions(scene: Float32, task: Int64) -> tuple[Float32, np.ndarray]:
-    """Positions in standard deviations within their task, (M, P) float32 clipped to +-3, and (T, P) bool which of them
-    vary at all.
+    """Normalise positions within their task.
+
+    Returns (M, P) float32 in standard deviations clipped to +-3, and (T, P) bool, which coordinates vary at all.
 
     scene: (M, P) metres, NaN where a task has none. task: (M,) index.
     """
-    out = np.zeros_like(scene)
+    normalised = np.zeros_like(scene)
     varies = np.zeros((int(task.max()) + 1, scene.shape[1]), bool)
-    for t in np.unique(task):
-        positions = scene[task == t]
-        spread = positions.std(0)
-        varies[t] = spread > MOVES  # False for NaN
-        out[task == t] = np.where(varies[t], (positions - positions.mean(0)) / np.where(varies[t], spread, 1), 0).clip(
-            -3, 3
-        )
-    return out, varies
+    for task_index in np.unique(task):
+        positions = scene[task == task_index]
+        deviation = positions.std(0)
+        varies[task_index] = deviation > MOVES  # False for NaN
+        divisor = np.where(varies[task_index], deviation, 1)  # 1 only avoids 0 / 0; those coordinates become 0
+        scaled = (positions - positions.mean(0)) / divisor
+        normalised[task == task_index] = np.where(varies[task_index], scaled, 0).clip(-3, 3)
+    return normalised, varies
 
 
 class LocalisationObjective(nn.Module):
@@ -50,7 +51,10 @@ class LocalisationObjective(nn.Module):
 
     def __init__(self, policy: PrismaticPolicy, scene: Float32, task: Int64) -> None:
         super().__init__()
-        targets, varies = normalised_positions(scene, task) if scene.shape[1] else (scene, np.zeros((1, 0), bool))
+        targets = scene
+        varies = np.zeros((1, 0), bool)
+        if scene.shape[1]:
+            targets, varies = normalised_positions(scene, task)
         if not varies.any():
             raise RatchetError(
                 "learn.no_scene",
@@ -58,38 +62,44 @@ class LocalisationObjective(nn.Module):
                 fix="record them anew in a suite that does, or give --localisation.steps 0",
             )
         self.policy = [policy]  # in a list: its parameters are not this module's
-        self.targets, self.task = torch.from_numpy(targets), torch.from_numpy(task)
+        self.targets = torch.from_numpy(targets)
+        self.task = torch.from_numpy(task)
         self.varies = torch.from_numpy(varies)
-        config, views = policy.config, len(policy.spec.cameras)
+        network_config = policy.config
+        views = len(policy.spec.cameras)
         patches = views * policy.network.vision_backbone.patches
         self.which = nn.Embedding(len(varies), 64)
-        self.read = nn.Linear(patches * config.hidden + 64, 256)
+        self.read = nn.Linear(patches * network_config.hidden + 64, 256)
         self.tell = nn.Linear(256, scene.shape[1])
         self.to(policy.device)
 
     def trained(self) -> list[nn.Parameter]:
         """What learns: the tower, its projector, the words that modulate it, and the head."""
         network = self.policy[0].network
-        seeing = (network.vision_backbone, network.projector, network.language_model.model.embed_tokens, self)
-        return [p for module in seeing for p in module.parameters()]
+        trained_modules = (network.vision_backbone, network.projector, network.language_model.model.embed_tokens, self)
+        return [parameter for module in trained_modules for parameter in module.parameters()]
 
     def loss(self, batch: PolicyInput, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Smooth L1 error, mean over the coordinates that vary. rows: (B,)."""
         predicted, targets = self._predictions_and_targets(batch, rows)
         return functional.smooth_l1_loss(predicted, targets)
 
     def measure(self, batch: PolicyInput, rows: Tensor) -> tuple[float, float, float]:
-        """Loss; mean absolute error in standard deviations of the position within its task, where guessing gives 0.8;
-        and 0."""
+        """Loss, error and 0, because positions have no entropy.
+
+        error: mean absolute, in standard deviations of the position within its task; guessing the mean gives 0.8.
+        """
         predicted, targets = self._predictions_and_targets(batch, rows)
         return float(functional.smooth_l1_loss(predicted, targets)), float((predicted - targets).abs().mean()), 0.0
 
     def _predictions_and_targets(self, batch: PolicyInput, rows: Tensor) -> tuple[Tensor, Tensor]:
         policy = self.policy[0]
-        pixels, ids, mask, _ = policy.inputs(batch)
+        pixels, token_ids, token_mask, _ = policy.inputs(batch)
         with policy.autocast():
-            patches = policy.network.see(pixels, ids, mask, policy.compute_dtype)
-        task = self.task[rows].to(patches.device)
-        features = torch.cat([patches.float().flatten(1), self.which(task)], 1)
-        positions = self.tell(functional.gelu(self.read(features)))
+            patches = policy.network.see(pixels, token_ids, token_mask, policy.compute_dtype)
+        task_index = self.task[rows].to(patches.device)
+        # (B, patches * hidden + 64): the head is told the task, because positions are normalised within it.
+        features = torch.cat([patches.float().flatten(1), self.which(task_index)], 1)
+        positions = self.tell(functional.gelu(self.read(features)))  # (B, P)
         is_target = self.varies[self.task[rows]].to(patches.device)
         return positions[is_target], self.targets[rows].to(patches.device)[is_target]

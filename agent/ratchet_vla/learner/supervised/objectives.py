@@ -26,8 +26,11 @@ class Objective(Protocol):
         ...
 
     def measure(self, batch: PolicyInput, rows: Tensor) -> tuple[float, float, float]:
-        """Loss; mean absolute error of the prediction, in bins or in deviations of the data; entropy, nats per token, 0
-        where there is none to report."""
+        """Loss, error and entropy on samples, without gradient.
+
+        error: mean absolute error of the prediction, in bins or in deviations of the data. entropy: nats per token, 0
+        where there is none to report.
+        """
         ...
 
 
@@ -43,46 +46,54 @@ def soft_targets(tokens: Tensor, bins: int, smoothing: float) -> Tensor:
     if smoothing <= 0:
         return functional.one_hot(tokens, bins).float()
     distance = torch.arange(bins, device=tokens.device) - tokens[..., None]
-    weight = torch.exp(-0.5 * (distance / smoothing) ** 2)
-    return weight / weight.sum(-1, keepdim=True)
+    gaussian = torch.exp(-0.5 * (distance / smoothing) ** 2)
+    return gaussian / gaussian.sum(-1, keepdim=True)
 
 
 class TokenObjective:
     """Cross-entropy with a Gaussian over neighbouring bins."""
 
     def __init__(self, policy: PrismaticPolicy, actions: Tensor, smoothing: float) -> None:
-        self.policy, self.smoothing = policy, smoothing
-        self.tokens = policy.tokens_of(actions)
+        self.policy = policy
+        self.smoothing = smoothing
+        self.tokens = policy.tokens_of(actions)  # (M, K, D)
 
     def loss(self, batch: PolicyInput, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Cross-entropy, mean over tokens. rows: (B,)."""
         return self._of(self.policy.logits(batch, self.tokens[rows]), rows)
 
     def measure(self, batch: PolicyInput, rows: Tensor) -> tuple[float, float, float]:
+        """Loss, error in bins and entropy; see `Objective.measure`."""
         logits = self.policy.logits(batch, self.tokens[rows]).float()
         error = (logits.argmax(-1) - self.tokens[rows].to(logits.device)).abs().float().mean()
         entropy = torch.distributions.Categorical(logits=logits).entropy().mean()  # type: ignore[no-untyped-call]
         return float(self._of(logits, rows)), float(error), float(entropy)
 
     def _of(self, logits: Tensor, rows: Tensor) -> Tensor:
-        target = soft_targets(self.tokens[rows].to(logits.device), logits.shape[-1], self.smoothing)
-        return -(target * functional.log_softmax(logits.float(), -1)).sum(-1).mean()
+        soft_target = soft_targets(self.tokens[rows].to(logits.device), logits.shape[-1], self.smoothing)
+        return -(soft_target * functional.log_softmax(logits.float(), -1)).sum(-1).mean()
 
 
 class FlowObjective:
     """Squared error of the velocity at random times, more of them near the noise: Beta(1.5, 1) as in pi0."""
 
     def __init__(self, policy: FlowPolicy, actions: Tensor) -> None:
-        self.policy, self.actions = policy, actions
+        self.policy = policy
+        self.actions = actions
 
     def loss(self, batch: PolicyInput, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Flow-matching loss, mean over samples. rows: (B,)."""
         config = self.policy.config
         noise = torch.randn((len(rows), config.horizon, config.action_width), generator=generator)
-        time = torch.rand(len(rows), generator=generator) ** (2 / 3) * 0.999 + 0.001
-        return self.policy.loss(batch, self.actions[rows], noise, time).mean()
+        # The inverse of Beta(1.5, 1)'s distribution function is u^(2/3); the ends 0 and 1 are left out, as in pi0.
+        flow_time = torch.rand(len(rows), generator=generator) ** (2 / 3) * 0.999 + 0.001
+        return self.policy.loss(batch, self.actions[rows], noise, flow_time).mean()
 
     def measure(self, batch: PolicyInput, rows: Tensor) -> tuple[float, float, float]:
+        """Loss, error in deviations of the data, and 0; see `Objective.measure`."""
+        # The same noise and times at every validation, so that the figures can be compared.
         loss = self.loss(batch, rows, torch.Generator().manual_seed(0))
-        wanted = self.actions[rows].to(self.policy.device)
-        scale = torch.tensor(self.policy.statistics.action_scale, device=self.policy.device)
-        error = ((self.policy.predict(batch).actions - wanted) / scale).abs().mean()
+        demonstrated = self.actions[rows].to(self.policy.device)
+        action_scale = torch.tensor(self.policy.statistics.action_scale, device=self.policy.device)
+        error = ((self.policy.predict(batch).actions - demonstrated) / action_scale).abs().mean()
         return float(loss), float(error), 0.0

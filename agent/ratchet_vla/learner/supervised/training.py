@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,19 @@ class Samples(Protocol):
     instructions: list[str]
 
     def __len__(self) -> int: ...
+
+
+def rows_of_tasks(samples: Samples, names: Collection[str]) -> Int64:
+    """Rows of the samples of these tasks, (R,); names without samples add none."""
+    task_indices = [task_index for task_index, name in enumerate(samples.tasks) if name in names]
+    return np.flatnonzero(np.isin(samples.task, task_indices))
+
+
+def observations(samples: Samples, rows: Int64) -> PolicyInput:
+    """What a policy sees of the samples at `rows`, as they were recorded."""
+    state = torch.from_numpy(samples.state[rows]) if samples.state.shape[1] else None
+    instructions = [samples.instructions[task_index] for task_index in samples.task[rows]]
+    return PolicyInput(samples.images[rows], state, instructions)
 
 
 @dataclass(frozen=True)
@@ -94,14 +107,19 @@ def augment(images: Tensor, config: PretrainConfig, generator: torch.Generator) 
     batch, views, height, width, _ = images.shape
     gain = 1 + config.brightness * (2 * torch.rand(batch, 1, 1, 1, 1, generator=generator) - 1)
     tint = 255 * config.brightness / 2 * (2 * torch.rand(batch, 1, 1, 1, 3, generator=generator) - 1)
-    out = images.float() * gain + tint
+    augmented = images.float() * gain + tint
     if config.shift:
-        p = config.shift
-        padded = functional.pad(out.reshape(batch * views, height, width, 3).permute(0, 3, 1, 2), (p,) * 4, "replicate")
-        offset = torch.randint(0, 2 * p + 1, (batch, 2), generator=generator).repeat_interleave(views, 0).tolist()
-        out = torch.stack([x[:, i : i + height, j : j + width] for x, (i, j) in zip(padded, offset, strict=True)])
-        out = out.permute(0, 2, 3, 1).reshape(batch, views, height, width, 3)
-    return out.clamp(0, 255).to(torch.uint8)
+        margin = config.shift
+        channels_first = augmented.reshape(batch * views, height, width, 3).permute(0, 3, 1, 2)
+        padded = functional.pad(channels_first, (margin,) * 4, "replicate")
+        # One shift per sample: its views stay consistent with each other.
+        offsets = torch.randint(0, 2 * margin + 1, (batch, 2), generator=generator).repeat_interleave(views, 0)
+        shifted = []
+        for image, (top, left) in zip(padded, offsets.tolist(), strict=True):
+            shifted.append(image[:, top : top + height, left : left + width])
+        augmented = torch.stack(shifted)  # (B * V, 3, H, W)
+        augmented = augmented.permute(0, 2, 3, 1).reshape(batch, views, height, width, 3)
+    return augmented.clamp(0, 255).to(torch.uint8)
 
 
 class Pretrainer:
@@ -127,22 +145,27 @@ class Pretrainer:
         weights: Float32 | None = None,
         objective: Objective | None = None,
     ) -> None:
-        self.policy, self.samples, self.config, self.folder = policy, samples, config, folder
+        self.policy = policy
+        self.samples = samples
+        self.config = config
+        self.folder = folder
         self.parameters = list(parameters)
         self.objective = objective or objective_of(policy, torch.from_numpy(samples.actions), config.smoothing)
-        starts = np.unique(samples.start)
-        chosen = np.random.default_rng(config.seed).permutation(len(starts))
-        count = max(1, round(config.validation_share * len(starts)))
-        held = np.isin(samples.start, starts[chosen[:count]])
-        self.train_rows, self.validation_rows = np.flatnonzero(~held), np.flatnonzero(held)
+        # Whole initial states are held out: frames of one episode resemble each other too much to be on both sides.
+        initial_states = np.unique(samples.start)
+        shuffled = np.random.default_rng(config.seed).permutation(len(initial_states))
+        held_count = max(1, round(config.validation_share * len(initial_states)))
+        is_held = np.isin(samples.start, initial_states[shuffled[:held_count]])
+        self.train_rows = np.flatnonzero(~is_held)
+        self.validation_rows = np.flatnonzero(is_held)
         if not len(self.train_rows):
             raise RatchetError("learn.too_few_samples", "no training samples are left", fix="record more episodes")
         self.weights = None
         if weights is not None:
-            chosen_weights = np.asarray(weights, np.float32)
-            if chosen_weights.shape != (len(samples),) or not (chosen_weights >= 0).all() or not chosen_weights.any():
+            sample_weights = np.asarray(weights, np.float32)
+            if sample_weights.shape != (len(samples),) or not (sample_weights >= 0).all() or not sample_weights.any():
                 raise RatchetError("learn.bad_weights", "one weight per sample, none negative, not all zero")
-            self.weights = torch.from_numpy(chosen_weights[self.train_rows])
+            self.weights = torch.from_numpy(sample_weights[self.train_rows])
         self.state_scale = torch.from_numpy(samples.state.std(0)) if samples.state.shape[1] else None
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
@@ -166,14 +189,15 @@ class Pretrainer:
 
     def _train(self, on_progress: Callable[[Progress], None], every: int) -> None:
         self.policy.module.train()
-        started, first = time.perf_counter(), self.step
+        started_s = time.perf_counter()
+        first_step = self.step
         while self.step < self.last:
             loss = self._train_step()
             self.step += 1
             if self.step % every == 0 or self.step == self.last:
-                rate = (self.step - first) * self.config.batch / (time.perf_counter() - started)
+                samples_per_second = (self.step - first_step) * self.config.batch / (time.perf_counter() - started_s)
                 validation = self._validate()
-                on_progress(Progress(self.step, loss, *validation, rate))
+                on_progress(Progress(self.step, loss, *validation, samples_per_second))
             if self.folder and (self.step % self.config.save_every == 0 or self.step == self.last):
                 self._save()
 
@@ -185,9 +209,12 @@ class Pretrainer:
             if state is not None and self.state_scale is not None:
                 noise = torch.randn(state.shape, generator=generator)
                 state = state + noise * self.config.state_noise * self.state_scale
-        return PolicyInput(images, state, [self.samples.instructions[t] for t in self.samples.task[rows]])
+        instructions = [self.samples.instructions[task_index] for task_index in self.samples.task[rows]]
+        return PolicyInput(images, state, instructions)
 
     def _train_step(self) -> float:
+        # A generator per step, so that resuming needs no stored state.
+        # The factor is above any number of steps, so two seeds share no step's numbers.
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         if self.weights is None:
             picks = torch.randint(0, len(self.train_rows), (self.config.batch,), generator=generator)
@@ -197,8 +224,8 @@ class Pretrainer:
         loss = self.objective.loss(self._batch(rows, generator), torch.from_numpy(rows), generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
-        if not torch.isfinite(norm):
+        gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
+        if not torch.isfinite(gradient_norm):
             raise RatchetError(
                 "learn.not_finite", "the gradient is not finite", where=f"step {self.step}", fix="lower learning_rate"
             )
@@ -211,6 +238,7 @@ class Pretrainer:
         rows = self.validation_rows
         if not len(rows):
             return (float("nan"),) * 3
+        # At most 256, evenly spread: a validation costs about as much as a few steps.
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(np.int64)]
         self.policy.module.eval()
         measured = self.objective.measure(self._batch(rows, None), torch.from_numpy(rows))
@@ -218,19 +246,18 @@ class Pretrainer:
         return measured
 
     def _fingerprint(self) -> str:
-        facts = repr(
-            (asdict(self.config), len(self.samples), self.samples.tasks, sum(p.numel() for p in self.parameters))
-        )
+        weight_count = sum(parameter.numel() for parameter in self.parameters)
+        identity = repr((asdict(self.config), len(self.samples), self.samples.tasks, weight_count))
         if self.weights is not None:
-            facts += hashlib.sha256(self.weights.numpy().tobytes()).hexdigest()
-        return hashlib.sha256(facts.encode()).hexdigest()
+            identity += hashlib.sha256(self.weights.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(identity.encode()).hexdigest()
 
     def _save(self) -> None:
         assert self.folder is not None
         state: dict[str, Any] = {
             "fingerprint": self._fingerprint(),
             "step": self.step,
-            "parameters": [p.detach() for p in self.parameters],
+            "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
@@ -251,7 +278,7 @@ class Pretrainer:
             )
         self.step = state["step"]
         with torch.no_grad():
-            for mine, theirs in zip(self.parameters, state["parameters"], strict=True):
-                mine.copy_(theirs)
+            for parameter, stored in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(stored)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -36,37 +36,38 @@ class WarmStartConfig:
             raise RatchetError("learn.bad_replay", f"replay_share {self.replay_share} is not in [0, 1)")
 
 
-def mixture(samples: Samples, new_task: str, earlier: Sequence[str], share: float) -> Float32:
+def mixture(samples: Samples, new_task: str, earlier: Sequence[str], replay_share: float) -> Float32:
     """(M,) weights: `share` of the draws over earlier tasks, evenly by task, the rest on the new one.
 
     Raises:
         RatchetError: learn.no_samples_of_task, learn.no_replay where an earlier task has no samples.
     """
-    index = {name: i for i, name in enumerate(samples.tasks)}
+    index_of_task = {task_name: position for position, task_name in enumerate(samples.tasks)}
     counts = np.bincount(samples.task, minlength=len(samples.tasks))
 
-    def count(name: str) -> int:
-        return int(counts[index[name]]) if name in index else 0
+    def count(task_name: str) -> int:
+        return int(counts[index_of_task[task_name]]) if task_name in index_of_task else 0
 
     if not count(new_task):
         raise RatchetError(
             "learn.no_samples_of_task",
             f"no demonstrations of '{new_task}'",
-            fix=f"there are some of: {', '.join(n for n in samples.tasks if count(n)) or 'nothing'}",
+            fix=f"there are some of: {', '.join(filter(count, samples.tasks)) or 'nothing'}",
         )
-    lacking = [name for name in earlier if name != new_task and not count(name)] if share else []
-    if lacking:
+    replayed = [name for name in dict.fromkeys(earlier) if name != new_task] if replay_share else []
+    missing_tasks = [name for name in replayed if not count(name)]
+    if missing_tasks:
         raise RatchetError(
             "learn.no_replay",
-            f"no demonstrations of the earlier tasks {', '.join(lacking)}",
+            f"no demonstrations of the earlier tasks {', '.join(missing_tasks)}",
             fix="add them, or turn replay off with a replay share of 0 and expect forgetting",
         )
-    replayed = [name for name in dict.fromkeys(earlier) if name != new_task] if share else []
+    # Evenly by task and not by sample: a task with many demonstrations must not crowd out the others.
     weights = np.zeros(len(samples.task), np.float32)
-    new_share = 1.0 - share if replayed else 1.0
-    weights[samples.task == index[new_task]] = new_share / count(new_task)
-    for name in replayed:
-        weights[samples.task == index[name]] = share / len(replayed) / count(name)
+    new_share = 1.0 - replay_share if replayed else 1.0
+    weights[samples.task == index_of_task[new_task]] = new_share / count(new_task)
+    for task_name in replayed:
+        weights[samples.task == index_of_task[task_name]] = replay_share / len(replayed) / count(task_name)
     return weights
 
 
