@@ -5,6 +5,7 @@ Knows arrays and their shapes. Knows no environment and no update rule.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -53,25 +54,29 @@ class RolloutBatch:
         return PolicyInput(
             images=self.images[rows],
             state=torch.from_numpy(self.state[rows]) if self.state.shape[1] else None,
-            instructions=[self.instructions[i] for i in self.instruction[rows]],
+            instructions=[self.instructions[position] for position in self.instruction[rows]],
         )
 
 
-def one_dtype(names: set[str], whose: str) -> str:
+def dtype_names(dtypes: Iterable[str]) -> str:
+    """Dtypes for a person: "bfloat16 and float32"."""
+    return " and ".join(sorted(dtype or "an unrecorded dtype" for dtype in dtypes))
+
+
+def one_dtype(dtypes: set[str], whose: str) -> str:
     """The one dtype that everything was computed in.
 
     Raises:
         RatchetError: learner.mixed_dtypes, naming them.
     """
-    if len(names) > 1:
-        told = " and ".join(sorted(name or "an unrecorded dtype" for name in names))
+    if len(dtypes) > 1:
         raise RatchetError(
             "learner.mixed_dtypes",
-            f"one batch was computed in {told}",
+            f"one batch was computed in {dtype_names(dtypes)}",
             where=whose,
             fix="let all robots compute in one dtype: --dtype, or RATCHET_DTYPE",
         )
-    return next(iter(names), "")
+    return next(iter(dtypes), "")
 
 
 @dataclass

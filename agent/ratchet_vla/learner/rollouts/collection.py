@@ -48,11 +48,20 @@ class ChunkEnv(Protocol):
         """Actions per chunk."""
 
     @property
-    def contract(self) -> RobotContract: ...
+    def contract(self) -> RobotContract:
+        """What actions and state fields mean."""
+        ...
 
-    def submit(self, group: int, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, Float32]) -> None: ...
+    def submit(self, group: int, resets: Mapping[int, tuple[str, int, int]], steps: Mapping[int, Float32]) -> None:
+        """Give a worker its next round without waiting for it.
 
-    def collect(self, group: int) -> None: ...
+        resets: slot -> task, initial state and horizon of a new episode. steps: slot -> chunk, (K, D).
+        """
+        ...
+
+    def collect(self, group: int) -> None:
+        """Wait until the worker's round is over; `arrays` then holds what came of it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -185,6 +194,7 @@ class _Collection:
                 self._env.submit(group, first, {})
                 waiting.append(group)
         deciding: dict[int, list[int]] = {group: [] for group in waiting}  # slots whose chunk is under way
+        # While the policy infers for the oldest group, the others' environments are at work.
         while waiting:
             group = waiting.pop(0)
             self._env.collect(group)
@@ -205,6 +215,7 @@ class _Collection:
             if self._queues[group]:
                 index = self._queues[group].popleft()
                 spec = self._specs[index]
+                # Counter-based, so that episodes of neighbouring seeds are independent.
                 noise = np.random.Generator(np.random.Philox(key=spec.seed))
                 self._running[slot] = _Episode(index, spec, noise)
                 chosen[slot] = (spec.task, spec.initial_state, spec.horizon)
@@ -217,6 +228,7 @@ class _Collection:
         ran = int(arrays["steps_run"][slot])
         episode.steps += ran
         if self._sampling.keep:
+            # Control steps after the first success or the horizon did not run and must get no gradient.
             valid = np.arange(self._env.chunk) < ran
             episode.decisions[-1] = dataclasses.replace(episode.decisions[-1], valid=valid)
         if not arrays["done"][slot]:
@@ -230,12 +242,14 @@ class _Collection:
 
     def _decide(self, slots: list[int]) -> dict[int, Float32]:
         """One chunk for each of these slots, decided together: slot -> (K, D) in the robot's physical units."""
-        env, policy, sampling = self._env, self._policy, self._sampling
+        env = self._env
+        policy = self._policy
+        sampling = self._sampling
         episodes = [self._running[slot] for slot in slots]
         images = env.arrays["images"][slots]  # fancy indexing copies out of shared memory
         if sampling.shown is not None:
-            seen = [sampling.shown(episode.index, own) for episode, own in zip(episodes, images, strict=True)]
-            images = np.stack(seen)
+            pairs = zip(episodes, images, strict=True)
+            images = np.stack([sampling.shown(episode.index, own_images) for episode, own_images in pairs])
         state = env.arrays["state"][slots]
         batch = PolicyInput(
             images=images,
@@ -244,7 +258,7 @@ class _Collection:
         )
         if sampling.temperature > 0:
             shape = (env.chunk, len(policy.spec.action_names))
-            noise = np.stack([chunk_noise(e.noise, shape, sampling.noise_correlation) for e in episodes])
+            noise = np.stack([chunk_noise(episode.noise, shape, sampling.noise_correlation) for episode in episodes])
             chunks = policy.sample(batch, sampling.temperature, torch.from_numpy(noise))
         else:
             chunks = policy.predict(batch)
@@ -255,18 +269,20 @@ class _Collection:
         if sampling.keep:
             self._keep(episodes, images, state, chunks)
         commands = robot_actions(actions, policy.spec, env.contract)
-        return {slot: commands[i] for i, slot in enumerate(slots)}
+        return dict(zip(slots, commands, strict=True))
 
     def _keep(self, episodes: list[_Episode], images: UInt8, state: Float32, chunks: Chunks) -> None:
         assert chunks.tokens is not None
         assert chunks.log_prob is not None
         tokens = chunks.tokens.cpu().numpy()
         log_prob = chunks.log_prob.float().cpu().numpy()
-        feature = np.zeros((len(episodes), 0), np.float32) if chunks.feature is None else chunks.feature.cpu().numpy()
+        feature = np.zeros((len(episodes), 0), np.float32)
+        if chunks.feature is not None:
+            feature = chunks.feature.cpu().numpy()
         unknown = np.zeros(self._env.chunk, bool)  # which steps ran is known when the chunk has run
-        for i, episode in enumerate(episodes):
-            decision = _Decision(images[i], state[i], tokens[i], log_prob[i], feature[i], unknown)
-            episode.decisions.append(decision)
+        rows = zip(images, state, tokens, log_prob, feature, strict=True)
+        for episode, row in zip(episodes, rows, strict=True):
+            episode.decisions.append(_Decision(*row, unknown))
 
 
 def _flatten(
@@ -280,13 +296,14 @@ def _flatten(
     """Decisions of all episodes, episode after episode, in order of time."""
     decisions = [decision for episode in ended for decision in episode.decisions]
     tokens: Any = np.stack([decision.tokens for decision in decisions])  # bins or chains
-    owner = np.array([index for index, episode in enumerate(ended) for _ in episode.decisions], np.int64)
+    owner = np.repeat(np.arange(len(ended), dtype=np.int64), [len(episode.decisions) for episode in ended])  # (N,)
     instructions = sorted({spec.instruction for spec in specs})
-    number = {text: i for i, text in enumerate(instructions)}
+    number_of_text = {text: number for number, text in enumerate(instructions)}
+    instruction_by_episode = np.array([number_of_text[spec.instruction] for spec in specs], np.int64)
     return RolloutBatch(
         images=np.stack([decision.images for decision in decisions]),
         state=np.stack([decision.state for decision in decisions]),
-        instruction=np.array([number[specs[index].instruction] for index in owner], np.int64),
+        instruction=instruction_by_episode[owner],
         instructions=instructions,
         tokens=tokens,
         log_prob=np.stack([decision.log_prob for decision in decisions]),

@@ -25,9 +25,9 @@ def key_of(base_hash: str, acting: str, contract: str, specs: Sequence[EpisodeSp
     acting: id of the adapter, "" for the base. contract: the robot's contract id. temperature: of sampling; greedy
     episodes (0) do not depend on their noise, so their seeds do not count.
     """
-    episodes = [dataclasses.astuple(s if temperature > 0 else dataclasses.replace(s, seed=0)) for s in specs]
-    facts = json.dumps([1, base_hash, acting, contract, temperature, episodes])
-    return hashlib.sha256(facts.encode()).hexdigest()
+    episodes = [dataclasses.astuple(spec if temperature > 0 else dataclasses.replace(spec, seed=0)) for spec in specs]
+    identity = json.dumps([1, base_hash, acting, contract, temperature, episodes])
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 class KnownEvaluations:
@@ -44,7 +44,12 @@ class KnownEvaluations:
         """
         path = self._path(key)
         try:
-            return Cell.of({str(k): _flag(v) for k, v in json.loads(path.read_text())["episodes"].items()})
+            return Cell.of(
+                {
+                    str(episode_key): _flag(success)
+                    for episode_key, success in json.loads(path.read_text())["episodes"].items()
+                }
+            )
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError, RatchetError):

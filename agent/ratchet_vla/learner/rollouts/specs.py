@@ -22,15 +22,29 @@ class Task(Protocol):
     """What the learner needs to know of a task; `ratchet_sim.base.TaskInfo` has it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is called in its suite."""
+        ...
+
     @property
-    def instruction(self) -> str: ...
+    def instruction(self) -> str:
+        """What the policy is told."""
+        ...
+
     @property
-    def train_states(self) -> Sequence[int]: ...
+    def train_states(self) -> Sequence[int]:
+        """Initial states of training episodes."""
+        ...
+
     @property
-    def evaluation_states(self) -> Sequence[int]: ...
+    def evaluation_states(self) -> Sequence[int]:
+        """Initial states of evaluations; none of them is a training state."""
+        ...
+
     @property
-    def horizon(self) -> int: ...
+    def horizon(self) -> int:
+        """Longest episode, control steps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,28 +65,27 @@ class EpisodeSpec:
 def training_specs(
     task: Task, *, seed: int, stage: int, update: int, groups: int, group_size: int, horizon: int = 0, pool: int = 0
 ) -> list[EpisodeSpec]:
-    """The episodes of one update: `groups` initial states, drawn without repetition as far as they reach, each
-    `group_size` times. A function of its arguments alone, so that two machines agree on them.
+    """The episodes of one update: `groups` initial states, each `group_size` times.
+
+    States are drawn without repetition as far as they reach. A function of its arguments alone, so that two machines
+    agree on them.
 
     stage, update: counted from 0. horizon: control steps, 0 takes the task's. pool: the first so many training states,
     0 takes all.
     """
-    states = list(task.train_states[:pool] if pool else task.train_states)
+    initial_states = list(task.train_states[:pool] if pool else task.train_states)
     generator = torch.Generator().manual_seed(derive_seed(seed, "states", stage, update))
-    rounds = -(-groups // len(states))
-    order = [int(i) for _ in range(rounds) for i in torch.randperm(len(states), generator=generator)]
-    return [
-        EpisodeSpec(
-            task.name,
-            task.instruction,
-            states[order[g]],
-            horizon or task.horizon,
-            derive_seed(seed, "train", stage, update, g, i),
-            group=g,
-        )
-        for g in range(groups)
-        for i in range(group_size)
-    ]
+    drawn: list[int] = []  # positions in `initial_states`
+    while len(drawn) < groups:
+        drawn += torch.randperm(len(initial_states), generator=generator).tolist()
+    specs = []
+    for group, position in enumerate(drawn[:groups]):
+        for member in range(group_size):
+            noise_seed = derive_seed(seed, "train", stage, update, group, member)
+            state = initial_states[position]
+            steps = horizon or task.horizon
+            specs.append(EpisodeSpec(task.name, task.instruction, state, steps, noise_seed, group=group))
+    return specs
 
 
 def evaluation_specs(
@@ -83,13 +96,13 @@ def evaluation_specs(
     seed: of the run; episodes of equal seed, task and state get equal noise, so that evaluations can be compared in
     pairs. horizon: control steps, 0 takes the task's own. purpose: other noise for other purposes.
     """
-    steps = horizon or task.horizon
+    horizon_steps = horizon or task.horizon
     specs = []
     for draw in range(draws):
         for state in task.evaluation_states[:count]:
             # The first draw is the one that evaluations with a single draw have.
-            path = (purpose, task.name, state, draw) if draw else (purpose, task.name, state)
-            specs.append(EpisodeSpec(task.name, task.instruction, state, steps, derive_seed(seed, *path)))
+            seed_path = (purpose, task.name, state, draw) if draw else (purpose, task.name, state)
+            specs.append(EpisodeSpec(task.name, task.instruction, state, horizon_steps, derive_seed(seed, *seed_path)))
     return specs
 
 

@@ -27,6 +27,7 @@ class OwnImages:
         self.frames: list[list[UInt8]] = [[] for _ in range(episodes)]
 
     def __call__(self, episode: int, images: UInt8) -> UInt8:
+        """Keep an episode's images, (V, H, W, 3), and show them as they are."""
         self.frames[episode].append(images)
         return images
 
@@ -40,10 +41,10 @@ class OtherImages:
     """
 
     def __init__(self, own: OwnImages, specs: Sequence[EpisodeSpec]) -> None:
-        self._donors = [(e + 1) % len(specs) for e in range(len(specs))]
+        self._donors = [(episode + 1) % len(specs) for episode in range(len(specs))]
         for spec, donor in zip(specs, self._donors, strict=True):
-            other = specs[donor]
-            if other.task != spec.task or other.initial_state == spec.initial_state:
+            donor_spec = specs[donor]
+            if donor_spec.task != spec.task or donor_spec.initial_state == spec.initial_state:
                 raise RatchetError(
                     "vision_ablation.same_scene",
                     "images must come from another episode of the same task with a different initial state",
@@ -54,6 +55,7 @@ class OtherImages:
         self._decisions = [0] * len(specs)
 
     def __call__(self, episode: int, images: UInt8) -> UInt8:
+        """Show what the donor saw at its decision of the same number."""
         frames = self._frames[self._donors[episode]]
         decision = self._decisions[episode]
         self._decisions[episode] += 1
