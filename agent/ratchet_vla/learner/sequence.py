@@ -128,11 +128,19 @@ class SequentialRun:
         for name in (*config.tasks, *config.held_out):
             if name not in tasks:
                 raise RatchetError("learn.unknown_task", f"no task '{name}'", fix=f"tasks: {', '.join(sorted(tasks))}")
-        self.policy, self.lora, self.env, self.tasks = policy, lora, env, tasks
-        self.store, self.serve, self.config, self.folder = store, serve, config, folder
-        self.on_event, self.origin = on_event, origin
+        self.policy = policy
+        self.lora = lora
+        self.env = env
+        self.tasks = tasks
+        self.store = store
+        self.serve = serve
+        self.config = config
+        self.folder = folder
+        self.on_event = on_event
+        self.origin = origin
         self.known = known if ranks is None else None
-        self.ranks, self._writes = ranks, ranks is None or ranks.main
+        self.ranks = ranks
+        self._writes = ranks is None or ranks.main
         self.method = method or SeqFT()
         if start and type(self.method) is not SeqFT:
             raise RatchetError(
@@ -169,6 +177,7 @@ class SequentialRun:
 
     @property
     def checkpoint_path(self) -> Path:
+        """Where the run's state is kept after each update and evaluation."""
         return self.folder / "checkpoint.pt"
 
     def run(self) -> SuccessMatrix:
@@ -201,14 +210,19 @@ class SequentialRun:
         while self.update < self.config.updates and not self.solved:
             started = time.perf_counter()
             self.method.begin_update()
-            batch, facts = self._rollout(name) if self.method.needs_rollouts else (None, self._facts(name))
+            if self.method.needs_rollouts:
+                batch, facts = self._rollout(name)
+            else:
+                batch = None
+                facts = self._facts(name)
             try:
                 facts |= self.updater.update(batch)
                 self.moved = True
             except RatchetError as error:
                 if error.code != "learner.no_samples":
                     raise
-                facts |= {"skipped": error.what}  # every group was unanimous: nothing to learn, nothing changed
+                # Every group was unanimous: nothing to learn, nothing changed, and the update counts as made.
+                facts |= {"skipped": error.what}
                 self.skipped = error.what
             if self.retention is not None:
                 self.retention.after_update(batch, name)
@@ -278,11 +292,16 @@ class SequentialRun:
             self.store.tag("candidate", adapter_id, reason=f"after {task}")
         self.adapter_ids.append(adapter_id)
         self.stage += 1
-        self.update, self.solved, self.moved, self.skipped = 0, False, False, ""
+        self.update = 0
+        self.solved = False
+        self.moved = False
+        self.skipped = ""
         self.updater = None
         self._save()
         facts = {"task": task, "stage": self.stage, "adapter_id": adapter_id, "effect": effect, "learned": learned}
-        self.on_event("stage", facts | ({} if learned else {"why": self.unlearned[task]}))
+        if not learned:
+            facts["why"] = self.unlearned[task]
+        self.on_event("stage", facts)
 
     def _evaluate_stage(self) -> None:
         if not self.config.evaluation_episodes:
@@ -313,7 +332,8 @@ class SequentialRun:
 
     def _evaluate(self, name: str, specs: Sequence[EpisodeSpec]) -> tuple[Cell, float]:
         """Outcomes and the seconds that they took, 0 where they were known."""
-        temperature, acting = self.config.evaluation_temperature, self.method.acting(self.adapter_ids, self.stage, name)
+        temperature = self.config.evaluation_temperature
+        acting = self.method.acting(self.adapter_ids, self.stage, name)
         key = key_of(self._base_hash, acting, self.env.contract.id, specs, temperature)
         cell = self.known.get(key) if self.known is not None else None
         if cell is not None:
@@ -332,13 +352,18 @@ class SequentialRun:
             self.known.put(key, cell)
         return cell, outcomes.seconds
 
-    def _watch(self, what: str, total: int) -> Callable[[int, bool], None]:
-        mine = total if self.ranks is None else len(range(total)[self.ranks.own(total)])
-        return lambda done, ok: self.on_event("episode", {"done": done, "of": mine, "success": ok, "what": what})
+    def _watch(self, activity: str, total: int) -> Callable[[int, bool], None]:
+        own_total = total if self.ranks is None else len(range(total)[self.ranks.own(total)])
+
+        def progress(done: int, success: bool) -> None:
+            self.on_event("episode", {"done": done, "of": own_total, "success": success, "what": activity})
+
+        return progress
 
     def _training_specs(self) -> list[EpisodeSpec]:
         """The update's episodes, spread evenly over the stage's tasks."""
-        config, specs = self.config, []
+        config = self.config
+        specs = []
         names = self.method.tasks_of(self.stage)
         for index, name in enumerate(names):
             part = training_specs(
@@ -407,9 +432,11 @@ class SequentialRun:
                 where=str(self.folder),
                 fix="use a new folder, or the same options as before",
             )
-        self.stage, self.update = state["stage"], state["update"]
+        self.stage = state["stage"]
+        self.update = state["update"]
         self.solved = bool(state.get("solved", False))
-        self.moved, self.skipped = bool(state.get("moved", self.update > 0)), str(state.get("skipped", ""))
+        self.moved = bool(state.get("moved", self.update > 0))
+        self.skipped = str(state.get("skipped", ""))
         self.unlearned = dict(state.get("unlearned", {}))
         self.adapter_ids = list(state["adapter_ids"])
         self.method.load_state_dict(state["method"])

@@ -44,11 +44,11 @@ def group_normalised(score: Tensor, group: Tensor, epsilon: float = 1e-6) -> Gro
     Raises:
         RatchetError: learner.bad_shape, learner.not_finite.
     """
-    label, size, groups = _labels(score, group)
-    mean = _group_sum(score, label, groups) / size
-    centred = score - mean[label]
+    label, group_size, groups = _labels(score, group)
+    group_mean = _group_sum(score, label, groups) / group_size
+    centred = score - group_mean[label]
     # A group of one has no deviation; it is masked below, the clamp only avoids 0 / 0.
-    deviation = (_group_sum(centred**2, label, groups) / (size - 1).clamp(min=1)).sqrt()
+    deviation = (_group_sum(centred**2, label, groups) / (group_size - 1).clamp(min=1)).sqrt()
     return _masked(centred / (deviation[label] + epsilon), score, label, groups)
 
 
@@ -58,9 +58,9 @@ def leave_one_out(score: Tensor, group: Tensor) -> GroupAdvantage:
     Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free"; Ahmadian et al. (arXiv 2402.14740).
     Arguments, masking and errors as in `group_normalised`.
     """
-    label, size, groups = _labels(score, group)
-    others = (_group_sum(score, label, groups)[label] - score) / (size[label] - 1).clamp(min=1)
-    return _masked(score - others, score, label, groups)
+    label, group_size, groups = _labels(score, group)
+    mean_of_others = (_group_sum(score, label, groups)[label] - score) / (group_size[label] - 1).clamp(min=1)
+    return _masked(score - mean_of_others, score, label, groups)
 
 
 def gae(
@@ -114,22 +114,23 @@ def gae(
             where="gae",
             fix="pad episodes at the end",
         )
-    zero = torch.zeros((), dtype=reward.dtype, device=reward.device)
-    reward, value = torch.where(present, reward, zero), torch.where(present, value, zero)
-    beyond = torch.where(terminated, zero, final_value)
-    if not bool(torch.isfinite(reward).all() & torch.isfinite(value).all() & torch.isfinite(beyond).all()):
+    nothing = torch.zeros((), dtype=reward.dtype, device=reward.device)
+    reward = torch.where(present, reward, nothing)
+    value = torch.where(present, value, nothing)
+    bootstrap = torch.where(terminated, nothing, final_value)
+    if not bool(torch.isfinite(reward).all() & torch.isfinite(value).all() & torch.isfinite(bootstrap).all()):
         raise RatchetError("learner.not_finite", "rewards or values are not finite", where="gae")
 
-    last = present & ~torch.cat([present[:, 1:], torch.zeros_like(present[:, :1])], dim=1)
+    is_last = present & ~torch.cat([present[:, 1:], torch.zeros_like(present[:, :1])], dim=1)
     advantage = torch.zeros_like(value)
-    running = torch.zeros_like(beyond)
-    for c in reversed(range(chunks)):
-        following = value[:, c + 1] if c + 1 < chunks else beyond
-        following = torch.where(last[:, c], beyond, following)
-        delta = reward[:, c] + gamma * following - value[:, c]
-        running = torch.where(present[:, c], delta + gamma * lam * running, zero)
-        advantage[:, c] = running
-    return advantage, torch.where(present, advantage + value, zero)
+    accumulated = torch.zeros_like(bootstrap)
+    for chunk in reversed(range(chunks)):
+        next_value = value[:, chunk + 1] if chunk + 1 < chunks else bootstrap
+        next_value = torch.where(is_last[:, chunk], bootstrap, next_value)
+        delta = reward[:, chunk] + gamma * next_value - value[:, chunk]
+        accumulated = torch.where(present[:, chunk], delta + gamma * lam * accumulated, nothing)
+        advantage[:, chunk] = accumulated
+    return advantage, torch.where(present, advantage + value, nothing)
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -160,21 +161,21 @@ def _labels(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor, int]:
         )
     if not bool(torch.isfinite(score).all()):
         raise RatchetError("learner.not_finite", "episode scores are not finite", where="group advantage")
-    _, label, size = torch.unique(group, return_inverse=True, return_counts=True)
-    return label, size.to(score.dtype), size.shape[0]
+    _, label, group_size = torch.unique(group, return_inverse=True, return_counts=True)
+    return label, group_size.to(score.dtype), group_size.shape[0]
 
 
-def _group_sum(x: Tensor, label: Tensor, groups: int) -> Tensor:
-    return torch.zeros(groups, dtype=x.dtype, device=x.device).index_add_(0, label, x)
+def _group_sum(per_episode: Tensor, label: Tensor, groups: int) -> Tensor:
+    return torch.zeros(groups, dtype=per_episode.dtype, device=per_episode.device).index_add_(0, label, per_episode)
 
 
 def _masked(advantage: Tensor, score: Tensor, label: Tensor, groups: int) -> GroupAdvantage:
-    high = torch.full((groups,), -torch.inf, dtype=score.dtype, device=score.device)
-    high = high.scatter_reduce(0, label, score, "amax")
-    low = torch.full((groups,), torch.inf, dtype=score.dtype, device=score.device)
-    low = low.scatter_reduce(0, label, score, "amin")
-    mixed = high > low
-    keep = mixed[label]
+    highest = torch.full((groups,), -torch.inf, dtype=score.dtype, device=score.device)
+    highest = highest.scatter_reduce(0, label, score, "amax")
+    lowest = torch.full((groups,), torch.inf, dtype=score.dtype, device=score.device)
+    lowest = lowest.scatter_reduce(0, label, score, "amin")
+    is_mixed = highest > lowest
+    keep = is_mixed[label]
     # Rounding of the mean may leave a residue in groups of equal scores; masked means exactly zero.
     advantage = torch.where(keep, advantage, torch.zeros_like(advantage))
-    return GroupAdvantage(advantage, keep, groups, int((~mixed).sum()))
+    return GroupAdvantage(advantage, keep, groups, int((~is_mixed).sum()))

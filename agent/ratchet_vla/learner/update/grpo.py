@@ -40,16 +40,16 @@ class GrpoConfig:
     """Added to the group's standard deviation, in units of the score; > 0. Not used by leave_one_out."""
 
     def __post_init__(self) -> None:
-        for name, good in (
+        for setting, in_range in (
             ("clip_low", 0 < self.clip_low < 1),
             ("clip_high", self.clip_high > 0),
             ("horizon", self.horizon >= 1),
             ("estimator", self.estimator in ("group", "leave_one_out")),
             ("epsilon", self.epsilon > 0),
         ):
-            if not good:
+            if not in_range:
                 raise RatchetError(
-                    "learner.bad_config", f"{name} = {getattr(self, name)!r} is out of range", where="GrpoConfig"
+                    "learner.bad_config", f"{setting} = {getattr(self, setting)!r} is out of range", where="GrpoConfig"
                 )
 
 
@@ -80,19 +80,19 @@ def targets(score: Tensor, group: Tensor, valid: Tensor, config: GrpoConfig) -> 
     episodes, chunks, chunk_steps = valid.shape
     require_shape("score", score, (episodes,))
     if config.estimator == "group":
-        result = group_normalised(score, group, config.epsilon)
+        comparison = group_normalised(score, group, config.epsilon)
     else:
-        result = leave_one_out(score, group)
+        comparison = leave_one_out(score, group)
 
-    valid_steps = valid.sum(dim=(1, 2)).to(score.dtype)
-    kept = result.keep & (valid_steps > 0)
-    weight = torch.where(kept, config.horizon / valid_steps.clamp(min=1), 0.0)
+    valid_steps = valid.sum(dim=(1, 2)).to(score.dtype)  # (E,)
+    is_kept = comparison.keep & (valid_steps > 0)
+    weight = torch.where(is_kept, config.horizon / valid_steps.clamp(min=1), 0.0)
     return Targets(
-        advantage=result.advantage[:, None].expand(episodes, chunks),
+        advantage=comparison.advantage[:, None].expand(episodes, chunks),
         weight=weight,
         slots=episodes * config.horizon / chunk_steps,
-        groups=result.groups,
-        masked_groups=result.masked_groups,
+        groups=comparison.groups,
+        masked_groups=comparison.masked_groups,
     )
 
 
@@ -114,17 +114,18 @@ def loss(log_prob: Tensor, entropy: Tensor, batch: Minibatch, config: GrpoConfig
     Raises:
         RatchetError: learner.bad_shape, learner.not_finite.
     """
-    log_ratio, mask = masked_log_ratio(log_prob, entropy, batch)
-    ratio = log_ratio.exp()
-    advantage = batch.advantage[:, None, None]
+    log_ratio, token_mask = masked_log_ratio(log_prob, entropy, batch)
+    ratio = log_ratio.exp()  # (N, K, D)
+    advantage = batch.advantage[:, None, None]  # (N, 1, 1)
 
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    term = torch.maximum(unclipped, clipped)
+    term = torch.maximum(unclipped, clipped)  # the maximum, because both carry the minus of the formula
 
-    weighted = torch.where(mask, term * batch.weight[:, None, None], torch.zeros_like(term))
+    weighted = torch.where(token_mask, term * batch.weight[:, None, None], torch.zeros_like(term))
+    # Divided by the slots of the whole optimiser step and not by these tokens, so that micro-batches' losses add up.
     _, chunk_steps, dims = log_prob.shape
     policy_loss = weighted.sum() / (batch.slots * chunk_steps * dims)
 
     clip = (config.clip_low, config.clip_high)
-    return policy_loss, diagnose(log_ratio, entropy, mask, ratio, mask, advantage, clip, policy_loss)
+    return policy_loss, diagnose(log_ratio, entropy, token_mask, ratio, token_mask, advantage, clip, policy_loss)

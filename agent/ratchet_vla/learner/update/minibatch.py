@@ -90,12 +90,12 @@ class Minibatch:
 
     def to(self, device: torch.device | str) -> Minibatch:
         """The same samples on another device."""
-        moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors().items()}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
         return dataclasses.replace(self, **moved)
 
     def take(self, rows: Tensor, slots: float) -> Minibatch:
         """The samples at `rows` (int64), as part of an optimiser step of `slots` chunk samples."""
-        taken: dict[str, Any] = {name: t[rows] for name, t in self._tensors().items()}
+        taken: dict[str, Any] = {name: tensor[rows] for name, tensor in self._tensors().items()}
         return dataclasses.replace(self, slots=slots, **taken)
 
     def shuffled(self, count: int, generator: torch.Generator) -> list[Minibatch]:
@@ -104,9 +104,9 @@ class Minibatch:
         Each part's slots are in proportion to its samples, so each part's loss estimates the loss of the whole.
         (The published code also shuffles padding, so the number of real samples per step varies there.)
         """
-        order = torch.randperm(len(self), generator=generator)
-        parts = [rows for rows in torch.tensor_split(order, count) if len(rows)]
-        return [self.take(rows, self.slots * len(rows) / len(self)) for rows in parts]
+        shuffled_rows = torch.randperm(len(self), generator=generator)
+        row_sets = [rows for rows in torch.tensor_split(shuffled_rows, count) if len(rows)]
+        return [self.take(rows, self.slots * len(rows) / len(self)) for rows in row_sets]
 
     def micro(self, size: int) -> Iterator[Minibatch]:
         """Parts of at most `size` samples for gradient accumulation: their losses and gradients sum to the whole's."""
@@ -114,7 +114,7 @@ class Minibatch:
             yield self.take(torch.arange(start, min(start + size, len(self))), self.slots)
 
     def _tensors(self) -> dict[str, Tensor]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {member.name: getattr(self, member.name) for member in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
@@ -181,8 +181,9 @@ class Diagnostics:
     value_loss: float = 0.0
 
     def __add__(self, other: Diagnostics) -> Diagnostics:
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        merged = {name: mine[name] + theirs[name] for name in mine}
+        own_sums = dataclasses.asdict(self)
+        other_sums = dataclasses.asdict(other)
+        merged = {name: own_sums[name] + other_sums[name] for name in own_sums}
         merged["ratio_max"] = max(self.ratio_max, other.ratio_max)
         return Diagnostics(**merged)
 
@@ -192,7 +193,8 @@ class Diagnostics:
         clip_fraction: share of terms in [0, 1]. approx_kl: nats per token, the k3 estimate of KL(old || new),
         mean of ratio - 1 - log ratio (Schulman 2020, "Approximating KL divergence"). entropy: nats per token.
         """
-        tokens, terms = max(self.tokens, 1), max(self.terms, 1)
+        tokens = max(self.tokens, 1)
+        terms = max(self.terms, 1)
         return {
             "policy_loss": self.policy_loss,
             "value_loss": self.value_loss,
@@ -245,16 +247,16 @@ def diagnose(
     with torch.no_grad():
         # The clip removes a gradient only where it binds: too high with a positive advantage, too low with a negative.
         binds = ((advantage > 0) & (ratio > 1 + clip[1])) | ((advantage < 0) & (ratio < 1 - clip[0]))
-        zero = torch.zeros((), dtype=log_ratio.dtype, device=log_ratio.device)
+        nothing = torch.zeros((), dtype=log_ratio.dtype, device=log_ratio.device)
         k3 = log_ratio.exp() - 1 - log_ratio
         return Diagnostics(
             tokens=int(mask.sum()),
             terms=int(counted.sum()),
             clipped=int((binds & counted).sum()),
-            kl=float(torch.where(mask, k3, zero).sum()),
-            entropy=float(torch.where(mask, entropy, zero).sum()),
-            ratio=float(torch.where(counted, ratio, zero).sum()),
-            ratio_max=float(torch.where(counted, ratio, zero).max()),
+            kl=float(torch.where(mask, k3, nothing).sum()),
+            entropy=float(torch.where(mask, entropy, nothing).sum()),
+            ratio=float(torch.where(counted, ratio, nothing).sum()),
+            ratio_max=float(torch.where(counted, ratio, nothing).max()),
             policy_loss=float(policy_loss),
             value_loss=float(value_loss) if value_loss is not None else 0.0,
         )

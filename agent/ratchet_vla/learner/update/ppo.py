@@ -53,7 +53,7 @@ class PpoConfig:
     """Centre advantages and divide by their deviation, over all chunks of the update that have a valid step."""
 
     def __post_init__(self) -> None:
-        for name, good in (
+        for setting, in_range in (
             ("clip_low", 0 < self.clip_low < 1),
             ("clip_high", self.clip_high > 0),
             ("granularity", self.granularity in ("token", "chunk")),
@@ -65,9 +65,9 @@ class PpoConfig:
             ("value_learning_rate", self.value_learning_rate > 0),
             ("entropy_coefficient", self.entropy_coefficient >= 0),
         ):
-            if not good:
+            if not in_range:
                 raise RatchetError(
-                    "learner.bad_config", f"{name} = {getattr(self, name)!r} is out of range", where="PpoConfig"
+                    "learner.bad_config", f"{setting} = {getattr(self, setting)!r} is out of range", where="PpoConfig"
                 )
 
 
@@ -87,8 +87,8 @@ class ValueHead(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """feature: (B, H) floating, any dtype; returns (B,) in the head's own dtype (keep it float32)."""
-        x = self.norm(feature.to(self.norm.weight.dtype))
-        value: Tensor = self.out(nn.functional.silu(self.hidden(x))).squeeze(-1)
+        normalised = self.norm(feature.to(self.norm.weight.dtype))
+        value: Tensor = self.out(nn.functional.silu(self.hidden(normalised))).squeeze(-1)
         return value
 
 
@@ -122,14 +122,17 @@ def targets(
     """
     advantage, returns = gae(reward, value, present, final_value, terminated, gamma=config.gamma, lam=config.lam)
     require_shape("valid", valid, (*present.shape, valid.shape[-1]))
-    counted = valid.any(dim=2)
-    if bool((counted & ~present).any()):
+    is_counted = valid.any(dim=2)
+    if bool((is_counted & ~present).any()):
         raise RatchetError("learner.bad_mask", "valid control steps in a chunk that is not present", where="valid")
-    if config.normalise_advantage and int(counted.sum()) > 1:
-        chosen = advantage[counted]
-        advantage = torch.where(counted, (advantage - chosen.mean()) / (chosen.std() + 1e-8), 0.0)
+    if config.normalise_advantage and int(is_counted.sum()) > 1:
+        # Over the chunks that count alone: padding would pull the mean towards 0.
+        counted_advantages = advantage[is_counted]
+        advantage = torch.where(
+            is_counted, (advantage - counted_advantages.mean()) / (counted_advantages.std() + 1e-8), 0.0
+        )
     weight = torch.ones_like(final_value)
-    return Targets(advantage=advantage, weight=weight, slots=max(float(counted.sum()), 1.0), returns=returns)
+    return Targets(advantage=advantage, weight=weight, slots=max(float(is_counted.sum()), 1.0), returns=returns)
 
 
 def loss(
@@ -162,45 +165,51 @@ def loss(
             fix="make the batch with ppo.targets and pass old_value to flatten",
         )
     require_shape("value", value, (len(batch),))
-    log_ratio, mask = masked_log_ratio(log_prob, entropy, batch)
-    counted = batch.valid.any(dim=1)
-    zero = torch.zeros((), dtype=log_prob.dtype, device=log_prob.device)
+    log_ratio, token_mask = masked_log_ratio(log_prob, entropy, batch)
+    is_counted = batch.valid.any(dim=1)
+    nothing = torch.zeros((), dtype=log_prob.dtype, device=log_prob.device)
 
     if config.granularity == "chunk":
-        ratio, advantage, among = log_ratio.sum(dim=(1, 2)).exp(), batch.advantage, counted
+        ratio = log_ratio.sum(dim=(1, 2)).exp()
+        advantage = batch.advantage
+        is_term = is_counted
     else:
-        ratio, advantage, among = log_ratio.exp(), batch.advantage[:, None, None], mask
+        ratio = log_ratio.exp()
+        advantage = batch.advantage[:, None, None]
+        is_term = token_mask
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     term = torch.maximum(unclipped, clipped)
-    policy_term = term if config.granularity == "chunk" else _token_mean(term, mask)
-    policy_loss = _chunk_mean(policy_term, counted, batch)
+    policy_term = term if config.granularity == "chunk" else _token_mean(term, token_mask)
+    policy_loss = _chunk_mean(policy_term, is_counted, batch)
 
     error = value - batch.returns
-    moved = batch.old_value + (value - batch.old_value).clamp(-config.value_clip, config.value_clip) - batch.returns
-    value_term = torch.maximum(huber(error, config.huber_delta), huber(moved, config.huber_delta))
-    value_loss = _chunk_mean(value_term, counted, batch)
+    clipped_error = (
+        batch.old_value + (value - batch.old_value).clamp(-config.value_clip, config.value_clip) - batch.returns
+    )
+    value_term = torch.maximum(huber(error, config.huber_delta), huber(clipped_error, config.huber_delta))
+    value_loss = _chunk_mean(value_term, is_counted, batch)
 
     total = policy_loss + config.value_coefficient * value_loss
     if config.entropy_coefficient > 0:
-        bonus = _chunk_mean(_token_mean(torch.where(mask, entropy, zero), mask), counted, batch)
+        bonus = _chunk_mean(_token_mean(torch.where(token_mask, entropy, nothing), token_mask), is_counted, batch)
         total = total - config.entropy_coefficient * bonus
     clip = (config.clip_low, config.clip_high)
-    return total, diagnose(log_ratio, entropy, mask, ratio, among, advantage, clip, policy_loss, value_loss)
+    return total, diagnose(log_ratio, entropy, token_mask, ratio, is_term, advantage, clip, policy_loss, value_loss)
 
 
 def huber(error: Tensor, delta: float) -> Tensor:
     """0.5 e^2 where |e| <= delta, delta (|e| - delta / 2) beyond; same shape as `error`. Source: Huber 1964."""
-    size = error.abs()
-    return torch.where(size <= delta, 0.5 * error**2, delta * (size - 0.5 * delta))
+    magnitude = error.abs()
+    return torch.where(magnitude <= delta, 0.5 * error**2, delta * (magnitude - 0.5 * delta))
 
 
-def _token_mean(x: Tensor, mask: Tensor) -> Tensor:
+def _token_mean(per_token: Tensor, token_mask: Tensor) -> Tensor:
     """(N, K, D) -> (N,): mean over each chunk's valid tokens, zero for chunks without any."""
-    total = torch.where(mask, x, torch.zeros_like(x)).sum(dim=(1, 2))
-    return total / mask.sum(dim=(1, 2)).clamp(min=1)
+    token_sums = torch.where(token_mask, per_token, torch.zeros_like(per_token)).sum(dim=(1, 2))
+    return token_sums / token_mask.sum(dim=(1, 2)).clamp(min=1)
 
 
-def _chunk_mean(x: Tensor, counted: Tensor, batch: Minibatch) -> Tensor:
+def _chunk_mean(per_chunk: Tensor, is_counted: Tensor, batch: Minibatch) -> Tensor:
     """(N,) -> scalar: weighted sum over counted chunks, divided by the optimiser step's slots."""
-    return torch.where(counted, x * batch.weight, torch.zeros_like(x)).sum() / batch.slots
+    return torch.where(is_counted, per_chunk * batch.weight, torch.zeros_like(per_chunk)).sum() / batch.slots

@@ -47,17 +47,17 @@ def join(device: str = "cpu") -> Ranks | None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
-    chosen = torch.device("cpu")
+    own_device = torch.device("cpu")
     if device != "cpu":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
             raise RatchetError(
                 "learner.no_gpu",
-                f"rank {local} of this machine has no GPU: there are {torch.cuda.device_count()}",
+                f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
                 fix="start at most one process per GPU",
             )
-        chosen = torch.device("cuda", local)
-        torch.cuda.set_device(chosen)
+        own_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own_device)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         distributed.init_process_group(backend, timeout=PATIENCE)
@@ -67,7 +67,7 @@ def join(device: str = "cpu") -> Ranks | None:
             f"the other ranks cannot be reached: {str(error).splitlines()[0]}",
             fix="start all of them with accelerate launch or torchrun",
         ) from None
-    return Ranks(chosen)
+    return Ranks(own_device)
 
 
 class Ranks:
@@ -84,7 +84,8 @@ class Ranks:
                 "this process belongs to no group",
                 fix="start it with accelerate launch or torchrun",
             )
-        self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
+        self.rank = distributed.get_rank()
+        self.world = distributed.get_world_size()
         self.device = torch.device(device)
         self._sharded: list[Any] = []
 
@@ -101,32 +102,41 @@ class Ranks:
         """This rank's part of `count` things in order; parts follow one another and differ by one at most."""
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
-    def share(self, parts: Sequence[Minibatch]) -> list[tuple[Minibatch, float]]:
-        """This rank's micro-batches with their factors: every rank gets equally many, because a sharded base makes all
-        ranks take part in every forward. Ranks with nothing left repeat the first one with factor 0."""
-        rounds = -(-len(parts) // self.world)
-        own = [(p, 1.0) for p in parts[self.rank :: self.world]]
-        return own + [(parts[0], 0.0)] * (rounds - len(own))
+    def share(self, micro_batches: Sequence[Minibatch]) -> list[tuple[Minibatch, float]]:
+        """This rank's micro-batches with their factors.
+
+        Every rank gets equally many, because a sharded base makes all ranks take part in every forward. Ranks with
+        nothing left repeat the first one with factor 0.
+        """
+        rounds = -(-len(micro_batches) // self.world)
+        own_shares = [(part, 1.0) for part in micro_batches[self.rank :: self.world]]
+        return own_shares + [(micro_batches[0], 0.0)] * (rounds - len(own_shares))
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each gradient by the sum over ranks, in one message."""
         trained = list(parameters)
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in trained])
-        distributed.all_reduce(flat)
-        parts = torch.split(flat, [p.numel() for p in trained])
-        for parameter, part in zip(trained, parts, strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+        gradients = []
+        for parameter in trained:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(gradient.float().flatten())
+        flat_gradient = torch.cat(gradients)  # one message: latency counts more than size for an adapter
+        distributed.all_reduce(flat_gradient)
+        summed_gradients = torch.split(flat_gradient, [parameter.numel() for parameter in trained])
+        for parameter, summed in zip(trained, summed_gradients, strict=True):
+            parameter.grad = summed.view_as(parameter).to(parameter.dtype)
 
     def add(self, diagnostics: Diagnostics) -> Diagnostics:
         """Sum of everybody's diagnostics."""
-        names = [f.name for f in dataclasses.fields(diagnostics)]
-        mine = torch.tensor([float(getattr(diagnostics, n)) for n in names], dtype=torch.float64, device=self.device)
-        everybody = [torch.empty_like(mine) for _ in range(self.world)]
-        distributed.all_gather(everybody, mine)
+        own_figures = dataclasses.asdict(diagnostics)
+        # float64 holds counts of tokens exactly up to 2^53.
+        own_sums = torch.tensor([float(figure) for figure in own_figures.values()], dtype=torch.float64)
+        own_sums = own_sums.to(self.device)
+        sums_by_rank = [torch.empty_like(own_sums) for _ in range(self.world)]
+        distributed.all_gather(sums_by_rank, own_sums)
         total = Diagnostics()
-        for values in everybody:
-            facts = zip(names, values.tolist(), strict=True)
-            total = total + Diagnostics(**{n: type(getattr(diagnostics, n))(v) for n, v in facts})
+        for rank_sums in sums_by_rank:
+            pairs = zip(own_figures.items(), rank_sums.tolist(), strict=True)
+            total = total + Diagnostics(**{name: type(own_figure)(value) for (name, own_figure), value in pairs})
         return total
 
     def gather(self, batch: RolloutBatch | None) -> RolloutBatch:
@@ -135,12 +145,12 @@ class Ranks:
         Raises:
             RatchetError: learner.off_policy where the ranks sampled under different adapters.
         """
-        mine = b"" if batch is None else pack(batch)
-        parts = []
+        own_data = b"" if batch is None else pack(batch)
+        batches = []
         for source in range(self.world):
-            data = self.broadcast(mine, source)
-            parts += [unpack(data)] if data else []
-        return concatenate(parts)
+            rank_data = self.broadcast(own_data, source)
+            batches += [unpack(rank_data)] if rank_data else []
+        return concatenate(batches)
 
     def exchange(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, by rank. One sender after the other, so that no rank pads to the longest."""
@@ -152,11 +162,11 @@ class Ranks:
         distributed.broadcast(size, source)
         if not int(size):
             return b""
-        mine = self.rank == source
-        content = bytearray(data) if mine else bytearray(int(size))
+        is_source = self.rank == source
+        content = bytearray(data) if is_source else bytearray(int(size))
         for piece in torch.frombuffer(content, dtype=torch.uint8).split(PIECE):  # type: ignore[no-untyped-call]
             distributed.broadcast(piece, source)
-        return data if mine else bytes(content)
+        return data if is_source else bytes(content)
 
     def agree(self, what: str, value: Any) -> None:
         """Refuse to go on where ranks differ in something that must be the same: plain data.
@@ -164,12 +174,13 @@ class Ranks:
         Raises:
             RatchetError: learner.ranks_differ.
         """
-        found = self.exchange(json.dumps(value, sort_keys=True).encode())
-        odd = [rank for rank, other in enumerate(found) if other != found[0]]
-        if odd:
+        encoded_by_rank = self.exchange(json.dumps(value, sort_keys=True).encode())
+        differing_ranks = [rank for rank, encoded in enumerate(encoded_by_rank) if encoded != encoded_by_rank[0]]
+        if differing_ranks:
+            differing = encoded_by_rank[differing_ranks[0]].decode()[:80]
             raise RatchetError(
                 "learner.ranks_differ",
-                f"{what} of rank {odd[0]} is {found[odd[0]].decode()[:80]}, of rank 0 {found[0].decode()[:80]}",
+                f"{what} of rank {differing_ranks[0]} is {differing}, of rank 0 {encoded_by_rank[0].decode()[:80]}",
                 fix="give all ranks the same command, the same release and a folder that all of them see",
             )
 
@@ -192,8 +203,10 @@ class Ranks:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """The sharded weights are whole inside, and forwards need no other rank: for rollouts, of which every rank has
-        its own number. All ranks enter and leave together."""
+        """Keep the sharded weights whole inside, so that forwards need no other rank.
+
+        For rollouts, of which every rank has its own number. All ranks enter and leave together.
+        """
         for layer in self._sharded:
             layer.set_reshard_after_forward(False)
             layer.unshard()
@@ -208,33 +221,42 @@ class Ranks:
 def share_episodes(
     ranks: Ranks | None, policy: Policy, env: ChunkEnv, specs: Sequence[EpisodeSpec], **options: Any
 ) -> tuple[Outcomes, RolloutBatch | None]:
-    """`collection.run_episodes` by all ranks together: each runs its part in its own `env`, all get the whole, in the
-    order of `specs`. options: those of `run_episodes`."""
+    """Run `collection.run_episodes` by all ranks together.
+
+    Each rank runs its part in its own `env`, all get the whole, in the order of `specs`. options: those of
+    `run_episodes`.
+    """
     if ranks is None:
         return run_episodes(policy, env, specs, **options)
-    part = specs[ranks.own(len(specs))]
+    own_specs = specs[ranks.own(len(specs))]
     outcomes = Outcomes(np.zeros(0, bool), np.zeros(0, np.int64), 0.0)
     batch: RolloutBatch | None = None
     with ranks.whole():
-        if part:
-            outcomes, batch = run_episodes(policy, env, part, **options)
-    mine = {"success": outcomes.success.tolist(), "steps": outcomes.steps.tolist(), "seconds": outcomes.seconds}
-    found = [json.loads(data) for data in ranks.exchange(json.dumps(mine).encode())]
-    everything = Outcomes(
-        np.array([ok for f in found for ok in f["success"]], bool),
-        np.array([n for f in found for n in f["steps"]], np.int64),
-        max(f["seconds"] for f in found),
+        if own_specs:
+            outcomes, batch = run_episodes(policy, env, own_specs, **options)
+    own_outcomes = {"success": outcomes.success.tolist(), "steps": outcomes.steps.tolist(), "seconds": outcomes.seconds}
+    outcomes_by_rank = [json.loads(data) for data in ranks.exchange(json.dumps(own_outcomes).encode())]
+    all_outcomes = Outcomes(
+        np.concatenate([np.array(outcome["success"], bool) for outcome in outcomes_by_rank]),
+        np.concatenate([np.array(outcome["steps"], np.int64) for outcome in outcomes_by_rank]),
+        max(outcome["seconds"] for outcome in outcomes_by_rank),
     )
-    return everything, ranks.gather(batch) if options.get("keep", True) else None
+    keeps_decisions = options.get("keep", True)
+    return all_outcomes, ranks.gather(batch) if keeps_decisions else None
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
     """The layers of the trunk and of the vision towers that hold most of the weights and are called as modules."""
-    lists = [m for n, m in module.named_modules() if n.rsplit(".", 1)[-1] in ("layers", "blocks")]
-    return [layer for m in lists if isinstance(m, nn.ModuleList | nn.Sequential) for layer in m if _callable(layer)]
+    layers: list[nn.Module] = []
+    for name, container in module.named_modules():
+        is_stack = name.rsplit(".", 1)[-1] in ("layers", "blocks")
+        if is_stack and isinstance(container, nn.ModuleList | nn.Sequential):
+            layers += filter(_callable, container)
+    return layers
 
 
 def _callable(layer: nn.Module) -> bool:
+    # A module without a forward only holds others; FSDP would never see it run.
     return type(layer).forward is not nn.Module.forward
 
 
@@ -246,9 +268,10 @@ def shard_base(layers: Iterable[nn.Module], adapter: Sequence[nn.Parameter]) -> 
     """
     from torch.distributed.fsdp import fully_shard
 
+    adapter_ids = {id(parameter) for parameter in adapter}
     for layer in layers:
-        mine = {p for p in layer.parameters() if any(p is a for a in adapter)}
-        fully_shard(layer, ignored_params=mine)
+        own_adapter = {parameter for parameter in layer.parameters() if id(parameter) in adapter_ids}
+        fully_shard(layer, ignored_params=own_adapter)
 
 
 _ARRAYS = (
@@ -268,26 +291,27 @@ _ARRAYS = (
 
 def pack(batch: RolloutBatch) -> bytes:
     """A batch as an uncompressed npz without objects; texts and specs travel as JSON."""
-    facts = {
+    plain = {
         "instructions": batch.instructions,
         "temperature": batch.temperature,
         "adapter_id": batch.adapter_id,
         "compute_dtype": batch.compute_dtype,
-        "specs": [dataclasses.asdict(s) for s in batch.specs],
+        "specs": [dataclasses.asdict(spec) for spec in batch.specs],
         "seconds": batch.seconds,
     }
-    out = io.BytesIO()
-    text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    np.savez(out, allow_pickle=False, facts=text, **{n: getattr(batch, n) for n in _ARRAYS})
-    return out.getvalue()
+    buffer = io.BytesIO()
+    plain_bytes = np.frombuffer(json.dumps(plain).encode(), np.uint8)
+    arrays = {name: getattr(batch, name) for name in _ARRAYS}
+    np.savez(buffer, allow_pickle=False, facts=plain_bytes, **arrays)
+    return buffer.getvalue()
 
 
 def unpack(data: bytes) -> RolloutBatch:
     """Inverse of `pack`."""
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        facts = json.loads(file["facts"].tobytes().decode())
-        specs = [EpisodeSpec(**s) for s in facts.pop("specs")]
-        return RolloutBatch(**{n: file[n] for n in _ARRAYS}, **facts, specs=specs)
+        plain = json.loads(file["facts"].tobytes().decode())
+        specs = [EpisodeSpec(**spec) for spec in plain.pop("specs")]
+        return RolloutBatch(**{array_name: file[array_name] for array_name in _ARRAYS}, **plain, specs=specs)
 
 
 def concatenate(parts: Sequence[RolloutBatch]) -> RolloutBatch:
@@ -297,22 +321,30 @@ def concatenate(parts: Sequence[RolloutBatch]) -> RolloutBatch:
         RatchetError: learner.off_policy where they were sampled by different adapters or at different temperatures.
     """
     first = parts[0]
-    if any((p.adapter_id, p.temperature) != (first.adapter_id, first.temperature) for p in parts):
+    if any((part.adapter_id, part.temperature) != (first.adapter_id, first.temperature) for part in parts):
         raise RatchetError("learner.off_policy", "the ranks' episodes come from different policies")
-    one_dtype({p.compute_dtype for p in parts}, "ranks")
-    texts = sorted({t for p in parts for t in p.instructions})
-    place = {t: i for i, t in enumerate(texts)}
-    instruction = [np.array([place[p.instructions[i]] for i in p.instruction], np.int64) for p in parts]
-    offsets = np.cumsum([0, *(len(p.success) for p in parts[:-1])])
-    joined = {n: np.concatenate([getattr(p, n) for p in parts]) for n in _ARRAYS if n not in ("instruction", "episode")}
+    one_dtype({part.compute_dtype for part in parts}, "ranks")
+    instructions = sorted({text for part in parts for text in part.instructions})
+    number_of_text = {text: number for number, text in enumerate(instructions)}
+    # Each part numbers its instructions and episodes from 0: renumber the former by text, shift the latter.
+    renumbered = []
+    shifted = []
+    episodes_before = 0
+    for part in parts:
+        new_numbers = np.array([number_of_text[text] for text in part.instructions], np.int64)
+        renumbered.append(new_numbers[part.instruction])
+        shifted.append(part.episode + episodes_before)
+        episodes_before += len(part.success)
+    as_they_are = [name for name in _ARRAYS if name not in ("instruction", "episode")]
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in as_they_are}
     return RolloutBatch(
-        **joined,
-        instruction=np.concatenate(instruction),
-        episode=np.concatenate([p.episode + o for p, o in zip(parts, offsets, strict=True)]),
-        instructions=texts,
+        **arrays,
+        instruction=np.concatenate(renumbered),
+        episode=np.concatenate(shifted),
+        instructions=instructions,
         temperature=first.temperature,
         adapter_id=first.adapter_id,
         compute_dtype=first.compute_dtype,
-        specs=[s for p in parts for s in p.specs],
-        seconds=max(p.seconds for p in parts),
+        specs=[spec for part in parts for spec in part.specs],
+        seconds=max(part.seconds for part in parts),
     )

@@ -7,7 +7,7 @@ Knows no environment, no store and no schedule of tasks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from ratchet_vla.policy.protocol import Policy
 __all__ = ["UpdateConfig", "Updater"]
 
 FLOAT16_LOSS_SCALE = 2.0**14
+"""Factor on the loss while float16 gradients are computed, divided out again; a power of two rounds nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,18 @@ def pad(batch: RolloutBatch) -> Padded:
     """Arrange the flat decisions by episode and chunk."""
     episodes = len(batch.success)
     episode = torch.from_numpy(batch.episode)
-    position = torch.from_numpy(np.concatenate([np.arange(n) for n in np.bincount(batch.episode, minlength=episodes)]))
+    chunk_counts = np.bincount(batch.episode, minlength=episodes)
+    # Decisions stand in order of time within their episode, so the position is a count from its start.
+    position = torch.from_numpy(np.concatenate([np.arange(count) for count in chunk_counts]))  # (N,)
     chunks = int(position.max()) + 1
     row = torch.full((episodes, chunks), -1, dtype=torch.int64)
     row[episode, position] = torch.arange(len(episode))
-    k, d = batch.log_prob.shape[1:]
-    old = torch.zeros(episodes, chunks, k, d)
-    old[episode, position] = torch.from_numpy(batch.log_prob)
-    valid = torch.zeros(episodes, chunks, k, dtype=torch.bool)
+    chunk_steps, dims = batch.log_prob.shape[1:]
+    old_log_prob = torch.zeros(episodes, chunks, chunk_steps, dims)
+    old_log_prob[episode, position] = torch.from_numpy(batch.log_prob)
+    valid = torch.zeros(episodes, chunks, chunk_steps, dtype=torch.bool)
     valid[episode, position] = torch.from_numpy(batch.valid)
-    return Padded(row, old, valid, row >= 0)
+    return Padded(row, old_log_prob, valid, row >= 0)
 
 
 class Updater:
@@ -150,20 +153,19 @@ class Updater:
         started = time.perf_counter()
         padded = pad(batch)
         samples, masked_share = self._samples(batch, padded)
-        total, steps, norms = Diagnostics(), 0, []
-        stopped = False
-        for _ in range(self.config.passes):
-            for part in samples.shuffled(self.config.minibatches, self.generator):
-                with computing_as(self.policy, batch.compute_dtype):
-                    diagnostics, norm = self._step(batch, padded, part)
-                total, steps = total + diagnostics, steps + 1
-                norms.append(norm)
-                if self.config.target_kl and diagnostics.kl / max(diagnostics.tokens, 1) > self.config.target_kl:
-                    stopped = True
-                    break
-            if stopped:
+        diagnostics_sum = Diagnostics()
+        steps = 0
+        norms = []
+        for minibatch in self._minibatches(samples):
+            with computing_as(self.policy, batch.compute_dtype):
+                diagnostics, norm = self._step(batch, padded, minibatch)
+            diagnostics_sum = diagnostics_sum + diagnostics
+            steps = steps + 1
+            norms.append(norm)
+            # Checked after the step: the figure is of the policy as it was before it.
+            if self.config.target_kl and diagnostics.kl / max(diagnostics.tokens, 1) > self.config.target_kl:
                 break
-        means = total.means()
+        means = diagnostics_sum.means()
         means["policy_loss"] /= max(steps, 1)
         means["value_loss"] /= max(steps, 1)
         return {
@@ -176,6 +178,11 @@ class Updater:
             "seconds_update": time.perf_counter() - started,
         }
 
+    def _minibatches(self, samples: Minibatch) -> Iterator[Minibatch]:
+        """Pass after pass; a pass is shuffled when it begins, so that one that never begins draws no numbers."""
+        for _ in range(self.config.passes):
+            yield from samples.shuffled(self.config.minibatches, self.generator)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the adapter's own tensors that the next update depends on."""
         return {
@@ -187,6 +194,7 @@ class Updater:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
@@ -207,9 +215,8 @@ class Updater:
         last = padded.present.sum(1) - 1
         # Success is worth 1 to the value head whatever the score's scale, so that its clip keeps its meaning.
         reward[torch.arange(len(last)), last] = torch.from_numpy(batch.success).float()
-        terminated = torch.ones(
-            len(last), dtype=torch.bool
-        )  # a horizon reached without success is a failure, not a cut
+        # A horizon reached without success is a failure, not a cut.
+        terminated = torch.ones(len(last), dtype=torch.bool)
         targets = ppo.targets(
             reward, value, padded.present, torch.zeros(len(last)), terminated, padded.valid, self.config.ppo
         )
@@ -219,6 +226,7 @@ class Updater:
         seeded = torch.Generator().manual_seed(0)
         self.value_head = ppo.ValueHead(features)
         with torch.no_grad():
+            # Written over with a generator of its own: the global one would tie the head to what ran before it.
             for parameter in (self.value_head.hidden.weight, self.value_head.hidden.bias):
                 bound = features**-0.5
                 parameter.uniform_(-bound, bound, generator=seeded)
@@ -235,10 +243,11 @@ class Updater:
             raise RatchetError(
                 "learner.no_feature", "this policy gives no feature for a value head", fix="use algorithm grpo"
             )
-        first = self.value_head is None
-        if first:
+        is_new_head = self.value_head is None
+        if is_new_head:
             self._make_value_head(batch.feature.shape[1])
-        head, optimizer = self.value_head, self.value_optimizer
+        head = self.value_head
+        optimizer = self.value_optimizer
         assert head is not None
         assert optimizer is not None
         feature = torch.from_numpy(batch.feature)
@@ -246,58 +255,66 @@ class Updater:
         def values() -> Tensor:
             with torch.no_grad():
                 flat = head(feature)
-            out = torch.zeros(padded.row.shape)
-            out[padded.present] = flat[padded.row[padded.present]]
-            return out
+            padded_values = torch.zeros(padded.row.shape)
+            padded_values[padded.present] = flat[padded.row[padded.present]]
+            return padded_values
 
-        value = values()
-        remaining = torch.from_numpy(batch.success).float()[:, None].expand_as(value)
-        steps_left = padded.present.sum(1, keepdim=True) - 1 - torch.arange(value.shape[1])[None]
-        returns = (self.config.ppo.gamma ** steps_left.clamp(min=0)) * remaining
-        target = torch.zeros(len(feature))
+        value = values()  # (E, C)
+        successes = torch.from_numpy(batch.success).float()[:, None].expand_as(value)  # (E, C)
+        chunks_left = padded.present.sum(1, keepdim=True) - 1 - torch.arange(value.shape[1])[None]  # (E, C)
+        returns = (self.config.ppo.gamma ** chunks_left.clamp(min=0)) * successes
+        target = torch.zeros(len(feature))  # (N,)
         target[padded.row[padded.present]] = returns[padded.present]
-        for _ in range(self.config.value_passes * (5 if first else 1)):
+        for _ in range(self.config.value_passes * (5 if is_new_head else 1)):
             for rows in torch.randperm(len(feature), generator=self.generator).split(256):  # type: ignore[no-untyped-call]
                 loss = ppo.huber(head(feature[rows]) - target[rows], self.config.ppo.huber_delta).mean()
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         # The very first head knows nothing; its fit on this batch is still better than advantages without a baseline.
-        return values() if first else value
+        return values() if is_new_head else value
 
-    def _step(self, batch: RolloutBatch, padded: Padded, part: Minibatch) -> tuple[Diagnostics, float]:
+    def _step(self, batch: RolloutBatch, padded: Padded, minibatch: Minibatch) -> tuple[Diagnostics, float]:
         total = Diagnostics()
         # A power of two, so that nothing is rounded; without it most gradients are too small for float16's exponent.
-        scale = FLOAT16_LOSS_SCALE if name_of(self.policy) == "float16" else 1.0
+        loss_scale = FLOAT16_LOSS_SCALE if name_of(self.policy) == "float16" else 1.0
         self.optimizer.zero_grad(set_to_none=True)
-        parts = list(part.micro(self.config.micro_size))
-        for micro, factor in self.ranks.share(parts) if self.ranks else [(m, 1.0) for m in parts]:
-            rows = padded.row[micro.index[:, 0], micro.index[:, 1]].numpy()
+        micro_batches = list(minibatch.micro(self.config.micro_size))
+        shares = [(micro_batch, 1.0) for micro_batch in micro_batches]
+        if self.ranks:
+            shares = self.ranks.share(micro_batches)
+        for micro_batch, factor in shares:
+            rows = padded.row[micro_batch.index[:, 0], micro_batch.index[:, 1]].numpy()
             tokens = torch.from_numpy(batch.tokens[rows])
             log_prob, entropy = self.policy.log_prob(batch.policy_input(rows), tokens, batch.temperature)
-            log_prob, entropy = log_prob.cpu(), entropy.cpu()  # the batch's own numbers live there; these are as small
+            # (M, K, D) each. The batch's own numbers live on the host; these are as small.
+            log_prob = log_prob.cpu()
+            entropy = entropy.cpu()
             try:
-                loss, diagnostics = self._loss(log_prob, entropy, micro)
+                loss, diagnostics = self._loss(log_prob, entropy, micro_batch)
             except RatchetError as error:
                 if self.ranks is None or error.code != "learner.not_finite":
                     raise
                 # The other ranks are on their way to the sum of gradients: take part, and let all refuse this step.
-                loss, diagnostics = log_prob.sum() * float("nan"), Diagnostics()
-            (loss * (factor * scale)).backward()  # type: ignore[no-untyped-call]
+                loss = log_prob.sum() * float("nan")
+                diagnostics = Diagnostics()
+            (loss * (factor * loss_scale)).backward()  # type: ignore[no-untyped-call]
             if factor:
                 total = total + diagnostics
-        if scale != 1.0:
+        if loss_scale != 1.0:
             for parameter in self.parameters:
                 if parameter.grad is not None:
-                    parameter.grad.div_(scale)
+                    parameter.grad.div_(loss_scale)
         if self.ranks:
             self.ranks.add_gradients(self.parameters)
             total = self.ranks.add(total)
+        # Extra terms are the same on every rank, so they come after the sum and would otherwise count once per rank; and
+        # after on_gradient, which reads the gradient of the policy loss alone.
         self.on_gradient()
-        for extra in self.extra_losses(self.generator):
-            extra.backward()  # type: ignore[no-untyped-call]
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip))
-        if not np.isfinite(norm):
+        for extra_term in self.extra_losses(self.generator):
+            extra_term.backward()  # type: ignore[no-untyped-call]
+        gradient_norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip))
+        if not np.isfinite(gradient_norm):
             raise RatchetError(
                 "learner.not_finite",
                 "the gradient is not finite; this optimiser step was not taken",
@@ -306,7 +323,7 @@ class Updater:
             )
         self.optimizer.step()
         self.schedule.step()
-        return total, norm
+        return total, gradient_norm
 
     def _loss(self, log_prob: Tensor, entropy: Tensor, micro: Minibatch) -> tuple[Tensor, Diagnostics]:
         if self.config.algorithm == "grpo":
