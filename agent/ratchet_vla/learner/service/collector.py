@@ -64,9 +64,17 @@ class Collector:
         pulse: Callable[[], None] = lambda: None,
         files: Files | None = None,
     ) -> None:
-        self._client, self._outbox, self._serve, self._stored = client, outbox, serve, stored
-        self._env, self._tasks, self._write, self._spool = env, tasks, write, spool
-        self._meta, self._paused, self.pulse = meta, paused, pulse
+        self._client = client
+        self._outbox = outbox
+        self._serve = serve
+        self._stored = stored
+        self._env = env
+        self._tasks = tasks
+        self._write = write
+        self._spool = spool
+        self._meta = meta
+        self._paused = paused
+        self.pulse = pulse
         self._files = files or Files()
         self._stopping = False
         self._over: set[str] = set()
@@ -84,8 +92,7 @@ class Collector:
             request = self._next()
             if request is None:
                 self._tell("paused" if self._paused() else "waiting for a rollout request")
-                seen = self._client.status().version
-                self._client.wait(lambda seen=seen: self._stopping or self._news(seen), LOOK)  # type: ignore[misc]
+                self._wait_for_news()
                 continue
             try:
                 self.work(request)
@@ -101,6 +108,7 @@ class Collector:
                 self._client.wait(lambda: self._stopping, LOOK)
 
     def stop(self) -> None:
+        """End `run` at the next episode. Any thread."""
         self._stopping = True
         self._client.nudge()
 
@@ -155,6 +163,7 @@ class Collector:
             episode.meta.update(extra, order=request.id, slot=slot)
             path = self._spool / f"{slot}.mcap"
             with disk_errors(path):
+                # A file of this name is left from a put that failed: its content may be half of an episode.
                 self._files.remove(path)
                 self._write(path, episode)
             meta = {**extra, "order": request.id, "slot": slot, "adapter": request.adapter, "task": request.task}
@@ -180,6 +189,10 @@ class Collector:
             self._client.want([request.adapter])
             return None
         return request
+
+    def _wait_for_news(self) -> None:
+        known_version = self._client.status().version
+        self._client.wait(lambda: self._stopping or self._news(known_version), LOOK)
 
     def _news(self, version: str) -> bool:
         return self._client.version != version or self._next() is not None

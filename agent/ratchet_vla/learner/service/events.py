@@ -21,8 +21,12 @@ class LearnerEvent:
 
     def data(self) -> dict[str, Any]:
         """Plain data for the journal."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None or name in self.nullable()}
+        values = {member.name: getattr(self, member.name) for member in dataclasses.fields(self)}
+        return {
+            field_name: value
+            for field_name, value in values.items()
+            if value is not None or field_name in self.nullable()
+        }
 
     @classmethod
     def nullable(cls) -> tuple[str, ...]:
@@ -32,8 +36,8 @@ class LearnerEvent:
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
         """From a line; fields that a newer release added are not looked at."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in known})
+        known = {member.name for member in dataclasses.fields(cls)}
+        return cls(**{field_name: value for field_name, value in data.items() if field_name in known})
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class AdmissionDecided(LearnerEvent):
 
     @classmethod
     def nullable(cls) -> tuple[str, ...]:
+        """Success is null while nobody has judged it."""
         return ("success",)
 
 
@@ -99,8 +104,11 @@ class RecordIngested(LearnerEvent):
 
 @dataclass(frozen=True)
 class RolloutsRequested(LearnerEvent):
-    """Rollouts were requested. order: the request's id. serial: requests so far. start: the adapter that the task began
-    with. checkpoint: {} for a new optimiser, None where the present one goes on."""
+    """Rollouts were requested.
+
+    order: the request's id. serial: requests so far. start: the adapter that the task began with. checkpoint: {} for a
+    new optimiser, None where the present one goes on.
+    """
 
     kind: ClassVar[str] = "ordered"
     order: str
@@ -115,6 +123,7 @@ class RolloutsRequested(LearnerEvent):
 
     @classmethod
     def nullable(cls) -> tuple[str, ...]:
+        """Checkpoint is null where the present optimiser goes on."""
         return ("checkpoint",)
 
 
@@ -129,8 +138,11 @@ class BatchFixed(LearnerEvent):
 
 @dataclass(frozen=True)
 class UpdateFinished(LearnerEvent):
-    """An update is over. before, began: adapter and checkpoint that it started from. gate: whether the gate is asked.
-    facts: the update's figures, or why it was skipped."""
+    """An update is over.
+
+    before, began: adapter and checkpoint that it started from. gate: whether the gate is asked. facts: the update's
+    figures, or why it was skipped.
+    """
 
     kind: ClassVar[str] = "updated"
     order: str

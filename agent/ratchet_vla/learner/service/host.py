@@ -67,11 +67,16 @@ class LearnerHost:
         on_step: Callable[[LearnerHost], None] = lambda host: None,
         tamper: Callable[[list[Any]], list[list[Any]]] | None = None,
     ) -> None:
-        self.folder, self.config, self._limits, self._pause = folder, config, limits or Limits(), pause
+        self.folder = folder
+        self.config = config
+        self._limits = limits or Limits()
+        self._pause = pause
         self._on_step = on_step
+        # Guards `_pending` and wakes `run`. The link's thread notifies after it has written a file and its `received`
+        # event; the service and the status file belong to the thread that calls `run`.
         self._changed = threading.Condition()
         self._pending = True
-        self._stopping = False
+        self._stopping = False  # written once and read without the lock: a bool is never half written
         self.journal = Journal(folder / "journal.jsonl", files)
         try:
             self.store = FolderStore(folder / "adapters", create=True, files=files)
@@ -117,8 +122,8 @@ class LearnerHost:
 
     def all_robots_current(self) -> bool:
         """Whether every robot that is present has the state as it is now."""
-        now = time.monotonic()
-        return all(p.version == self.server.version for p in self.server.peers() if p.present(now))
+        now_s = time.monotonic()
+        return all(peer.version == self.server.version for peer in self.server.peers() if peer.present(now_s))
 
     def stop(self) -> None:
         """End `run` after the step that it is in. Any thread, and signal handlers' threads too."""
@@ -126,17 +131,18 @@ class LearnerHost:
         self.wake()
 
     def status(self) -> dict[str, Any]:
-        now = time.monotonic()
+        """What the status file holds; see `telemetry.status`."""
+        now_s = time.monotonic()
         peers = [
-            {"name": p.name, "age": round(now - p.seen, 1), "software": p.software, "report": p.report}
-            for p in self.server.peers()
+            {"name": peer.name, "age": round(now_s - peer.seen, 1), "software": peer.software, "report": peer.report}
+            for peer in self.server.peers()
         ]
         free = shutil.disk_usage(self.folder).free
         state = self.service.state
         counts = asdict(self.server.counts)
-        rates = self._rates.at(now, len(state.arrivals), counts["bytes"])
-        found = status(state, self.config.tasks, peers, counts, free, self._limits, rates)
-        return {**found, "address": self.server.address, "pid": os.getpid(), "error": self.error}
+        rates = self._rates.at(now_s, len(state.arrivals), counts["bytes"])
+        figures = status(state, self.config.tasks, peers, counts, free, self._limits, rates)
+        return {**figures, "address": self.server.address, "pid": os.getpid(), "error": self.error}
 
     def _turn(self) -> None:
         with self._changed:
@@ -147,7 +153,9 @@ class LearnerHost:
             self.error = ""
         except RatchetError as error:
             log.warning("%s", error)
-            self.error, busy, pause = str(error), False, self._pause
+            self.error = str(error)
+            busy = False
+            pause = self._pause
         try:
             self.server.publish(self.service.published_state())
             self._recorder.take(self.journal.events)

@@ -44,8 +44,10 @@ def decide_admission(
             episode.success, episode.success_source = label
         request_id = state.order if config.mode == "simulation" else ""
         slots = config.slots if config.mode == "simulation" else 0
-        other = next((a for a in state.accepted() if a.sha != arrival.sha), None)
-        dtype = None if other is None else other.compute_dtype
+        accepted_arrival = next(
+            (candidate_arrival for candidate_arrival in state.accepted() if candidate_arrival.sha != arrival.sha), None
+        )
+        dtype = None if accepted_arrival is None else accepted_arrival.compute_dtype
         criteria = AdmissionCriteria(
             state.task, state.training, config.temperature, instruction, request_id, slots, dtype
         )

@@ -69,11 +69,20 @@ class LearnerService:
         *,
         files: Files | None = None,
     ) -> None:
-        for name in (*config.tasks, *config.held_out):
-            if name not in tasks:
-                raise RatchetError("learn.unknown_task", f"no task '{name}'", fix=f"tasks: {', '.join(sorted(tasks))}")
-        self.folder, self.config, self.trainer, self.store = folder, config, trainer, store
-        self._journal, self._path_of, self._read, self._gate, self._tasks = journal, path_of, read, gate, tasks
+        for task_name in (*config.tasks, *config.held_out):
+            if task_name not in tasks:
+                raise RatchetError(
+                    "learn.unknown_task", f"no task '{task_name}'", fix=f"tasks: {', '.join(sorted(tasks))}"
+                )
+        self.folder = folder
+        self.config = config
+        self.trainer = trainer
+        self.store = store
+        self._journal = journal
+        self._path_of = path_of
+        self._read = read
+        self._gate = gate
+        self._tasks = tasks
         self._files = files or Files()
         self.state = LearnerState()
         self._folded = 0
@@ -96,7 +105,8 @@ class LearnerService:
 
     def published_state(self) -> dict[str, Any]:
         """The state to publish: small plain data."""
-        state, config = self.state, self.config
+        state = self.state
+        config = self.config
         tags = {name: self.store.tags().get(name, "") for name in ("active", "previous")}
         # A candidate that nobody has decided about goes to the robots too: a person may have to try it.
         undecided = {"gating": state.training, "deciding": state.candidate, "waiting": state.candidate}
@@ -120,14 +130,14 @@ class LearnerService:
                 "slots": config.slots,
                 "have": len(state.accepted()),
             }
-        wanted = [tags["previous"], tags["active"], tags["candidate"], state.training if request else ""]
+        needed_adapters = [tags["previous"], tags["active"], tags["candidate"], state.training if request else ""]
         return {
             "run": state.fingerprint[:12],
             "mode": config.mode,
             "phase": state.phase,
             "base": self.trainer.policy.base_hash,
             "tags": tags,
-            "adapters": [a for a in dict.fromkeys(wanted) if a not in ("", BASE)],
+            "adapters": [adapter_id for adapter_id in dict.fromkeys(needed_adapters) if adapter_id not in ("", BASE)],
             "order": request,
         }
 
@@ -179,11 +189,13 @@ class LearnerService:
         if stage >= len(self.config.tasks):
             self._write(QueueFinished(state.active))
             return
-        start, adapter = state.start, state.training
+        start = state.start
+        adapter = state.training
         checkpoint: dict[str, str] | None = None
         if fresh:
             start = start or self._update_runner.empty_adapter()
-            adapter, checkpoint = start, {}
+            adapter = start
+            checkpoint = {}
         self._write(
             RolloutsRequested(
                 order=f"{state.fingerprint[:12]}/{stage + 1}/{attempt + 1}/{update + 1}/{state.serial + 1}",
@@ -200,7 +212,8 @@ class LearnerService:
 
     def _complete(self) -> bool:
         """Fix the batch once it is complete, before anything is computed from it."""
-        state, config = self.state, self.config
+        state = self.state
+        config = self.config
         accepted = state.accepted()
         if config.mode == "simulation":
             ready = len(accepted) == config.slots
@@ -210,7 +223,7 @@ class LearnerService:
         else:
             ready = state.session_ended and len(accepted) >= config.batch
         if ready:
-            self._write(BatchFixed(state.order, [a.sha for a in accepted]))
+            self._write(BatchFixed(state.order, [arrival.sha for arrival in accepted]))
         return ready
 
     def _run_gate(self) -> None:
@@ -227,14 +240,17 @@ class LearnerService:
                 active=state.active,
                 task=state.task,
                 decision=gate_decision.decision,
-                reasons=[{"code": r.code, "task": r.task, "text": r.text} for r in gate_decision.reasons],
+                reasons=[
+                    {"code": reason.code, "task": reason.task, "text": reason.text} for reason in gate_decision.reasons
+                ],
                 rows=json.loads(json.dumps(gate_decision.rows())),
             )
         )
 
     def _decide(self) -> None:
         """What follows from the gate's decision, or from there being none."""
-        state, config = self.state, self.config
+        state = self.state
+        config = self.config
         decision = state.verdict
         over = state.update >= config.updates
         again = {"stage": state.stage, "attempt": state.attempt}
@@ -269,7 +285,8 @@ class LearnerService:
 
     def _moved(self) -> bool:
         """Whether a person moved `active` in the store; then the current task begins again from there."""
-        active, state = self._active(), self.state
+        active = self._active()
+        state = self.state
         deciding = state.verdict == "promote" and not state.promoted
         if active == state.active or (deciding and active == state.candidate):
             return False
@@ -280,7 +297,8 @@ class LearnerService:
 
     def _person(self) -> bool:
         """A held candidate waits for a person: promoted with a reason, or tagged `declined`."""
-        tags, candidate = self.store.tags(), self.state.candidate
+        tags = self.store.tags()
+        candidate = self.state.candidate
         if tags.get("active") == candidate:
             self._write(AdapterPromoted(candidate, by="a person"))
         elif tags.get("declined") == candidate:
@@ -312,5 +330,5 @@ class LearnerService:
         return plain
 
     def _fingerprint(self) -> str:
-        facts = {"config": self._plain(), "base": self.trainer.policy.base_hash}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        identity = {"config": self._plain(), "base": self.trainer.policy.base_hash}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -62,10 +62,12 @@ class PendingFile:
 
 @dataclass
 class LearnerState:
-    """The fold. stage, update, attempt count from 0; `training` is the adapter being updated, `start` the one that the
-    current task began with (promoted, or "" for the empty one). `order`, `verdict` and `unruled` are named as in
-    journals
-    and status files: the rollout request's id, the gate's decision, and files that are not ingested yet."""
+    """The fold of all events so far.
+
+    stage, update, attempt count from 0; `training` is the adapter being updated, `start` the one that the current task
+    began with (promoted, or "" for the empty one). `order`, `verdict` and `unruled` are named as in journals and status
+    files: the rollout request's id, the gate's decision, and files that are not ingested yet.
+    """
 
     fingerprint: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # the run's settings, as plain data
@@ -98,6 +100,7 @@ class LearnerState:
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> LearnerState:
+        """The state after these events, oldest first."""
         state = cls()
         for event in events:
             state.apply(event)
@@ -150,25 +153,27 @@ class LearnerState:
 
     def accepted(self) -> list[Arrival]:
         """Accepted episodes of the current adapter that no update has used, in the order in which updates take them."""
-        found = [a for a in self.arrivals.values() if a.decision == "accepted" and not a.used]
-        return sorted(found, key=lambda a: (a.slot, a.number))
+        accepted_arrivals = [
+            arrival for arrival in self.arrivals.values() if arrival.decision == "accepted" and not arrival.used
+        ]
+        return sorted(accepted_arrivals, key=lambda arrival: (arrival.slot, arrival.number))
 
     def counts(self) -> dict[str, int]:
         """Arrivals by decision, and `used`."""
-        out = {"accepted": 0, "waiting": 0, "replay": 0, "unruled": len(self.unruled), "used": 0}
+        counts = {"accepted": 0, "waiting": 0, "replay": 0, "unruled": len(self.unruled), "used": 0}
         for arrival in self.arrivals.values():
             if arrival.decision:
-                out[arrival.decision] += 1
-            out["used"] += arrival.used
-        return out
+                counts[arrival.decision] += 1
+            counts["used"] += arrival.used
+        return counts
 
     def reasons(self) -> dict[str, int]:
         """How many episodes were kept out of the updates, by code."""
-        out: dict[str, int] = {}
+        count_of_code: dict[str, int] = {}
         for arrival in self.arrivals.values():
             if arrival.decision == "replay":
-                out[arrival.code] = out.get(arrival.code, 0) + 1
-        return out
+                count_of_code[arrival.code] = count_of_code.get(arrival.code, 0) + 1
+        return count_of_code
 
     # -- events --------------------------------------------------------------------------------------------------
 

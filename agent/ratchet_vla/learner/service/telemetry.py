@@ -19,13 +19,17 @@ from ratchet_vla.learner.service.state import LearnerState
 from ratchet_vla.storage.journal import Event
 
 RECENT = 50  # episodes that the on-policy share looks back over
+LEAST_RECENT = 10  # with fewer a share says nothing
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When an alert line appears. on_policy: least share of recent episodes that could enter an update. success_drop:
-    largest fall of an update's success below the mean of the three before. sync: seconds without a message from any
-    robot while episodes are wanted. free: bytes of disk."""
+    """When an alert line appears.
+
+    on_policy: least share of recent episodes that could enter an update. success_drop: largest fall of an update's
+    success below the mean of the three before. sync: seconds without a message from any robot while episodes are
+    wanted. free: bytes of disk.
+    """
 
     on_policy: float = 0.5
     success_drop: float = 0.25
@@ -46,55 +50,86 @@ class Rates:
 
     def __init__(self, window: float = 600.0) -> None:
         self._window = window
-        self._seen: deque[tuple[float, int, int]] = deque()
+        self._counts: deque[tuple[float, int, int]] = deque()
 
     def at(self, now: float, episodes: int, received: int) -> dict[str, float]:
         """now: seconds. episodes, received: numbers so far, the second in bytes."""
-        self._seen.append((now, episodes, received))
-        while len(self._seen) > 2 and self._seen[1][0] <= now - self._window:
-            self._seen.popleft()
-        then, before, bytes_before = self._seen[0]
-        span = now - then
-        share = 1.0 / span if span > 0 else 0.0
+        self._counts.append((now, episodes, received))
+        while len(self._counts) > 2 and self._counts[1][0] <= now - self._window:
+            self._counts.popleft()
+        first_s, first_episodes, first_bytes = self._counts[0]
+        span = now - first_s
+        per_second = 1.0 / span if span > 0 else 0.0
         return {
             "seconds": span,
-            "episodes_per_hour": 3600.0 * (episodes - before) * share,
-            "bytes_per_second": (received - bytes_before) * share,
+            "episodes_per_hour": 3600.0 * (episodes - first_episodes) * per_second,
+            "bytes_per_second": (received - first_bytes) * per_second,
         }
 
 
 def alerts(state: LearnerState, sync_age: float, free: int, limits: Limits) -> list[Alert]:
     """What is wrong at the moment. sync_age: seconds since the last message of any robot, inf for none yet."""
-    found = []
-    decided = sorted((a for a in state.arrivals.values() if a.decision), key=lambda a: a.number)[-RECENT:]
-    if len(decided) >= 10:
-        # What was used or still could be; an episode that came in time but was not needed is no sign of trouble.
-        share = sum(a.used or a.decision != "replay" for a in decided) / len(decided)
-        if share < limits.on_policy:
-            reasons = sorted({a.code for a in decided if a.decision == "replay"})
-            text = f"{share:.0%} of the last {len(decided)} episodes are on-policy: {', '.join(reasons)}"
-            found.append(Alert("learner.on_policy", text))
-    rates = [u["successes"] / len(u["episodes"]) for u in state.updates if u["episodes"] and u["stage"] == state.stage]
-    if len(rates) >= 4 and rates[-1] < sum(rates[-4:-1]) / 3 - limits.success_drop:
-        before = sum(rates[-4:-1]) / 3
-        found.append(Alert("learner.success", f"success fell to {rates[-1]:.0%}, was {before:.0%}"))
-    if len(rates) >= 2 and rates[-1] == rates[-2] == 0.0:
-        found.append(Alert("learner.success", "two updates without a single success: there is nothing to learn from"))
-    if state.phase == "collecting" and sync_age > limits.sync:
-        age = "never" if math.isinf(sync_age) else f"{sync_age:.0f} s ago"
-        found.append(Alert("learner.sync", f"episodes are wanted and the last message of a robot came {age}"))
-    if state.phase == "collecting" and state.config.get("batch_when") == "session" and not state.session_ended:
-        have, batch = len(state.accepted()), int(state.config["batch"])
-        if state.config.get("mode") == "robot" and have >= batch:
-            text = f"the batch is full ({have} of {batch}) and waits for the end of a session: `ratchet session stop`"
-            found.append(Alert("learner.session", text))
-    if state.updates and state.updates[-1]["facts"].get("code") in ("learner.policy_mismatch", "learner.not_finite"):
-        found.append(Alert(state.updates[-1]["facts"]["code"], str(state.updates[-1]["facts"]["skipped"])))
+    found = [
+        *_on_policy_alerts(state, limits),
+        *_success_alerts(state, limits),
+        *_collecting_alerts(state, sync_age, limits),
+    ]
+    if state.updates:
+        last_figures = state.updates[-1]["facts"]
+        code = last_figures.get("code")
+        if code in ("learner.policy_mismatch", "learner.not_finite"):
+            found.append(Alert(code, str(last_figures["skipped"])))
     if state.phase == "waiting":
         found.append(Alert("learner.held", f"the gate held {state.candidate[:12]}; promote or decline it"))
     if free < limits.free:
         found.append(Alert("learner.disk", f"{free / 1024**3:.1f} GiB of disk are left"))
     return found
+
+
+def _on_policy_alerts(state: LearnerState, limits: Limits) -> list[Alert]:
+    decided = [arrival for arrival in state.arrivals.values() if arrival.decision]
+    recent = sorted(decided, key=lambda arrival: arrival.number)[-RECENT:]
+    if len(recent) < LEAST_RECENT:
+        return []
+    # What was used or still could be; an episode that came in time but was not needed is no sign of trouble.
+    share = sum(arrival.used or arrival.decision != "replay" for arrival in recent) / len(recent)
+    if share >= limits.on_policy:
+        return []
+    codes = sorted({arrival.code for arrival in recent if arrival.decision == "replay"})
+    text = f"{share:.0%} of the last {len(recent)} episodes are on-policy: {', '.join(codes)}"
+    return [Alert("learner.on_policy", text)]
+
+
+def _success_alerts(state: LearnerState, limits: Limits) -> list[Alert]:
+    updates = [update for update in state.updates if update["episodes"] and update["stage"] == state.stage]
+    rates = [update["successes"] / len(update["episodes"]) for update in updates]
+    alerts = []
+    if len(rates) >= 4:
+        before = sum(rates[-4:-1]) / 3
+        if rates[-1] < before - limits.success_drop:
+            alerts.append(Alert("learner.success", f"success fell to {rates[-1]:.0%}, was {before:.0%}"))
+    if len(rates) >= 2 and rates[-1] == rates[-2] == 0.0:
+        text = "two updates without a single success: there is nothing to learn from"
+        alerts.append(Alert("learner.success", text))
+    return alerts
+
+
+def _collecting_alerts(state: LearnerState, sync_age: float, limits: Limits) -> list[Alert]:
+    if state.phase != "collecting":
+        return []
+    alerts = []
+    if sync_age > limits.sync:
+        age = "never" if math.isinf(sync_age) else f"{sync_age:.0f} s ago"
+        alerts.append(Alert("learner.sync", f"episodes are wanted and the last message of a robot came {age}"))
+    # States from before the run's settings were written down hold none.
+    waits_for_session = state.config.get("mode") == "robot" and state.config.get("batch_when") == "session"
+    if waits_for_session and not state.session_ended:
+        have = len(state.accepted())
+        batch = int(state.config["batch"])
+        if have >= batch:
+            text = f"the batch is full ({have} of {batch}) and waits for the end of a session: `ratchet session stop`"
+            alerts.append(Alert("learner.session", text))
+    return alerts
 
 
 def status(
@@ -106,48 +141,58 @@ def status(
     limits: Limits,
     rates: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything that `ratchet status` shows, as plain data. peers: name, age (seconds since the last message), report.
-    rates: as `Rates.at` gives them."""
-    age = min((p["age"] for p in peers), default=math.inf)
-    last = state.updates[-1] if state.updates else None
+    """Everything that `ratchet status` shows, as plain data.
+
+    peers: name, age (seconds since the last message), report. rates: as `Rates.at` gives them.
+    """
+    sync_age = min((peer["age"] for peer in peers), default=math.inf)
+    last_update = state.updates[-1] if state.updates else None
     return {
         "phase": state.phase,
         "stage": state.stage + 1,
-        "queue": [
-            {"task": t, "state": _task_state(state, i), "updates": sum(u["stage"] == i for u in state.updates)}
-            for i, t in enumerate(tasks)
-        ],
+        "queue": [_queue_line(state, stage, task) for stage, task in enumerate(tasks)],
         "order": state.order,
         "training": state.training,
         "active": state.active,
         "episodes": state.counts(),
         "kept_out": state.reasons(),
-        "last_update": last and {k: last[k] for k in ("task", "update", "adapter", "successes", "facts")},
-        "last_update_episodes": len(last["episodes"]) if last else 0,
+        "last_update": _figures_of(last_update),
+        "last_update_episodes": len(last_update["episodes"]) if last_update else 0,
         "last_gate": state.gates[-1] if state.gates else None,
         "robots": peers,
         "link": dict(counts),
         "rates": dict(rates),
-        "sync_age": None if math.isinf(age) else age,
+        "sync_age": None if math.isinf(sync_age) else sync_age,
         "free_bytes": free,
-        "alerts": [asdict(a) for a in alerts(state, age, free, limits)],
+        "alerts": [asdict(a) for a in alerts(state, sync_age, free, limits)],
         "written": time.time(),
     }
 
 
+def _figures_of(update: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if update is None:
+        return None
+    return {key: update[key] for key in ("task", "update", "adapter", "successes", "facts")}
+
+
+def _queue_line(state: LearnerState, stage: int, task: str) -> dict[str, Any]:
+    updates = sum(update["stage"] == stage for update in state.updates)
+    return {"task": task, "state": _task_state(state, stage), "updates": updates}
+
+
 def _task_state(state: LearnerState, stage: int) -> str:
-    over = [s for s in state.stages if s["stage"] == stage]
-    if over:
-        return "learned" if over[-1]["learned"] else "given up"
+    finished_lines = [stage_line for stage_line in state.stages if stage_line["stage"] == stage]
+    if finished_lines:
+        return "learned" if finished_lines[-1]["learned"] else "given up"
     return "learning" if stage == state.stage and state.phase not in ("new", "done") else "waiting"
 
 
 def update_line(event: Event) -> dict[str, Any]:
     """One `updated` event as a flat line of metrics."""
     data = event.data
-    share = data["successes"] / max(len(data["episodes"]), 1)
-    flat = {k: data[k] for k in ("order", "task", "stage", "update", "attempt", "adapter", "successes")}
-    return {"n": event.n, **flat, "episodes": len(data["episodes"]), "success": share, **data["facts"]}
+    success_share = data["successes"] / max(len(data["episodes"]), 1)
+    flat = {key: data[key] for key in ("order", "task", "stage", "update", "attempt", "adapter", "successes")}
+    return {"n": event.n, **flat, "episodes": len(data["episodes"]), "success": success_share, **data["facts"]}
 
 
 class Recorder:
@@ -158,14 +203,15 @@ class Recorder:
         self._board = folder / "tensorboard" if tensorboard else None
         self._writer: Any = None
         self._last = self._mend()
-        self._updates = self._seen = 0
+        self._updates = 0
+        self._read = 0  # events looked at so far
 
     def take(self, events: Sequence[Event]) -> None:
         """All events so far, oldest first; only `updated` ones that are not in the files yet are written."""
         fresh = []
-        while self._seen < len(events):
-            event = events[self._seen]
-            self._seen += 1
+        while self._read < len(events):
+            event = events[self._read]
+            self._read += 1
             if event.kind == "updated":
                 self._updates += 1
                 if event.n > self._last:
@@ -179,6 +225,7 @@ class Recorder:
         self._last = fresh[-1][1].n
 
     def close(self) -> None:
+        """Close TensorBoard's file; the next update opens another."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -201,21 +248,22 @@ class Recorder:
         """The last event in the file; a torn last line is cut off."""
         if not self._path.exists():
             return 0
-        good, last = [], 0
+        whole_lines = []
+        last_event = 0
         for line in self._path.read_text().splitlines():
             try:
-                last = int(json.loads(line)["n"])
+                last_event = int(json.loads(line)["n"])
             except (ValueError, KeyError, TypeError):
                 break
-            good.append(line)
-        self._path.write_text("".join(line + "\n" for line in good))
-        return last
+            whole_lines.append(line)
+        self._path.write_text("".join(line + "\n" for line in whole_lines))
+        return last_event
 
 
 def timeline(events: Iterable[Event]) -> list[str]:
     """The journal in words, one line per event that a person cares for."""
-    words = Timeline()
-    return [line for event in events if (line := words.line(event))]
+    wording = Timeline()
+    return [line for event in events if (line := wording.line(event))]
 
 
 class Timeline:
@@ -239,13 +287,13 @@ class Timeline:
         elif kind == "ordered":
             return f"collecting {data['task']} under {data['adapter'][:12]} (update {data['update'] + 1})"
         elif kind == "updated":
-            counts = ", ".join(f"{n} {k}" for k, n in sorted(Counter(self._arrived.values()).items()))
+            counts = ", ".join(f"{count} {code}" for code, count in sorted(Counter(self._arrived.values()).items()))
             self._arrived = {}
             rate = f"{data['successes']}/{len(data['episodes'])}"
             end = f"skipped: {data['facts']['skipped']}" if "skipped" in data["facts"] else f"-> {data['adapter'][:12]}"
             return f"update {data['update'] + 1} of {data['task']}: success {rate} ({counts}), {end}"
         elif kind == "gated":
-            reasons = "; ".join(f"{r['task']} {r['text']}".strip() for r in data["reasons"])
+            reasons = "; ".join(f"{reason['task']} {reason['text']}".strip() for reason in data["reasons"])
             return f"gate on {data['candidate'][:12]}: {data['decision']}: {reasons}"
         elif kind == "promoted":
             return f"{data['adapter'][:12]} is active, by {data['by']}"

@@ -45,7 +45,10 @@ class Trainer:
         files: Files | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.policy, self.lora, self.config, self._ranks = policy, lora, config, ranks
+        self.policy = policy
+        self.lora = lora
+        self.config = config
+        self._ranks = ranks
         self._files = files or Files()
         self._binding = binding_of(policy)
         self._updater: Updater | None = None
@@ -87,36 +90,36 @@ class Trainer:
             RatchetError: learner.not_finite, after which the caller restores the last checkpoint.
         """
         assert self._updater is not None
-        before = self.adapter().id
+        adapter_id = self.adapter().id
         if self._ranks is not None:
             self._ranks.broadcast(_LOOK)
         with self._ranks.whole() if self._ranks is not None else nullcontext():
             batch = to_batch(episodes, groups, self.policy, features=self.config.update.algorithm == "ppo")
-            if batch.adapter_id != before:
+            if batch.adapter_id != adapter_id:
                 raise RatchetError(
                     "learner.off_policy",
                     f"episodes of {batch.adapter_id[:12]}",
-                    where=before[:12],
+                    where=adapter_id[:12],
                     fix="nothing was changed",
                 )
             gap = log_prob_gap(batch, self.policy)
-        facts: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "log_prob_gap": gap,
             "decisions": len(batch.tokens),
             "compute_dtype": batch.compute_dtype,
         }
         if not gap <= self.config.tolerance:
-            why = f"robot and learner disagree by {gap:.3f} nats per token under one adapter"
-            return {**facts, "skipped": why, "code": "learner.policy_mismatch"}
+            reason = f"robot and learner disagree by {gap:.3f} nats per token under one adapter"
+            return {**figures, "skipped": reason, "code": "learner.policy_mismatch"}
         if self._ranks is not None:
             self._ranks.broadcast(self._state())
             self._ranks.broadcast(pack(batch))
         try:
-            return {**facts, **self._updater.update(batch)}
+            return {**figures, **self._updater.update(batch)}
         except RatchetError as error:
             if error.code != "learner.no_samples":
                 raise
-            return {**facts, "skipped": error.what, "code": error.code}
+            return {**figures, "skipped": error.what, "code": error.code}
 
     def save(self, path: Path) -> str:
         """Write a checkpoint; it survives a power cut when this returns. Returns its SHA-256."""
@@ -137,12 +140,12 @@ class Trainer:
     def assist(self) -> None:
         """What the other ranks do while rank 0 runs the service: their share of every update, until `dismiss`."""
         assert self._ranks is not None
-        while word := self._ranks.broadcast(b""):
-            if word == _LOOK:
+        while message := self._ranks.broadcast(b""):
+            if message == _LOOK:
                 with self._ranks.whole():
                     pass  # rank 0 looks at the episodes with the whole base
                 continue
-            self._take(word, 0, 0)
+            self._take(message, 0, 0)
             batch = unpack(self._ranks.broadcast(b""))
             assert self._updater is not None
             try:
@@ -163,9 +166,9 @@ class Trainer:
     def _state(self) -> bytes:
         """Everything that the next update depends on."""
         assert self._updater is not None
-        out = io.BytesIO()
-        torch.save({"lora": self.lora.export(), "updater": self._updater.state_dict()}, out)
-        return out.getvalue()
+        buffer = io.BytesIO()
+        torch.save({"lora": self.lora.export(), "updater": self._updater.state_dict()}, buffer)
+        return buffer.getvalue()
 
     def _take(self, state: bytes | Path, stage: int, attempt: int) -> None:
         source = io.BytesIO(state) if isinstance(state, bytes) else state
@@ -175,6 +178,6 @@ class Trainer:
         self._updater.load_state_dict(loaded["updater"])
 
     def _new(self, stage: int, attempt: int) -> Updater:
-        name = ("shuffle", stage) if attempt == 0 else ("shuffle", stage, attempt)
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, *name))
+        seed_path = ("shuffle", stage) if attempt == 0 else ("shuffle", stage, attempt)
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, *seed_path))
         return Updater(self.policy, self.lora.trainable(), self.config.update, generator, self._ranks)

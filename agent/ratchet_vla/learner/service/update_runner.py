@@ -40,8 +40,13 @@ class UpdateRunner:
         read: Callable[[Path], Episode],
         files: Files,
     ) -> None:
-        self.folder, self.config, self.trainer, self.store = folder, config, trainer, store
-        self._path_of, self._read, self._files = path_of, read, files
+        self.folder = folder
+        self.config = config
+        self.trainer = trainer
+        self.store = store
+        self._path_of = path_of
+        self._read = read
+        self._files = files
         self._loaded: tuple[str, str, int, int] | tuple[()] = ()  # which state the trainer holds
 
     def empty_adapter(self) -> str:
@@ -60,12 +65,12 @@ class UpdateRunner:
         self._files.step("phase", self.folder / "update")
         self._loaded = ()  # until the update is written down, what the trainer holds is nobody's
         try:
-            facts = self.trainer.train(episodes, self._groups(arrivals, episodes))
+            figures = self.trainer.train(episodes, self._groups(arrivals, episodes))
         except RatchetError as error:
             if error.code not in ("learner.not_finite", "learner.bad_episode"):
                 raise
-            facts = {"skipped": error.what, "code": error.code}
-        skipped = "skipped" in facts
+            figures = {"skipped": error.what, "code": error.code}
+        skipped = "skipped" in figures
         self._files.step("phase", self.folder / "updated")
         if skipped:
             self._load(state)
@@ -88,13 +93,13 @@ class UpdateRunner:
             update=state.update,
             attempt=state.attempt,
             episodes=list(state.batch),
-            successes=sum(bool(a.success) for a in arrivals),
+            successes=sum(bool(arrival.success) for arrival in arrivals),
             before=state.training,
             began=state.checkpoint,
             adapter=adapter.id,
             checkpoint=checkpoint,
             gate=gate,
-            facts={**_finite(facts), "seconds": time.perf_counter() - started},
+            facts={**_finite(figures), "seconds": time.perf_counter() - started},
         )
 
     def _episodes(self, arrivals: list[Arrival]) -> list[Episode]:
@@ -102,17 +107,20 @@ class UpdateRunner:
         episodes = []
         for arrival in arrivals:
             episode = self._read(self._path_of(arrival.sha))
-            episode.success, episode.success_source = arrival.success, arrival.source
+            episode.success = arrival.success
+            episode.success_source = arrival.source
             episodes.append(episode)
         return episodes
 
     def _groups(self, arrivals: list[Arrival], episodes: list[Episode]) -> list[int]:
-        """Comparison groups: one initial state in simulation; on a robot the whole task, where no state can be
-        repeated."""
+        """Comparison groups, one label per episode.
+
+        In simulation the episodes of one initial state; on a robot the whole task, where no state can be repeated.
+        """
         if self.config.mode == "simulation":
-            return [a.slot // self.config.group_size for a in arrivals]
-        repeated = Counter(e.initial_state for e in episodes if e.initial_state >= 0)
-        return [e.initial_state if repeated[e.initial_state] > 1 else -1 for e in episodes]
+            return [arrival.slot // self.config.group_size for arrival in arrivals]
+        repeated = Counter(episode.initial_state for episode in episodes if episode.initial_state >= 0)
+        return [episode.initial_state if repeated[episode.initial_state] > 1 else -1 for episode in episodes]
 
     def _load(self, state: LearnerState) -> None:
         """Bring the trainer to where the journal says it was."""
@@ -130,20 +138,24 @@ class UpdateRunner:
         self._loaded = key
 
     def _load_from(self, state: LearnerState, adapter: str, checkpoint: Mapping[str, str]) -> None:
-        """The trainer's state behind an adapter. A damaged checkpoint is computed again from the one before and the
-        same episodes, which is exact: the journal holds the batch."""
-        stage, attempt = state.stage, state.attempt
+        """Bring back the trainer's state behind an adapter.
+
+        A damaged checkpoint is computed again from the one before and the same episodes, which is exact: the journal
+        holds the batch.
+        """
+        stage = state.stage
+        attempt = state.attempt
         if not checkpoint:
             self.trainer.begin(self.store.get(adapter), stage, attempt)
             return
         try:
             self.trainer.restore(self.folder / "checkpoints" / checkpoint["file"], checkpoint["sha"], stage, attempt)
         except RatchetError as error:
-            made = [u for u in state.updates if u["checkpoint"] == checkpoint]
-            if error.code != "learner.bad_checkpoint" or not made:
+            matching_updates = [update for update in state.updates if update["checkpoint"] == checkpoint]
+            if error.code != "learner.bad_checkpoint" or not matching_updates:
                 raise
             log.warning("%s", error)
-            update = made[-1]
+            update = matching_updates[-1]
             self._load_from(state, update["before"], update["began"])
             if update["adapter"] != update["before"]:
                 arrivals = [state.arrivals[sha] for sha in update["episodes"]]
@@ -161,13 +173,18 @@ class UpdateRunner:
                 for shas in state.retired[: -config.keep_batches]:
                     for sha in shas:
                         self._files.remove(self._path_of(sha))
-        kept = {g["candidate"] for g in state.gates} | set(self.store.tags().values()) | {state.start}
-        stored = set(self.store.ids())
+        kept_adapters = (
+            {gate_line["candidate"] for gate_line in state.gates} | set(self.store.tags().values()) | {state.start}
+        )
+        stored_adapters = set(self.store.ids())
         for adapter in state.adapters[: -config.keep_updates]:
-            if adapter in stored and adapter not in kept and adapter != state.adapters[0]:
+            if adapter in stored_adapters and adapter not in kept_adapters and adapter != state.adapters[0]:
                 self.store.remove(adapter)
 
 
-def _finite(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Facts as the journal can hold them: a figure that is not finite becomes text."""
-    return {k: v if not isinstance(v, float) or v - v == 0 else str(v) for k, v in facts.items()}
+    return {
+        figure_name: value if not isinstance(value, float) or value - value == 0 else str(value)
+        for figure_name, value in figures.items()
+    }
