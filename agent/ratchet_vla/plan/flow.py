@@ -12,7 +12,13 @@ from ratchet_vla.policy.flow.trunk import Sizes
 
 # Bytes per token and layer, bfloat16 products, base frozen, adapter on all linear layers: per unit of width, of the
 # MLP's width, of the queries' and of the keys' width, of the rank; and what each head and each norm keeps.
-WIDTH, HIDDEN, QUERY, KEY, RANK, HEAD, NORMS = 12.0, 8.0, 4.0, 4.0, 14.0, 4.0, 8.0
+WIDTH = 12.0
+HIDDEN = 8.0
+QUERY = 4.0
+KEY = 4.0
+RANK = 14.0
+HEAD = 4.0
+NORMS = 8.0
 MASK = 2.0  # bytes per pair of tokens and layer: what may be seen, in the products' type
 VISION = 38.4  # bytes per patch, block and unit of width, of transformers' own towers
 
@@ -29,42 +35,50 @@ def suffix_tokens(config: FlowConfig) -> int:
 
 def layer(sizes: Sizes, tokens: int, others: int, rank: int) -> float:
     """Bytes that one layer keeps of `tokens` that see each other and `others` besides."""
-    query, key = sizes.heads * sizes.head, sizes.groups * sizes.head
+    query = sizes.heads * sizes.head
+    key = sizes.groups * sizes.head
     each = WIDTH * sizes.width + HIDDEN * sizes.hidden + QUERY * query + KEY * key + RANK * rank
     return (each + HEAD * sizes.heads + NORMS) * tokens + MASK * tokens * (tokens + others)
 
 
 def language(config: FlowConfig, tokens: int, rank: int, checkpointing: bool) -> float:
     """Bytes of the language model's pass; its last layer makes keys and values only."""
-    sizes, whole = config.language, config.language.layers - 1
-    one = layer(sizes, tokens, 0, rank)
+    sizes = config.language
+    full_layers = config.language.layers - 1
+    layer_bytes = layer(sizes, tokens, 0, rank)
     if not checkpointing:
-        return one * whole
-    left = (4.0 * sizes.width + 2 * KEY * sizes.groups * sizes.head) * tokens  # each layer's input, keys and values
-    return left * whole + one
+        return layer_bytes * full_layers
+    input_bytes = (
+        4.0 * sizes.width + 2 * KEY * sizes.groups * sizes.head
+    ) * tokens  # each layer's input, keys and values
+    return input_bytes * full_layers + layer_bytes
 
 
-def expert(config: FlowConfig, tokens: int, seen: int, rank: int, checkpointing: bool) -> float:
+def expert(config: FlowConfig, tokens: int, language_tokens: int, rank: int, checkpointing: bool) -> float:
     """Bytes of the expert over all steps of the flow; each joins the language model's keys and values to its own.
 
     seen: tokens of the language model.
     """
     sizes = config.expert
-    joined = 2 * KEY / 2 * sizes.groups * sizes.head * seen
-    step = (layer(sizes, tokens, seen, rank) + joined) * sizes.layers
+    joined = 2 * KEY / 2 * sizes.groups * sizes.head * language_tokens
+    step = (layer(sizes, tokens, language_tokens, rank) + joined) * sizes.layers
     return step if checkpointing else step * config.sample_steps
 
 
 def once(config: FlowConfig, rank: int, checkpointing: bool) -> float:
     """Bytes that are kept whatever the batch: the adapter's weights in the products' type, anew for every step."""
 
-    def weights(sizes: Sizes) -> float:
-        query, key = sizes.heads * sizes.head, sizes.groups * sizes.head
+    def adapter_bytes(sizes: Sizes) -> float:
+        query = sizes.heads * sizes.head
+        key = sizes.groups * sizes.head
         sides = 2 * (sizes.width + query) + 2 * (sizes.width + key) + 3 * (sizes.width + sizes.hidden)
         return 2.0 * rank * sides
 
     steps = 1 if checkpointing else config.sample_steps
-    return weights(config.language) * config.language.layers + weights(config.expert) * config.expert.layers * steps
+    return (
+        adapter_bytes(config.language) * config.language.layers
+        + adapter_bytes(config.expert) * config.expert.layers * steps
+    )
 
 
 def vision(config: FlowConfig, patches: int) -> float:

@@ -28,7 +28,10 @@ GIB = 2**30
 # Bytes kept for the backward pass, bfloat16 products, base frozen, adapter on all linear layers; see the module's head.
 # Of the trunk per token and layer: per unit of width and of the MLP's width. Of a ViT per patch and block, per unit of
 # width. Of the head per action token and vocabulary row of an action.
-KEPT_WIDTH, KEPT_HIDDEN, KEPT_VISION, KEPT_RANK = 16.0, 8.0, 57.0, 14.0
+KEPT_WIDTH = 16.0
+KEPT_HIDDEN = 8.0
+KEPT_VISION = 57.0
+KEPT_RANK = 14.0
 CARDS: Mapping[str, float] = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9}
 RESERVED = 1.2e9  # CUDA context, kernels' workspace and fragmentation
 RATED = 989e12  # bfloat16 operations per second of an H100, dense
@@ -90,6 +93,7 @@ class Plan:
 
     @property
     def gpu(self) -> float:
+        """Bytes of GPU memory at the peak of a step."""
         return self.weights + self.adapter + self.optimiser + self.activations + self.reserved
 
 
@@ -117,8 +121,10 @@ class _Counted:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a robot adds to a discrete base: chunk and dims of its actions, state values it takes. A flow's are its
-    configuration's."""
+    """What a robot adds to a discrete base: chunk and dims of its actions, state values it takes.
+
+    A flow's are its configuration's.
+    """
 
     chunk: int = 8
     dims: int = 7
@@ -127,8 +133,8 @@ class Shape:
 
 def count(config: AnyConfig, rank: int, adapt_vision: bool, shape: Shape = Shape()) -> tuple[int, int]:
     """Weights of the base, and of an adapter on all its linear and convolution layers."""
-    found = _shapes(config, shape)
-    return found.base, rank * (found.adapter + (found.adapter_vision if adapt_vision else 0))
+    counts = _shapes(config, shape)
+    return counts.base, rank * (counts.adapter + (counts.adapter_vision if adapt_vision else 0))
 
 
 def _shapes(config: AnyConfig, shape: Shape) -> _Counted:
@@ -148,14 +154,17 @@ def _shapes(config: AnyConfig, shape: Shape) -> _Counted:
             elif isinstance(module, nn.Conv2d):
                 kernel = module.kernel_size[0] * module.kernel_size[1]
                 sums[vision] += module.in_channels * kernel + module.out_channels
-        base = sum(p.numel() for p in network.parameters())
+        base = sum(parameter.numel() for parameter in network.parameters())
         if isinstance(network, FlowNetwork):
-            parts = (network.language, network.expert, network.vision)
-            stacks = [sum(p.numel() for p in part.parameters()) for part in parts]
-            patches, features = _patches(network.config), network.config.language.width
+            modules = (network.language, network.expert, network.vision)
+            stacks = [sum(parameter.numel() for parameter in part.parameters()) for part in modules]
+            patches = _patches(network.config)
+            features = network.config.language.width
         else:
-            stacks, tower = [base, 0, 0], network.vision_backbone
-            patches, features = int(tower.patches), int(tower.features)
+            stacks = [base, 0, 0]
+            tower = network.vision_backbone
+            patches = int(tower.patches)
+            features = int(tower.features)
         _COUNTED[key] = _Counted(base, sums[False], sums[True], patches, features, (stacks[0], stacks[1]), stacks[2])
     return _COUNTED[key]
 
@@ -179,8 +188,9 @@ def kept_trunk(config: PrismaticConfig, tokens: int, rank: int) -> float:
 
 def kept_once(config: PrismaticConfig, rank: int) -> float:
     """Bytes that the trunk keeps whatever the batch: its adapter's weights in the products' type."""
-    h, m = config.hidden, config.intermediate
-    return 2.0 * rank * (4 * 2 * h + 3 * (h + m)) * config.layers
+    hidden = config.hidden
+    intermediate = config.intermediate
+    return 2.0 * rank * (4 * 2 * hidden + 3 * (hidden + intermediate)) * config.layers
 
 
 @dataclass(frozen=True)
@@ -194,7 +204,8 @@ class _Kept:
 
 
 def _kept(config: AnyConfig, options: Options, shape: Shape) -> _Kept:
-    shapes, actions = _shapes(config, shape), shape.chunk * shape.dims
+    shapes = _shapes(config, shape)
+    actions = shape.chunk * shape.dims
     patches = shapes.patches * options.images
     if isinstance(config, FlowConfig):
         tokens = plan_flow.prefix_tokens(config, patches, options.prompt)
@@ -202,25 +213,33 @@ def _kept(config: AnyConfig, options: Options, shape: Shape) -> _Kept:
         recompute = options.checkpointing
         each = plan_flow.language(config, tokens, options.rank, recompute)
         each += plan_flow.expert(config, suffix, tokens, options.rank, recompute)
-        seen = patches * int(config.vision_options.get("shuffle", 1)) ** 2
+        tower_patches = patches * int(config.vision_options.get("shuffle", 1)) ** 2
         if options.adapt_vision:
-            each += plan_flow.vision(config, seen)
+            each += plan_flow.vision(config, tower_patches)
         work = 1.0 * shapes.stacks[0] * tokens + shapes.stacks[1] * suffix * config.sample_steps
-        work = 2.0 * (work + (shapes.vision * seen if config.vision != "film_conv" else 0))
+        work = 2.0 * (work + (shapes.vision * tower_patches if config.vision != "film_conv" else 0))
         return _Kept(tokens, each, plan_flow.once(config, options.rank, recompute), work)
     tokens = patches + options.prompt + actions
     trunk = kept_trunk(config, tokens, options.rank)
     vision = 0.0
     if options.adapt_vision and config.vision == "fused_dinov2_siglip":
-        o = config.vision_options
-        vision = KEPT_VISION * patches * (o["dino_width"] * o["dino_depth"] + o["siglip_width"] * o["siglip_depth"])
+        vision_options = config.vision_options
+        vision = (
+            KEPT_VISION
+            * patches
+            * (
+                vision_options["dino_width"] * vision_options["dino_depth"]
+                + vision_options["siglip_width"] * vision_options["siglip_depth"]
+            )
+        )
     if options.checkpointing:
         trunk = 4.0 * config.hidden * tokens * config.layers + trunk / config.layers
         if vision:
-            o = config.vision_options
-            blocks = o["dino_depth"] + o["siglip_depth"]
+            vision_options = config.vision_options
+            blocks = vision_options["dino_depth"] + vision_options["siglip_depth"]
             vision = vision / blocks + 4.0 * patches * (
-                o["dino_width"] * o["dino_depth"] + o["siglip_width"] * o["siglip_depth"]
+                vision_options["dino_width"] * vision_options["dino_depth"]
+                + vision_options["siglip_width"] * vision_options["siglip_depth"]
             )
     head = 4.0 * 4 * 256 * actions
     return _Kept(tokens, trunk + vision + head, kept_once(config, options.rank), 2.0 * shapes.base * tokens)
@@ -235,29 +254,30 @@ def make(config: AnyConfig, options: Options, shape: Shape = Shape()) -> Plan:
     if not isinstance(config, FlowConfig) and config.vision not in ("fused_dinov2_siglip", "film_conv"):
         raise RatchetError("plan.unknown_tower", f"no figures for the vision tower '{config.vision}'", where="plan")
     base, adapter = count(config, options.rank, options.adapt_vision, shape)
-    shapes, kept = _shapes(config, shape), _kept(config, options, shape)
+    shapes = _shapes(config, shape)
+    kept = _kept(config, options, shape)
     activations = kept.each * options.batch + kept.once
     # Frozen vision runs once per sample and update; its patches are kept on the host between passes.
     frame = options.images * 3.0 * config.vision_options["image_size"] ** 2
     cached = 0.0 if options.adapt_vision else 2.0 * shapes.patches * options.images * shapes.features
     weights = base * options.base_bits / 8 * (1.02 if options.base_bits == 8 else 1.0)
-    mine = 4.0 * adapter  # float32 weights
-    optimiser = 3 * mine  # gradient and Adam's two moments
+    adapter_bytes = 4.0 * adapter  # float32 weights
+    optimiser = 3 * adapter_bytes  # gradient and Adam's two moments
     passes = 2 + (1 if options.checkpointing else 0)
     seconds = kept.work * passes * options.samples / (RATED * SHARE)
-    host = options.samples * (frame + cached) + 2 * mine + 4 * GIB
-    total = weights + mine + optimiser + activations + RESERVED
+    host = options.samples * (frame + cached) + 2 * adapter_bytes + 4 * GIB
+    total = weights + adapter_bytes + optimiser + activations + RESERVED
     return Plan(
         parameters=base,
         adapter_parameters=adapter,
         tokens=kept.tokens,
         weights=weights,
-        adapter=mine,
+        adapter=adapter_bytes,
         optimiser=optimiser,
         activations=activations,
         reserved=RESERVED,
         host=host,
-        disk=2.0 * base + options.samples * frame * LOSSLESS + mine + optimiser,
+        disk=2.0 * base + options.samples * frame * LOSSLESS + adapter_bytes + optimiser,
         network_adapter=4.0 * adapter,
         network_episodes=options.samples * frame * LOSSLESS,
         seconds=seconds,
