@@ -308,8 +308,8 @@ class Updater:
         if self.ranks:
             self.ranks.add_gradients(self.parameters)
             total = self.ranks.add(total)
-        # Extra terms are the same on every rank, so they come after the sum and would otherwise count once per rank; and
-        # after on_gradient, which reads the gradient of the policy loss alone.
+        # Extra terms are the same on every rank: before the sum over ranks they would count once per rank. They come
+        # after on_gradient too, which reads the gradient of the policy loss alone.
         self.on_gradient()
         for extra_term in self.extra_losses(self.generator):
             extra_term.backward()  # type: ignore[no-untyped-call]
