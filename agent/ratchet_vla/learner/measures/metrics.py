@@ -87,10 +87,12 @@ class SuccessMatrix:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """Trained tasks in order, then the held-out ones."""
         return (*self.tasks, *self.held_out)
 
     @property
     def stages(self) -> range:
+        """0 for the base, then one per trained task."""
         return range(len(self.tasks) + 1)
 
     def record(self, stage: int, task: str, cell: Cell) -> None:

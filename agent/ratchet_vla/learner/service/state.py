@@ -18,6 +18,7 @@ from ratchet_vla.learner.service.events import (
     CandidateHeld,
     FileReceived,
     GateDecided,
+    LearnerEvent,
     QueueFinished,
     RecordIngested,
     RolloutsRequested,
@@ -125,29 +126,13 @@ class LearnerState:
                 self.batch = list(batch.episodes)
             case UpdateFinished() as update:
                 self._update_finished(update, {**event.data, "n": event.n})
-            case GateDecided() as gate:
-                self.candidate = gate.candidate
-                self.verdict = gate.decision
-                self.phase = "deciding"
-                self.gates.append({**event.data, "n": event.n})
-            case AdapterPromoted(adapter=adapter):
-                self.active = self.start = adapter
-                self.verdict = "promote"
-                self.promoted = True
-                self.phase = "deciding"
-            case CandidateHeld():
-                self.waited = True
-                self.phase = "waiting"
-            case CandidateDeclined():
-                self.verdict = "reject"
-                self.phase = "deciding"
-            case ActiveTagMoved(adapter=adapter):
-                self._active_tag_moved(adapter)
             case TaskFinished():
                 self._task_finished({**event.data, "n": event.n})
             case QueueFinished():
                 self.phase = "done"
                 self.order = ""
+            case decision:
+                self._decision_taken(decision, {**event.data, "n": event.n})
 
     # -- what follows from it ------------------------------------------------------------------------------------
 
@@ -245,6 +230,29 @@ class LearnerState:
         self._keep(self.training)
         self.updates.append(line)
         self.phase = "gating" if update.gate else "deciding"
+
+    def _decision_taken(self, decision: LearnerEvent | None, line: dict[str, Any]) -> None:
+        """Take in what the gate or a person decided about a candidate."""
+        match decision:
+            case GateDecided() as gate:
+                self.candidate = gate.candidate
+                self.verdict = gate.decision
+                self.phase = "deciding"
+                self.gates.append(line)
+            case AdapterPromoted(adapter=adapter):
+                self.active = adapter
+                self.start = adapter
+                self.verdict = "promote"
+                self.promoted = True
+                self.phase = "deciding"
+            case CandidateHeld():
+                self.waited = True
+                self.phase = "waiting"
+            case CandidateDeclined():
+                self.verdict = "reject"
+                self.phase = "deciding"
+            case ActiveTagMoved(adapter=adapter):
+                self._active_tag_moved(adapter)
 
     def _keep(self, adapter: str) -> None:
         if adapter not in self.adapters:

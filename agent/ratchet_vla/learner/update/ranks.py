@@ -185,8 +185,9 @@ class Ranks:
             )
 
     def shard(self, policy: Policy, lora: Lora) -> None:
-        """Shard the frozen weights of a policy's layers over all ranks; `whole` has them back for a while. The
-        adapter's own parameters stay whole.
+        """Shard the frozen weights of a policy's layers over all ranks; `whole` has them back for a while.
+
+        The adapter's own parameters stay whole.
 
         Raises:
             RatchetError: learner.cannot_shard for a network without layers that can be sharded.
