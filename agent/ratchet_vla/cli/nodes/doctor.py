@@ -17,21 +17,21 @@ from ratchet_vla.policy import computing, device
 
 
 def computing_finding() -> dict[str, str]:
-    """What policies compute in here, and why."""
-    where = device.choose()
-    choice = computing.choose(where, "bfloat16")
+    """Report the dtype that policies compute in here, and why."""
+    processor = device.choose()
+    choice = computing.choose(processor, "bfloat16")
     return {
         "level": "ok",
         "code": "doctor.computing",
         "what": f"policies compute in {choice.name}: {choice.reason}",
-        "where": f"{where}, {computing.processor()}" if where.type == "cpu" else str(where),
+        "where": f"{processor}, {computing.processor()}" if processor.type == "cpu" else str(processor),
         "fix": "",
     }
 
 
 @dataclass
 class Doctor(ComputingOptions):
-    """Check environment, middleware, shared memory, running nodes, and the contract against live topics.
+    """Check environment, middleware, shared memory and running nodes; compare the contract with live topics.
 
     Sends nothing to the arm. Exit status 1 where something has to be fixed.
 
@@ -43,13 +43,13 @@ class Doctor(ComputingOptions):
     """
 
     contract: Path | None = None
-    """Robot contract to compare the live topics with."""
+    """Robot contract (YAML) to compare the live topics with; topics are not checked if absent."""
     seconds: float = 3.0
-    """How long to listen."""
+    """How many seconds to listen to the topics."""
     running: bool = False
-    """The safety node runs already and may publish commands."""
+    """The safety node runs already: its commands are no error."""
     sim_time: bool = False
-    """Topics are stamped with a simulation's time."""
+    """Topics carry a simulation's time, which their ages are measured in."""
     json: bool = False
     """Print JSON."""
 
@@ -77,4 +77,4 @@ class Doctor(ComputingOptions):
             for finding in findings:
                 table.add_row(colours[finding["level"]], finding["what"], finding["where"], finding["fix"])
             Console().print(table)
-        return 1 if any(f["level"] == "error" for f in findings) else 0
+        return 1 if any(finding["level"] == "error" for finding in findings) else 0

@@ -19,12 +19,15 @@ from ratchet_vla.paths import REPOSITORY, python_path
 
 PACKAGE = REPOSITORY / "ros2_ws" / "src" / "ratchet_ros"
 BUILT_IN = REPOSITORY / ".venv-ros" / "bin" / "python"
+INTERRUPTED = 130  # exit status of a process that an interrupt ended, as shells say it
 # What this process's environment sets and another Python must not inherit.
 SCRUBBED = ("PYTHONHOME", "VIRTUAL_ENV", "_ROS_WHEELS_BOOTSTRAP_COMPLETE")
 
 
 def python() -> str:
-    """The interpreter that has rclpy: RATCHET_ROS_PYTHON, a sourced ROS's python3, or the environment of `make ros`.
+    """Return the interpreter that has rclpy.
+
+    RATCHET_ROS_PYTHON, else a sourced ROS's python3, else the environment of `make ros`.
 
     Raises:
         RatchetError: ros.no_environment.
@@ -45,21 +48,21 @@ def python() -> str:
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment for a process with rclpy: our packages in front, a sourced ROS kept."""
-    out = {k: v for k, v in os.environ.items() if k not in SCRUBBED}
+    """Return the environment for a process with rclpy: our packages in front, a sourced ROS kept."""
+    variables = {name: value for name, value in os.environ.items() if name not in SCRUBBED}
     if not os.environ.get("ROS_DISTRO"):
-        out.pop("LD_LIBRARY_PATH", None)  # the wheels find their libraries themselves, and only with a clean one
-    out["PYTHONPATH"] = python_path(PACKAGE)
-    return out | (extra or {})
+        variables.pop("LD_LIBRARY_PATH", None)  # the wheels find their libraries themselves, and only with a clean one
+    variables["PYTHONPATH"] = python_path(PACKAGE)
+    return variables | (extra or {})
 
 
 def command(name: str, *arguments: str) -> list[str]:
-    """How a node or a tool of ratchet_ros is run. Raises RatchetError ros.no_environment."""
+    """Return the command that runs a node or a tool of ratchet_ros. Raises RatchetError ros.no_environment."""
     return [python(), "-m", "ratchet_ros", name, *arguments]
 
 
 def ask(module: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Run a module with one JSON request; its JSON lines as they come. Interrupts reach it as well.
+    """Run a module with one JSON request, and yield its JSON lines as they come. Interrupts reach it as well.
 
     Raises:
         RatchetError: what the other side refused; ros.failed where it ended without an answer.
@@ -77,26 +80,28 @@ def ask(module: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 continue  # the other side got it too and ends in its own way
             if not line:
                 break
-            told = json.loads(line)
-            if "error" in told:
-                error = told["error"]
+            answer = json.loads(line)
+            if "error" in answer:
+                error = answer["error"]
                 raise RatchetError(error["code"], error["what"], where=error["where"], fix=error["fix"])
             answered = True
-            yield told
+            yield answer
     finally:
         process.stdout.close()
-        code = process.wait()
-    if code == 130:
+        status = process.wait()
+    if status == INTERRUPTED:
         raise KeyboardInterrupt
     if not answered:
-        raise RatchetError("ros.failed", f"{module} ended with status {code} and no answer", fix="see its output above")
+        raise RatchetError(
+            "ros.failed", f"{module} ended with status {status} and no answer", fix="see its output above"
+        )
 
 
 def absolute(path: Path | None) -> str:
-    """A path as another process can use it; empty for none."""
+    """Word a path as another process can use it; empty for none."""
     return "" if path is None else str(path.resolve())
 
 
 def policy_python() -> str:
-    """The interpreter of the policy process: this one, which has no ROS."""
+    """Return the interpreter of the policy process: this one, which has no ROS."""
     return sys.executable

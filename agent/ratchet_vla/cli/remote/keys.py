@@ -22,7 +22,7 @@ class Make:
     name: Annotated[str, tyro.conf.Positional]
     """Whose key: `learner`, or the robot's name."""
     out: Path = Path("keys")
-    """Folder; a subfolder of the name is made in it."""
+    """Folder that gets a subfolder of this name."""
     json: bool = False
     """Print JSON."""
 
@@ -41,11 +41,11 @@ class Allow:
     """Let a robot in: put its public key on the learner's allow list."""
 
     key: Annotated[Path, tyro.conf.Positional]
-    """The robot's .key file."""
+    """The robot's public key, its .key file."""
     learner: Path = LEARNER
-    """The learner's key folder."""
+    """Folder of the learner's keys."""
     name: str = ""
-    """Name of the robot; the file's if absent."""
+    """Name of the robot; the name in the key file if absent."""
     json: bool = False
     """Print JSON."""
 
@@ -62,7 +62,7 @@ class Revoke:
     name: Annotated[str, tyro.conf.Positional]
     """The robot's name."""
     learner: Path = LEARNER
-    """The learner's key folder."""
+    """Folder of the learner's keys."""
     json: bool = False
     """Print JSON."""
 
@@ -74,19 +74,19 @@ class Revoke:
 
 @dataclass
 class List:
-    """Robots that are let in, with their public keys."""
+    """List the robots that are let in, with their public keys."""
 
     learner: Path = LEARNER
-    """The learner's key folder."""
+    """Folder of the learner's keys."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        known = {name: key.decode() for key, name in keys.allowed(self.learner).items()}
+        keys_by_name = {name: key.decode() for key, name in keys.allowed(self.learner).items()}
         if self.json:
-            print(json.dumps(known))
+            print(json.dumps(keys_by_name))
         else:
-            print("\n".join(f"{name:24s} {key}" for name, key in sorted(known.items())) or "nobody is allowed")
+            print("\n".join(f"{name:24s} {key}" for name, key in sorted(keys_by_name.items())) or "nobody is allowed")
         return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,15 +11,15 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ratchet_sim import registry
 from ratchet_sim.base import TaskInfo
 from ratchet_sim.workers.vector import ChunkVectorEnv
 from ratchet_vla.adapters.store.folder import FolderStore
-from ratchet_vla.cli import common
+from ratchet_vla.cli import common, display
 from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.cli.recipes import DEMO
+from ratchet_vla.cli.remote import options as remote
 from ratchet_vla.episodes.file.reader import EpisodeReader
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.defaults import SERVICE
@@ -59,27 +58,27 @@ class Learner(ComputingOptions):
     """
 
     tasks: tuple[str, ...]
-    """The queue: task names in the order in which they are learned."""
+    """Names of the tasks, in the order in which they are learned."""
     suite: str = "metaworld"
     """Suite of the tasks: their instructions, and the simulator that the gate uses."""
     out: Path = Path("runs/learner")
-    """The learner's folder; one learner per folder."""
+    """Folder of the learner; one learner per folder."""
     address: str = "tcp://0.0.0.0:5544"
-    """Where robots connect."""
+    """Address that robots connect to."""
     keys: Path = KEYS
-    """The learner's secret key; the allow list is the folder `allowed` beside it."""
+    """File of the learner's secret key; the allow list is the folder `allowed` beside it."""
     plain: bool = False
-    """No keys and no encryption; only with an address on 127.0.0.1."""
+    """Listen without keys and encryption; only with an address on 127.0.0.1."""
     policy: Path | None = None
     """Folder of the base policy; the built-in one of the suite if absent."""
     held_out: tuple[str, ...] = ()
-    """Tasks that are never trained and that the gate compares."""
+    """Names of tasks that are never trained and that the gate compares."""
     mode: Literal["simulation", "robot"] = "simulation"
     """simulation: exact episodes are requested. robot: small-budget settings for an arm (see `--explain`)."""
     explain: bool = False
     """Print what the robot mode changes against the paper, and exit."""
     recipe: Literal["none", "demo"] = "none"
-    """demo: the measured recipe of `ratchet demo` for the suite, instead of the settings below."""
+    """demo: use the measured recipe of `ratchet demo` for the suite, instead of the settings below."""
     updates: int = SERVICE.updates
     """Updates per task."""
     groups: int = SERVICE.groups
@@ -87,13 +86,13 @@ class Learner(ComputingOptions):
     group_size: int = SERVICE.group_size
     """Episodes from each initial state (simulation)."""
     batch: int = 24
-    """Least verified on-policy episodes of an update (robot)."""
+    """How many verified on-policy episodes an update needs (robot)."""
     batch_when: Literal["full", "session"] = SERVICE.batch_when
-    """Update as soon as the batch is full, or when a session has ended with at least so many (robot)."""
+    """When to update: full, as soon as there are so many; session, when a session ends with as many (robot)."""
     temperature: float = SERVICE.temperature
     """Sampling temperature of training episodes."""
     noise_correlation: float = SERVICE.noise_correlation
-    """Correlation of the sampling noise within a chunk; small policies explore better with 0.9."""
+    """Correlation (0 to 1) of the sampling noise within a chunk; small policies explore better with 0.9."""
     attempts: int = 2
     """How often a task is tried before the learner goes on without it (simulation)."""
     keep_batches: int = 0
@@ -104,22 +103,22 @@ class Learner(ComputingOptions):
     update: UpdateConfig = field(default_factory=UpdateConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     reserve_gib: float = 2.0
-    """GiB of disk that stay free; beyond it episodes are refused and wait on the robot."""
+    """GiB of disk that stay free; where less is left, episodes are refused and wait on the robot."""
     workers: int = 2
-    """Simulator processes of the gate; 0 has no simulator: the gate then holds and a person decides."""
+    """Simulator processes of the gate. With 0 nothing is simulated: the gate holds, and a person decides."""
     slots: int = 12
-    """Episodes at once per simulator process."""
+    """Episodes at once in each simulator process."""
     threads: int = 1
-    """Threads for the policy."""
+    """CPU threads for the policy."""
     device: str = ""
-    """Where the policy is: cpu, cuda or auto; what RATCHET_DEVICE says if absent. Of several processes each takes a GPU
-    of its own."""
+    """Where the policy runs: cpu, cuda or auto; the value of RATCHET_DEVICE if absent. Of several processes each takes
+    a GPU of its own."""
     shard: bool = False
-    """With several processes: each keeps only a part of the frozen base (FSDP)."""
+    """With several processes: each keeps only a part of the frozen base in memory (FSDP)."""
     until_done: bool = False
-    """End when all tasks are over, instead of waiting for more."""
+    """End when all tasks are over, instead of waiting for robots."""
     verbose: bool = False
-    """Log everything."""
+    """Log debug messages too."""
 
     def run(self) -> int:
         console = Console()
@@ -135,32 +134,30 @@ class Learner(ComputingOptions):
                 ranks.leave()
 
     def _run(self, console: Console, ranks: distributed.Ranks | None) -> int:
-        logging.basicConfig(
-            level=logging.DEBUG if self.verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s"
-        )
+        remote.log_to_stderr(self.verbose)
         contract = registry.contract_for(self.suite)
         tasks = common.find_tasks(self.suite, [*self.tasks, *self.held_out])
         folder = common.policy_folder(self.suite, self.policy)
         config, lora = self.config()
-        where = device.choose(self.device) if ranks is None else ranks.device
-        policy, adapter = common.open_policy(folder, contract, lora, where)
+        processor = device.choose(self.device) if ranks is None else ranks.device
+        policy, adapter = common.open_policy(folder, contract, lora, processor)
         if ranks is not None and self.shard:
             ranks.shard(policy, adapter)
         trainer = Trainer(policy, adapter, config, ranks=ranks)
         if ranks is not None and not ranks.main:
-            for sign in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(sign, signal.SIG_IGN)  # rank 0 finishes its step and says when to end
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # rank 0 finishes its step and says when to end
             trainer.assist()
             return 0
         try:
-            self._serve(console, trainer, tasks, where)
+            self._serve(console, trainer, tasks, processor)
         except RatchetError:
             trainer.dismiss()
             raise
         trainer.dismiss()
         return 0
 
-    def _serve(self, console: Console, trainer: Trainer, tasks: dict[str, TaskInfo], where: torch.device) -> None:
+    def _serve(self, console: Console, trainer: Trainer, tasks: dict[str, TaskInfo], processor: torch.device) -> None:
         """Run the service to its end."""
         if trainer.config.mode == "robot":
             print_changes(console)
@@ -168,7 +165,7 @@ class Learner(ComputingOptions):
         with contextlib.ExitStack() as closing:
 
             def make_gate(store: FolderStore) -> Gate:
-                gate = LateGate(lambda: self._gatekeeper(store, tasks, where))
+                gate = LateGate(lambda: self._gatekeeper(store, tasks, processor))
                 closing.callback(gate.close)
                 return gate
 
@@ -185,18 +182,17 @@ class Learner(ComputingOptions):
                 reserve=int(self.reserve_gib * 1024**3),
                 on_step=TimelinePrinter(console).print_new,
             )
-            for sign in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(sign, lambda *_: host.stop())
+            remote.on_stop(host.stop)
             console.print(f"learner in {self.out}, policy {trainer.policy.base_hash[:12]}, listening on {self.address}")
             host.run(lambda: self.until_done and host.service.state.phase == "done" and host.all_robots_current())
 
     def _gatekeeper(
-        self, store: FolderStore, tasks: dict[str, TaskInfo], where: torch.device
+        self, store: FolderStore, tasks: dict[str, TaskInfo], processor: torch.device
     ) -> tuple[Gatekeeper, ChunkVectorEnv | None]:
         """A second policy and the gate's simulators; none of these where there are no workers: the gate then holds."""
         contract = registry.contract_for(self.suite)
         folder = common.policy_folder(self.suite, self.policy)
-        running = common.open_running(folder, contract, self.config()[1], store, where)
+        running = common.open_running(folder, contract, self.config()[1], store, processor)
         env = None
         if self.workers:
             env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
@@ -281,10 +277,9 @@ def read_episode(path: Path) -> Episode:
 
 
 def print_changes(console: Console) -> None:
-    """What learning on a real robot changes against the paper."""
-    table = Table(title="robot mode against the paper (arXiv 2603.11653)", box=None)
-    for column in ("what", "paper", "here", "why"):
-        table.add_column(column)
+    """Print what learning on a real robot changes against the paper."""
+    title = "robot mode against the paper (arXiv 2603.11653)"
+    table = display.make_table(("what", "paper", "here", "why"), title=title, framed=False)
     for row in CHANGES:
         table.add_row(*row)
     console.print(table)

@@ -5,10 +5,12 @@ Knows keys, folders and a command. Imports no model code: `ratchet up` starts in
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from ratchet_vla.paths import python_path
 
 FOLDER = Path("runs/robot")
 ADDRESS = "tcp://127.0.0.1:5544"
-END = 15.0  # seconds for a sync agent to end
+END_S = 15.0  # for a sync agent to end
 
 
 @dataclass(kw_only=True)
@@ -29,15 +31,15 @@ class LearnerOptions:
     name: str = "robot-1"
     """This robot's name, as on the learner's allow list."""
     keys: Path | None = None
-    """This robot's secret key; keys/<name>/<name>.key_secret if absent."""
+    """File of this robot's secret key; keys/<name>/<name>.key_secret if absent."""
     learner_key: Path = Path("keys/learner/learner.key")
-    """The learner's public key."""
+    """File of the learner's public key."""
     plain: bool = False
-    """No keys and no encryption; only with an address on 127.0.0.1."""
+    """Connect without keys and encryption; only with an address on 127.0.0.1."""
     outbox_gib: float = 50.0
-    """GiB that may wait for the learner; beyond it nothing more is collected."""
+    """GiB of episodes that may wait for the learner; beyond it nothing more is collected."""
     reserve_gib: float = 2.0
-    """GiB of disk that stay free."""
+    """GiB of disk that stay free for the rest of the machine."""
 
     @property
     def reserve(self) -> int:
@@ -50,17 +52,32 @@ class LearnerOptions:
         self.public()
 
     def pair(self) -> link_keys.KeyPair | None:
+        """Load this robot's keys; None for a connection without. Raises RatchetError link.no_key and others."""
         return None if self.plain else link_keys.load(self.keys or Path("keys") / self.name / f"{self.name}.key_secret")
 
     def public(self) -> bytes | None:
+        """Load the learner's public key; None for a connection without. Raises RatchetError link.no_key and others."""
         return None if self.plain else link_keys.load_public(self.learner_key)
 
     def outbox(self, folder: Path) -> Outbox:
+        """Open the outbox in the robot's folder, within this robot's limits."""
         return Outbox(folder / "outbox", limit=int(self.outbox_gib * 1024**3), reserve=self.reserve)
 
 
+def log_to_stderr(verbose: bool = False) -> None:
+    """Let a service log what it does."""
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s")
+
+
+def on_stop(act: Callable[[], object]) -> None:
+    """Call this where the process is told to end (SIGTERM) or interrupted (SIGINT), instead of ending it at once."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: act())
+
+
 def sync_command(options: LearnerOptions, address: str, folder: Path, episodes: Path, adapters: Path) -> list[str]:
-    """The command of a sync agent for this robot, to run beside it and to end with this process."""
+    """Make the command of a sync agent for this robot, to run beside it and to end with this process."""
     command = [sys.executable, "-m", "ratchet_vla.cli.main", "sync", "--robot", str(folder), "--learner", address]
     command += ["--episodes", str(episodes), "--adapters", str(adapters), "--name", options.name]
     command += ["--outbox-gib", str(options.outbox_gib), "--reserve-gib", str(options.reserve_gib)]
@@ -73,11 +90,11 @@ def sync_command(options: LearnerOptions, address: str, folder: Path, episodes: 
 
 @contextmanager
 def beside(command: list[str], log: Path) -> Iterator[None]:
-    """Run a sync agent as long as this lasts; afterwards it has `END` seconds for what still waits."""
+    """Run a sync agent as long as this lasts; afterwards it has `END_S` seconds for what still waits."""
     environment = {**os.environ, "PYTHONPATH": python_path()}
-    with log.open("ab") as out:
+    with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,  # an interrupt from the terminal ends it through this process, after the session
         )  # fmt: skip
     try:
@@ -85,7 +102,7 @@ def beside(command: list[str], log: Path) -> Iterator[None]:
     finally:
         process.terminate()
         try:
-            process.wait(END)
+            process.wait(END_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +30,13 @@ from ratchet_vla.runtime.session.controller import SessionController
 from ratchet_vla.runtime.session.dispatch import of_session
 from ratchet_vla.runtime.session.manifest import Manifest
 
+STATUS_PERIOD_S = 1.0  # between two writings of the status file
+DELIVERY_S = 30.0  # how long the last files may take to be delivered, with --until-done
+
 
 @dataclass
 class Robot(remote.LearnerOptions, ComputingOptions):
-    """Follow a learner: fetch the adapter that it trains, collect the episodes that it wants, send them.
+    """Follow a learner: fetch the adapter that it trains, collect the episodes that it requests, send them.
 
     Commands to copy:
 
@@ -50,36 +51,34 @@ class Robot(remote.LearnerOptions, ComputingOptions):
     """
 
     suite: str = "metaworld"
-    """Suite whose robot this is."""
+    """Simulation suite whose robot this is."""
     learner: str = remote.ADDRESS
     """The learner's address."""
     out: Path = remote.FOLDER
-    """The robot's folder: outbox, adapters, sessions; one robot per folder."""
+    """Folder of the robot: outbox, adapters, sessions. One robot per folder."""
     policy: Path | None = None
     """Folder of the base policy; the built-in one of the suite if absent."""
     lora: common.LoraOptions = field(default_factory=common.LoraOptions)
     recipe: Literal["none", "demo"] = "none"
-    """demo: the adapter's shape of `ratchet demo`."""
+    """demo: take the adapter's shape of `ratchet demo` instead of --lora."""
     session: Literal["auto", "manual"] = "auto"
     """auto: a session lasts as long as this process. manual: collect only between `ratchet session start|stop`."""
     episodes: Path | None = None
-    """Episode store that keeps everything that was run, besides sending it; <out>/episodes if absent."""
+    """Folder of the episode store that keeps everything that was run, besides sending it; <out>/episodes if absent."""
     workers: int = 1
     """Simulator processes."""
     slots: int = 12
-    """Episodes at once per simulator process."""
+    """Episodes at once in each simulator process."""
     threads: int = 1
-    """Threads for the policy."""
+    """CPU threads for the policy."""
     until_done: bool = False
-    """End when the learner says that all tasks are over and everything was delivered."""
+    """End when all tasks of the learner are over and everything was delivered."""
     verbose: bool = False
-    """Log everything."""
+    """Log debug messages too."""
 
     def run(self) -> int:
         common.threads(self.threads)
-        logging.basicConfig(
-            level=logging.DEBUG if self.verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s"
-        )
+        remote.log_to_stderr(self.verbose)
         console = Console()
         contract = registry.contract_for(self.suite)
         self.check_keys()
@@ -89,9 +88,8 @@ class Robot(remote.LearnerOptions, ComputingOptions):
         running = common.open_running(common.policy_folder(self.suite, self.policy), contract, lora, store)
         common.print_contract(console, contract)
         swapper = running.swapper
-
-        kept = EpisodeStore(self.episodes or self.out / "episodes", create=True)
-        kept.take_stock()
+        episodes = EpisodeStore(self.episodes or self.out / "episodes", create=True)
+        episodes.take_stock()
 
         def end_of(manifest: Manifest) -> None:
             record = session_record(manifest.session, True, dataclasses.asdict(manifest), manifest.episodes)
@@ -103,14 +101,14 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             contract,
             swapper.base_id,
             lambda: swapper.current_id,
-            episodes=lambda session: of_session(kept, session),
-            store=str(kept.root.resolve()),
+            episodes=lambda session: of_session(episodes, session),
+            store=str(episodes.root.resolve()),
             on_end=end_of,
         )
         link = Link(self, self.learner, self.out, outbox, store)
         client = link.client
         env = common.make_vector(running.policy, self.suite, contract, self.workers, self.slots)
-        shown = 0.0
+        status_written_s = 0.0  # on the monotonic clock
 
         def serve(adapter: str) -> Policy:
             base = client.state.get("base", swapper.base_id)
@@ -123,7 +121,7 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             return running.serve(adapter)
 
         def write(path: Path, episode: Episode) -> None:
-            keep(kept, path, episode, contract, sessions.id)
+            keep(episodes, path, episode, contract, sessions.id)
 
         def show() -> None:
             link.show(
@@ -135,10 +133,11 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             )
 
         def pulse() -> None:
-            nonlocal shown
+            # Called between any two steps of the collector: the status file is written once a second at the most.
+            nonlocal status_written_s
             sessions.look()
-            if time.monotonic() - shown >= 1.0:
-                shown = time.monotonic()
+            if time.monotonic() - status_written_s >= STATUS_PERIOD_S:
+                status_written_s = time.monotonic()
                 show()
 
         collector = Collector(
@@ -154,19 +153,18 @@ class Robot(remote.LearnerOptions, ComputingOptions):
             paused=lambda: not sessions.id,
             pulse=pulse,
         )
-        for sign in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sign, lambda *_: collector.stop())
+        remote.on_stop(collector.stop)
         if self.session == "auto":
             sessions.start({"by": "ratchet robot"})
         link.start()
         console.print(f"robot {self.name} in {self.out}, learner {self.learner}, outbox {len(outbox)} files")
-        console.print(f"episodes in {kept.root}")
+        console.print(f"episodes in {episodes.root}")
         try:
             collector.run(lambda: self.until_done and client.state.get("phase") == "done" and not len(outbox))
             if self.session == "auto":
                 sessions.stop("done")
             if self.until_done:
-                client.wait(lambda: not len(outbox), 30.0)
+                client.wait(lambda: not len(outbox), DELIVERY_S)
         finally:
             show()
             link.stop()

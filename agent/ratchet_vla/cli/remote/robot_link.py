@@ -34,7 +34,8 @@ class Link:
         self, options: remote.LearnerOptions, address: str, folder: Path, outbox: Outbox, store: FolderStore
     ) -> None:
         """folder: the robot's. Raises RatchetError link.no_key and others."""
-        self._options, self._folder = options, folder
+        self._options = options
+        self._folder = folder
         self._tag_watcher = LearnerTagWatcher(store, store.resolve)
         fetcher = Fetcher(store, folder / "incoming", on_adapter=self._tag_watcher.on_adapter, reserve=options.reserve)
         try:
@@ -52,9 +53,11 @@ class Link:
             raise
 
     def start(self) -> None:
+        """Connect, in a thread of the client's own."""
         self.client.start()
 
     def stop(self) -> None:
+        """Disconnect; files that wait stay in the outbox."""
         self.client.stop()
         self._tag_watcher.stop()
 
@@ -65,24 +68,28 @@ class Link:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def show(self, **facts: Any) -> None:
-        """The status file, for `ratchet status --robot`; losing it loses nothing. facts: doing, error, adapter, session
-        and more."""
-        status, client = self.client.status(), self.client
-        shown = {
+    def show(self, **entries: Any) -> None:
+        """Write the status file, for `ratchet status --robot`; losing it loses nothing.
+
+        Args:
+            entries: doing, error, adapter, session and more.
+        """
+        status = self.client.status()
+        heard_s = status.heard if status.heard < 1e9 else None  # None: never, for which JSON has no number
+        document = {
             "robot": self._options.name,
             "error": "",
-            "link": {"up": status.up, "heard": status.heard if status.heard < 1e9 else None, "error": status.error},
+            "link": {"up": status.up, "heard": heard_s, "error": status.error},
             "outbox": {"waiting": status.waiting, "bytes": status.waiting_bytes, "delivered": status.delivered},
             "refused": status.refused,
             "fetching": status.fetching,
-            "order": client.state.get("order"),
+            "order": self.client.state.get("order"),
             "written": time.time(),
-            **facts,
+            **entries,
         }
-        shown["error"] = shown["error"] or status.error
+        document["error"] = document["error"] or status.error
         try:
-            write_json(self._folder / STATUS, shown, durable=False)
+            write_json(self._folder / STATUS, document, durable=False)
         except OSError as error:
             log.warning("no status file: %s", error)
 

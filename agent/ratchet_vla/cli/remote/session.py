@@ -27,11 +27,11 @@ class Start:
     """Open a session: from now on the robot collects. Its process answers, between two episodes."""
 
     robot: Path = ROBOT
-    """The robot's folder."""
+    """Folder of the robot."""
     note: str = ""
-    """Kept in the manifest: who, where, what is special."""
+    """Kept in the session's manifest: who, where, what is special."""
     contract: Path | None = None
-    """Refuse unless the robot runs under this contract; the one that it runs under if absent."""
+    """Refuse unless the robot runs under this contract (YAML); whatever it runs under if absent."""
     calibrations: Path = Path("calibrations")
     """Folder of calibrations; cameras that the contract ties to one must have been checked with `calibrate drift`."""
     patience: float = 60.0
@@ -42,19 +42,19 @@ class Start:
     def run(self) -> int:
         running = robot_folder.who(self.robot)
         if self.contract is not None:
-            wanted = RobotContract.load(self.contract)
-            if wanted.id != running.contract_id:
+            expected = RobotContract.load(self.contract)
+            if expected.id != running.contract_id:
                 raise RatchetError(
                     "session.other_contract",
                     f"the robot runs under {running.contract.get('name')} {running.contract_id[:12]}, not under "
-                    f"{wanted.name} {wanted.id[:12]}",
+                    f"{expected.name} {expected.id[:12]}",
                     where=str(self.robot),
                     fix="name the folder of the robot that you mean, or start it with this contract",
                 )
         checks = last_check.require(self.calibrations, running.robot())
         notes = {"note": self.note} if self.note else {}
         session = robot_folder.ask(self.robot, "start", self.patience, notes=notes, checks=checks)
-        return _told(session, "open", self.json)
+        return _print_state(session, "open", self.json)
 
 
 @dataclass
@@ -62,9 +62,9 @@ class Stop:
     """End the session: the robot stops collecting, and the learner is told."""
 
     robot: Path = ROBOT
-    """The robot's folder."""
+    """Folder of the robot."""
     reason: str = "stopped"
-    """Kept in the manifest."""
+    """Why it ends; kept in the session's manifest."""
     patience: float = 60.0
     """Seconds to wait for the robot's process."""
     json: bool = False
@@ -72,15 +72,15 @@ class Stop:
 
     def run(self) -> int:
         session = robot_folder.ask(self.robot, "stop", self.patience, reason=self.reason)
-        return _told(session, "ended", self.json)
+        return _print_state(session, "ended", self.json)
 
 
 @dataclass
 class Status:
-    """Sessions of a robot: contract, base, adapters, episodes."""
+    """List the sessions of a robot: contract, base, adapters, episodes."""
 
     robot: Path = ROBOT
-    """The robot's folder."""
+    """Folder of the robot."""
     json: bool = False
     """Print JSON."""
 
@@ -90,26 +90,23 @@ class Status:
         folder = self.robot / robot_folder.SESSIONS
         if not folder.is_dir():
             robot_folder.who(self.robot)  # says why there are none
-        rows: list[dict[str, Any]] = []
-        for place in sorted(folder.iterdir()) if folder.is_dir() else []:
-            manifest = Session.read(place)
-            episodes = manifest.episodes if manifest.ended else self._so_far(place.name)
-            rows.append({**dataclasses.asdict(manifest), "open": place.name == opened, "episodes": episodes})
+        rows = self._rows(folder, opened)
         if self.json:
             print(json.dumps({"open": opened, "running": self._running(), "sessions": rows}))
             return 0
-        table = Table(box=None, padding=(0, 1, 0, 0))
-        for column in ("session", "ended", "episodes", "adapters", "contract", "base"):  # a session's name is its start
-            table.add_column(column, no_wrap=column != "adapters")
-        for row in rows:
-            ended = "open" if row["open"] else row["ended"][:19] or "cut off"
-            adapters = " ".join(i[:8] for _, i in row["adapters"])
-            facts = (str(len(row["episodes"])), adapters, row["contract_id"][:8], row["base_hash"][:8])
-            table.add_row(row["session"], ended, *facts)
-        Console().print(table)
+        Console().print(_session_table(rows))
         if not self._running():
             Console().print("the robot's process is not running")
         return 0
+
+    def _rows(self, folder: Path, opened: str) -> list[dict[str, Any]]:
+        """The sessions as plain data, oldest first: a session's name is its start."""
+        rows = []
+        for session in sorted(folder.iterdir()) if folder.is_dir() else []:
+            manifest = Session.read(session)
+            episodes = manifest.episodes if manifest.ended else self._episodes_so_far(session.name)
+            rows.append({**dataclasses.asdict(manifest), "open": session.name == opened, "episodes": episodes})
+        return rows
 
     def _running(self) -> bool:
         try:
@@ -118,10 +115,26 @@ class Status:
             return False
         return True
 
-    def _so_far(self, session: str) -> list[dict[str, Any]]:
-        """The episodes of a session that is open."""
+    def _episodes_so_far(self, session: str) -> list[dict[str, Any]]:
+        """The episodes of a session whose manifest does not list them yet: it is open, or was cut off."""
         store = (robot_folder.read(self.robot / robot_folder.ROBOT) or {}).get("episodes", "")
         return recorded(store, session)
+
+
+def _session_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for heading in ("session", "ended", "episodes", "adapters", "contract", "base"):
+        table.add_column(heading, no_wrap=heading != "adapters")
+    for row in rows:
+        table.add_row(
+            row["session"],
+            "open" if row["open"] else row["ended"][:19] or "cut off",
+            str(len(row["episodes"])),
+            " ".join(identity[:8] for _, identity in row["adapters"]),
+            row["contract_id"][:8],
+            row["base_hash"][:8],
+        )
+    return table
 
 
 @dataclass
@@ -150,6 +163,6 @@ class SessionCommand:
         return self.command.run()
 
 
-def _told(session: str, state: str, as_json: bool) -> int:
+def _print_state(session: str, state: str, as_json: bool) -> int:
     print(json.dumps({"session": session, "state": state}) if as_json else f"session {session} is {state}")
     return 0

@@ -11,16 +11,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ratchet_vla.cli import display
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.service.telemetry import timeline
 from ratchet_vla.storage.journal import read
 
-OLD = 10.0  # seconds after which a status file says that nobody writes it any more
+OLD_S = 10.0  # a status file that is older says that nobody writes it any more
 
 
 @dataclass
 class Status:
-    """Queue, stage, rates, last update, last gate and alerts of a learner; link, outbox and session of a robot.
+    """Show how a learner or a robot is doing.
+
+    Of a learner: queue, stage, rates, last update, last gate and alerts. Of a robot: link, outbox and session.
 
     Commands to copy:
 
@@ -34,9 +37,9 @@ class Status:
     """
 
     learner: Path | None = None
-    """A learner's folder; runs/learner if neither is given."""
+    """Folder of a learner; runs/learner if neither is given."""
     robot: Path | None = None
-    """A robot's folder."""
+    """Folder of a robot."""
     timeline: bool = False
     """Print the learner's journal in words instead; its hash chain is checked."""
     json: bool = False
@@ -46,25 +49,29 @@ class Status:
         console = Console()
         folder = self.robot or self.learner or Path("runs/learner")
         if self.timeline:
-            events = read(folder / "journal.jsonl")
-            if self.json:
-                print(json.dumps([{"n": e.n, "kind": e.kind, "data": e.data, "hash": e.hash} for e in events]))
-            else:
-                for line in timeline(events):
-                    console.print(line, highlight=False, soft_wrap=True)
+            self._show_timeline(folder, console)
             return 0
-        facts = _read(folder / "status.json")
-        age = time.time() - float(facts.get("written", 0.0))
-        facts["age"] = age
+        status = _read(folder / "status.json")
+        age_s = time.time() - float(status.get("written", 0.0))
+        status["age"] = age_s
         # A file from the future was written before the clock was set back: ask whether its process lives.
-        facts["running"] = -OLD < age < OLD or (age < 0 and _alive(facts.get("pid")))
+        status["running"] = -OLD_S < age_s < OLD_S or (age_s < 0 and _alive(status.get("pid")))
         if self.json:
-            print(json.dumps(facts))
+            print(json.dumps(status))
         elif self.robot:
-            _show_robot(facts, console)
+            _show_robot(status, console)
         else:
-            _show_learner(facts, console)
-        return 0 if facts["running"] and not facts.get("alerts") and not facts.get("error") else 1
+            _show_learner(status, console)
+        return 0 if status["running"] and not status.get("alerts") and not status.get("error") else 1
+
+    def _show_timeline(self, folder: Path, console: Console) -> None:
+        events = read(folder / "journal.jsonl")
+        if self.json:
+            rows = [{"n": event.n, "kind": event.kind, "data": event.data, "hash": event.hash} for event in events]
+            print(json.dumps(rows))
+            return
+        for line in timeline(events):
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -86,69 +93,77 @@ def _alive(pid: object) -> bool:
     return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
 
 
-def _head(facts: dict[str, Any], what: str, console: Console) -> None:
-    state = "running" if facts["running"] else f"[red]not running[/] (last sign {facts['age']:.0f} s ago)"
-    console.print(f"{what}: {state}", highlight=False)
-    if facts.get("error"):
-        console.print(f"[red]{facts['error']}[/]", highlight=False)
+def _show_head(status: dict[str, Any], description: str, console: Console) -> None:
+    running = "running" if status["running"] else f"[red]not running[/] (last sign {status['age']:.0f} s ago)"
+    console.print(f"{description}: {running}", highlight=False)
+    if status.get("error"):
+        console.print(f"[red]{status['error']}[/]", highlight=False)
 
 
-def _show_learner(facts: dict[str, Any], console: Console) -> None:
-    _head(facts, f"learner, {facts['phase']}, stage {facts['stage']}", console)
-    for alert in facts["alerts"]:
+def _show_learner(status: dict[str, Any], console: Console) -> None:
+    _show_head(status, f"learner, {status['phase']}, stage {status['stage']}", console)
+    for alert in status["alerts"]:
         console.print(f"[bold red]ALERT[/] {alert['code']}: {alert['text']}", highlight=False)
-    queue = Table(box=None)
-    for column in ("task", "state", "updates"):
-        queue.add_column(column)
-    for row in facts["queue"]:
+    queue = display.make_table(("task", "state", "updates"), framed=False)
+    for row in status["queue"]:
         queue.add_row(row["task"], row["state"], str(row["updates"]))
     console.print(queue)
-    episodes = facts["episodes"]
     table = Table(box=None, show_header=False)
-    table.add_row("episodes", ", ".join(f"{n} {k}" for k, n in episodes.items() if n) or "none")
-    if facts["kept_out"]:
-        table.add_row("kept out", ", ".join(f"{n} {code}" for code, n in sorted(facts["kept_out"].items())))
-    table.add_row("training", facts["training"][:12] or "-")
-    table.add_row("active", facts["active"][:12] or "base")
-    last = facts["last_update"]
-    if last:
-        rate = f"{last['successes']}/{facts['last_update_episodes']}"
-        end = last["facts"].get("skipped") or f"KL {last['facts'].get('approx_kl', 0):.4f}, {last['adapter'][:12]}"
-        took = f" in {last['facts']['seconds']:.0f} s" if "seconds" in last["facts"] else ""
-        table.add_row("last update", f"{last['task']} {last['update'] + 1}: success {rate}, {end}{took}")
-    gate = facts["last_gate"]
+    counts = [f"{count} {kind}" for kind, count in status["episodes"].items() if count]
+    table.add_row("episodes", ", ".join(counts) or "none")
+    if status["kept_out"]:
+        table.add_row("kept out", _counted(status["kept_out"]))
+    table.add_row("training", status["training"][:12] or "-")
+    table.add_row("active", status["active"][:12] or "base")
+    if status["last_update"]:
+        table.add_row("last update", _last_update(status["last_update"], status["last_update_episodes"]))
+    gate = status["last_gate"]
     if gate:
-        reasons = "; ".join(f"{r['task']} {r['text']}".strip() for r in gate["reasons"])
+        reasons = "; ".join(f"{reason['task']} {reason['text']}".strip() for reason in gate["reasons"])
         table.add_row("last gate", f"{gate['decision']} {gate['candidate'][:12]}: {reasons}")
-    for robot in facts["robots"]:
+    for robot in status["robots"]:
         report = robot["report"]
-        waits = f"{report.get('waiting', 0)} files, {report.get('waiting_bytes', 0) / 1e6:.0f} MB waiting"
-        table.add_row(f"robot {robot['name']}", f"{robot['age']:.0f} s ago, {report.get('doing', '')}, {waits}")
-    link = facts["link"]
+        waiting = f"{report.get('waiting', 0)} files, {report.get('waiting_bytes', 0) / 1e6:.0f} MB waiting"
+        table.add_row(f"robot {robot['name']}", f"{robot['age']:.0f} s ago, {report.get('doing', '')}, {waiting}")
+    link = status["link"]
     table.add_row(
         "link",
         f"{link['received']} files, {link['bytes'] / 1e6:.0f} MB; refused {link['malformed']} malformed messages",
     )
-    rates = facts["rates"]
+    rates = status["rates"]
     table.add_row(
         "rates",
         f"{rates['episodes_per_hour']:.0f} episodes/h, {rates['bytes_per_second'] / 1e6:.2f} MB/s "
         f"over {rates['seconds'] / 60:.0f} min",
     )
-    table.add_row("disk", f"{facts['free_bytes'] / 1024**3:.1f} GiB free")
+    table.add_row("disk", f"{status['free_bytes'] / 1024**3:.1f} GiB free")
     console.print(table)
 
 
-def _show_robot(facts: dict[str, Any], console: Console) -> None:
-    _head(facts, f"robot {facts['robot']}, {facts['doing']}", console)
-    link, box = facts["link"], facts["outbox"]
+def _last_update(update: dict[str, Any], episodes: int) -> str:
+    """Success of the last update's episodes, and what it changed or why it changed nothing."""
+    measured = update["facts"]
+    outcome = measured.get("skipped") or f"KL {measured.get('approx_kl', 0):.4f}, {update['adapter'][:12]}"
+    duration = f" in {measured['seconds']:.0f} s" if "seconds" in measured else ""
+    rate = f"{update['successes']}/{episodes}"
+    return f"{update['task']} {update['update'] + 1}: success {rate}, {outcome}{duration}"
+
+
+def _show_robot(status: dict[str, Any], console: Console) -> None:
+    _show_head(status, f"robot {status['robot']}, {status['doing']}", console)
+    link = status["link"]
+    outbox = status["outbox"]
     table = Table(box=None, show_header=False)
     table.add_row("link", "up" if link["up"] else f"down: {link['error'] or 'no word from the learner'}")
-    table.add_row(
-        "outbox", f"{box['waiting']} files, {box['bytes'] / 1e6:.0f} MB waiting; {box['delivered']} delivered"
-    )
-    if facts["refused"]:
-        table.add_row("refused", ", ".join(f"{n} {code}" for code, n in sorted(facts["refused"].items())))
-    table.add_row("adapter", facts["adapter"][:12])
-    table.add_row("session", facts["session"] or "none")
+    waiting = f"{outbox['waiting']} files, {outbox['bytes'] / 1e6:.0f} MB waiting"
+    table.add_row("outbox", f"{waiting}; {outbox['delivered']} delivered")
+    if status["refused"]:
+        table.add_row("refused", _counted(status["refused"]))
+    table.add_row("adapter", status["adapter"][:12])
+    table.add_row("session", status["session"] or "none")
     console.print(table)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """Codes with how often each came, in order of the codes."""
+    return ", ".join(f"{count} {code}" for code, count in sorted(counts.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,39 +37,39 @@ class SyncAgent(remote.LearnerOptions):
     """
 
     robot: Path = remote.FOLDER
-    """The robot's folder: outbox, sessions, the learner's last known status; one sync agent per folder."""
+    """Folder of the robot: outbox, sessions, the learner's last known status. One sync agent per folder."""
     episodes: Path | None = None
-    """Episode store that the robot records into; <robot>/episodes if absent."""
+    """Folder of the episode store that the robot records into; <robot>/episodes if absent."""
     adapters: Path | None = None
-    """Adapter store that the robot's policy reads; <robot>/adapters if absent."""
+    """Folder of the adapter store that the robot's policy reads; <robot>/adapters if absent."""
     learner: str = remote.ADDRESS
     """The learner's address."""
     every: float = 2.0
-    """Seconds between two looks at the episode store."""
+    """Seconds between two looks at the episode store for new labels."""
     drain: float = 5.0
-    """Seconds to go on when it is ended, for what still waits for the learner."""
-
+    """Seconds to go on after it was told to end, for what still waits for the learner."""
     parent: int = 0
-    """Number of a process with which this one ends too; 0 for none."""
+    """Id of a process with which this one ends too; 0 for none."""
 
     def run(self) -> int:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+        remote.log_to_stderr()
         self.check_keys()
-        kept = self.episodes or self.robot / "episodes"
-        episodes = EpisodeStore(kept, create=True)
+        episodes_folder = self.episodes or self.robot / "episodes"
+        episodes = EpisodeStore(episodes_folder, create=True)
         episodes.require_some(waits=True)  # the recorder may start later; what lies there is not passed over
         store = FolderStore(self.adapters or self.robot / "adapters", create=True)
         outbox = self.outbox(self.robot)
         dispatcher = Dispatcher(episodes, outbox, self.robot / robot_folder.SESSIONS)
-        stopping: list[int] = []
-        for sign in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sign, lambda number, _: stopping.append(number))
+        stopping = threading.Event()
+        remote.on_stop(stopping.set)
         try:
             with Link(self, self.learner, self.robot, outbox, store) as link:
-                Console().print(f"sync agent {self.name}: {kept} -> {self.learner}, outbox {len(outbox)} files")
-                while not (stopping or self._orphaned()):
+                Console().print(
+                    f"sync agent {self.name}: {episodes_folder} -> {self.learner}, outbox {len(outbox)} files"
+                )
+                while not (stopping.is_set() or self._orphaned()):
                     self._round(link, episodes, dispatcher, store)
-                    link.client.wait(lambda: bool(stopping), self.every)
+                    link.client.wait(stopping.is_set, self.every)
                 self._round(link, episodes, dispatcher, store)  # the end of the session came while it was told to stop
                 link.client.wait(lambda: not len(outbox), self.drain)
         finally:
@@ -81,13 +81,13 @@ class SyncAgent(remote.LearnerOptions):
         return self.parent > 0 and os.getppid() != self.parent
 
     def _round(self, link: Link, episodes: EpisodeStore, dispatcher: Dispatcher, store: FolderStore) -> None:
-        """Look once, and say how it stands."""
+        """Look once for what is to be sent, and write down how it stands."""
         error = ""
         try:
             episodes.require_some(waits=True)
-            sent = dispatcher.look()
-            if sent:
-                log.info("%d files handed over", sent)
+            count = dispatcher.look()
+            if count:
+                log.info("%d files handed over", count)
         except RatchetError as caught:
             error = str(caught)
             log.warning("%s", caught)
