@@ -16,7 +16,7 @@ from ratchet_vla.cli.nodes import ros
 @dataclass
 class _Common:
     namespace: str = ""
-    """Namespace of the arm's nodes, such as /left."""
+    """Namespace of the arm's nodes, such as /left; none if absent."""
     limit: float = 10.0
     """Seconds to wait for an answer."""
     json: bool = False
@@ -24,11 +24,11 @@ class _Common:
 
     def _ask(self, verb: str, **request: Any) -> Any:
         result = None
-        for told in ros.ask("ctl", {"verb": verb, "namespace": self.namespace, "limit": self.limit, **request}):
-            if "result" in told:
-                result = told["result"]
+        for answer in ros.ask("ctl", {"verb": verb, "namespace": self.namespace, "limit": self.limit, **request}):
+            if "result" in answer:
+                result = answer["result"]
             elif not self.json:
-                Console(stderr=True).print(_line(told["feedback"]), highlight=False)
+                Console(stderr=True).print(_feedback_line(answer["feedback"]), highlight=False)
         return result
 
     def _show(self, result: Any) -> int:
@@ -37,7 +37,7 @@ class _Common:
         elif isinstance(result, list):
             table = Table(*(result[0] if result else ("nothing",)))
             for row in result:
-                table.add_row(*(str(v) for v in row.values()))
+                table.add_row(*(str(value) for value in row.values()))
             Console().print(table)
         else:
             for name, value in result.items():
@@ -45,14 +45,14 @@ class _Common:
         return 0
 
 
-def _line(feedback: dict[str, Any]) -> str:
+def _feedback_line(feedback: dict[str, Any]) -> str:
     cause = f" ({feedback['motion_cause']})" if feedback["motion_cause"] else ""
     return f"tick {feedback['tick']}: {feedback['motion']}{cause}, adapter {feedback['adapter_id'][:12]}"
 
 
 @dataclass
 class Status(_Common):
-    """What policy, safety filter and scene are doing."""
+    """Show what policy, safety filter and scene are doing."""
 
     def run(self) -> int:
         return self._show(self._ask("status"))
@@ -60,14 +60,14 @@ class Status(_Common):
 
 @dataclass
 class Lifecycle(_Common):
-    """A node's lifecycle state, or a transition of it."""
+    """Show a node's lifecycle state, or change it."""
 
     node: Annotated[str, tyro.conf.Positional] = "policy_node"
     """Name of the node."""
     transition: Annotated[
         Literal["get", "configure", "activate", "deactivate", "cleanup", "shutdown"], tyro.conf.Positional
     ] = "get"
-    """Transition, or get."""
+    """What to do: a lifecycle transition, or get to only show the state."""
 
     def run(self) -> int:
         return self._show(self._ask("lifecycle", node=self.node, transition=self.transition))
@@ -75,14 +75,14 @@ class Lifecycle(_Common):
 
 @dataclass
 class Params(_Common):
-    """A node's parameters with descriptions; with a value, set one."""
+    """Show a node's parameters with their descriptions; with a value, set one."""
 
     node: Annotated[str, tyro.conf.Positional] = "policy_node"
     """Name of the node."""
     name: Annotated[str, tyro.conf.Positional] = ""
-    """Parameter; all if absent."""
+    """Name of a parameter; all if absent."""
     value: Annotated[str | None, tyro.conf.Positional] = None
-    """New value, JSON or a word."""
+    """New value, as JSON or as a plain word; nothing is set if absent."""
 
     def run(self) -> int:
         return self._show(self._ask("parameters", node=self.node, name=self.name, value=self.value))
@@ -96,23 +96,24 @@ class Run(_Common):
     """
 
     task: Annotated[str, tyro.conf.Positional] = ""
-    """Name for the record; what the learner requested if absent."""
+    """Name that the episode is recorded under; the task that the learner requested if absent."""
     instruction: str = ""
-    """What the policy is told, in words; what the learner requested if absent."""
+    """Instruction for the policy, in words; the one that the learner requested if absent."""
     horizon: int = 0
-    """Control periods; 0 for the learner's rollout request or the node's default."""
+    """Control periods after which the episode ends; 0 takes the learner's rollout request, or the node's default."""
     mode: Literal["", "deploy", "collect"] = ""
-    """Chunk execution; empty for the node's default."""
+    """How chunks are executed; the node's default if absent."""
     temperature: float | None = None
-    """Sampling temperature; 0 acts greedily. If absent: what the learner requested in collect mode, else 0."""
+    """Sampling temperature; 0 takes the most likely action. If absent: what the learner requested in collect mode, else
+    0."""
     seed: int = 0
     """Seed of the sampling; 0 gives every episode noise of its own."""
     expected_adapter: str = ""
-    """Refuse unless this adapter is active."""
+    """Refuse unless the adapter with this id is active."""
 
     def run(self) -> int:
-        names = ("task", "instruction", "horizon", "mode", "temperature", "seed", "expected_adapter")
-        result = self._ask("run", progress=not self.json, **{n: getattr(self, n) for n in names})
+        options = ("task", "instruction", "horizon", "mode", "temperature", "seed", "expected_adapter")
+        result = self._ask("run", progress=not self.json, **{name: getattr(self, name) for name in options})
         self._show(result)
         return 1 if result["outcome"] == "failure" or result["termination"] == "fault" else 0
 
@@ -132,7 +133,7 @@ class Swap(_Common):
 
 @dataclass
 class Adapters(_Common):
-    """What could be swapped to."""
+    """List the adapters that could be swapped to."""
 
     def run(self) -> int:
         return self._show(self._ask("adapters"))
@@ -143,13 +144,13 @@ class Label(_Common):
     """Say how a recorded episode went; kept in the episode store with your name, and never overwritten."""
 
     label: Annotated[Literal["success", "failure", "discard"], tyro.conf.Positional] = tyro.MISSING
-    """discard: not to be used."""
+    """How it went; discard keeps the episode out of training and evaluation."""
     annotator: str = ""
-    """Your name."""
+    """Your name; kept with the label."""
     episode: str = ""
-    """Id, a unique beginning of one, or name; the one that ended last if absent."""
+    """Id, a unique beginning of one, or name of the episode; the one that ended last if absent."""
     note: str = ""
-    """Kept with it."""
+    """Why; kept with the label."""
 
     def run(self) -> int:
         # The nodes' side of an earlier release knows the request under these words.
@@ -170,7 +171,7 @@ class Stop(_Common):
 
 @dataclass
 class Clear(_Common):
-    """Declare the cause of a latched fault removed."""
+    """Declare that the cause of a latched fault is removed."""
 
     operator: Annotated[str, tyro.conf.Positional] = ""
     """Your name; stored with the event."""
@@ -181,10 +182,10 @@ class Clear(_Common):
 
 @dataclass
 class Reset(_Common):
-    """Simulation: put the scene back."""
+    """Put a simulated scene back to an initial state."""
 
     task: str = ""
-    """Another task of the suite; the present one if empty."""
+    """Name of another task of the suite; the present one if absent."""
     initial_state: int = 0
     """Id of an initial state."""
 

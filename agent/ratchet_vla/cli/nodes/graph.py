@@ -23,16 +23,24 @@ from ratchet_vla.cli.nodes import ros
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.paths import REPOSITORY, python_path
 
-GRACE = 10.0  # s that a node has to come to rest after an interrupt
+GRACE_S = 10.0  # that a node has to come to rest after an interrupt
 CODED = re.compile(r"\[(\w+\.\w+)\] ")  # how a node's refusal begins
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _LIBC = ctypes.CDLL(None)
-AGAIN = 2.0  # s until what runs beside the nodes is started again
+RESTART_S = 2.0  # until what runs beside the nodes is started again
 
 
 @dataclass(frozen=True)
 class NodeSpec:
-    """One process. module: of ratchet_ros; parameters: as the node declares them; vital: the graph ends with it."""
+    """One node's process.
+
+    Attributes:
+        module: Module of ratchet_ros that is run.
+        name: Name of the node, and of its log.
+        parameters: As the node declares them.
+        remap: Topic names to replace: (the node's, the graph's).
+        vital: Whether the graph ends with it.
+    """
 
     module: str
     name: str
@@ -43,26 +51,36 @@ class NodeSpec:
 
 @dataclass
 class _Running:
-    """A process of the graph. vital: the graph ends with it; command: set where it is started again when it ends."""
+    """A process of the graph.
+
+    Attributes:
+        process: The process.
+        vital: Whether the graph ends with it.
+        command: Set where it is started again when it ends.
+        restart_s: When it is started again, on the monotonic clock; 0 while it runs.
+    """
 
     process: subprocess.Popen[bytes]
     vital: bool
     command: list[str] | None = None
-    again: float = 0.0  # when, on the monotonic clock; 0 while it runs
+    restart_s: float = 0.0
 
 
 class Graph:
-    """Processes with one log folder: nodes, and what runs beside them. Use as a context manager; leaving it stops
-    everything, last started first."""
+    """Processes with one log folder: nodes, and what runs beside them.
+
+    Use as a context manager; leaving it stops everything, last started first.
+    """
 
     def __init__(self, folder: Path, namespace: str = "", environment: dict[str, str] | None = None) -> None:
-        self.folder, self._namespace = folder.resolve(), namespace  # the nodes run in a folder of their own
+        self.folder = folder.resolve()  # absolute: the nodes run in a folder of their own
+        self._namespace = namespace
         self._environment = ros.environment(environment)
         self._running: dict[str, _Running] = {}
-        self._read: dict[str, int] = {}
-        self._told: set[str] = set()
-        self._up: set[str] = set()  # nodes that were active
-        self._refused: dict[str, RatchetError] = {}  # what a node that has not been up refused last
+        self._read_bytes: dict[str, int] = {}  # how far each log was read
+        self._reported: set[str] = set()  # errors that `errors` has returned
+        self._activated: set[str] = set()  # nodes that were active at some time
+        self._refusals: dict[str, RatchetError] = {}  # what a node that was never active refused last
 
     def start(self, spec: NodeSpec) -> None:
         """Start one node; it configures and activates itself."""
@@ -77,8 +95,10 @@ class Graph:
         self._running[spec.name] = _Running(self._open(spec.name, command, self._environment, REPOSITORY), spec.vital)
 
     def beside(self, name: str, command: list[str]) -> None:
-        """Start a process that is no node, in this process's environment and folder. The arm does not need it: it is
-        started again where it ends."""
+        """Start a process that is no node, in this process's environment and folder.
+
+        The arm does not need it: where it ends, it is started again.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "PYTHONPATH": python_path()}
         self._running[name] = _Running(self._open(name, command, environment, Path.cwd()), False, command)
@@ -99,11 +119,14 @@ class Graph:
             )
 
     def watch(self, until: Callable[[], bool] = lambda: False, tell: Callable[[str], None] = lambda line: None) -> None:
-        """Wait until a vital node ends or `until` says so. tell: given every new error of a node, each once.
+        """Wait until a vital node ends or `until` says so.
+
+        Args:
+            until: Asked several times a second.
+            tell: Called with every new error of a node, each once.
 
         Raises:
-            RatchetError: a node's own refusal of what it was given, which it ended with; else up.node_ended with the
-                end of its log.
+            RatchetError: The error that the node ended with; else up.node_ended with the end of its log.
         """
         while not until():
             for name, running in self._running.items():
@@ -120,8 +143,8 @@ class Graph:
     def _ended(self, name: str, status: int) -> RatchetError:
         """Why the graph ends: the last line that the node logged."""
         self.errors()
-        if name in self._refused:
-            return self._refused[name]
+        if name in self._refusals:
+            return self._refusals[name]
         return RatchetError(
             "up.node_ended",
             f"{name} ended with status {status}: {self.tail(name)}",
@@ -132,52 +155,54 @@ class Graph:
     def _revive(self, name: str, running: _Running, tell: Callable[[str], None]) -> None:
         """Start what runs beside the nodes again, a moment after it ended."""
         now = time.monotonic()
-        if not running.again:
+        if not running.restart_s:
             tell(f"{name} ended with status {running.process.returncode}: {self.tail(name)}; started again")
-            running.again = now + AGAIN
-        elif now >= running.again:
+            running.restart_s = now + RESTART_S
+        elif now >= running.restart_s:
             self.beside(name, running.command or [])
 
     def errors(self) -> list[str]:
-        """Errors that the nodes logged since the last call, as `node: message`; one that repeats is told once."""
-        found = []
+        """Return errors that the nodes logged since the last call, as `node: message`; repetitions are left out."""
+        messages = []
         for name in self._running:
             path = self.folder / f"{name}.log"
             with path.open("rb") as log:
-                log.seek(self._read.get(name, 0))
-                new = log.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            self._read[name] = self._read.get(name, 0) + len(whole)
-            for line in whole.decode(errors="replace").splitlines():
+                log.seek(self._read_bytes.get(name, 0))
+                unread = log.read()
+            # A line that the node is still writing is left for the next call.
+            complete = unread[: unread.rfind(b"\n") + 1]
+            self._read_bytes[name] = self._read_bytes.get(name, 0) + len(complete)
+            for line in complete.decode(errors="replace").splitlines():
                 if line.startswith("[INFO]") and line.endswith("]: active"):
-                    self._up.add(name)
+                    self._activated.add(name)
                 elif line.startswith(("[ERROR]", "[FATAL]")):
-                    said = line.split("]: ", 1)[-1]
-                    self._note(name, said)
-                    text = f"{name}: {said}"
-                    if text not in self._told:
-                        self._told.add(text)
-                        found.append(text)
-        return found
+                    message = line.split("]: ", 1)[-1]
+                    self._note(name, message)
+                    text = f"{name}: {message}"
+                    if text not in self._reported:
+                        self._reported.add(text)
+                        messages.append(text)
+        return messages
 
-    def _note(self, name: str, said: str) -> None:
-        coded = CODED.match(said)
-        if coded and name not in self._up:
-            where = f"{name}, see {self.folder / f'{name}.log'}"
-            self._refused[name] = RatchetError(coded[1], said[coded.end() :], where=where)
+    def _note(self, name: str, message: str) -> None:
+        """Keep an error with a code of a node that is not up yet: that is why it ends."""
+        coded = CODED.match(message)
+        if coded and name not in self._activated:
+            origin = f"{name}, see {self.folder / f'{name}.log'}"
+            self._refusals[name] = RatchetError(coded[1], message[coded.end() :], where=origin)
 
     def tail(self, name: str) -> str:
-        """The last line of a node's log."""
+        """Return the last line of a node's log."""
         lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no output"
 
     def stop(self) -> dict[str, int]:
-        """Interrupt, wait, then kill; exit statuses by node."""
-        codes = {}
+        """Interrupt, wait, then kill; returns the exit statuses by node."""
+        statuses = {}
         for name, running in reversed(self._running.items()):
-            codes[name] = _end(running.process)
+            statuses[name] = _end(running.process)
         self._running = {}
-        return codes
+        return statuses
 
     def __enter__(self) -> Graph:
         return self
@@ -187,8 +212,11 @@ class Graph:
 
 
 def _ending_with(parent: int) -> Callable[[], None] | None:
-    """What a new process does first: should its parent be killed, it is interrupted, so that the arm comes to rest and
-    no nodes that nobody watches stand in the way of the next graph. Nothing where the system has no such signal."""
+    """Return what a new process does first: it asks to be interrupted when its parent is killed.
+
+    The arm then comes to rest, and no nodes that nobody watches stand in the way of the next graph. None where the
+    system has no such signal.
+    """
     if sys.platform != "linux":
         return None
 
@@ -204,7 +232,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
     try:
-        return process.wait(GRACE)
+        return process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.wait()

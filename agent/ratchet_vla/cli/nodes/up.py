@@ -25,37 +25,37 @@ from ratchet_vla.runtime.session.manifest import utc
 @dataclass
 class _Shared(remote.LearnerOptions, ComputingOptions):
     policy: Path | None = None
-    """Folder of the policy checkpoint."""
+    """Folder of the policy."""
     store: Path | None = None
-    """Folder of the adapter store; with --learner <robot>/adapters if absent."""
+    """Folder of the adapter store; if absent none, and with --learner <robot>/adapters."""
     adapter: str = ""
-    """Adapter id or tag to start with."""
+    """Id or tag of the adapter to start with; the base if absent."""
     follow: str = ""
-    """A tag of the store, such as `active`: when it moves (promotion, rollback), the running policy swaps at once. With
-    --learner `active` if absent."""
+    """Tag of the store, such as `active`, that the policy follows: when it moves (promotion, rollback), the running
+    policy swaps at once. With --learner `active` if absent."""
     mode: Literal["", "deploy", "collect"] = ""
-    """Chunk execution; if absent collect with --learner, deploy without."""
+    """How chunks are executed; if absent collect with --learner, deploy without."""
     episodes: Path | None = None
-    """Record every task into this episode store; with --learner <robot>/episodes if absent."""
+    """Folder of the episode store to record into; if absent none, and with --learner <robot>/episodes."""
     record_wire: Literal["none", "messages", "all"] = "none"
-    """Keep topics in the episodes' files as they are on the wire too: none, all but images, or all."""
+    """Record topics as they are on the wire, too: none, messages (all but images), or all."""
     robot: Path = remote.FOLDER
-    """The robot's folder: its sessions, and with --learner outbox, adapters and episodes; one robot per folder."""
+    """Folder of the robot: its sessions, and with --learner outbox, adapters and episodes. One robot per folder."""
     session: Literal["auto", "manual"] = "auto"
     """auto: a session lasts as long as the nodes. manual: collect only between `ratchet session start|stop`."""
     learner: str = ""
-    """Address of a learner: a sync agent is started beside the nodes, the policy follows `active`, and in collect mode
-    the learner's rollout request says task, temperature and noise."""
+    """Address of a learner, such as tcp://192.0.2.7:5544: a sync agent is started beside the nodes, the policy follows
+    `active`, and in collect mode the learner's rollout request says task, temperature and noise."""
     namespace: str = ""
-    """Namespace, such as /left for one of two arms."""
+    """ROS namespace, such as /left for one of two arms; none if absent."""
     logs: Path | None = None
-    """Log folder; runs/up/<time> if absent."""
+    """Folder of the logs; runs/up/<time> if absent."""
     loopback: bool = False
     """Keep all traffic on this machine."""
     policy_module: str = "ratchet_vla.runtime.inference.worker"
     """Python module that serves the policy."""
     policy_options: str = "{}"
-    """Further options of the policy module, JSON."""
+    """Further options of the policy module, as a JSON object."""
     max_seconds: float = 0.0
     """Stop after so many seconds; 0 runs until interrupted."""
     json: bool = False
@@ -103,60 +103,61 @@ class _Shared(remote.LearnerOptions, ComputingOptions):
         Raises:
             RatchetError: link.no_key and others, before anything is started.
         """
-        store, episodes = self._store(), self._episodes()
+        store = self._store()
+        episodes = self._episodes()
         if not self.learner or store is None or episodes is None:
             return []
         self.check_keys()
-        from ratchet_vla.adapters.store.folder import (
-            FolderStore,  # loads what adapters are made of: only where they come
-        )
+        from ratchet_vla.adapters.store import folder  # loads torch: only where adapters come
 
-        FolderStore(store, create=True)
+        folder.FolderStore(store, create=True)
         return remote.sync_command(self, self.learner, self.robot, episodes, store)
 
     def _up(self, specs: list[NodeSpec]) -> int:
         folder = self.logs or Path("runs/up") / utc().replace(":", "").replace("-", "")
         console = Console(stderr=self.json, soft_wrap=True)
         profile = ros.PACKAGE / "config" / ("fastdds_loopback.xml" if self.loopback else "fastdds.xml")
-        variables = {n: str(profile) for n in ("FASTDDS_DEFAULT_PROFILES_FILE",)} if self.loopback else {}
+        variables = {"FASTDDS_DEFAULT_PROFILES_FILE": str(profile)} if self.loopback else {}
         sync_command = self._sync_command()
-        names = [s.name for s in specs]
         stopped = _Stopper(self.max_seconds)
         with Graph(folder, self.namespace, variables) as graph:
             if sync_command:
                 graph.beside("sync", sync_command)  # first, so that it ends last: the session's end goes out with it
             for spec in specs:
                 graph.start(spec)
-            if self.json:
-                # Scripts read the key under the name that the verb had when they were written.
-                print(json.dumps({"logs": str(folder), "nodes": names, "courier": bool(sync_command)}), flush=True)
-            started = ", ".join([*names, *(["sync"] if sync_command else [])])
-            console.print(f"started {started}; logs in {folder}; stop with Ctrl-C")
-            if sync_command:
-                told = f"learner {self.learner}: `ratchet ctl run` collects what it requests into {self._episodes()}"
-                console.print(f"{told}; `ratchet status --robot {self.robot}` says how it stands", highlight=False)
+            self._print_started(folder, [spec.name for spec in specs], bool(sync_command), console)
             graph.watch(stopped, lambda line: console.print(line, style="yellow", markup=False, highlight=False))
-            codes = graph.stop()
-        bad = {name: code for name, code in codes.items() if code}
-        console.print("stopped" if not bad else f"stopped; not clean: {bad}")
-        return 1 if bad else 0
+            statuses = graph.stop()
+        unclean = {name: status for name, status in statuses.items() if status}
+        console.print(f"stopped; not clean: {unclean}" if unclean else "stopped")
+        return 1 if unclean else 0
+
+    def _print_started(self, folder: Path, names: list[str], syncs: bool, console: Console) -> None:
+        if self.json:
+            # Scripts read the key under the name that the verb had when they were written.
+            print(json.dumps({"logs": str(folder), "nodes": names, "courier": syncs}), flush=True)
+        started = ", ".join([*names, "sync"] if syncs else names)
+        console.print(f"started {started}; logs in {folder}; stop with Ctrl-C")
+        if syncs:
+            collects = f"learner {self.learner}: `ratchet ctl run` collects what it requests into {self._episodes()}"
+            console.print(f"{collects}; `ratchet status --robot {self.robot}` says how it stands", highlight=False)
 
 
 class _Stopper:
     """True once a signal came or time is up."""
 
     def __init__(self, limit: float) -> None:
-        self._asked = False
+        self._stopped = False
         self._checks_left = limit / 0.2 if limit else float("inf")
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._stop)
 
-    def _ask(self, number: int, frame: object) -> None:
-        self._asked = True
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopped = True
 
     def __call__(self) -> bool:
         self._checks_left -= 1
-        return self._asked or self._checks_left <= 0
+        return self._stopped or self._checks_left <= 0
 
 
 @dataclass
@@ -179,11 +180,11 @@ class Sim(_Shared):
     initial_state: int = -1
     """Id of the initial state; -1 for the first training state."""
     contract: Path | None = None
-    """Robot contract; the suite's own if absent."""
+    """Robot contract (YAML); the suite's own if absent."""
     speed: float = 1.0
     """Simulated seconds per real second."""
     lock_step: bool = False
-    """Time stands still while the policy thinks."""
+    """Simulated time stands still while the policy computes."""
     labeller: Literal["scene", "operator", "none"] = "scene"
     """Who says that a task is solved: the scene's own predicate, a person's buttons, or nobody until a review."""
 
@@ -223,17 +224,18 @@ class Real(_Shared):
     """
 
     contract: Path = Path("robots/ur5e.yaml")
-    """Robot contract."""
+    """Robot contract (YAML)."""
     cameras: list[str] = field(default_factory=list)
-    """Cameras that we open: name=realsense:SERIAL, name=uvc:/dev/video0, name=recorded:FILE."""
+    """Cameras that are opened here, besides those with drivers of their own: name=realsense:SERIAL,
+    name=uvc:/dev/video0, name=recorded:FILE."""
     joy: list[str] = field(default_factory=list)
-    """Intervention by gamepad: dimension=axis pairs; the joy driver runs already."""
+    """Let a person intervene by gamepad: pairs dimension=axis; the joy driver runs already."""
     operator: str = ""
     """Who holds the gamepad and labels with it; needed with --joy."""
     resume: Literal["automatic", "manual"] = "manual"
-    """After a hold: go on by itself, or wait for a person."""
+    """After a hold: automatic goes on by itself, manual waits for a person."""
     dead_man: bool = False
-    """Motion needs the dead-man switch."""
+    """Move only while the dead-man switch is held."""
     calibrations: Path = Path("calibrations")
     """Folder of calibrations; cameras that the contract ties to one must have been checked with `calibrate drift`."""
 
