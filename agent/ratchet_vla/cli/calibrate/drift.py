@@ -23,6 +23,7 @@ from ratchet_calibration.store.last_check import Check
 from ratchet_calibration.store.record import Calibration
 from ratchet_vla.cli import common
 from ratchet_vla.cli.calibrate.camera import Kind
+from ratchet_vla.cli.calibrate.store import CALIBRATIONS
 from ratchet_vla.contract import CameraSpec
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.runtime.cameras.devices import open_device
@@ -30,7 +31,7 @@ from ratchet_vla.runtime.cameras.newest import NewestFrame
 
 REFERENCE = "reference.png"
 OVERRIDES = "overrides.jsonl"
-FRAMES = 8
+FRAMES = 8  # that one view is averaged from, against noise
 
 
 @dataclass
@@ -43,22 +44,22 @@ class Drift:
 
     calibration: Annotated[str, tyro.conf.Positional]
     """Id of the calibration, its beginning, or the camera's name for its newest."""
-    store: Path = Path("calibrations")
-    """Folder of calibrations."""
+    store: Path = CALIBRATIONS
+    """Folder of the calibration store."""
     image: Path | None = None
-    """Present view as a file; otherwise the camera is asked."""
+    """File with the camera's present view; taken from the camera if absent."""
     device: Kind = "uvc"
-    """Kind of camera."""
+    """Kind of camera: uvc (USB), realsense, or recorded (files)."""
     source: str = ""
-    """Serial, /dev/videoN or N; the calibration's serial if absent."""
+    """Camera: serial number, /dev/videoN or N; the serial number in the calibration if absent."""
     remember: bool = False
-    """Store the present view as the reference."""
+    """Store the present view as the reference, and compare nothing."""
     out: Path = Path("drift.png")
-    """Where the image of the difference goes."""
+    """File that an image of the difference is written into, where the camera has moved."""
     override: str = ""
-    """Reason to run although the camera has moved; recorded with --operator."""
+    """Reason to run although the camera has moved; kept with the name of --operator."""
     operator: str = ""
-    """Who overrides."""
+    """Name of the person who overrides; needed with --override."""
     json: bool = False
     """Print JSON."""
 
@@ -70,48 +71,49 @@ class Drift:
         if self.override and not self.operator.strip():
             raise RatchetError("drift.no_operator", "an override needs an operator", fix="give --operator NAME")
         current = self._view(calibration)
-        if self.remember:
-            cv2.imwrite(str(folder / REFERENCE), current[..., ::-1])
-            console.print(f"remembered in {folder / REFERENCE}")
-            return 0
         path = folder / REFERENCE
+        if self.remember:
+            cv2.imwrite(str(path), current[..., ::-1])  # OpenCV writes BGR
+            console.print(f"remembered in {path}")
+            return 0
         if not path.is_file():
             raise RatchetError(
-                "drift.no_reference", "no reference image yet", where=str(path),
+                "drift.no_reference",
+                "no reference image yet",
+                where=str(path),
                 fix="run this once with --remember, right after calibrating",
-            )  # fmt: skip
+            )
         reference = read(path)
-        found = drift.compare(reference, current, calibration.model, calibration.board)
-        result: dict[str, Any] = {
-            "moved": found.moved,
-            "way": found.way,
-            "pixels": found.pixels,
-            "stayed": found.stayed,
-            "agreed": found.agreed,
-            "position_mm": 1e3 * found.position,
-            "rotation_degrees": float(np.degrees(found.rotation)),
-        }
-        if found.moved:
-            cv2.imwrite(str(self.out), drift.comparison_image(reference, current, found)[..., ::-1])
-            result["picture"] = str(self.out)
-        check = Check(common.now(), found.moved, self.override if found.moved else "", self.operator, result)
-        last_check.write(self.store, calibration.id, check)
-        if found.moved and self.override:
-            with (folder / OVERRIDES).open("a") as file:
-                file.write(json.dumps(asdict(check)) + "\n")
-            console.print(f"moved; {self.operator} overrides: {self.override}", markup=False)
+        comparison = drift.compare(reference, current, calibration.model, calibration.board)
+        document = _as_dict(comparison)
+        if comparison.moved:
+            cv2.imwrite(str(self.out), drift.comparison_image(reference, current, comparison)[..., ::-1])
+            document["picture"] = str(self.out)
+        self._keep(calibration, comparison, document, console)
         if self.json:
-            print(json.dumps(result))
-        if found.moved and not self.override:
+            print(json.dumps(document))
+        if not comparison.moved:
+            console.print(f"{calibration.camera} is where it was ({words(comparison)})")
+        elif not self.override:
             raise RatchetError(
                 "drift.moved",
-                words(found),
+                words(comparison),
                 where=calibration.camera,
                 fix=f"look at {self.out}; put the camera back, calibrate again, or --override with a reason",
             )
-        if not found.moved:
-            console.print(f"{calibration.camera} is where it was ({words(found)})")
         return 0
+
+    def _keep(
+        self, calibration: Calibration, comparison: drift.Drift, document: dict[str, Any], console: Console
+    ) -> None:
+        """Write the check down, which sessions ask for; an override also into a list that only grows."""
+        override = self.override if comparison.moved else ""
+        check = Check(common.now(), comparison.moved, override, self.operator, document)
+        last_check.write(self.store, calibration.id, check)
+        if override:
+            with (self.store / calibration.id / OVERRIDES).open("a") as file:
+                file.write(json.dumps(asdict(check)) + "\n")
+            console.print(f"moved; {self.operator} overrides: {self.override}", markup=False)
 
     def _view(self, calibration: Calibration) -> NDArray[np.uint8]:
         if self.image is not None:
@@ -125,16 +127,29 @@ class Drift:
             camera.close()
 
 
-def words(found: drift.Drift) -> str:
-    if found.way == "board":
+def _as_dict(comparison: drift.Drift) -> dict[str, Any]:
+    return {
+        "moved": comparison.moved,
+        "way": comparison.way,
+        "pixels": comparison.pixels,
+        "stayed": comparison.stayed,
+        "agreed": comparison.agreed,
+        "position_mm": 1e3 * comparison.position,
+        "rotation_degrees": float(np.degrees(comparison.rotation)),
+    }
+
+
+def words(moved: drift.Drift) -> str:
+    """Say how far the camera is from where it was."""
+    if moved.way == "board":
         return (
-            f"the board: {1e3 * found.position:.1f} mm and {np.degrees(found.rotation):.2f} degrees from where it was"
+            f"the board: {1e3 * moved.position:.1f} mm and {np.degrees(moved.rotation):.2f} degrees from where it was"
         )
-    return f"{found.stayed:.0%} of the scene is where it was, the median moved by {found.pixels:.1f} px"
+    return f"{moved.stayed:.0%} of the scene is where it was, the median moved by {moved.pixels:.1f} px"
 
 
 def read(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB. Raises RatchetError calibration.bad_image."""
+    """Read an image file as (H, W, 3) uint8, RGB. Raises RatchetError calibration.bad_image."""
     image = cv2.imread(str(path))
     if image is None:
         raise RatchetError("calibration.bad_image", "cannot be read as an image", where=str(path))

@@ -20,53 +20,59 @@ from ratchet_vla.records import UInt8
 from ratchet_vla.runtime.cameras.newest import NewestFrame
 
 Screen = Callable[[bool], None]
-SETTLE = 0.5  # s of black before the pattern, so that the exposure is used to it
+SETTLE_S = 0.5  # of black before the pattern, so that the exposure is used to it
 
 
 def measure(camera: NewestFrame, screen: Screen, seconds: float = 5.0, seed: int = 0) -> Lag:
-    """Blink at random for so long and find the delay at which the camera saw it.
+    """Blink at random for so long, and find the delay at which the camera sees it.
 
-    screen: shows black or white, and returns when it does.
+    Args:
+        camera: The camera, which looks at the screen.
+        screen: Shows black or white, and returns when it does.
+        seconds: How long the screen blinks.
+        seed: Of the pattern.
 
     Raises:
         RatchetError: check.no_signal, check.no_lag, and those of the camera.
     """
     generator = np.random.default_rng(seed)
     screen(False)
-    end = time.monotonic() + SETTLE + seconds
+    end_s = time.monotonic() + SETTLE_S + seconds
     frames: list[UInt8] = []
     stamps: list[float] = []
-    failed: list[RatchetError] = []
+    failures: list[RatchetError] = []
 
     def collect() -> None:
-        last = float("-inf")
+        stamp_s = float("-inf")
         try:
-            while time.monotonic() < end:
-                frame, last = camera.newest(last)
-                frames.append(np.ascontiguousarray(frame[::4, ::4]))
-                stamps.append(last)
+            while time.monotonic() < end_s:
+                frame, stamp_s = camera.newest(stamp_s)
+                frames.append(np.ascontiguousarray(frame[::4, ::4]))  # brightness needs no more
+                stamps.append(stamp_s)
         except RatchetError as error:
-            failed.append(error)
+            failures.append(error)
 
     thread = threading.Thread(target=collect, name="latency")
     thread.start()
-    times, shown, lit = [time.monotonic()], [0.0], False
-    while time.monotonic() < end and not failed:
-        hold = time.monotonic() + generator.uniform(0.08, 0.3)
-        while (now := time.monotonic()) < min(hold, end):
+    times = [time.monotonic()]
+    levels = [0.0]  # what the screen shows at each of the times: 0 black, 1 white
+    lit = False
+    while time.monotonic() < end_s and not failures:
+        switch_s = time.monotonic() + generator.uniform(0.08, 0.3)
+        while (now := time.monotonic()) < min(switch_s, end_s):
             times.append(now)
-            shown.append(float(lit))
+            levels.append(float(lit))
             time.sleep(0.004)
         lit = not lit
         screen(lit)
     thread.join()
-    if failed:
-        raise failed[0]
-    return camera_checks.latency(times, shown, stamps, frames)
+    if failures:
+        raise failures[0]
+    return camera_checks.latency(times, levels, stamps, frames)
 
 
 def window() -> Screen:
-    """The whole display as a screen.
+    """Open the whole display as a screen.
 
     Raises:
         RatchetError: check.no_display.

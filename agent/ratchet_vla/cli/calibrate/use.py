@@ -13,22 +13,24 @@ from rich.console import Console
 from ratchet_calibration import report
 from ratchet_calibration.store.folder import CalibrationStore
 from ratchet_calibration.store.tie import tie
+from ratchet_vla.cli.calibrate.store import CALIBRATIONS
 
 
 @dataclass
 class Use:
-    """Tie a contract's camera to its calibration: from then on every episode names it, and a session starts only while
-    the camera is where it was. Another camera's calibration is refused.
+    """Tie a contract's camera to its calibration.
 
-    The contract's id changes with it; comments and everything else in the file stay.
+    From then on every episode names the calibration, and a session starts only while the camera is where it was.
+    Another camera's calibration is refused. The contract's id changes with it; comments and everything else in the
+    file stay.
     """
 
     calibration: Annotated[str, tyro.conf.Positional]
     """Id, its beginning, or the camera's name for its newest."""
     contract: Path
-    """Robot contract to write into."""
-    store: Path = Path("calibrations")
-    """Folder of calibrations."""
+    """Robot contract (YAML) to write into."""
+    store: Path = CALIBRATIONS
+    """Folder of the calibration store."""
     json: bool = False
     """Print JSON."""
 
@@ -38,8 +40,8 @@ class Use:
         before, after = tie(self.contract, calibration)
         good, assessment = report.assess(calibration)
         if self.json:
-            facts = {"calibration": calibration.id, "camera": calibration.camera, "good": good}
-            print(json.dumps(facts | {"contract": str(self.contract), "before": before.id, "after": after.id}))
+            document = {"calibration": calibration.id, "camera": calibration.camera, "good": good}
+            print(json.dumps(document | {"contract": str(self.contract), "before": before.id, "after": after.id}))
             return 0
         console = Console(soft_wrap=True)
         if not good:

@@ -9,18 +9,17 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from ratchet_calibration import report
 from ratchet_calibration.boards.board import Board as BoardDescription
 from ratchet_calibration.store import export
 from ratchet_calibration.store.folder import CalibrationStore
+from ratchet_vla.cli import display
 from ratchet_vla.cli.calibrate.arm import Actions, HandEye
 from ratchet_vla.cli.calibrate.camera import Cameras, Capture, Intrinsics
 from ratchet_vla.cli.calibrate.drift import Drift
+from ratchet_vla.cli.calibrate.store import CALIBRATIONS
 from ratchet_vla.cli.calibrate.use import Use
-
-STORE = Path("calibrations")
 
 
 @dataclass
@@ -28,9 +27,9 @@ class Board:
     """Write a board to print: a PDF at true size with a ruler to check the printer, and its description beside it."""
 
     out: Annotated[Path, tyro.conf.Positional] = Path("board.pdf")
-    """PDF file; the description goes into the same name with .json."""
+    """PDF file to write; the board's description goes beside it, into the same name with .json."""
     paper: Literal["a4", "a3", "a2", "letter"] = "a4"
-    """Page."""
+    """Size of the page."""
     board: BoardDescription = field(default_factory=lambda: BoardDescription(columns=9, rows=6, square=0.03))
     json: bool = False
     """Print JSON."""
@@ -53,28 +52,31 @@ class Board:
 
 @dataclass
 class ListCalibrations:
-    """Stored calibrations, newest last."""
+    """List the stored calibrations, newest last."""
 
-    store: Path = STORE
-    """Folder of calibrations."""
+    store: Path = CALIBRATIONS
+    """Folder of the calibration store."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
         store = CalibrationStore(self.store)
-        found = sorted(map(store.load, store.ids()), key=lambda c: c.date)
+        calibrations = sorted(map(store.load, store.ids()), key=lambda calibration: calibration.date)
         if self.json:
-            print(json.dumps([{"id": c.id} | c.to_dict() for c in found]))
+            print(json.dumps([{"id": calibration.id} | calibration.to_dict() for calibration in calibrations]))
             return 0
-        table = Table()
-        for column in ("id", "camera", "date", "size", "held-out px", "mounting", "assessment"):
-            table.add_column(column)
-        for c in found:
-            good, _ = report.assess(c)
-            mounting = c.mount.mounting if c.mount else "intrinsics only"
-            size = f"{c.model.width}x{c.model.height}"
-            table.add_row(c.id[:12], c.camera, c.date[:16], size, f"{c.held_out_rms:.3f}", mounting,
-                          "good" if good else "not good")  # fmt: skip
+        table = display.make_table(("id", "camera", "date", "size", "held-out px", "mounting", "assessment"))
+        for calibration in calibrations:
+            good, _ = report.assess(calibration)
+            table.add_row(
+                calibration.id[:12],
+                calibration.camera,
+                calibration.date[:16],
+                f"{calibration.model.width}x{calibration.model.height}",
+                f"{calibration.held_out_rms:.3f}",
+                calibration.mount.mounting if calibration.mount else "intrinsics only",
+                "good" if good else "not good",
+            )
         Console(width=100).print(table)
         return 0
 
@@ -86,21 +88,21 @@ class Export:
     calibration: Annotated[str, tyro.conf.Positional]
     """Id, its beginning, or the camera's name for its newest."""
     form: Literal["camera_info", "transform", "urdf"] = "camera_info"
-    """What to write."""
-    store: Path = STORE
-    """Folder of calibrations."""
+    """What to write: camera_info (ROS, YAML), transform (JSON) or urdf."""
+    store: Path = CALIBRATIONS
+    """Folder of the calibration store."""
     out: Path | None = None
-    """File; the screen if absent."""
+    """File to write; the terminal if absent."""
 
     def run(self) -> int:
         store = CalibrationStore(self.store)
-        c = store.load(store.resolve(self.calibration))
+        calibration = store.load(store.resolve(self.calibration))
         if self.form == "camera_info":
-            text = export.camera_info_yaml(c)
+            text = export.camera_info_yaml(calibration)
         elif self.form == "urdf":
-            text = export.urdf(c)
+            text = export.urdf(calibration)
         else:
-            text = json.dumps(export.static_transform(c), indent=1) + "\n"
+            text = json.dumps(export.static_transform(calibration), indent=1) + "\n"
         if self.out is None:
             print(text, end="")
         else:
@@ -114,17 +116,17 @@ class Report:
 
     calibration: Annotated[str, tyro.conf.Positional]
     """Id, its beginning, or the camera's name for its newest."""
-    store: Path = STORE
-    """Folder of calibrations."""
+    store: Path = CALIBRATIONS
+    """Folder of the calibration store."""
 
     def run(self) -> int:
         store = CalibrationStore(self.store)
         identity = store.resolve(self.calibration)
         page = self.store / identity / "report.html"
-        c = store.load(identity)
+        calibration = store.load(identity)
         if not page.is_file():
-            page.write_text(report.write(c))
-        good, assessment = report.assess(c)
+            page.write_text(report.write(calibration))
+        good, assessment = report.assess(calibration)
         Console(soft_wrap=True).print(f"{assessment}\n{page}", highlight=False)
         return 0 if good else 1
 
