@@ -70,7 +70,8 @@ class HandEye:
     """How many poses to print that would make the result more certain."""
     simulate: int = 0
     """How many views a simulated arm takes into the folder first; the result is then compared with the truth. Where
-    there is no board or no lens of this camera yet, a usual one is simulated and measured first. 0 simulates nothing."""
+    there is no board or no lens of this camera yet, a usual one is simulated and measured first. 0 simulates
+    nothing."""
     json: bool = False
     """Print JSON."""
 
@@ -165,7 +166,7 @@ class HandEye:
                     error.code,
                     f"the lens of '{self.camera}' is not calibrated yet",
                     where=error.where,
-                    fix=f"ratchet calibrate intrinsics IMAGE_SUFFIXES --camera {self.camera} --board {self.board} "
+                    fix=f"ratchet calibrate intrinsics IMAGES --camera {self.camera} --board {self.board} "
                     f"--store {self.store}",
                 ) from None
         console.print(f"no lens of '{self.camera}' is calibrated: images for it are taken with the simulated camera")

@@ -42,7 +42,7 @@ class Demo(ComputingOptions):
     """
 
     suite: str = "metaworld"
-    """Suite to learn in."""
+    """Simulation suite to learn in."""
     out: Path = Path("runs/demo")
     """Run folder; a run that was stopped goes on."""
     seed: int = 0
@@ -50,10 +50,10 @@ class Demo(ComputingOptions):
     workers: int = 2
     """Simulator processes."""
     threads: int = 1
-    """Threads for the policy."""
+    """CPU threads for the policy."""
     part: Literal["both", "learn", "libero"] = "both"
-    """learn: the tasks of --suite; libero: the adapter that is shipped for LIBERO-Object. Other suites than Meta-World
-    only learn."""
+    """What to run: learn (the tasks of --suite), libero (the adapter that is shipped for LIBERO-Object) or both. Suites
+    other than Meta-World only learn."""
     held_out: tuple[str, ...] = ()
     """Tasks that are evaluated and never trained; those of the measured recipe if absent."""
     evaluation_episodes: int = 0
@@ -61,9 +61,9 @@ class Demo(ComputingOptions):
     reference: str = retention.BESIDE_THE_BASE
     """What holds the adapter to what it is not trained on: base (the set beside the base), a file, or none."""
     videos: bool = True
-    """Write before/after GIFs."""
+    """Write GIFs of each task before and after."""
     ros: bool = False
-    """Then run base and learned adapter through the ROS nodes, with a hot swap while the arm moves."""
+    """Afterwards run base and learned adapter through the ROS nodes, with a hot swap while the arm moves."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -78,13 +78,12 @@ class Demo(ComputingOptions):
             )
         learns = self.part != "libero"
         libero = self.part == "libero" or (self.part == "both" and self.suite == "metaworld")
-        speed = estimate.measure()
-        parts: list[Recipe | Shipped] = [DEMO[self.suite]] if learns else []
-        parts += [SHIPPED[LIBERO]] if libero else []
-        expected = [60 * part.minutes * speed.factor for part in parts]
-        if all(expected):
-            each = f" ({' + '.join(map(estimate.minutes, expected))})" if len(expected) > 1 else ""
-            console.print(f"about {estimate.minutes(sum(expected))}{each} on this machine: {speed.sentence()}")
+        recipes: list[Recipe | Shipped] = []
+        if learns:
+            recipes.append(DEMO[self.suite])
+        if libero:
+            recipes.append(SHIPPED[LIBERO])
+        expected = _expect(recipes, console)
         results: list[sequential.Result | demo_shipped.Result] = []
         if learns:
             results.append(self._learn(console, expected[0]))
@@ -93,11 +92,11 @@ class Demo(ComputingOptions):
         if self.ros:
             policy = common.policy_folder(self.suite, None)
             demo_ros.run(self.out, self.suite, DEMO[self.suite].tasks, policy, console)
-        console.print(f"{sum(r.seconds for r in results) / 60:.1f} minutes in all")
+        console.print(f"{sum(result.seconds for result in results) / 60:.1f} minutes in all")
         for result in results:
             console.print(f"report: {result.report}")
         if self.json:
-            print(json.dumps({r.suite: r.as_dict() for r in results}))
+            print(json.dumps({result.suite: result.as_dict() for result in results}))
         return 0
 
     def _learn(self, console: Console, expected: float) -> sequential.Result:
@@ -124,12 +123,13 @@ class Demo(ComputingOptions):
             console,
         )
         for stage, task in enumerate(result.matrix.tasks, 1):
-            before, after = result.matrix.get(0, task), result.matrix.get(stage, task)
+            before = result.matrix.get(0, task)
+            after = result.matrix.get(stage, task)
             assert before is not None
             assert after is not None
             rates = f"{before.rate.estimate:.0%} -> {after.rate.estimate:.0%}"
             console.print(f"{task}: {rates}, gain {_in_points(difference(after, before))}")
-        _tell_swaps(console, result.swaps)
+        _print_swaps(console, result.swaps)
         return result
 
     def _libero(self, console: Console, expected: float) -> demo_shipped.Result:
@@ -143,20 +143,30 @@ class Demo(ComputingOptions):
             console=console,
             expected=expected,
         )
-        tasks = ", ".join(c.task for c in result.gate_decision.comparisons)
+        tasks = ", ".join(comparison.task for comparison in result.gate_decision.comparisons)
         console.print(f"{tasks}: adapter against base {_in_points(result.change)}")
         for line in demo_shipped.measured_before(result.when_made, held_out=True):
             console.print(f"never learned, measured when it was made: {line}")
         update = result.update
-        moved = f"adapter {update['adapter_id'][:12]} -> {update['to'][:12]}; too few for a gain: none is claimed, "
-        moved += "nothing is promoted"
         if update["to"] == update["adapter_id"]:
-            moved = f"and nothing could be learned from them: {update.get('skipped', 'no weight changed')}"
-        console.print(
-            f"one update on {update['task']}: {update['successes']} of {update['episodes']} episodes succeeded, {moved}"
-        )
-        _tell_swaps(console, result.swaps)
+            outcome = f"and nothing could be learned from them: {update.get('skipped', 'no weight changed')}"
+        else:
+            ids = f"adapter {update['adapter_id'][:12]} -> {update['to'][:12]}"
+            outcome = f"{ids}; too few for a gain: none is claimed, nothing is promoted"
+        rate = f"{update['successes']} of {update['episodes']} episodes succeeded"
+        console.print(f"one update on {update['task']}: {rate}, {outcome}")
+        _print_swaps(console, result.swaps)
         return result
+
+
+def _expect(recipes: Sequence[Recipe | Shipped], console: Console) -> list[float]:
+    """Estimate the seconds that each part will take here, and print them where all were measured."""
+    speed = estimate.measure()
+    expected_s = [60 * recipe.minutes * speed.factor for recipe in recipes]
+    if all(expected_s):
+        each = f" ({' + '.join(map(estimate.minutes, expected_s))})" if len(expected_s) > 1 else ""
+        console.print(f"about {estimate.minutes(sum(expected_s))}{each} on this machine: {speed.sentence()}")
+    return expected_s
 
 
 def _in_points(change: Interval) -> str:
@@ -164,6 +174,6 @@ def _in_points(change: Interval) -> str:
     return f"{100 * change.estimate:+.0f} points [{100 * change.low:+.0f}, {100 * change.high:+.0f}], {comparison}"
 
 
-def _tell_swaps(console: Console, swaps: Sequence[Mapping[str, Any]]) -> None:
+def _print_swaps(console: Console, swaps: Sequence[Mapping[str, Any]]) -> None:
     for swap in swaps:
         console.print(f"hot swap {sequential.swap_line(swap)}")

@@ -46,6 +46,7 @@ class Ticker:
 
 
 def progress_bars(console: Console) -> Progress:
+    """Make the bars of a run: description, bar, counts, a note (the field `note`) and the time so far."""
     return Progress(
         # LIBERO's task names are longer than a terminal is wide; the bar and the counts must stay.
         TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
@@ -62,53 +63,67 @@ class View:
     """Turns events of the run into progress bars and lines."""
 
     def __init__(self, progress: Progress, console: Console, config: SequenceConfig, expected: float) -> None:
-        self.progress, self.console, self.config = progress, console, config
+        self.progress = progress
+        self.console = console
+        self.config = config
         training = len(config.tasks) * config.updates * config.groups * config.group_size
-        stages, columns = len(config.tasks) + 1, len(config.tasks) + len(config.held_out)
+        stages = len(config.tasks) + 1  # the base is evaluated, too
+        columns = len(config.tasks) + len(config.held_out)
         evaluation = stages * columns * config.evaluation_episodes
-        self.left = estimate.Remaining(TRAINED * training + evaluation, expected)
-        self.whole = progress.add_task("in all", total=int(self.left.total), note="")
+        self.remaining = estimate.Remaining(TRAINED * training + evaluation, expected)
+        self.total_bar = progress.add_task("in all", total=int(self.remaining.total), note="")
         total = len(config.tasks) * config.updates
-        self.bar = progress.add_task("learning", total=total, note="")
-        self.episodes = progress.add_task("episodes", total=1, note="")
+        self.update_bar = progress.add_task("learning", total=total, note="")
+        self.episode_bar = progress.add_task("episodes", total=1, note="")
 
-    def event(self, kind: str, facts: dict[str, Any]) -> None:
+    def event(self, kind: str, event: dict[str, Any]) -> None:
+        """Show one event of the run; kinds that are not known here are passed over."""
         if kind == "episode":
-            self.progress.update(
-                self.episodes, completed=facts["done"], total=facts["of"], description=facts["what"], note=""
-            )
+            count = {"completed": event["done"], "total": event["of"]}
+            self.progress.update(self.episode_bar, **count, description=event["what"], note="")
         elif kind == "update":
-            done = (facts["stage"] - 1) * self.config.updates + facts["update"]
-            self._advance(TRAINED * self.config.groups * self.config.group_size)
-            if "skipped" in facts:
-                note = f"{facts['task']} changed nothing: {facts['skipped']}"
-            elif facts["episodes"]:
-                rate = facts["successes"] / facts["episodes"]
-                kl, entropy = facts.get("approx_kl", 0), facts.get("entropy", 0)
-                note = f"{facts['task']} {rate:.0%}  KL {kl:.3f}  entropy {entropy:.2f}"
-            else:
-                note = f"{facts['task']} loss {facts['loss']:.3f}"
-            self.progress.update(self.bar, completed=done, note=note)
-            if not self.console.is_terminal:
-                left = estimate.minutes(self.left.seconds())
-                self.console.print(f"update {facts['update']:3d}  {note}  {facts['seconds']:.0f} s, about {left} left")
+            self._show_update(event)
         elif kind == "evaluated":
-            self._advance(facts["trials"])
-            rate = facts["successes"] / facts["trials"]
-            speed = f"{60 * facts['trials'] / facts['seconds']:5.0f} episodes/min" if facts["seconds"] else "known"
-            self.console.print(
-                f"stage {facts['stage']}  {facts['task']:28s} {facts['successes']:3d}/{facts['trials']} = {rate:4.0%}"
-                f"   {speed}"
-            )
-        elif kind == "stage" and not facts["learned"]:
-            self.console.print(f"nothing was learned on {facts['task']}: {facts['why']}", style="yellow", markup=False)
+            self._show_evaluation(event)
         elif kind == "stage":
-            self.console.print(
-                f"[bold]learned {facts['task']}[/]: adapter {facts['adapter_id'][:12]}, "
-                f"changes the base by {facts['effect']:.2%}"
-            )
+            self._show_stage(event)
+
+    def _show_update(self, event: dict[str, Any]) -> None:
+        done = (event["stage"] - 1) * self.config.updates + event["update"]
+        self._advance(TRAINED * self.config.groups * self.config.group_size)
+        if "skipped" in event:
+            note = f"{event['task']} changed nothing: {event['skipped']}"
+        elif event["episodes"]:
+            rate = event["successes"] / event["episodes"]
+            kl = event.get("approx_kl", 0)
+            note = f"{event['task']} {rate:.0%}  KL {kl:.3f}  entropy {event.get('entropy', 0):.2f}"
+        else:
+            note = f"{event['task']} loss {event['loss']:.3f}"
+        self.progress.update(self.update_bar, completed=done, note=note)
+        if not self.console.is_terminal:
+            remaining = estimate.minutes(self.remaining.seconds())
+            line = f"update {event['update']:3d}  {note}  {event['seconds']:.0f} s, about {remaining} left"
+            self.console.print(line)
+
+    def _show_evaluation(self, event: dict[str, Any]) -> None:
+        self._advance(event["trials"])
+        rate = event["successes"] / event["trials"]
+        speed = f"{60 * event['trials'] / event['seconds']:5.0f} episodes/min" if event["seconds"] else "known"
+        self.console.print(
+            f"stage {event['stage']}  {event['task']:28s} {event['successes']:3d}/{event['trials']} = {rate:4.0%}"
+            f"   {speed}"
+        )
+
+    def _show_stage(self, event: dict[str, Any]) -> None:
+        if not event["learned"]:
+            self.console.print(f"nothing was learned on {event['task']}: {event['why']}", style="yellow", markup=False)
+            return
+        self.console.print(
+            f"[bold]learned {event['task']}[/]: adapter {event['adapter_id'][:12]}, "
+            f"changes the base by {event['effect']:.2%}"
+        )
 
     def _advance(self, weight: float) -> None:
-        self.left.advance(weight)
-        left = f"about {estimate.minutes(self.left.seconds())} left"
-        self.progress.update(self.whole, completed=int(self.left.done), note=left)
+        self.remaining.advance(weight)
+        note = f"about {estimate.minutes(self.remaining.seconds())} left"
+        self.progress.update(self.total_bar, completed=int(self.remaining.done), note=note)

@@ -162,7 +162,7 @@ def test_a_simulated_arm_needs_nothing_before(
     assert len(store.ids()) == 2
     # Without --simulate the command to run before is named.
     assert main([*words[:4], "wrist", *words[5:], "--board", str(_board(tmp_path)), "--json"]) == 2
-    assert said(capsys)["error"]["fix"].startswith("ratchet calibrate intrinsics IMAGE_SUFFIXES --camera wrist")
+    assert said(capsys)["error"]["fix"].startswith("ratchet calibrate intrinsics IMAGES --camera wrist")
 
 
 def _board(folder: Path) -> Path:
