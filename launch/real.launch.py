@@ -18,17 +18,31 @@ VITAL = ("safety_node", "policy_node")  # without these there is nothing to laun
 def generate_launch_description() -> LaunchDescription:
     arguments = [
         DeclareLaunchArgument("contract", description="Path of the robot contract (YAML)."),
-        DeclareLaunchArgument("policy", description="Folder of the policy checkpoint."),
+        DeclareLaunchArgument("policy", description="Folder of the policy."),
         DeclareLaunchArgument("store", default_value="", description="Folder of the adapter store; empty for none."),
-        DeclareLaunchArgument("adapter", default_value="", description="Adapter id or tag to start with."),
-        DeclareLaunchArgument("policy_python", default_value="", description="Interpreter of the policy process."),
-        DeclareLaunchArgument("mode", default_value="deploy", description="deploy or collect."),
-        DeclareLaunchArgument("resume", default_value="manual", description="After a hold: automatic or manual."),
-        DeclareLaunchArgument("dead_man", default_value="false", description="Motion needs the dead-man switch."),
         DeclareLaunchArgument(
-            "record_wire", default_value="none", description="Keep topics as on the wire too: none, messages or all."
+            "adapter", default_value="", description="Id or tag of the adapter to start with; empty for the base."
         ),
-        DeclareLaunchArgument("robot", default_value="runs/robot", description="Its folder, with its sessions."),
+        DeclareLaunchArgument(
+            "policy_python",
+            default_value="",
+            description="Python interpreter of the policy process; empty for the nodes' own.",
+        ),
+        DeclareLaunchArgument(
+            "mode", default_value="deploy", description="How chunks are executed: deploy or collect."
+        ),
+        DeclareLaunchArgument("resume", default_value="manual", description="After a hold: automatic or manual."),
+        DeclareLaunchArgument(
+            "dead_man", default_value="false", description="true: move only while the dead-man switch is held."
+        ),
+        DeclareLaunchArgument(
+            "record_wire",
+            default_value="none",
+            description="Record topics as on the wire, too: none, messages (all but images) or all.",
+        ),
+        DeclareLaunchArgument(
+            "robot", default_value="runs/robot", description="Folder of the robot, which keeps its sessions."
+        ),
         DeclareLaunchArgument(
             "episodes", default_value="runs/episodes", description="Episode store to record into; empty for none."
         ),

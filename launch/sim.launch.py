@@ -16,24 +16,41 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument("contract", description="Path of the suite's robot contract (YAML)."),
         DeclareLaunchArgument("suite", default_value="metaworld", description="Suite of the task."),
         DeclareLaunchArgument("task", default_value="door-open", description="Name of the task in the suite."),
-        DeclareLaunchArgument("initial_state", default_value="-1", description="Initial state; -1 for the first."),
+        DeclareLaunchArgument(
+            "initial_state", default_value="-1", description="Id of the initial state; -1 for the first training state."
+        ),
         DeclareLaunchArgument("speed", default_value="1.0", description="Simulated seconds per real second."),
-        DeclareLaunchArgument("lock_step", default_value="false", description="Time waits for the policy."),
-        DeclareLaunchArgument("policy", description="Folder of the policy checkpoint."),
+        DeclareLaunchArgument(
+            "lock_step", default_value="false", description="true: simulated time waits for the policy."
+        ),
+        DeclareLaunchArgument("policy", description="Folder of the policy."),
         DeclareLaunchArgument("store", default_value="", description="Folder of the adapter store; empty for none."),
-        DeclareLaunchArgument("adapter", default_value="", description="Adapter id or tag to start with."),
-        DeclareLaunchArgument("policy_python", default_value="", description="Interpreter of the policy process."),
-        DeclareLaunchArgument("mode", default_value="deploy", description="deploy or collect."),
+        DeclareLaunchArgument(
+            "adapter", default_value="", description="Id or tag of the adapter to start with; empty for the base."
+        ),
+        DeclareLaunchArgument(
+            "policy_python",
+            default_value="",
+            description="Python interpreter of the policy process; empty for the nodes' own.",
+        ),
+        DeclareLaunchArgument(
+            "mode", default_value="deploy", description="How chunks are executed: deploy or collect."
+        ),
         DeclareLaunchArgument(
             "episodes", default_value="", description="Episode store to record into; empty for none."
         ),
         DeclareLaunchArgument(
-            "record_wire", default_value="none", description="Keep topics as on the wire too: none, messages or all."
+            "record_wire",
+            default_value="none",
+            description="Record topics as on the wire, too: none, messages (all but images) or all.",
         ),
-        DeclareLaunchArgument("robot", default_value="runs/robot", description="Its folder, with its sessions."),
-        DeclareLaunchArgument("namespace", default_value="", description="Namespace of all nodes."),
+        DeclareLaunchArgument(
+            "robot", default_value="runs/robot", description="Folder of the robot, which keeps its sessions."
+        ),
+        DeclareLaunchArgument("namespace", default_value="", description="ROS namespace of all nodes; empty for none."),
     ]
-    contract, lock_step = LaunchConfiguration("contract"), LaunchConfiguration("lock_step")
+    contract = LaunchConfiguration("contract")
+    lock_step = LaunchConfiguration("lock_step")
 
     def node(executable: str, parameters: list[object], **options: object) -> LifecycleNode:
         return LifecycleNode(

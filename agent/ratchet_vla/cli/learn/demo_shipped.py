@@ -41,15 +41,25 @@ from ratchet_vla.policy.checkpoints.own import AnyPolicy
 from ratchet_vla.policy.noise import chunk_noise
 from ratchet_vla.policy.protocol import PolicyInput
 
-FILMED, GRADIENT = 5.0, 0.15  # of a filmed episode and, per episode, of an update: in episodes of the gate
+# What else the part does, in episodes of the gate: for the time that is left.
+FILMED = 5.0  # a filmed episode
+GRADIENT = 0.15  # an update, per episode that it learns from
 
 
 @dataclass
 class Result:
     """What the part leaves behind.
 
-    change: adapter minus base, mean over the tasks that it learned. when_made: the decision on its card, with what it
-    cost on tasks that it never learned.
+    Attributes:
+        suite: Simulation suite.
+        folder: Folder of the part.
+        gate_decision: The gate's comparison of adapter and base, measured here.
+        change: Adapter minus base, mean over the tasks that it learned.
+        when_made: The decision on its card, with what it cost on tasks that it never learned.
+        update: The one update from it, as plain data.
+        swaps: The hot swaps, as plain data.
+        seconds: How long it took.
+        report: The HTML page.
     """
 
     suite: str
@@ -63,6 +73,7 @@ class Result:
     report: Path
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the result as plain data."""
         return {
             "folder": str(self.folder),
             "verdict": self.gate_decision.as_dict(),
@@ -105,7 +116,7 @@ def run(
             update = part.update(env)
     finally:
         env.close()
-    change = mean([c.change for c in decision.comparisons])
+    change = mean([comparison.change for comparison in decision.comparisons])
     seconds = time.perf_counter() - started
     report = part.write(decision, change, video, update, ticking.count, seconds)
     swaps = sequential.swap_rows(part.running)
@@ -116,24 +127,31 @@ class _Bars:
     """What runs now, and how much of the part is left; a weight of 1 is an episode of the gate."""
 
     def __init__(self, progress: Progress, total: float, expected: float) -> None:
-        self._progress, self._left = progress, estimate.Remaining(total, expected)
-        self._whole = progress.add_task("in all", total=round(total), note="")
-        self._now = progress.add_task("starting the simulators", total=None, note="")
+        self._progress = progress
+        self._remaining = estimate.Remaining(total, expected)
+        self._total_bar = progress.add_task("in all", total=round(total), note="")
+        self._current_bar = progress.add_task("starting the simulators", total=None, note="")
 
-    def now(self, what: str, done: int, of: int) -> None:
-        self._progress.update(self._now, description=what, completed=done, total=of)
+    def now(self, description: str, done: int, total: int) -> None:
+        """Show what runs now."""
+        self._progress.update(self._current_bar, description=description, completed=done, total=total)
 
     def advance(self, weight: float) -> None:
-        self._left.advance(weight)
-        left = f"about {estimate.minutes(self._left.seconds())} left"
-        self._progress.update(self._whole, completed=round(self._left.done), note=left)
+        """Count work of this weight as done."""
+        self._remaining.advance(weight)
+        note = f"about {estimate.minutes(self._remaining.seconds())} left"
+        self._progress.update(self._total_bar, completed=round(self._remaining.done), note=note)
 
 
 class _Part:
     """The part's policy in use, its store and its folder."""
 
     def __init__(self, suite: str, shipped: Shipped, folder: Path, seed: int, console: Console) -> None:
-        self.suite, self.shipped, self.folder, self.seed, self.console = suite, shipped, folder, seed, console
+        self.suite = suite
+        self.shipped = shipped
+        self.folder = folder
+        self.seed = seed
+        self.console = console
         self.gate = dataclasses.replace(shipped.gate, seed=seed)
         self.contract = registry.contract_for(suite)
         self.base = common.policy_folder(suite, None)
@@ -146,11 +164,11 @@ class _Part:
         self.running = common.open_running(self.base, self.contract, self.lora, self.store)
         self.learned = [self.card.provenance.task, *earlier_tasks(self.store, self.adapter_id, "")]
         self.tasks = common.find_tasks(suite, [*self.learned, *shipped.update.tasks])
-        self.facts: dict[str, Any] = {}
+        self.description: dict[str, Any] = {}
         self.bars: _Bars
 
     def weight(self, videos: bool) -> float:
-        """Of all that is to be done, in episodes of the gate."""
+        """Weigh all that is to be done, in episodes of the gate."""
         states = len(self.tasks[self.learned[0]].evaluation_states[: self.gate.episodes])
         recipe = self.shipped.update
         learned_from = recipe.updates * recipe.groups * recipe.group_size
@@ -161,7 +179,8 @@ class _Part:
         )
 
     def describe(self) -> None:
-        self.facts = common.describe_run(
+        """Write run.json, and say which adapter this is."""
+        self.description = common.describe_run(
             f"Ratchet demo on {self.suite}: an adapter that is shipped, against its base",
             common.command_line(),
             suite=self.suite,
@@ -175,7 +194,7 @@ class _Part:
                 "lora": dataclasses.asdict(self.lora),
             },
         )
-        common.write_json(self.folder / "run.json", self.facts)
+        common.write_json(self.folder / "run.json", self.description)
         self.console.print(
             f"[bold]{self.suite}[/]: adapter {self.adapter_id[:12]} from {self.shipped.store}, made in advance by "
             f"[italic]{self.card.provenance.notes}[/]",
@@ -183,11 +202,11 @@ class _Part:
         )
 
     def measure(self, env: ChunkVectorEnv) -> GateDecision:
-        """The gate: base and adapter on the same initial states with the same noise, hot-swapped in between."""
+        """Run the gate: base and adapter on the same initial states with the same noise, hot-swapped in between."""
 
-        def show(kind: str, facts: dict[str, Any]) -> None:
+        def show(kind: str, event: dict[str, Any]) -> None:
             if kind == "episode":
-                self.bars.now(facts["what"], facts["done"], facts["of"])
+                self.bars.now(event["what"], event["done"], event["of"])
                 self.bars.advance(1)
 
         folder = self.folder / "gate"
@@ -199,35 +218,35 @@ class _Part:
         return decision
 
     def film(self, decision: GateDecision) -> dict[str, Any]:
-        """One episode of each from one initial state with one noise: the first whose outcomes differed, if any did."""
+        """Film base and adapter on one initial state with one noise, where only the adapter succeeded if it can be."""
         task, key, why = telling(decision.comparisons)
         info = dataclasses.replace(self.tasks[task], horizon=self.gate.horizon or self.tasks[task].horizon)
         gate = self.gate
         specs = evaluation_specs(info, gate.episodes, self.seed, gate.horizon, purpose="gate", draws=gate.draws)
         spec = dict(zip(episode_keys(specs), specs, strict=True))[key]
-        told: dict[str, Any] = {"task": task, "episode": key, "why": why}
+        video: dict[str, Any] = {"task": task, "episode": key, "why": why}
         for done, (moment, adapter_id) in enumerate((("base", ""), ("adapter", self.adapter_id))):
             self.bars.now(f"filming {moment} on {task}", done, 2)
             path = self.folder / "videos" / video_name(task, moment)
             if not path.exists():
                 act = acting(self.running.serve(adapter_id), self.gate, spec.seed)
                 record(self.running.policy, info, spec.initial_state, path, act=act)
-            told[moment] = str(path)
+            video[moment] = str(path)
             self.bars.advance(FILMED)
-        return told
+        return video
 
     def update(self, env: ChunkVectorEnv) -> dict[str, Any]:
-        """One on-policy update from the adapter on a task that is new to it; the result is swapped in, not promoted."""
+        """Make one on-policy update from the adapter on a task that is new to it; swap it in, but do not promote it."""
         recipe = self.shipped.update
         policy, adapter = common.open_policy(self.base, self.contract, self.lora)
         common.share_base(self.running.policy, policy)
 
-        def show(kind: str, told: dict[str, Any]) -> None:
+        def show(kind: str, event: dict[str, Any]) -> None:
             if kind == "episode":
-                self.bars.now(told["what"], told["done"], told["of"])
+                self.bars.now(event["what"], event["done"], event["of"])
                 self.bars.advance(1)
             elif kind == "update":
-                self.bars.advance(GRADIENT * told["episodes"])
+                self.bars.advance(GRADIENT * event["episodes"])
 
         sequence = SequentialRun(
             policy,
@@ -246,8 +265,8 @@ class _Part:
         self.running.serve(sequence.adapter_ids[-1])
         lines = (self.folder / "state" / "updates.jsonl").read_text()
         (self.folder / "updates.jsonl").write_text(lines)
-        facts: dict[str, Any] = json.loads(lines.splitlines()[-1])
-        return {**facts, "to": sequence.adapter_ids[-1]}
+        update: dict[str, Any] = json.loads(lines.splitlines()[-1])
+        return {**update, "to": sequence.adapter_ids[-1]}
 
     def write(
         self,
@@ -258,11 +277,14 @@ class _Part:
         forwards: int,
         seconds: float,
     ) -> Path:
-        """comparison.json and the files that every run folder has, then the report; returns its path."""
+        """Write comparison.json and the files that every run folder has, then the report; returns its path."""
         origin = self.card.provenance
         outcomes = {
-            c.task: {"base": dict(c.active.episodes), "adapter": dict(c.candidate.episodes)}
-            for c in decision.comparisons
+            comparison.task: {
+                "base": dict(comparison.active.episodes),
+                "adapter": dict(comparison.candidate.episodes),
+            }
+            for comparison in decision.comparisons
         }
         common.write_json(
             self.folder / "comparison.json",
@@ -287,18 +309,18 @@ class _Part:
         tasks = [self.store.card(identity).provenance.task for identity in line]
         common.write_json(self.folder / "adapters.json", sequential.adapter_rows(self.store, line, tasks))
         swaps = sequential.swap_rows(self.running)
-        self.facts |= {
+        self.description |= {
             "finished": common.now(),
             "seconds": round(seconds, 1),
             "hot swaps": "; ".join(map(sequential.swap_line, swaps)),
             "forwards of the running policy meanwhile": forwards,
         }
-        common.write_json(self.folder / "run.json", self.facts)
+        common.write_json(self.folder / "run.json", self.description)
         return write_report(self.folder)
 
 
 def measured_before(decision: Mapping[str, Any], held_out: bool) -> list[str]:
-    """What the gate's decision on a card says, a line per task: of held-out tasks, or of those that were learned."""
+    """Word the gate's decision on a card, a line per task: of held-out tasks, or of those that were learned."""
     return [
         f"{row['task']}: {row['active']:.0%} -> {row['candidate']:.0%}, {100 * row['change']:+.0f} points "
         f"[{100 * row['low']:+.0f}, {100 * row['high']:+.0f}], {row['episodes']} pairs"
@@ -308,7 +330,7 @@ def measured_before(decision: Mapping[str, Any], held_out: bool) -> list[str]:
 
 
 def acting(policy: AnyPolicy, gate: GateConfig, seed: int) -> Callable[[PolicyInput], Tensor]:
-    """How the gate's episodes act: greedily, or sampled with the noise of this seed."""
+    """Return how the gate's episodes act: greedily, or sampled with the noise of this seed."""
     noise = np.random.Generator(np.random.Philox(key=seed))
     shape = (policy.spec.chunk, len(policy.spec.action_names))
 
@@ -321,8 +343,8 @@ def acting(policy: AnyPolicy, gate: GateConfig, seed: int) -> Callable[[PolicyIn
 
 
 def telling(comparisons: Sequence[Comparison]) -> tuple[str, str, str]:
-    """Task and key of the episode that shows the difference best, and why it was chosen, in words."""
-    chosen = max(comparisons, key=lambda c: c.gains)
+    """Return task and key of the episode that shows the difference best, and why it was chosen, in words."""
+    chosen = max(comparisons, key=lambda comparison: comparison.gains)
     trials = f"of {chosen.active.trials} episodes"
     for key, solved in chosen.active.episodes.items():
         if chosen.candidate.episodes[key] and not solved:

@@ -40,7 +40,17 @@ from ratchet_vla.policy.checkpoints.own import AnyPolicy
 
 @dataclasses.dataclass
 class Result:
-    """What a run leaves behind, for the caller and for `--json`. unlearned: task -> why nothing was learned on it."""
+    """What a run leaves behind, for the caller and for `--json`.
+
+    Attributes:
+        suite: Simulation suite.
+        folder: Run folder.
+        matrix: Success by stage and task.
+        swaps: The hot swaps, as plain data.
+        seconds: How long it took.
+        report: The HTML page.
+        unlearned: Task -> why nothing was learned on it.
+    """
 
     suite: str
     folder: Path
@@ -51,9 +61,11 @@ class Result:
     unlearned: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, with the gain of every task."""
         gains = {}
         for stage, task in enumerate(self.matrix.tasks, 1):
-            before, after = self.matrix.get(0, task), self.matrix.get(stage, task)
+            before = self.matrix.get(0, task)
+            after = self.matrix.get(stage, task)
             if before and after:
                 gain = difference(after, before)
                 gains[task] = {"gain": gain.estimate, "low": gain.low, "high": gain.high}
@@ -168,7 +180,10 @@ def _open(plan: RunPlan) -> Opened:
     contract = registry.contract_for(plan.suite)
     tasks = common.find_tasks(plan.suite, plan.names)
     first = plan.origin.resolve(plan.start) if plan.origin is not None else ""
-    origin, first = (None, "") if first == BASE else (plan.origin, first)
+    origin = plan.origin
+    if first == BASE:  # the same as to begin afresh
+        origin = None
+        first = ""
     lora = plan.lora
     if origin is not None:
         lora = dataclasses.replace(common.lora_of(origin, first), seed=lora.seed)
@@ -226,8 +241,10 @@ def _learn(plan: RunPlan, opened: Opened, console: Console) -> tuple[SequentialR
     env = common.make_vector(opened.policy, plan.suite, opened.contract, plan.workers, plan.slots, plan.rollouts)
     ticking = Ticker(running) if running is not None else None
 
-    def serve(wanted: str) -> AnyPolicy:
-        return running.serve(wanted) if running is not None else _trained(wanted, opened.policy, opened.adapter)
+    def serve(adapter_id: str) -> AnyPolicy:
+        if running is None:
+            return _trained(adapter_id, opened.policy, opened.adapter)
+        return running.serve(adapter_id)
 
     try:
         with progress_bars(console) as progress:
@@ -256,55 +273,63 @@ def _learn(plan: RunPlan, opened: Opened, console: Console) -> tuple[SequentialR
 
 
 def adapter_rows(store: FolderStore, identities: Sequence[str], learned: Sequence[str]) -> list[dict[str, Any]]:
-    """adapters.json: what the report's table says of those that are stored, and of stages that left the base as it is.
-    identities: one for each of the tasks that were `learned`, "" for the base."""
+    """Return adapters.json: the stored adapters for the report's table, and stages that left the base as it is.
+
+    Args:
+        store: Store of the run.
+        identities: An id for each of the tasks that were `learned`, "" for the base.
+        learned: Names of the tasks, in the order of learning.
+    """
     tags: dict[str, list[str]] = {}
     for tag, identity in store.tags().items():
         tags.setdefault(identity, []).append(tag)
-    there, rows = store.ids(), []
+    stored_ids = store.ids()
+    rows = []
     for stage, (identity, task) in enumerate(zip(identities, learned, strict=True), 1):
         row: dict[str, Any] = {"stage": stage, "task": task, "id": "", "parent": None, "effect": 0.0, "tags": []}
-        if identity in there:
-            made = store.card(identity).provenance
-            row |= {"stage": made.stage, "task": made.task, "parent": made.parent, "effect": made.effect}
+        if identity in stored_ids:
+            origin = store.card(identity).provenance
+            row |= {"stage": origin.stage, "task": origin.task, "parent": origin.parent, "effect": origin.effect}
             row |= {"id": identity, "tags": tags.get(identity, [])}
-        if identity in there or not identity:
+        if identity in stored_ids or not identity:
             rows.append(row)
     return rows
 
 
 def swap_rows(running: common.Running | None) -> list[dict[str, Any]]:
-    """The hot swaps so far, as plain data."""
+    """Return the hot swaps so far as plain data; none where no policy is in use."""
+    reports = running.swaps if running is not None else []
     return [
         {
-            "from": s.old_id[:12],
-            "to": s.new_id[:12],
-            "ready_ms": 1e3 * s.ready,
-            "unavailable_ms": 1e3 * s.unavailable,
-            "warnings": [w.code for w in s.warnings],
+            "from": report.old_id[:12],
+            "to": report.new_id[:12],
+            "ready_ms": 1e3 * report.ready,
+            "unavailable_ms": 1e3 * report.unavailable,
+            "warnings": [warning.code for warning in report.warnings],
         }
-        for s in (running.swaps if running is not None else [])
+        for report in reports
     ]
 
 
 def swap_line(swap: Mapping[str, Any]) -> str:
+    """Word one of `swap_rows`."""
     return (
         f"{swap['from']} -> {swap['to']}: ready in {swap['ready_ms']:.0f} ms, "
         f"policy unavailable {swap['unavailable_ms']:.3f} ms"
     )
 
 
-def _trained(wanted: str, policy: AnyPolicy, adapter: Lora) -> AnyPolicy:
+def _trained(adapter_id: str, policy: AnyPolicy, adapter: Lora) -> AnyPolicy:
     """The policy under training itself, which stands at what is to be evaluated whenever a stage is over.
 
     Raises:
         RatchetError: learn.not_served where another adapter is asked for.
     """
     present = adapter.adapter(binding_of(policy)).id
-    if wanted != present and (wanted or adapter.effect().overall > 0.0):
+    if adapter_id != present and (adapter_id or adapter.effect().overall > 0.0):
         raise RatchetError(
             "learn.not_served",
-            f"with --shard only the adapter under training can be evaluated, not {wanted[:12] or 'the base'}",
+            f"with --shard only the adapter under training can be evaluated, not {adapter_id[:12] or 'the base'}",
             where=present[:12],
             fix="leave --shard out",
         )

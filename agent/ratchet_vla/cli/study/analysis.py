@@ -20,7 +20,8 @@ from rich.table import Table
 from ratchet_sim import registry
 from ratchet_sim.demonstrations import Demonstrations
 from ratchet_vla.adapters.store.folder import FolderStore
-from ratchet_vla.cli import common
+from ratchet_vla.cli import common, display
+from ratchet_vla.cli import demonstrations as files
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.learner.methods import variants
 from ratchet_vla.learner.methods.base import require_discrete
@@ -46,28 +47,30 @@ class FisherOptions:
     """Energy of a new task's gradient in the base's Fisher information, over all weights of the network."""
 
     measure: bool = False
-    """Measure it; takes minutes."""
+    """Measure the Fisher information; takes minutes."""
     methods: tuple[str, ...] = ("seq_ft", "small_cnn")
-    """Whose starting networks: the base for all that start from it, the control's own for small_cnn."""
+    """Methods whose starting networks are measured: the base for most, the control's own network for small_cnn."""
     gradient: Literal["episodes", "demonstrations"] = "episodes"
-    """What the new task's gradient is of: on-policy episodes, as in training, or imitation of its demonstrations."""
+    """Where the new task's gradient comes from: on-policy episodes, as in training, or imitation of demonstrations."""
     samples: int = 256
-    """Demonstrated frames for the Fisher information, of tasks other than the new one, one gradient each."""
+    """How many demonstrated frames, of tasks other than the new one, the Fisher information is estimated from."""
     groups: int = 8
     """Initial states of the on-policy episodes."""
     group_size: int = 8
-    """Episodes from each."""
+    """Episodes from each initial state."""
     top: float = 0.01
-    """Share of the weights, the most informative ones, in which the gradient's energy is counted."""
+    """Share (0 to 1) of the weights, the most informative ones, in which the gradient's energy is counted."""
     workers: int = 2
     """Simulator processes."""
     slots: int = 8
-    """Episodes at once per simulator process."""
+    """Episodes at once in each simulator process."""
 
 
 @dataclass
 class Analyse:
-    """Effective rank and norm of every update, layer by layer; with `--fisher.measure` also what the base feels of it.
+    """Measure every update layer by layer: effective rank and norm.
+
+    With --fisher.measure also how sensitive the base is to what was learned.
 
     Commands to copy:
 
@@ -79,9 +82,9 @@ class Analyse:
     out: Annotated[Path, tyro.conf.Positional] = Path("runs/study")
     """Study folder, run folder, or adapter store."""
     policy: Path | None = None
-    """Folder of the base policy, where the trials do not say it."""
+    """Folder of the base policy; the one that the trials name if absent."""
     layers: int = 0
-    """Print so many layers of each update, the most changed first."""
+    """How many layers of each update to print, the most changed first."""
     fisher: FisherOptions = field(default_factory=FisherOptions)
     json: bool = False
     """Print the result as JSON."""
@@ -103,10 +106,11 @@ class Analyse:
         return 0
 
     def _energies(self, console: Console) -> list[dict[str, Any]]:
-        facts = _any_trial(self.out)
-        suite, config = str(facts["suite"]), facts["config"]["sequence"]
+        trial = _any_trial(self.out)
+        suite = str(trial["suite"])
+        config = trial["config"]["sequence"]
         tasks = tuple(config["tasks"])
-        path = self.out / "demonstrations.safetensors"
+        path = self.out / files.FILE
         if not path.is_file():
             raise RatchetError(
                 "learn.no_demonstrations",
@@ -115,7 +119,7 @@ class Analyse:
                 fix="run the study with a method that replays, or put a file of `ratchet pretrain` there",
             )
         data = Demonstrations.load(path)
-        folder = self.policy or Path(facts["policy"])
+        folder = self.policy or Path(trial["policy"])
         contract = registry.contract_for(suite)
         rows = []
         for label in self.fisher.methods:
@@ -125,23 +129,25 @@ class Analyse:
             method.bind(base, lora, tasks, int(config["seed"]))
             method.start(int(config["seed"]))
             policy = require_discrete(method.policy)
-            adapter = {id(p) for p in lora.trainable()}
-            weights = [p for p in policy.module.parameters() if id(p) not in adapter and p.is_floating_point()]
-            for p in weights:
-                p.requires_grad_(True)
+            # The base's own weights, which are frozen otherwise; the adapter's are left out.
+            of_adapter = {id(weight) for weight in lora.trainable()}
+            weights = [weight for weight in policy.module.parameters() if id(weight) not in of_adapter]
+            weights = [weight for weight in weights if weight.is_floating_point()]
+            for weight in weights:
+                weight.requires_grad_(True)
             for stage, task in enumerate(tasks):
                 console.print(f"{label}: {task}")
-                known = demonstration_losses(policy, data, exclude=task, count=self.fisher.samples, seed=0)
-                information = fisher(known, weights)
+                losses = demonstration_losses(policy, data, exclude=task, count=self.fisher.samples, seed=0)
+                information = fisher(losses, weights)
                 if self.fisher.gradient == "demonstrations":
                     gradient = demonstration_gradients(policy, weights, data, task, self.fisher.samples)
                 else:
-                    gradient = self._on_policy(policy, weights, suite, task, stage, facts)
+                    gradient = self._on_policy(policy, weights, suite, task, stage, trial)
                 rows.append(
                     {
                         "method": label,
                         "task": task,
-                        "weights": sum(p.numel() for p in weights),
+                        "weights": sum(weight.numel() for weight in weights),
                         "energy": fisher_energy(gradient, information),
                         "in_top": energy_in_top(gradient, information, self.fisher.top),
                         "gradient": self.fisher.gradient,
@@ -150,9 +156,9 @@ class Analyse:
         return rows
 
     def _on_policy(
-        self, policy: Any, weights: list[torch.nn.Parameter], suite: str, task: str, stage: int, facts: dict[str, Any]
+        self, policy: Any, weights: list[torch.nn.Parameter], suite: str, task: str, stage: int, trial: dict[str, Any]
     ) -> list[torch.Tensor]:
-        config = facts["config"]["sequence"]
+        config = trial["config"]["sequence"]
         specs = training_specs(
             registry.task(suite, task),
             seed=int(config["seed"]),
@@ -179,37 +185,38 @@ class Analyse:
 
 
 def adapters_below(root: Path) -> list[dict[str, Any]]:
-    """One row per stored adapter below a folder, in order of trial and stage."""
+    """Measure every stored adapter below a folder: a row each, in order of trial and stage."""
     rows = []
-    for place in sorted(p.parent for p in root.rglob("objects") if (p.parent / "tags").is_dir()):
-        store = FolderStore(place)
+    folders = [path.parent for path in root.rglob("objects") if (path.parent / "tags").is_dir()]
+    for folder in sorted(folders):
+        store = FolderStore(folder)
         for name in store.ids():
             origin = store.card(name).provenance
-            trial = str(place.parent.relative_to(root)) if place != root else "."
+            trial = str(folder.parent.relative_to(root)) if folder != root else "."
             rows.append(_row(trial, name, origin.task, origin.stage, adapter_update(store.get(name))))
-    return sorted(rows, key=lambda r: (r["trial"], r["stage"]))
+    return sorted(rows, key=lambda row: (row["trial"], row["stage"]))
 
 
 def whole_models_below(root: Path, policy: Path | None) -> list[dict[str, Any]]:
-    """One row per trial that moved all weights of the base, after its last task."""
+    """Measure every trial that trained all weights of the base, after its last task: a row each."""
     rows = []
     for path in sorted(root.rglob("state/checkpoint.pt")):
         folder = path.parent.parent
-        facts = json.loads((folder / "run.json").read_text())
-        if not str(facts.get("method", "")).startswith("full_ft"):
+        trial = json.loads((folder / "run.json").read_text())
+        if not str(trial.get("method", "")).startswith("full_ft"):
             continue
-        base = checkpoint.load_discrete(policy or Path(facts["policy"])).base_tensors()
+        base = checkpoint.load_discrete(policy or Path(trial["policy"])).base_tensors()
         state = torch.load(path, weights_only=True)
         after = dict(zip(state["method"]["names"], state["method"]["weights"], strict=True))
         before = {name: base[name] for name in after}
-        tasks = facts["config"]["sequence"]["tasks"]
+        tasks = trial["config"]["sequence"]["tasks"]
         last = max(int(state["stage"]), 1)
         rows.append(_row(str(folder.relative_to(root)), "", tasks[last - 1], last, weight_update(before, after)))
     return rows
 
 
 def _row(trial: str, adapter: str, task: str, stage: int, layers: Sequence[LayerUpdate]) -> dict[str, Any]:
-    ranks = [x.effective_rank for x in layers]
+    ranks = [layer.effective_rank for layer in layers]
     mean = sum(ranks) / len(ranks)
     return {
         "trial": trial,
@@ -218,23 +225,22 @@ def _row(trial: str, adapter: str, task: str, stage: int, layers: Sequence[Layer
         "stage": stage,
         "layers": [dataclasses.asdict(layer) for layer in layers],
         "mean_effective_rank": mean,
-        "spread_effective_rank": (sum((r - mean) ** 2 for r in ranks) / len(ranks)) ** 0.5,
-        "norm": sum(x.norm**2 for x in layers) ** 0.5,
+        "spread_effective_rank": (sum((rank - mean) ** 2 for rank in ranks) / len(ranks)) ** 0.5,
+        "norm": sum(layer.norm**2 for layer in layers) ** 0.5,
     }
 
 
 def _any_trial(root: Path) -> dict[str, Any]:
     for path in sorted(root.rglob("run.json")):
-        facts: dict[str, Any] = json.loads(path.read_text())
-        if "config" in facts:
-            return facts
+        trial: dict[str, Any] = json.loads(path.read_text())
+        if "config" in trial:
+            return trial
     raise RatchetError("study.nothing_finished", "no trial", where=str(root), fix="run the study first")
 
 
 def _updates(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="updates: the change of weights since the base")
-    for column in ("trial", "stage", "task", "norm", "effective rank per layer"):
-        table.add_column(column, overflow="fold")
+    columns = ("trial", "stage", "task", "norm", "effective rank per layer")
+    table = display.make_table(columns, title="updates: the change of weights since the base", folds=True)
     for row in rows:
         rank = f"{row['mean_effective_rank']:.2f} (spread {row['spread_effective_rank']:.2f})"
         table.add_row(row["trial"], str(row["stage"]), row["task"], f"{row['norm']:.3g}", rank)
@@ -242,20 +248,24 @@ def _updates(rows: list[dict[str, Any]]) -> Table:
 
 
 def _layers(row: dict[str, Any], count: int) -> Table:
-    table = Table(title=f"{row['trial']}, stage {row['stage']}: most changed layers")
-    for column in ("layer", "shape", "norm", "effective rank"):
-        table.add_column(column, overflow="fold")
-    for layer in sorted(row["layers"], key=lambda x: -float(x["norm"]))[:count]:
+    title = f"{row['trial']}, stage {row['stage']}: most changed layers"
+    table = display.make_table(("layer", "shape", "norm", "effective rank"), title=title, folds=True)
+    for layer in sorted(row["layers"], key=lambda layer: -float(layer["norm"]))[:count]:
         shape = " x ".join(map(str, layer["shape"]))
         table.add_row(layer["layer"], shape, f"{layer['norm']:.3g}", f"{layer['effective_rank']:.2f}")
     return table
 
 
 def _fisher(rows: list[dict[str, Any]], top: float) -> Table:
-    table = Table(title="energy of the new task's gradient where the base is sensitive")
-    for column in ("network", "task", "weights", "weighted by Fisher", f"in the top {top:.0%} of weights"):
-        table.add_column(column, overflow="fold")
+    columns = ("network", "task", "weights", "weighted by Fisher", f"in the top {top:.0%} of weights")
+    title = "energy of the new task's gradient where the base is sensitive"
+    table = display.make_table(columns, title=title, folds=True)
     for row in rows:
-        energy, share = f"{row['energy']:.2e}", f"{row['in_top']:.3f}"
-        table.add_row(row["method"], row["task"], f"{row['weights'] / 1e6:.1f} M", energy, share)
+        table.add_row(
+            row["method"],
+            row["task"],
+            f"{row['weights'] / 1e6:.1f} M",
+            f"{row['energy']:.2e}",
+            f"{row['in_top']:.3f}",
+        )
     return table
