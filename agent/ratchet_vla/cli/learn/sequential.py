@@ -124,8 +124,19 @@ class RunPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a run has open. first: id of the stored adapter that it goes on from, "" for a fresh one. lora: the shape of
-    the adapter's layers. running: the policy in use; None where what is trained is evaluated itself."""
+    """What a run has open.
+
+    Attributes:
+        policy: The policy under training.
+        adapter: Its LoRA layers.
+        running: The policy in use; None where what is trained is evaluated itself.
+        store: Adapter store of the run.
+        contract: The robot.
+        tasks: All tasks that are evaluated, by name.
+        lora: Shape of the adapter's layers.
+        first: Id of the stored adapter that it goes on from, "" for a new one.
+        retention: What holds the adapter; None for nothing.
+    """
 
     policy: AnyPolicy
     adapter: Lora

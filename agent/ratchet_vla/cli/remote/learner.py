@@ -245,6 +245,7 @@ class LateGate:
         self._env: ChunkVectorEnv | None = None
 
     def __call__(self, candidate: str, active: str, held_out: tuple[str, ...]) -> GateDecision:
+        """Run the gate, which is built first if need be."""
         if self._keeper is None:
             self._keeper, self._env = self._build()
         return self._keeper.run(candidate, active, held_out)
@@ -264,6 +265,7 @@ class TimelinePrinter:
         self._printed = 0
 
     def print_new(self, host: LearnerHost) -> None:
+        """Print the events since the last call."""
         events = host.journal.events
         for event in events[self._printed :]:
             if line := self._timeline.line(event):

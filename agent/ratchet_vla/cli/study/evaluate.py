@@ -65,6 +65,7 @@ class _Trained:
 
     @property
     def suite(self) -> str:
+        """Simulation suite that it was trained in."""
         return str(self.stored["suite"])
 
     @property
