@@ -9,37 +9,44 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ratchet_msgs import msg, srv
-from rclpy.action import ActionClient
+from rclpy.clock import Clock, ClockType
 from rosgraph_msgs.msg import Clock as ClockMessage
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool, Trigger
 
-from ratchet_ros.messages import convert, encode, qos
+from ratchet_ros.messages import convert, qos
 from ratchet_ros.messages.intake import Intake, require_topic_mapping
-from ratchet_ros.messages.times import SimulatedTime, SteadyTime, TimeBase, seconds
+from ratchet_ros.messages.times import TimeBase, seconds, time_base
 from ratchet_ros.nodes.base import ERROR, OK, WARN, Line, RatchetNode, spin
 from ratchet_ros.nodes.params import parameter
-from ratchet_ros.safety.command_filter import CommandFilter, IncomingCommand
-from ratchet_vla.contract import CommandSink, RobotContract
+from ratchet_ros.safety.arm_outputs import ArmOutputs
+from ratchet_ros.safety.command_filter import CommandFilter, FilterCallbacks, IncomingCommand
+from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Mark, SafetyEvent
 from ratchet_vla.runtime.control.priority import real_time
 from ratchet_vla.runtime.safety.filter import FilterResult, SafetyConfig, SafetyState
 from ratchet_vla.runtime.safety.types import LATCHING
 
-BROKEN = 70  # exit status of a node whose command filter ended
-FOREVER = 1e9  # s; in lock-step the clock stands still for as long as the policy thinks
-KINDS = {msg.Command.ACTION: "action", msg.Command.HOLD: "hold", msg.Command.STOP: "stop"}
+FILTER_DIED = 70  # exit status of a node whose command filter ended
+NEVER_STALLS_S = 1e9  # in lock-step the clock stands still for as long as the policy thinks
+STATUS_PERIOD_S = 0.5
+KINDS: dict[int, Literal["action", "hold", "stop"]] = {
+    msg.Command.ACTION: "action",
+    msg.Command.HOLD: "hold",
+    msg.Command.STOP: "stop",
+}
 
 
 @dataclass(frozen=True)
 class Parameters:
+    """Typed, bounded parameters of safety_node."""
+
     contract: str = parameter("", "Path of the robot contract (YAML).")
     resume: str = parameter(
         "automatic",
@@ -57,28 +64,36 @@ class Parameters:
 
 
 class SafetyNode(RatchetNode):
-    """See the module's words; topics and services are listed in docs/ros.md."""
+    """See the module's words; topics and services are listed in docs/ros.md.
+
+    Callbacks run on the executor thread. `_send`, `_publish_event` and `_filter_died` are called from the command
+    filter's thread, which must not wait for the executor.
+    """
 
     Parameters = Parameters
 
     def __init__(self, **options: Any) -> None:
         super().__init__("safety_node", **options)
         self.command_filter: CommandFilter | None = None
-        self._things: list[Any] = []
-        self._kinds: dict[str, Any] = {}
+        self.intake: Intake | None = None
+        self._outputs: ArmOutputs | None = None
+        self._status_timer: Any = None
+        self._entities: list[Any] = []
         self._e_stop_pressed = False
+        self._published_motion = ("", "")  # state and cause in the newest SafetyStatus
 
     # -- lifecycle -------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:
-        self.contract = RobotContract.load(self.settings.contract)
-        topic_mapping = require_topic_mapping(self.contract)
+        """Make the filter, the arm's outputs and every topic; the filter's thread starts with `start`."""
+        settings = self.settings
+        self.contract = RobotContract.load(settings.contract)
+        require_topic_mapping(self.contract)
         simulated = bool(self.get_parameter("use_sim_time").value)
-        timeout = FOREVER if self.settings.lock_step else self.settings.clock_timeout
-        self.clock: TimeBase = SimulatedTime(timeout) if simulated else SteadyTime()
-        lock_step = bool(self.settings.lock_step)
-        if lock_step and not simulated:
-            raise RatchetError("ros.bad_parameter", "lock_step needs use_sim_time", where="lock_step")
+        lock_step = bool(settings.lock_step)
+        self.clock: TimeBase = time_base(
+            simulated, lock_step, stall_timeout_s=NEVER_STALLS_S if lock_step else settings.clock_timeout
+        )
         if simulated:
             profile = qos.LOCK_STEP if lock_step else qos.CLOCK
             self._keep(self.create_subscription(ClockMessage, "/clock", self._on_clock, profile))
@@ -93,32 +108,23 @@ class SafetyNode(RatchetNode):
         )
         config = SafetyConfig(
             latch_on=LATCHING | {"safety.second_sender"},
-            resume=self.settings.resume,
-            dead_man=self.settings.dead_man,
-            dead_man_timeout=self.settings.dead_man_timeout,
+            resume=settings.resume,
+            dead_man=settings.dead_man,
+            dead_man_timeout=settings.dead_man_timeout,
             clock_may_pause=simulated and not lock_step,
         )
+        callbacks = FilterCallbacks(
+            send=self._send,
+            on_event=self._publish_event,
+            on_thread_start=(lambda: None) if simulated else self._raise_priority,
+            on_thread_death=self._filter_died,
+        )
         self.command_filter = CommandFilter(
-            self.contract,
-            self.intake.aligner,
-            self.clock,
-            self._send,
-            self._told,
-            config,
-            broken=self._broken,
-            lock_step=lock_step,
-            wake=(lambda: None) if simulated else self._hurry,
+            self.contract, self.intake.aligner, self.clock, callbacks, config, lock_step=lock_step
         )
         gauge = self.command_filter.safety.limiter.gauge
-        self._sinks: list[tuple[CommandSink, Any, list[int], Callable[[Any], None]]] = []
-        self._to_arm: list[Any] = []
-        names = [d.name for d in self.contract.action.dims]
-        for sink in topic_mapping.commands:
-            encoder = encode.make_encoder(self.contract, sink, gauge.position_field, gauge.rotation_field)
-            self._require_alone(sink.topic)
-            out = self._output(sink)
-            self._sinks.append((sink, encoder, [names.index(d) for d in sink.dims], out))
-        self._applied_out = self._keep(self.create_publisher(msg.Applied, "applied", qos.EVENTS))
+        self._outputs = self._keep(ArmOutputs(self, self.contract, gauge.position_field, gauge.rotation_field))
+        self._applied_publisher = self._keep(self.create_publisher(msg.Applied, "applied", qos.EVENTS))
         self._events = self._keep(self.create_publisher(msg.SafetyEvent, "safety_events", qos.EVENTS))
         self._status = self._keep(self.create_publisher(msg.SafetyStatus, "safety_status", qos.STATUS))
         self._keep(self.create_subscription(msg.Command, "command", self._on_command, qos.COMMANDS))
@@ -128,64 +134,63 @@ class SafetyNode(RatchetNode):
         self._keep(self.create_service(SetBool, "~/e_stop", self._serve_e_stop))
         self._keep(self.create_service(Trigger, "~/resume", self._serve_resume))
         self._keep(self.create_service(srv.ClearFault, "~/clear_fault", self._serve_clear))
-        self._timer = self.create_timer(0.5, self._publish_status, clock=self._steady())
+        steady_clock = Clock(clock_type=ClockType.STEADY_TIME)
+        self._status_timer = self.create_timer(STATUS_PERIOD_S, self._publish_status, clock=steady_clock)
 
     def start(self) -> None:
-        for sink, _, _, _ in self._sinks:
-            self._require_alone(sink.topic)
-        if self.settings.lock_step:
-            self._require_arm()
+        """Let commands through. Raises RatchetError ros.second_publisher, and in lock-step ros.no_arm."""
         assert self.command_filter is not None
+        assert self._outputs is not None
+        self._outputs.require_only_publisher()
+        if self.settings.lock_step:
+            self._outputs.require_arm()
         if self._e_stop_pressed:
             self.command_filter.e_stop(True)
         self.command_filter.start()
         self._publish_status()
 
     def halt(self) -> None:
+        """Brake, hold, end the filter's thread."""
         if self.command_filter is not None:
             self.command_filter.stop()
             self._publish_status()
 
     def teardown(self) -> None:
-        if self.command_filter is None and not self._things:
-            return
+        """Remove what `setup` made, also after half a setup."""
         self.command_filter = None
-        if hasattr(self, "intake"):
+        self._outputs = None
+        if self.intake is not None:
             self.intake.close()
-        if hasattr(self, "_timer"):
-            self.destroy_timer(self._timer)
-        for thing in self._things:
-            thing.destroy()
-        self._things = []
-        self._kinds = {}
+            self.intake = None
+        if self._status_timer is not None:
+            self.destroy_timer(self._status_timer)
+            self._status_timer = None
+        for entity in self._entities:
+            entity.destroy()
+        self._entities = []
 
     def diagnose(self) -> list[Line]:
+        """Lines on the filter, the state and other publishers; a second publisher is a fault of the filter."""
         assert self.command_filter is not None
-        command_filter = self.command_filter
-        lines: list[Line] = []
-        state = command_filter.safety.state
-        level = ERROR if state is SafetyState.LATCHED else WARN if state is SafetyState.HOLDING else OK
-        text = f"{state.value}{f' ({command_filter.safety.cause})' if command_filter.safety.cause else ''}"
-        lines.append(
-            (
-                level,
-                "safety",
-                text,
-                {"commands": command_filter.commands, "interventions": command_filter.changed_commands},
-            )
-        )
-        missing = self.intake.missing()
-        problems = "; ".join(str(e) for e in self.intake.problems.values())
-        text = f"missing {', '.join(missing)}" if missing else problems or "complete"
-        age = self.clock.now() - self.intake.aligner.state_stamp()
-        lines.append((ERROR if missing or problems else OK, "state", text, {"age_s": f"{age:.4f}"}))
-        for sink, _, _, _ in self._sinks:
-            try:
-                self._require_alone(sink.topic)
-            except RatchetError as error:
-                command_filter.fail("safety.second_sender", error.what)
-                lines.append((ERROR, "command topic", str(error), {}))
+        assert self.intake is not None
+        assert self._outputs is not None
+        text, complete = self.intake.describe()
+        age_s = self.clock.now() - self.intake.aligner.state_stamp()
+        lines = [
+            self._filter_line(self.command_filter),
+            (OK if complete else ERROR, "state", text, {"age_s": f"{age_s:.4f}"}),
+        ]
+        for error in self._outputs.second_publishers():
+            self.command_filter.fail("safety.second_sender", error.what)
+            lines.append((ERROR, "command topic", str(error), {}))
         return lines
+
+    def _filter_line(self, command_filter: CommandFilter) -> Line:
+        state = command_filter.safety.state
+        cause = command_filter.safety.cause
+        level = {SafetyState.LATCHED: ERROR, SafetyState.HOLDING: WARN}.get(state, OK)
+        counts = {"commands": command_filter.commands, "interventions": command_filter.changed_commands}
+        return (level, "safety", f"{state.value} ({cause})" if cause else state.value, counts)
 
     # -- in --------------------------------------------------------------------------------------------------------
 
@@ -253,19 +258,13 @@ class SafetyNode(RatchetNode):
     def _send(self, result: FilterResult, command: IncomingCommand | None, new: bool) -> None:
         """To the arm first, then what became of it to whoever wants to know. Called from the filter's thread."""
         stamp = self.clock.to_ros(self.clock.now())
+        assert self._outputs is not None
         state = self._measured()
         if result.command is not None:
-            values = result.command.astype(np.float64)
-            for _, encoder, places, out in self._sinks:
-                message = encoder.action(values[places], state, stamp)
-                if message is not None:
-                    out(message)
+            self._outputs.command(result.command, state, stamp)
         elif new:
-            for _, encoder, _, out in self._sinks:
-                message = encoder.hold(state, stamp)
-                if message is not None:
-                    out(message)
-        self._applied_out.publish(
+            self._outputs.hold(state, stamp)
+        self._applied_publisher.publish(
             msg.Applied(
                 stamp=stamp,
                 session=command.session if command else 0,
@@ -278,38 +277,39 @@ class SafetyNode(RatchetNode):
                 adapter_id=command.adapter_id if command else "",
             )
         )
-        words = (result.state.value, self.command_filter.safety.cause if self.command_filter else "")
-        if words != self._said and result.state != SafetyState.WAITING:
+        motion = (result.state.value, self.command_filter.safety.cause if self.command_filter else "")
+        # An arm that waits for the next chunk does so every few periods; the status timer tells of that.
+        if motion != self._published_motion and result.state != SafetyState.WAITING:
             self._publish_status()
 
-    _said = ("", "")
-
-    def _hurry(self) -> None:
+    def _raise_priority(self) -> None:
         self.get_logger().info(f"command filter: {real_time()}")
 
-    def _broken(self, error: BaseException) -> None:
+    def _filter_died(self, error: BaseException) -> None:
         """The filter's thread ended: one last hold, then the process goes, so that nobody takes it for alive."""
         self.get_logger().fatal("".join(traceback.format_exception(error)))
         try:
-            for _, encoder, _, out in self._sinks:
-                message = encoder.hold(self._measured(), self.clock.to_ros(self.clock.now()))
-                if message is not None:
-                    out(message)
+            if self._outputs is not None:
+                self._outputs.hold(self._measured(), self.clock.to_ros(self.clock.now()))
         finally:
-            os._exit(BROKEN)
+            os._exit(FILTER_DIED)
 
-    def _told(self, event: SafetyEvent) -> None:
+    def _publish_event(self, event: SafetyEvent) -> None:
         self._events.publish(convert.event(event, "safety_node", self.clock))
-        log = self.get_logger()
-        (log.error if event.latched else log.debug)(f"{event.code}: {event.message}")
+        line = f"{event.code}: {event.message}"
+        if event.latched:
+            self.get_logger().error(line)
+        else:
+            self.get_logger().debug(line)
 
     def _publish_status(self) -> None:
         command_filter = self.command_filter
-        if command_filter is None:
+        if command_filter is None or self.intake is None:
             return
-        state, now = command_filter.safety.state, self.clock.now()
-        self._said = (state.value, command_filter.safety.cause)
-        age = now - self.intake.aligner.state_stamp()
+        state = command_filter.safety.state
+        now = self.clock.now()
+        self._published_motion = (state.value, command_filter.safety.cause)
+        age_s = now - self.intake.aligner.state_stamp()
         status = msg.SafetyStatus(
             state=state.value,
             cause=command_filter.safety.cause,
@@ -318,57 +318,28 @@ class SafetyNode(RatchetNode):
             dead_man_required=bool(self.settings.dead_man),
             commands=command_filter.commands,
             interventions=command_filter.changed_commands,
-            state_age=float(age) if np.isfinite(age) else -1.0,
+            state_age=float(age_s) if np.isfinite(age_s) else -1.0,
         )
         status.header.stamp = self.clock.to_ros(now)
         self._status.publish(status)
 
     def _measured(self) -> dict[str, Any]:
+        """The newest state; empty before the first."""
+        if self.intake is None:
+            return {}
         try:
             return self.intake.aligner.newest_state()[0]
         except RatchetError:
             return {}
 
-    def _output(self, sink: Any) -> Any:
-        if sink.kind == "gripper_command":
-            client = self._keep(ActionClient(self, encode.gripper_action(), sink.topic))
-            return client.send_goal_async
-        publisher = self._keep(self.create_publisher(encode.COMMAND_TYPES[sink.kind], sink.topic, qos.COMMANDS))
-        self._to_arm.append(publisher)
-        return publisher.publish
-
-    def _require_arm(self) -> None:
-        """A command that is sent before this node and the arm have found each other is lost. A simulation in lock-step
-        would wait for it, and everybody for the simulation."""
-        deaf = [p.topic_name for p in self._to_arm if not p.get_subscription_count()]
-        if deaf:
-            raise RatchetError("ros.no_arm", "nobody takes commands yet", where=", ".join(deaf), fix="start the arm")
-
-    def _require_alone(self, topic: str) -> None:
-        """Two publishers on one command topic fight over the arm."""
-        mine = self.get_fully_qualified_name()
-        others = {f"{i.node_namespace.rstrip('/')}/{i.node_name}" for i in self.get_publishers_info_by_topic(topic)} - {
-            mine
-        }
-        if others:
-            raise RatchetError(
-                "ros.second_publisher",
-                f"{', '.join(sorted(others))} publishes commands too",
-                where=topic,
-                fix="stop it; only the safety node may command the arm",
-            )
-
-    def _keep(self, thing: Any) -> Any:
-        self._things.append(thing)
-        return thing
-
-    def _steady(self) -> Any:
-        from rclpy.clock import Clock, ClockType
-
-        return Clock(clock_type=ClockType.STEADY_TIME)
+    def _keep(self, entity: Any) -> Any:
+        """Remember what teardown has to destroy."""
+        self._entities.append(entity)
+        return entity
 
 
 def main() -> int:
+    """Run safety_node; the process's exit status."""
     return spin(SafetyNode)
 
 
