@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from ratchet_vla.contract import PolicySpec, RobotContract
 from ratchet_vla.episodes.success_rules import require_temperature
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.records import ActionChunk, Observation
+from ratchet_vla.records import Observation
 from ratchet_vla.runtime.inference import wire
 from ratchet_vla.runtime.inference.calls import Calls, refused
 from ratchet_vla.runtime.inference.process import (
@@ -35,33 +36,52 @@ from ratchet_vla.runtime.startup_retries import passes
 __all__ = ["PolicyClient", "PolicyLaunch", "PolicyStatus", "launch_with"]
 
 
-class PolicyClient:
-    """A ChunkSource over a policy in another process. Methods are safe from any thread and never wait for the policy,
-    except `start`, `wait` and `stop`.
+TAKES_NO_MESSAGES = "the policy process takes no messages"
 
-    sampling: see `sample`; greedy until it is called.
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Why the policy process no longer serves: a stable code and a reason in words."""
+
+    code: str
+    reason: str
+
+
+class PolicyClient:
+    """A ChunkSource over a policy in another process.
+
+    Methods are safe from any thread and never wait for the policy, except `start`, `wait` and `stop`. The thread
+    "policy-replies" reads answers, notices that the process is gone and starts the next one; every other thread only
+    sends. Sampling is greedy until `sample` is called.
     """
 
     def __init__(self, contract: RobotContract, launch: PolicyLaunch) -> None:
-        self.contract, self.launch = contract, launch
+        self.contract = contract
+        self.launch = launch
         self.spec: PolicySpec | None = None
         self.base_hash = ""
         self.warnings: list[str] = []
         self.computing = ""  # the dtype of the policy's products and why, in words
         self._adapter_id = ""
-        self._wanted_adapter = str(launch.options.get("adapter", ""))
-        self._state, self._error = "stopped", ""
+        self._restart_adapter = str(launch.options.get("adapter", ""))  # that the next process starts with
+        self._state = "stopped"
+        self._error = ""
         self._link: PolicyProcess | None = None
         self._reader: threading.Thread | None = None
+        # Protects every private field here. Reentrant, as `_kill` is called with it held; never held while the process
+        # is waited for, so that the control loop's `poll` and `request` return at once.
         self._lock = threading.RLock()
-        self._arrived = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)  # a reply, another state, or the end
         self._replies: deque[Reply] = deque()
-        self._out: Request | None = None
+        self._open_request: Request | None = None  # the chunk that was asked for and not answered
         self._calls = Calls()
-        self._numbers = self._asked = self._answered = self._discarded = 0
+        self._last_number = 0  # of requests and calls alike
+        self._asked = 0
+        self._answered = 0
+        self._discarded = 0
         self._restarts = Restarts(launch.restarts)
-        self._inference = 0.0
-        self._killed_for = ""
+        self._inference_s = 0.0
+        self._kill_reason: PolicyLoss | None = None  # set before this client kills the process itself
         self._sampling = Sampling()
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -81,7 +101,8 @@ class PolicyClient:
             self._launch()
         except RatchetError as error:
             self._end()
-            self._state, self._error = "failed", str(error)
+            self._state = "failed"
+            self._error = str(error)
             raise
         self._reader = threading.Thread(target=self._read, name="policy-replies", daemon=True)
         self._reader.start()
@@ -94,7 +115,7 @@ class PolicyClient:
             if self._state == "stopped":
                 return
             self._state = "stopped"
-            self._arrived.notify_all()
+            self._changed.notify_all()
             link = self._link
         if link is not None:
             link.ask_to_stop()
@@ -127,15 +148,19 @@ class PolicyClient:
 
     @property
     def ready(self) -> bool:
-        return self._state == "ready" and self._out is None
+        """Whether a chunk may be requested now."""
+        return self._state == "ready" and self._open_request is None
 
     def request(self, observation: Observation, ahead: Ahead | None = None) -> None:
+        """Ask for a chunk of this observation. Raises RatchetError policy.not_ready unless `ready`."""
         with self._lock:
-            if not self.ready or self._link is None or self._link.frames is None or self.spec is None:
+            spec = self.spec
+            link = self._link
+            frames = link.frames if link is not None else None
+            if not self.ready or link is None or frames is None or spec is None:
                 raise RatchetError("policy.not_ready", f"the policy is {self._state}", fix="ask when `ready` is true")
-            spec, link = self.spec, self._link
             state = [observation.state[name] for name in spec.state]
-            slot, sequence = self._link.frames.write(
+            slot, sequence = frames.write(
                 [observation.images[name] for name in spec.cameras],
                 np.concatenate(state).astype(np.float32) if state else np.zeros(0, np.float32),
             )
@@ -143,43 +168,51 @@ class PolicyClient:
             arrays: dict[str, Any] = {} if noise is None else {"noise": noise}
             if ahead is not None:
                 arrays["committed"] = np.asarray(ahead.previous_actions, np.float32)
-            self._numbers += 1
+            self._last_number += 1
             message = {
                 "type": "infer",
-                "id": self._numbers,
+                "id": self._last_number,
                 "slot": slot,
                 "sequence": sequence,
                 "instruction": observation.instruction,
                 "temperature": self._sampling.temperature,
                 "delay": ahead.delay if ahead else 0,
             }
-            now = time.monotonic()
-            temperature = self._sampling.temperature
-            self._out = Request(self._numbers, observation.stamp, observation.sequence, temperature, now)
+            self._open_request = Request(
+                self._last_number,
+                observation.stamp,
+                observation.sequence,
+                self._sampling.temperature,
+                time.monotonic(),
+            )
             self._asked += 1
             if not link.send(message, arrays):
-                self._kill("policy.hung", "the policy process takes no messages")
+                self._kill("policy.hung", TAKES_NO_MESSAGES)
 
     def poll(self) -> list[Reply]:
+        """The replies since the last call; kills a process that has not answered for too long."""
         with self._lock:
-            out = self._out
-            if out is not None and time.monotonic() - out.sent > self.launch.hang_timeout and not self._killed_for:
+            request = self._open_request
+            if request is not None and time.monotonic() - request.sent > self.launch.hang_timeout:
                 self._kill("policy.hung", f"no answer for {self.launch.hang_timeout} s")
             replies = list(self._replies)
             self._replies.clear()
             return replies
 
     def wait(self, timeout: float) -> list[Reply]:
-        with self._arrived:
-            self._arrived.wait_for(lambda: bool(self._replies), timeout)
+        """As `poll`, but wait for a reply at most this long, in seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._replies), timeout)
         return self.poll()
 
     def forget(self) -> None:
+        """Drop chunks that are here or on their way; faults stay."""
         with self._lock:
-            if self._out is not None:
-                self._out.wanted = False
-            self._discarded += sum(isinstance(r, ActionChunk) for r in self._replies)
-            self._replies = deque(r for r in self._replies if isinstance(r, PolicyFault))
+            if self._open_request is not None:
+                self._open_request.wanted = False
+            faults: deque[Reply] = deque(reply for reply in self._replies if isinstance(reply, PolicyFault))
+            self._discarded += len(self._replies) - len(faults)
+            self._replies = faults
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -204,20 +237,21 @@ class PolicyClient:
     # -- status --------------------------------------------------------------------------------------------------
 
     def status(self) -> PolicyStatus:
+        """What the process is doing, and counters since this client was made."""
         with self._lock:
-            out = self._out
+            request = self._open_request
             return PolicyStatus(
-                state="busy" if self._state == "ready" and out is not None else self._state,
+                state="busy" if self._state == "ready" and request is not None else self._state,
                 pid=self._link.pid if self._link else 0,
                 base_hash=self.base_hash,
                 adapter_id=self._adapter_id,
-                swapping=self._calls.swapping > 0,
+                swapping=self._calls.swapping,
                 asked=self._asked,
                 answered=self._answered,
                 discarded=self._discarded,
                 restarts=self._restarts.total,
-                busy_for=time.monotonic() - out.sent if out else 0.0,
-                inference=self._inference,
+                busy_for=time.monotonic() - request.sent if request else 0.0,
+                inference=self._inference_s,
                 error=self._error,
             )
 
@@ -228,29 +262,36 @@ class PolicyClient:
         with self._lock:
             self._require_running()
             self._link = link
-        link.start(self.contract, self._wanted_adapter, self.base_hash)
+        link.start(self.contract, self._restart_adapter, self.base_hash)
         with self._lock:
             self._require_running()
-            self.spec, self.base_hash, self.warnings = link.spec, link.base_hash, link.warnings
+            self.spec = link.spec
+            self.base_hash = link.base_hash
+            self.warnings = link.warnings
             self.computing = link.computing
-            self._adapter_id = self._wanted_adapter = link.adapter_id
-            self._state, self._error, self._killed_for = "ready", "", ""
+            self._adapter_id = link.adapter_id
+            self._restart_adapter = link.adapter_id
+            self._state = "ready"
+            self._error = ""
+            self._kill_reason = None
             self._restarts.serving(time.monotonic())
-            self._arrived.notify_all()
+            self._changed.notify_all()
 
     def _require_running(self) -> None:
         if self._state == "stopped":
             raise RatchetError("policy.stopped", "the policy process was stopped while it started")
 
-    def _kill(self, code: str, why: str) -> None:
-        """With the lock held. The reader thread notices the end and tells it."""
-        if self._link is not None and not self._killed_for:
-            self._killed_for = f"{code}\n{why}"
+    def _kill(self, code: str, reason: str) -> None:
+        """Kill the process, once; the lock must be held. The reader thread notices the end and reports this reason."""
+        if self._link is not None and self._kill_reason is None:
+            self._kill_reason = PolicyLoss(code, reason)
             self._link.kill()
 
     def _end(self) -> None:
         with self._lock:
-            link, self._link, self._out = self._link, None, None
+            link = self._link
+            self._link = None
+            self._open_request = None
         if link is not None:
             link.end()
 
@@ -263,28 +304,30 @@ class PolicyClient:
             if link is None:
                 return
             try:
-                got = link.receive()
+                reply = link.receive()
             except (RatchetError, OSError) as error:
-                got = None
+                reply = None
                 if isinstance(error, RatchetError):
                     with self._lock:
                         self._kill("policy.failed", str(error))
-            if got is not None:
-                self._take(*got)
-            elif not self._lost():
+            if reply is not None:
+                message, arrays = reply
+                self._take(message, arrays)
+            elif not self._start_again():
                 return
 
     def _take(self, message: dict[str, Any], arrays: wire.Arrays) -> None:
-        with self._arrived:
+        with self._changed:
             number = message.get("id", 0)
             if message["type"] in ("chunk", "failed"):
                 self._answer(message, arrays)
-                self._arrived.notify_all()
+                self._changed.notify_all()
             future = self._calls.take(number)
             if message["type"] == "swapped":
-                self._adapter_id = self._wanted_adapter = message["report"]["new_id"]
+                self._adapter_id = message["report"]["new_id"]
+                self._restart_adapter = self._adapter_id
                 self._error = ""
-                self._arrived.notify_all()
+                self._changed.notify_all()
             if future is None:
                 if message["type"] == "refused":  # the tag that the policy follows leads to something that does not fit
                     self._error = str(remote_error(message["error"]))
@@ -295,12 +338,13 @@ class PolicyClient:
             future.set_result(message["rows"] if message["type"] == "adapters" else message["report"])
 
     def _answer(self, message: dict[str, Any], arrays: wire.Arrays) -> None:
-        out = self._out
-        if out is None or out.number != message["id"]:
+        """A chunk, or the fault in its place; the lock must be held."""
+        request = self._open_request
+        if request is None or request.number != message["id"]:
             self._discarded += 1
             return
-        self._out = None
-        if not out.wanted:
+        self._open_request = None
+        if not request.wanted:
             self._discarded += 1
             return
         self._answered += 1
@@ -308,43 +352,48 @@ class PolicyClient:
             self._replies.append(PolicyFault(message["code"], message["message"]))
         else:
             self._adapter_id = message["adapter_id"]
-            self._inference = float(message["seconds"])
-            self._replies.append(out.answer(message, arrays))
+            self._inference_s = float(message["seconds"])
+            self._replies.append(request.answer(message, arrays))
 
-    def _lost(self) -> bool:
-        """The process is gone. True where another one serves in its place."""
+    def _start_again(self) -> bool:
+        """The process is gone: start the next one. Reader thread. True where one serves in its place."""
         with self._lock:
             if self._state == "stopped":
                 return False
-            how = self._link.exit_status() if self._link else "not started"
-            code, why = (self._killed_for or f"policy.crashed\nthe policy process ended ({how})").split("\n", 1)
-        pause = self._restarts.pause(time.monotonic())
-        while self._down(code, why, again=pause is not None):
-            with self._arrived:
-                if self._arrived.wait_for(lambda: self._state == "stopped", pause):
+            loss = self._kill_reason
+            if loss is None:
+                how = self._link.exit_status() if self._link else "not started"
+                loss = PolicyLoss("policy.crashed", f"the policy process ended ({how})")
+        pause_s = self._restarts.pause(time.monotonic())
+        while True:
+            stopped = self._report_loss(loss, restarting=pause_s is not None)
+            if stopped or pause_s is None:
+                return False
+            with self._changed:
+                if self._changed.wait_for(lambda: self._state == "stopped", pause_s):
                     return False
             try:
                 self._launch()
                 return True
             except (RatchetError, OSError) as error:
-                code, why = "policy.crashed", f"started again in vain: {error}"
-                mends = not isinstance(error, RatchetError) or passes(error.code)
-                pause = self._restarts.pause(time.monotonic()) if mends else None
-        return False
+                loss = PolicyLoss("policy.crashed", f"started again in vain: {error}")
+                may_pass = not isinstance(error, RatchetError) or passes(error.code)
+                pause_s = self._restarts.pause(time.monotonic()) if may_pass else None
 
-    def _down(self, code: str, why: str, *, again: bool) -> bool:
-        """Tell what happened, and to whoever waits for an answer that none comes. True where another start follows."""
-        with self._arrived:
-            waiting = self._calls.take_all()
+    def _report_loss(self, loss: PolicyLoss, *, restarting: bool) -> bool:
+        """Tell the control loop, and whoever waits for an answer that none comes. True where `stop` came before."""
+        with self._changed:
+            futures = self._calls.take_all()
             stopped = self._state == "stopped"
             if not stopped:
-                self._state, self._error = "restarting" if again else "failed", why
-                self._replies.append(PolicyFault(code, why))
-            self._arrived.notify_all()
-        for future in waiting:
-            future.set_exception(RatchetError(code, why, fix="ask again when the policy is ready"))
+                self._state = "restarting" if restarting else "failed"
+                self._error = loss.reason
+                self._replies.append(PolicyFault(loss.code, loss.reason))
+            self._changed.notify_all()
+        for future in futures:  # outside the lock: a future's callbacks may call this client
+            future.set_exception(RatchetError(loss.code, loss.reason, fix="ask again when the policy is ready"))
         self._end()
-        return again and not stopped
+        return stopped
 
     def _call(self, message: dict[str, Any]) -> Future[Any]:
         with self._lock:
@@ -352,8 +401,8 @@ class PolicyClient:
                 return refused(
                     RatchetError("policy.not_ready", f"the policy is {self._state}", fix="ask when it is ready")
                 )
-            self._numbers += 1
-            future = self._calls.add(self._numbers, message["type"])
-            if not self._link.send({**message, "id": self._numbers}):
-                self._kill("policy.hung", "the policy process takes no messages")
+            self._last_number += 1
+            future = self._calls.add(self._last_number, message["type"])
+            if not self._link.send({**message, "id": self._last_number}):
+                self._kill("policy.hung", TAKES_NO_MESSAGES)
         return future

@@ -5,17 +5,21 @@ Knows counts and seconds. Knows no process.
 
 from __future__ import annotations
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # s before the second start in a row; each pause is twice the one before
-STEADY = 10.0  # s of serving after which a process counts as sound, and its death as the first one
+FIRST_PAUSE_S = 0.5  # before the second start in a row; each pause is twice the one before
+LONGEST_PAUSE_S = 8.0
+STEADY_AFTER_S = 10.0  # of serving after which a process counts as sound, and its death as the first one
 
 
 class Restarts:
-    """limit: starts in a row, none of which led to a process that served for `STEADY` seconds. Moments are seconds on
-    any one clock."""
+    """Counts starts. limit: of starts in a row, none of which led to a process that served for `STEADY_AFTER_S`.
+
+    Moments are seconds on any one clock. Not thread-safe: one thread starts processes.
+    """
 
     def __init__(self, limit: int) -> None:
         self.total = 0
-        self._limit, self._in_a_row = limit, 0
+        self._limit = limit
+        self._in_a_row = 0
         self._serving_since = float("inf")
 
     def serving(self, now: float) -> None:
@@ -24,14 +28,14 @@ class Restarts:
 
     def pause(self, now: float) -> float | None:
         """The process died, or did not come up: seconds until the next one is started, None where none is any more."""
-        if now - self._serving_since >= STEADY:
+        if now - self._serving_since >= STEADY_AFTER_S:
             self._in_a_row = 0
         self._serving_since = float("inf")
         if self._in_a_row >= self._limit:
             return None
-        pause = 0.0
+        pause_s = 0.0
         if self._in_a_row > 0:
-            pause = min(FIRST_PAUSE * 2.0 ** (self._in_a_row - 1), LONGEST_PAUSE)
+            pause_s = min(FIRST_PAUSE_S * 2.0 ** (self._in_a_row - 1), LONGEST_PAUSE_S)
         self._in_a_row += 1
         self.total += 1
-        return pause
+        return pause_s

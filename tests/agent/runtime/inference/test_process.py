@@ -68,8 +68,8 @@ def ask(client: PolicyClient, sequence: int = 0) -> Reply:
 
 def eventually(client: PolicyClient, condition: Callable[[], bool]) -> None:
     """Wait on the client's own condition variable until something is so."""
-    with client._arrived:
-        assert client._arrived.wait_for(condition, 60.0)
+    with client._changed:
+        assert client._changed.wait_for(condition, 60.0)
 
 
 def test_answers_carry_the_observation_they_answer_and_who_gave_them() -> None:
@@ -92,7 +92,7 @@ def test_an_answer_nobody_waits_for_is_never_taken_for_the_next() -> None:
     with serving() as client:
         client.request(seen(0))
         client.forget()
-        eventually(client, lambda: client.ready or client._out is None)
+        eventually(client, lambda: client.ready or client._open_request is None)
         reply = ask(client, 1)
         assert isinstance(reply, ActionChunk)
         assert reply.observation_sequence == 1
@@ -184,7 +184,7 @@ def test_it_is_started_again_as_configured_with_the_same_adapter() -> None:
 
 def test_one_that_is_killed_while_it_is_started_again_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each death is told with its code; a row of them has an end."""
-    monkeypatch.setattr(restarts, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 0.01)
     handshake, doomed = PolicyProcess._handshake, 0
 
     def greet(self: PolicyProcess, *given: Any) -> None:
@@ -215,8 +215,8 @@ def test_one_that_is_killed_while_it_is_started_again_is_tried_again(monkeypatch
 
 
 def test_one_that_is_stopped_while_it_waits_to_be_started_again_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restarts, "FIRST_PAUSE", 1e6)
-    monkeypatch.setattr(restarts, "LONGEST_PAUSE", 1e6)
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 1e6)
+    monkeypatch.setattr(restarts, "LONGEST_PAUSE_S", 1e6)
     with serving(launch={"restarts": 2}) as client:
         monkeypatch.setattr(client, "launch", dataclasses.replace(client.launch, module="ratchet_vla.errors"))
         os.kill(client.status().pid, signal.SIGKILL)

@@ -6,7 +6,7 @@ served for a while begins a new row. Deterministic: moments are arguments.
 
 from __future__ import annotations
 
-from ratchet_vla.runtime.inference.restarts import STEADY, Restarts
+from ratchet_vla.runtime.inference.restarts import STEADY_AFTER_S, Restarts
 
 
 def test_a_row_of_deaths_has_growing_pauses_and_an_end() -> None:
@@ -20,8 +20,8 @@ def test_one_that_served_for_a_while_begins_a_new_row() -> None:
     restarts = Restarts(2)
     restarts.serving(0.0)
     for day in range(5):
-        assert restarts.pause(100.0 * day + STEADY) == 0.0
-        assert restarts.pause(100.0 * day + STEADY) == 0.5
+        assert restarts.pause(100.0 * day + STEADY_AFTER_S) == 0.0
+        assert restarts.pause(100.0 * day + STEADY_AFTER_S) == 0.5
         restarts.serving(100.0 * (day + 1))
     assert restarts.total == 10
-    assert restarts.pause(500.0 + 0.9 * STEADY) is None, "it did not serve for long enough"
+    assert restarts.pause(500.0 + 0.9 * STEADY_AFTER_S) is None, "it did not serve for long enough"
