@@ -53,13 +53,17 @@ class ControlLoop:
         patience: float = 30.0,
         frozen_after: float = 0.0,
     ) -> None:
-        self.robot, self.source, self.safety, self.executor = robot, source, safety, executor
+        self.robot = robot
+        self.source = source
+        self.safety = safety
+        self.executor = executor
         self.sink: TickSink = GuardedSink(sink) if sink is not None else NoSink()
         self.clock: Clock = clock or MonotonicClock()
         self.period = safety.period
         self.watchdog = Watchdog(safety.contract.watchdog, frozen_after)
         self.timing = Timing()
-        self._lock_step, self._patience = lock_step, patience
+        self._lock_step = lock_step
+        self._patience_s = patience
         self._frames = robot if isinstance(robot, FrameStamped) else None
         self._cancel = threading.Event()
         self._human: tuple[Float32, float] | None = None
@@ -71,8 +75,8 @@ class ControlLoop:
         self._decided: set[int] = set()  # observations whose answer reached the robot, at least in part
         self._human_ticks = 0
         self._was_moving = False
-        self._seen: Observation | None = None
-        self._blind = ""
+        self._newest_state: Observation | None = None
+        self._camera_error = ""  # code of the newest observation that failed, empty after a good one
 
     # -- an episode ----------------------------------------------------------------------------------------------
 
@@ -82,9 +86,10 @@ class ControlLoop:
         Raises:
             RatchetError: safety.latched, safety.state, and what the robot raises.
         """
-        seen = self._seen = self.robot.observe(cameras=False)
+        observation = self.robot.observe(cameras=False)
+        self._newest_state = observation
         now = self.clock.now()
-        self.safety.start(seen.state, now)
+        self.safety.start(observation.state, now)
         self.executor.reset()
         self.executor.retired()
         self.source.forget()
@@ -93,9 +98,13 @@ class ControlLoop:
         self._cancel.clear()
         self._human = None
         self.watchdog.forget()
-        self._index = self._sequence = self._events = self._human_ticks = 0
+        self._index = 0
+        self._sequence = 0
+        self._events = 0
+        self._human_ticks = 0
         self._decided.clear()
-        self._moved_at, self._was_moving = -np.inf, True
+        self._moved_at = -np.inf
+        self._was_moving = True
         self._deadline = now
         self.timing = Timing()
         self.sink.begin(task, instruction, now)
@@ -123,25 +132,26 @@ class ControlLoop:
             raise already_solved(task)
         with undisturbed():  # before `begin`: from there on the first deadline runs
             self.begin(task, instruction)
-            started = self.clock.now()
-            termination, said = Termination.FAULT, SuccessLabel()
+            started_s = self.clock.now()
+            termination = Termination.FAULT  # unless the episode comes to its end
+            label = SuccessLabel()
             try:
                 termination = until_end(self, horizon, labeller, hold_timeout, on_tick)
             finally:
                 reason = self.safety.cause
                 self._stop_or_hold()
-                seconds = self.clock.now() - started
+                duration_s = self.clock.now() - started_s
                 if labeller is not None:
-                    said = labeller.label(Attempt(termination, len(self._decided), self._human_ticks))
-                self.sink.end(termination.value, said.success, said.source, self.clock.now())
+                    label = labeller.label(Attempt(termination, len(self._decided), self._human_ticks))
+                self.sink.end(termination.value, label.success, label.source, self.clock.now())
         return EpisodeEnd(
             termination,
-            said.success,
+            label.success,
             self._index,
-            seconds,
+            duration_s,
             self._events,
             reason,
-            said.source,
+            label.source,
             len(self._decided),
             self._human_ticks,
         )
@@ -159,6 +169,7 @@ class ControlLoop:
 
     @property
     def cancelled(self) -> bool:
+        """Whether `cancel` was called in this episode."""
         return self._cancel.is_set()
 
     def _stop_or_hold(self) -> None:
@@ -183,24 +194,28 @@ class ControlLoop:
     # -- one period ----------------------------------------------------------------------------------------------
 
     def tick(self) -> ControlTick:
-        """Wait for the deadline, then run one period; returns what was done. Where a clock that may
-        pause stands still, the arm brakes and is held, with every call once more for the same deadline."""
+        """Wait for the deadline, then run one period; returns what was done.
+
+        Where a clock that may pause stands still, the arm brakes and is held, with every call once more for the same
+        deadline. The next chunk is asked for after the command is out, so that reading images does not delay it; in
+        lock-step before it, as time stands still meanwhile.
+        """
         deadline = self._deadline
         time_goes_on = self.clock.sleep_until(deadline)
         if not time_goes_on:
             self.safety.fail(self.safety.config.standing_clock, f"the clock stands still before {deadline:.3f} s")
         now = self.clock.now()
         if self._lock_step:
-            seen = self._ask_and_wait(now)
+            observation = self._ask_and_wait(now)
         else:
-            seen = self._state()
+            observation = self._measure()
             self._answers(self.source.poll(), now)
         self._watch(now)
         proposal = self._propose(self._human, deadline, now)
-        result = self.safety.step(proposal, seen.state, seen.stamp, now, expected=self.executor.expecting)
+        result = self.safety.step(proposal, observation.state, observation.stamp, now, expected=self.executor.expecting)
         sent = self._send(result)
         after = self.clock.now()
-        tick = self._account(proposal, result, sent, seen, after, deadline)
+        tick = self._account(proposal, result, sent, observation, after, deadline)
         if not self._lock_step and time_goes_on:
             self._ask(deadline, now)
         self._settle()
@@ -212,7 +227,8 @@ class ControlLoop:
         if human is not None:
             if self.watchdog.asked or not self.executor.wants(now):
                 self._drop_plan()
-            return Proposal(human[0], None, human[1], -1, -1, "", Mark.HUMAN)
+            action, given_at = human
+            return Proposal(action, None, given_at, -1, -1, "", Mark.HUMAN)
         if self.safety.state in (SafetyState.STOPPING, SafetyState.LATCHED, SafetyState.IDLE):
             return None
         return self.executor.next(deadline)
@@ -234,16 +250,16 @@ class ControlLoop:
         proposal: Proposal | None,
         result: FilterResult,
         sent: bool,
-        seen: Observation,
+        observation: Observation,
         after: float,
         deadline: float,
     ) -> ControlTick:
         marks = result.marks
-        taken = proposal if proposal is not None and result.accepted and sent else None
-        if taken is not None and not marks & Mark.HUMAN:
-            self.executor.sent(taken, marks)
-            self._decided.add(taken.chunk_sequence)
-        self._human_ticks += bool(marks & Mark.HUMAN)
+        if marks & Mark.HUMAN:
+            self._human_ticks += 1
+        elif proposal is not None and result.accepted and sent:
+            self.executor.sent(proposal, marks)
+            self._decided.add(proposal.chunk_sequence)
         if not self.safety.resting:
             self._moved_at = after
         moving = result.state in MOVING
@@ -261,7 +277,7 @@ class ControlLoop:
             chunk_sequence=proposal.chunk_sequence if proposal is not None else -1,
             chunk_offset=proposal.chunk_offset if proposal is not None else -1,
             adapter_id=proposal.adapter_id if proposal is not None else "",
-            state=seen.state,
+            state=observation.state,
         )
         self._index += 1
         self.sink.tick(tick)
@@ -272,53 +288,55 @@ class ControlLoop:
     def _advance(self, deadline: float, after: float) -> None:
         """The next deadline on the grid that lies ahead; those already past are missed, not caught up with."""
         self.timing.jitter.append(after - deadline)
-        done = self.clock.now()
-        self.timing.work.append(done - deadline)
-        late = int((done - deadline) / self.period) if not self._lock_step else 0
-        if late > 0:
+        work_s = self.clock.now() - deadline
+        self.timing.work.append(work_s)
+        missed_deadlines = 0 if self._lock_step else int(work_s / self.period)
+        if missed_deadlines > 0:
             self.timing.overruns += 1
-            self.timing.missed += late
-        self._deadline = deadline + (late + 1) * self.period
+            self.timing.missed += missed_deadlines
+        self._deadline = deadline + (missed_deadlines + 1) * self.period
 
     # -- the policy ----------------------------------------------------------------------------------------------
 
     def _ask(self, deadline: float, now: float) -> Observation | None:
         """Send a request when one is due and possible; the observation it was made on, else None."""
         state = self.safety.state
-        allowed = state in MOVING or (state is SafetyState.HOLDING and self.safety.resting)
-        if not (allowed and self._human is None and self.source.ready and self.executor.wants(deadline)):
+        may_move = state in MOVING or (state is SafetyState.HOLDING and self.safety.resting)
+        if not (may_move and self._human is None and self.source.ready and self.executor.wants(deadline)):
             return None
         try:
-            seen = self._observe(cameras=True)
+            observation = self._observe(cameras=True)
         except RatchetError as error:
-            if error.code != self._blind:  # told once; without observations the arm runs out of actions and holds
+            if (
+                error.code != self._camera_error
+            ):  # told once; without observations the arm runs out of actions and holds
                 self._tell(SafetyEvent(now, error.code, f"{error.what} ({error.where})"))
-            self._blind = error.code
+            self._camera_error = error.code
             return None
-        self._blind = ""
-        problem = self.watchdog.frozen(seen.images, now, not self.safety.resting)
-        problem = problem or self.watchdog.old(seen.stamp, self.clock.now())
+        self._camera_error = ""
+        problem = self.watchdog.frozen(observation.images, now, not self.safety.resting)
+        problem = problem or self.watchdog.old(observation.stamp, self.clock.now())
         if problem is not None:
             self.safety.fail(*problem)  # nothing is decided on such an observation
             return None
-        seen = dataclasses.replace(seen, sequence=self._sequence)
-        self.source.request(seen, self.executor.ahead(seen.stamp))
+        observation = dataclasses.replace(observation, sequence=self._sequence)
+        self.source.request(observation, self.executor.ahead(observation.stamp))
         self._sequence += 1
         self.watchdog.request(now)
         self.executor.asked(deadline)
-        self.sink.observation(seen)
-        return seen
+        self.sink.observation(observation)
+        return observation
 
     def _ask_and_wait(self, now: float) -> Observation:
         self._answers(self.source.poll(), now)
-        seen = self._ask(self._deadline, now)
-        if seen is None:
-            return self._state()
-        replies = self.source.wait(self._patience)
+        observation = self._ask(self._deadline, now)
+        if observation is None:
+            return self._measure()
+        replies = self.source.wait(self._patience_s)
         if not replies:
-            self.safety.fail("safety.policy_timeout", f"no chunk after {self._patience} real seconds")
+            self.safety.fail("safety.policy_timeout", f"no chunk after {self._patience_s} real seconds")
         self._answers(replies, now)
-        return seen
+        return observation
 
     def _answers(self, replies: list[ActionChunk | PolicyFault], now: float) -> None:
         for reply in replies:
@@ -326,11 +344,11 @@ class ControlLoop:
                 self.watchdog.answered()
                 self.safety.fail(reply.code, reply.message)
                 continue
-            asked = self.watchdog.asked
+            awaited = self.watchdog.asked
             admitted, events = self.safety.admit(reply, now)
             for event in events:
                 self._tell(event)
-            if not asked:
+            if not awaited:
                 continue  # a repetition, or nobody waits for it any more
             self.watchdog.answered()
             if admitted:
@@ -358,18 +376,20 @@ class ControlLoop:
             self.sink.outcome(outcome)
 
     def _observe(self, cameras: bool) -> Observation:
-        seen = self.robot.observe(cameras)
-        return dataclasses.replace(seen, stamp=self.clock.now()) if self._lock_step else seen
+        observation = self.robot.observe(cameras)
+        if self._lock_step:
+            return dataclasses.replace(observation, stamp=self.clock.now())
+        return observation
 
-    def _state(self) -> Observation:
+    def _measure(self) -> Observation:
         """The measured state; where the robot cannot tell, the last one, which grows too old, and a fault."""
         try:
-            self._seen = self._observe(cameras=False)
+            self._newest_state = self._observe(cameras=False)
         except RatchetError as error:
-            if self._seen is None:
+            if self._newest_state is None:
                 raise
             self.safety.fail("safety.observation_age", f"no state: {error.code}: {error.what}")
-        return self._seen
+        return self._newest_state
 
     def _tell(self, event: SafetyEvent) -> None:
         self._events += 1

@@ -26,6 +26,12 @@ __all__ = ["MOVING", "FilterResult", "Proposal", "SafetyConfig", "SafetyFilter",
 MOVING = (SafetyState.RAMPING, SafetyState.RUNNING, SafetyState.WAITING)
 """States of an attempt under way: nothing has stopped it."""
 
+GUARDED = (*MOVING, SafetyState.HOLDING)
+"""States in which every input is checked: the arm moves, or goes on by itself once the cause of its hold has passed."""
+
+E_STOP = "safety.e_stop"
+CLOCK_FAULTS = ("safety.clock", "safety.clock_paused")
+
 
 class SafetyFilter:
     """One per arm. Call `start`, then `step` once per control period; send what the result says and nothing else.
@@ -42,28 +48,33 @@ class SafetyFilter:
         self, contract: RobotContract, config: SafetyConfig | None = None, *, period: float | None = None
     ) -> None:
         """period: seconds between commands; the contract's control period if absent."""
-        self.contract, self.config = contract, config or SafetyConfig()
+        self.contract = contract
+        self.config = config or SafetyConfig()
         self.period = period or 1.0 / contract.control_hz
         self.limiter = Limiter(contract, self.period)
         self._state = SafetyState.IDLE
         self._cause = ""
-        self._after_stop = SafetyState.IDLE
+        self._after_stop = SafetyState.IDLE  # what the state STOPPING leads to
         self._e_stop = False
         self._pending: deque[tuple[str, str]] = deque()  # (code, message) of faults, from any thread
         self._dead_man_stamp = -math.inf
         self._moving_since = 0.0
-        self._stopping_since, self._stop_steps = 0.0, 0
+        self._stopping_since = 0.0
+        self._stop_steps = 0
         self._pacer = Pacer(self.period)
         self._last_order = (-1, -1)
         self._chunk_sequence = -1
         self._measured: Measured | None = None
         self._measured_stamp = -math.inf
-        self._resume_asked = self._blocked = self._by_human = False
+        self._resume_requested = False
+        self._faulted_this_step = False
+        self._driven_by_human = False
 
     # -- what a person and the surroundings say ------------------------------------------------------------------
 
     @property
     def state(self) -> SafetyState:
+        """Where the filter stands after the last step; docs/safety.md shows the transitions."""
         return self._state
 
     @property
@@ -90,7 +101,7 @@ class SafetyFilter:
         if self._state is SafetyState.LATCHED or self._e_stop:
             raise RatchetError(
                 "safety.latched",
-                f"motion is stopped by {self._cause or 'safety.e_stop'}",
+                f"motion is stopped by {self._cause or E_STOP}",
                 fix="remove the cause, release the e-stop, then clear",
             )
         if not self.limiter.resting and self._state is not SafetyState.IDLE:
@@ -99,20 +110,22 @@ class SafetyFilter:
         self._measured_stamp = now
         self.limiter.start(self._measured)
         self._pending.clear()
-        self._last_order, self._chunk_sequence = (-1, -1), -1
+        self._last_order = (-1, -1)
+        self._chunk_sequence = -1
         self._pacer.start(now)
         self._begin(now)
 
     def stop(self) -> None:
         """End the motion with bounded deceleration and go idle; faults stay latched."""
-        if self._state in MOVING or self._state is SafetyState.HOLDING:
+        if self._state in GUARDED:
             self._brake_then(SafetyState.IDLE, "")
         elif self._state is SafetyState.STOPPING and self._after_stop is SafetyState.HOLDING:
-            self._after_stop, self._cause = SafetyState.IDLE, ""
+            self._after_stop = SafetyState.IDLE
+            self._cause = ""
 
     def resume(self) -> None:
         """A person lets motion go on after a hold (where `SafetyConfig.resume` is "manual")."""
-        self._resume_asked = True
+        self._resume_requested = True
 
     def clear(self, operator: str) -> SafetyEvent:
         """A person declares a latched fault removed; the state becomes idle and `start` is possible again.
@@ -125,11 +138,12 @@ class SafetyFilter:
                 "safety.no_operator", "a latched fault is cleared by a named operator", fix="give a name"
             )
         if self._e_stop:
-            raise RatchetError("safety.e_stop", "the e-stop is pressed", fix="release it, then clear")
+            raise RatchetError(E_STOP, "the e-stop is pressed", fix="release it, then clear")
         if self._state is not SafetyState.LATCHED:
             raise RatchetError("safety.not_latched", f"nothing is latched, state is {self._state.value}")
         event = SafetyEvent(self._pacer.now, "safety.cleared", f"{self._cause} cleared by {operator.strip()}")
-        self._state, self._cause = SafetyState.IDLE, ""
+        self._state = SafetyState.IDLE
+        self._cause = ""
         self._pending.clear()
         return event
 
@@ -137,7 +151,7 @@ class SafetyFilter:
         """Emergency stop by software: latches at the next step; releasing it does not clear the latch. Any thread."""
         self._e_stop = pressed
         if pressed:
-            self._pending.append(("safety.e_stop", "emergency stop"))
+            self._pending.append((E_STOP, "emergency stop"))
 
     def dead_man(self, pressed: bool, now: float) -> None:
         """The dead-man switch, repeated while it is held. Any thread."""
@@ -160,14 +174,20 @@ class SafetyFilter:
             self.fail(*fault)
             return False, ()
         if chunk.observation_sequence <= self._chunk_sequence:
-            code, text = "safety.chunk_sequence", "repeated or reordered chunk dropped"
-            value, limit = float(chunk.observation_sequence), float(self._chunk_sequence)
-            return False, (self._event(now, code, text, value=value, limit=limit),)
-        late = now - (chunk.observation_stamp + (len(chunk.actions) - 1) * self.period)
-        allowed = self.contract.watchdog.action_max_age
-        if late > allowed:
+            event = self._event(
+                now,
+                "safety.chunk_sequence",
+                "repeated or reordered chunk dropped",
+                value=float(chunk.observation_sequence),
+                limit=float(self._chunk_sequence),
+            )
+            return False, (event,)
+        last_action_age_s = now - (chunk.observation_stamp + (len(chunk.actions) - 1) * self.period)
+        allowed_s = self.contract.watchdog.action_max_age
+        if last_action_age_s > allowed_s:
             text = "chunk dropped: even its last action is too old, seconds"
-            return False, (self._event(now, "safety.chunk_age", text, value=late, limit=allowed),)
+            event = self._event(now, "safety.chunk_age", text, value=last_action_age_s, limit=allowed_s)
+            return False, (event,)
         self._chunk_sequence = chunk.observation_sequence
         return True, ()
 
@@ -200,9 +220,9 @@ class SafetyFilter:
             self.limiter.halt()
         measured = self._check_state(state, stamp, now)
         self._check_dead_man(now)
-        if self._e_stop and self._state is not SafetyState.LATCHED and self._cause != "safety.e_stop":
-            self._pending.append(("safety.e_stop", "emergency stop"))
-        if proposal is not None and self._state in (*MOVING, SafetyState.HOLDING) and not self._pending:
+        if self._e_stop and self._state is not SafetyState.LATCHED and self._cause != E_STOP:
+            self._pending.append((E_STOP, "emergency stop"))
+        if proposal is not None and self._state in GUARDED and not self._pending:
             proposal = self._check_proposal(proposal, now)
         elif proposal is None and not expected and self._state in MOVING and not self._pending:
             self._pending.append(("safety.no_action", "no action to send"))
@@ -221,43 +241,50 @@ class SafetyFilter:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _begin(self, now: float) -> None:
-        self._cause, self._resume_asked = "", False
+        self._cause = ""
+        self._resume_requested = False
         self._moving_since = now
         self._state = SafetyState.RAMPING if self.contract.limits.ramp_time > 0 else SafetyState.RUNNING
 
-    def _brake_then(self, then: SafetyState, cause: str) -> None:
-        self._stopping_since, self._stop_steps = self._pacer.now, 0
-        self._state, self._after_stop, self._cause = SafetyState.STOPPING, then, cause
-        self._resume_asked = False
+    def _brake_then(self, after_stop: SafetyState, cause: str) -> None:
+        """Enter STOPPING; once the arm stands, the state becomes `after_stop`."""
+        self._stopping_since = self._pacer.now
+        self._stop_steps = 0
+        self._state = SafetyState.STOPPING
+        self._after_stop = after_stop
+        self._cause = cause
+        self._resume_requested = False
 
     def _check_state(self, state: Mapping[str, Float32], stamp: float, now: float) -> Measured:
         try:
             measured = self.limiter.measure(state)
         except RatchetError as error:
-            if self._state in (*MOVING, SafetyState.HOLDING):
+            if self._state in GUARDED:
                 self._pending.append((error.code, f"{error.what} ({error.where})"))
             if self._measured is None:
                 size = len(self.limiter.target())
                 return Measured(np.full(size, np.nan), np.full(4, np.nan), math.nan)
             return self._measured
-        if self._state in (*MOVING, SafetyState.HOLDING):
-            age, allowed = now - stamp, self.contract.watchdog.observation_max_age
-            if not age <= allowed:
-                self._pending.append(("safety.observation_age", f"the state is {age:.3g} s old, allowed {allowed} s"))
-            elif age < -self.period:
-                self._pending.append(("safety.clock", f"the state is stamped {-age:.3g} s ahead of the clock"))
+        if self._state in GUARDED:
+            age_s = now - stamp
+            allowed_s = self.contract.watchdog.observation_max_age
+            if not age_s <= allowed_s:  # this way round, so that NaN is too old
+                text = f"the state is {age_s:.3g} s old, allowed {allowed_s} s"
+                self._pending.append(("safety.observation_age", text))
+            elif age_s < -self.period:
+                self._pending.append(("safety.clock", f"the state is stamped {-age_s:.3g} s ahead of the clock"))
             if self._state is not SafetyState.HOLDING and self._measured is not None:
-                elapsed = max(stamp - self._measured_stamp, self.period)
-                factor = self.config.jump_factor
-                problem = checks.jump(self.limiter, self._measured, measured, elapsed, factor)
+                elapsed_s = max(stamp - self._measured_stamp, self.period)
+                problem = checks.jump(self.limiter, self._measured, measured, elapsed_s, self.config.jump_factor)
                 problem = problem or checks.lag(self.limiter, measured, self.config.tracking_factor)
                 if problem:
                     self._pending.append(problem)
-        self._measured, self._measured_stamp = measured, stamp
+        self._measured = measured
+        self._measured_stamp = stamp
         return measured
 
     def _check_dead_man(self, now: float) -> None:
-        if not self.config.dead_man or self._state not in (*MOVING, SafetyState.HOLDING):
+        if not self.config.dead_man or self._state not in GUARDED:
             return
         if not now - self._dead_man_stamp <= self.config.dead_man_timeout:
             self._pending.append(("safety.dead_man", "the dead-man switch is not held"))
@@ -278,11 +305,11 @@ class SafetyFilter:
 
     def _take_faults(self, now: float, events: list[SafetyEvent]) -> None:
         """Every fault since the last step becomes an event; the first of the gravest kind decides the state."""
-        self._blocked = bool(self._pending)
+        self._faulted_this_step = bool(self._pending)
         while self._pending:
             code, message = self._pending.popleft()
             latching = code in self.config.latch_on
-            if self._state is SafetyState.LATCHED or (self._state is SafetyState.IDLE and code != "safety.e_stop"):
+            if self._state is SafetyState.LATCHED or (self._state is SafetyState.IDLE and code != E_STOP):
                 continue
             if self._state is SafetyState.HOLDING and not latching and code == self._cause:
                 continue  # still the same cause: one event was enough
@@ -291,10 +318,12 @@ class SafetyFilter:
             events.append(self._event(now, code, message, latched=latching))
             if latching:
                 if self._state in (SafetyState.HOLDING, SafetyState.IDLE):
-                    self._state, self._cause = SafetyState.LATCHED, code
+                    self._state = SafetyState.LATCHED
+                    self._cause = code
                 elif self._state is SafetyState.STOPPING:
                     if self._after_stop is not SafetyState.LATCHED:
-                        self._after_stop, self._cause = SafetyState.LATCHED, code
+                        self._after_stop = SafetyState.LATCHED
+                        self._cause = code
                 else:
                     self._brake_then(SafetyState.LATCHED, code)
             elif self._state in MOVING:
@@ -303,13 +332,14 @@ class SafetyFilter:
                 self._cause = code
 
     def _may_resume(self) -> bool:
-        return not self._blocked and (self.config.resume == "automatic" or self._resume_asked)
+        return not self._faulted_this_step and (self.config.resume == "automatic" or self._resume_requested)
 
     def _brake(self, measured: Measured, dt: float, now: float, events: list[SafetyEvent]) -> FilterResult:
         self._stop_steps += 1
-        allowed = self.contract.watchdog.stop_time + 2 * self.period
-        overdue = now - self._stopping_since > allowed or self._stop_steps * self.period > allowed
-        if self._cause in ("safety.clock", "safety.clock_paused"):
+        allowed_s = self.contract.watchdog.stop_time + 2 * self.period
+        # Steps are counted beside the clock, as a clock that stands still would never be overdue.
+        overdue = now - self._stopping_since > allowed_s or self._stop_steps * self.period > allowed_s
+        if self._cause in CLOCK_FAULTS:
             dt = self.period  # the clock cannot be asked; braking must go on
         if self.limiter.resting or overdue:
             self.limiter.halt()
@@ -329,15 +359,15 @@ class SafetyFilter:
         self, proposal: Proposal, measured: Measured, dt: float, now: float, events: list[SafetyEvent]
     ) -> FilterResult:
         human = bool(proposal.marks & Mark.HUMAN)
-        if self._by_human and not human:
+        if self._driven_by_human and not human:
             self._moving_since = now  # the intervention ended: the policy begins as after a start
-        self._by_human = human
-        ramp = self.contract.limits.ramp_time
-        moved = now - self._moving_since + self.period
-        ramping = moved < ramp
-        share = moved / ramp if ramping else 1.0
+        self._driven_by_human = human
+        ramp_s = self.contract.limits.ramp_time
+        moved_s = now - self._moving_since + self.period
+        ramping = moved_s < ramp_s
+        velocity_share = moved_s / ramp_s if ramping else 1.0
         self._state = SafetyState.RAMPING if ramping else SafetyState.RUNNING
-        command, cuts = self.limiter.apply(proposal.action, measured, dt, share)
+        command, cuts = self.limiter.apply(proposal.action, measured, dt, velocity_share)
         marks = proposal.marks
         for name, cut in cuts:
             slowed = ramping and cut.kind == "velocity"
