@@ -49,7 +49,7 @@ class PolicyNode(RatchetNode):
     """
 
     Parameters = policy_params.Parameters
-    TaskServer = TaskServer
+    TaskServer: type[TaskServer] = TaskServer
 
     def __init__(self, **options: Any) -> None:
         super().__init__("policy_node", **options)
