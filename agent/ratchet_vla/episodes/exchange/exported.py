@@ -46,68 +46,84 @@ def facts_of(card: Card, status: LabelStatus, reader: EpisodeReader) -> dict[str
     }
 
 
-def episode_of(facts: dict[str, Any], rate: Rate, found: Iterable[Row], came_from: str) -> Episode:
+def episode_of(details: dict[str, Any], rate: Rate, rows: Iterable[Row], origin: str) -> Episode:
     """An exported episode as a recording again.
 
     The label comes along as what the export claims, under a source of its own: whoever has the store decides anew.
     Tokens and log-probabilities are in no export, so that nothing here can enter a policy gradient.
     """
     try:
-        adapter = facts["adapter_id"]
-        instruction = facts["instruction"]
+        adapter_id = details["adapter_id"]
+        instruction = details["instruction"]
         steps: list[Step] = []
         ticks: list[ControlTick] = []
-        for i, row in enumerate(found):
-            seen = Observation(row.images, row.state, instruction, row.stamp, i)
+        for position, row in enumerate(rows):
+            observation = Observation(row.images, row.state, instruction, row.stamp, position)
             actions = row.action[None] if row.chunk is None else row.chunk
-            flags = np.array([row.executed]) if row.flags is None else row.flags
-            chunk = ActionChunk(actions.copy(), None, None, "" if row.human else adapter, 0.0, row.stamp, i)
-            steps.append(Step(seen, chunk, flags, row.reward, row.done, row.ran))
+            executed = np.array([row.executed]) if row.flags is None else row.flags
+            chunk = ActionChunk(actions.copy(), None, None, "" if row.human else adapter_id, 0.0, row.stamp, position)
+            steps.append(Step(observation, chunk, executed, row.reward, row.done, row.ran))
             if rate == "control":
                 marks = Mark(row.marks)
                 ticks.append(
-                    ControlTick(row.stamp, row.stamp, i, None, row.action.copy(), marks, i, 0, adapter, row.state)
+                    ControlTick(
+                        row.stamp,
+                        row.stamp,
+                        position,
+                        None,
+                        row.action.copy(),
+                        marks,
+                        position,
+                        0,
+                        adapter_id,
+                        row.state,
+                    )
                 )
-        claimed = facts["success"]
+        claimed_success = details["success"]
         return Episode(
-            task=facts["task"],
+            task=details["task"],
             instruction=instruction,
             steps=steps,
-            success=claimed,
-            success_source="" if claimed is None else f"export:{facts['success_source']}",
-            initial_state=int(facts["initial_state"]),
-            seed=int(facts["seed"]),
-            adapter_id=adapter,
-            meta={**facts["meta"], "imported_from": came_from, "exported": _kept(facts)},
+            success=claimed_success,
+            success_source="" if claimed_success is None else f"export:{details['success_source']}",
+            initial_state=int(details["initial_state"]),
+            seed=int(details["seed"]),
+            adapter_id=adapter_id,
+            meta={**details["meta"], "imported_from": origin, "exported": _kept(details)},
             ticks=ticks,
-            termination=facts["termination"],
+            termination=details["termination"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RatchetError(
-            "import.damaged", f"what the export says of an episode is unreadable: {error!r}", where=came_from
+            "import.damaged", f"what the export says of an episode is unreadable: {error!r}", where=origin
         ) from None
 
 
-def contract_of(raw: Any, where: str, given: RobotContract | None) -> RobotContract:
-    """The contract in force when the episodes were recorded. given: what the user named; may differ in limits only.
+def contract_of(contract_data: Any, location: str, named_contract: RobotContract | None) -> RobotContract:
+    """The contract in force when the episodes were recorded.
+
+    named_contract: what the user named; it may differ in limits only.
 
     Raises:
         RatchetError: import.other_contract, and what `RobotContract.from_dict` raises.
     """
-    own = RobotContract.from_dict(json.loads(raw) if isinstance(raw, str) else raw, where, rules=False)
-    if given is None or given.id == own.id:
-        return own
-    mine = _meaning(own)
-    theirs = _meaning(given)
-    other = [name for name in mine if mine[name] != theirs[name]]
-    if other:
+    exported_contract = RobotContract.from_dict(
+        json.loads(contract_data) if isinstance(contract_data, str) else contract_data, location, rules=False
+    )
+    if named_contract is None or named_contract.id == exported_contract.id:
+        return exported_contract
+    exported_meaning = _meaning(exported_contract)
+    named_meaning = _meaning(named_contract)
+    differing = [name for name in exported_meaning if exported_meaning[name] != named_meaning[name]]
+    if differing:
+        aspects = ", another ".join(differing)
         raise RatchetError(
             "import.other_contract",
-            f"exported from robot '{own.name}', which has another {', another '.join(other)} than '{given.name}'",
-            where=where,
+            f"exported from robot '{exported_contract.name}', which has another {aspects} than '{named_contract.name}'",
+            where=location,
             fix="leave --contract out: the export has its own",
         )
-    return own
+    return exported_contract
 
 
 def _meaning(contract: RobotContract) -> dict[str, Any]:
@@ -115,10 +131,10 @@ def _meaning(contract: RobotContract) -> dict[str, Any]:
     return {
         "control rate": contract.control_hz,
         "action space": contract.action,
-        "state": [(s.name, s.size, s.unit, s.frame) for s in contract.state],
-        "cameras": [(c.name, c.width, c.height) for c in contract.cameras],
+        "state": [(state.name, state.size, state.unit, state.frame) for state in contract.state],
+        "cameras": [(camera.name, camera.width, camera.height) for camera in contract.cameras],
     }
 
 
-def _kept(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: facts[name] for name in ("id", "mode", "verification")}
+def _kept(details: dict[str, Any]) -> dict[str, Any]:
+    return {name: details[name] for name in ("id", "mode", "verification")}

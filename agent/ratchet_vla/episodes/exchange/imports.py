@@ -69,8 +69,8 @@ def import_lerobot(
     """
     mapping = mapping or NameMapping()
     source = LeRobotSet(folder, contract, mapping)
-    written = (folder / "meta/info.json").stat().st_mtime
-    return take_in(source.episodes(), len(source.listing), store, contract, frames, progress, written)
+    written_s = (folder / "meta/info.json").stat().st_mtime
+    return take_in(source.episodes(), len(source.listing), store, contract, frames, progress, written_s)
 
 
 def import_libero(
@@ -90,14 +90,14 @@ def import_libero(
     if not h5py.is_hdf5(file):
         raise RatchetError("import.not_hdf5", "no HDF5 file", where=str(file), fix="name a LIBERO demonstration file")
     with h5py.File(file, "r") as data:
-        names = sorted(data.get("data", {}), key=lambda n: int(n.removeprefix("demo_") or 0))
+        names = sorted(data.get("data", {}), key=lambda demo_name: int(demo_name.removeprefix("demo_") or 0))
         if not names:
             raise RatchetError(
                 "import.not_hdf5", "it holds no demonstrations", where=str(file), fix="expected data/demo_N"
             )
         _check_libero(data["data"][names[0]], contract, str(file))
-        found = _libero(data, names, file, contract)
-        return take_in(found, len(names), store, contract, frames, progress, file.stat().st_mtime)
+        demonstrations = _libero(data, names, file, contract)
+        return take_in(demonstrations, len(names), store, contract, frames, progress, file.stat().st_mtime)
 
 
 def demonstration(
@@ -117,64 +117,69 @@ def demonstration(
     """
     steps = []
     ticks = []
-    for i, action in enumerate(np.asarray(actions, np.float32)):
-        stamp = i / contract.control_hz
-        state = {name: np.asarray(values, np.float32) for name, values in states[i].items()}
-        seen = Observation(dict(images[i]), state, instruction, stamp, i)
-        chunk = ActionChunk(action[None].copy(), None, None, "", 0.0, stamp, i)
-        mark = Mark.HUMAN if human is None or human[i] else Mark.NONE
-        steps.append(Step(seen, chunk, np.zeros(1, np.bool_), 0.0, i == len(actions) - 1, 1))
-        ticks.append(ControlTick(stamp, stamp, i, None, action.copy(), mark, i, 0, "", state))
+    for position, action in enumerate(np.asarray(actions, np.float32)):
+        stamp = position / contract.control_hz
+        state = {name: np.asarray(values, np.float32) for name, values in states[position].items()}
+        observation = Observation(dict(images[position]), state, instruction, stamp, position)
+        chunk = ActionChunk(action[None].copy(), None, None, "", 0.0, stamp, position)
+        mark = Mark.HUMAN if human is None or human[position] else Mark.NONE
+        steps.append(Step(observation, chunk, np.zeros(1, np.bool_), 0.0, position == len(actions) - 1, 1))
+        ticks.append(ControlTick(stamp, stamp, position, None, action.copy(), mark, position, 0, "", state))
     return Episode(task=task, instruction=instruction, steps=steps, ticks=ticks, meta=meta)
 
 
 def take_in(
-    found: Iterator[tuple[Episode, dict[str, Any]]],
+    episodes: Iterator[tuple[Episode, dict[str, Any]]],
     count: int,
     store: EpisodeStore,
     contract: RobotContract,
     frames: Codec,
     progress: Progress | None,
-    written: float = 0.0,
+    written_s: float = 0.0,
 ) -> list[Card]:
     """Write all beside the store first, so that a refusal in the middle leaves nothing behind.
 
-    found: episodes, each with what is known of it (session, created, clock_offset, calibrations) or nothing. written:
-        when the source was, in seconds UTC; it dates episodes of which nothing is known, so that importing again gives
-        the same ids.
+    episodes: each with what is known of it (session, created, clock_offset, calibrations), or nothing.
+    written_s: when the source was written, in seconds UTC; it dates episodes of which nothing is known, so that
+        importing again gives the same ids.
     """
-    created = datetime.fromtimestamp(written, UTC).isoformat(timespec="milliseconds")
-    unknown = {"session": "imported", "created": created, "clock_offset": written, "calibrations": {}}
-    tell = progress or (lambda what, done, of: None)
-    waiting = Path(tempfile.mkdtemp(prefix=".importing-", dir=store.root))
+    created = datetime.fromtimestamp(written_s, UTC).isoformat(timespec="milliseconds")
+    defaults = {"session": "imported", "created": created, "clock_offset": written_s, "calibrations": {}}
+    report_progress = progress or (lambda stage, done_count, total: None)
+    staging_folder = Path(tempfile.mkdtemp(prefix=".importing-", dir=store.root))
     try:
-        for i, (episode, known) in enumerate(found):
-            path = waiting / f"{i:06d}.mcap"
-            facts = {name: known.get(name, value) for name, value in unknown.items()}
-            write_episode(path, episode, contract, frames=frames, mode="import", **facts)
-            tell("read", i + 1, count)
-        return [store.copy_in(path) for path in sorted(waiting.iterdir())]
+        for position, (episode, details) in enumerate(episodes):
+            path = staging_folder / f"{position:06d}.mcap"
+            fields = {name: details.get(name, value) for name, value in defaults.items()}
+            write_episode(path, episode, contract, frames=frames, mode="import", **fields)
+            report_progress("read", position + 1, count)
+        return [store.copy_in(path) for path in sorted(staging_folder.iterdir())]
     finally:
-        shutil.rmtree(waiting)
+        shutil.rmtree(staging_folder)
 
 
 # -- LIBERO ------------------------------------------------------------------------------------------------------
 
 
-def _check_libero(demo: Any, contract: RobotContract, where: str) -> None:
-    obs = demo["obs"]
+def _check_libero(demo: Any, contract: RobotContract, location: str) -> None:
+    observations = demo["obs"]
     for state in contract.state:
-        theirs = LIBERO_STATE.get(state.name, state.name)
-        if theirs not in obs or obs[theirs].shape[1:] != (state.size,):
-            raise _other("state", f"no {theirs!r} of {state.size} values for state {state.name!r}", where, sorted(obs))
+        dataset_name = LIBERO_STATE.get(state.name, state.name)
+        if dataset_name not in observations or observations[dataset_name].shape[1:] != (state.size,):
+            raise _other(
+                "state",
+                f"no {dataset_name!r} of {state.size} values for state {state.name!r}",
+                location,
+                sorted(observations),
+            )
     for camera in contract.cameras:
-        theirs = LIBERO_CAMERAS.get(camera.name, camera.name)
-        if theirs not in obs:
-            raise _other("camera", f"no {theirs!r} for camera {camera.name!r}", where, sorted(obs))
-        _check_size(upright(np.asarray(obs[theirs][0]), camera), camera, where)
+        dataset_name = LIBERO_CAMERAS.get(camera.name, camera.name)
+        if dataset_name not in observations:
+            raise _other("camera", f"no {dataset_name!r} for camera {camera.name!r}", location, sorted(observations))
+        _check_size(upright(np.asarray(observations[dataset_name][0]), camera), camera, location)
     if demo["actions"].shape[1] != contract.action.size:
-        text = f"{demo['actions'].shape[1]} action values, the contract has {contract.action.size}"
-        raise _other("actions", text, where, [d.name for d in contract.action.dims])
+        problem = f"{demo['actions'].shape[1]} action values, the contract has {contract.action.size}"
+        raise _other("actions", problem, location, [dim.name for dim in contract.action.dims])
 
 
 def _libero(
@@ -183,21 +188,21 @@ def _libero(
     attributes = data["data"].attrs
     problem = json.loads(attributes.get("problem_info", "{}"))
     instruction = " ".join(str(problem.get("language_instruction", file.stem.replace("_", " "))).split())
-    scale = np.array([d.command_scale for d in contract.action.dims], np.float32)
+    scale = np.array([dim.command_scale for dim in contract.action.dims], np.float32)
     for name in names:
         demo = data["data"][name]
-        obs = demo["obs"]
+        observations = demo["obs"]
         count = len(demo["actions"])
         images: list[dict[str, UInt8]] = [{} for _ in range(count)]
         states: list[dict[str, Float32]] = [{} for _ in range(count)]
         for camera in contract.cameras:
-            taken = np.asarray(obs[LIBERO_CAMERAS.get(camera.name, camera.name)])
-            for i in range(count):
-                images[i][camera.name] = upright(taken[i], camera)
+            camera_frames = np.asarray(observations[LIBERO_CAMERAS.get(camera.name, camera.name)])
+            for position in range(count):
+                images[position][camera.name] = upright(camera_frames[position], camera)
         for state in contract.state:
-            values = np.asarray(obs[LIBERO_STATE.get(state.name, state.name)], np.float32)
-            for i in range(count):
-                states[i][state.name] = values[i]
+            values = np.asarray(observations[LIBERO_STATE.get(state.name, state.name)], np.float32)
+            for position in range(count):
+                states[position][state.name] = values[position]
         actions = np.asarray(demo["actions"], np.float32) * scale
         meta = {"imported_from": file.name, "demonstration": name, "claims_success": bool(np.any(demo["dones"]))}
         yield demonstration(contract, instruction, file.stem.removesuffix("_demo"), images, states, actions, meta), {}
@@ -205,9 +210,9 @@ def _libero(
 
 def upright(image: npt.NDArray[Any], camera: CameraSpec) -> UInt8:
     """A raw image turned and mirrored as the contract says."""
-    out = np.rot90(image, camera.rotate // 90)
-    out = out[:, ::-1] if camera.mirror else out
-    return np.ascontiguousarray(out, np.uint8)
+    turned = np.rot90(image, camera.rotate // 90)
+    turned = turned[:, ::-1] if camera.mirror else turned
+    return np.ascontiguousarray(turned, np.uint8)
 
 
 # -- LeRobot -----------------------------------------------------------------------------------------------------
@@ -240,52 +245,64 @@ class LeRobotSet:
         self.listing = self._list()
 
     def episodes(self) -> Iterator[tuple[Episode, dict[str, Any]]]:
-        scale = np.array([d.command_scale for d in self._contract.action.dims], np.float32)
+        scale = np.array([dim.command_scale for dim in self._contract.action.dims], np.float32)
         for row, (table, states, actions, images) in zip(self.listing, self.read(), strict=True):
             if self._mapping.actions == "command":
                 actions = actions * scale
             human = table["is_intervention"].to_pylist() if "is_intervention" in table.column_names else None
-            text = row["tasks"][0]
+            instruction = row["tasks"][0]
             meta = {"imported_from": self._folder.name, "episode": row["episode_index"]}
-            yield demonstration(self._contract, text, text, images, states, actions, meta, human=human), {}
+            yield (
+                demonstration(self._contract, instruction, instruction, images, states, actions, meta, human=human),
+                {},
+            )
 
     def read(self) -> Iterator[tuple[Any, list[dict[str, Float32]], Float32, list[dict[str, UInt8]]]]:
         """Table, N states, actions (N, D) float32 as they are written, and N times the frames of each episode."""
         videos: dict[Path, Iterator[UInt8]] = {}
-        names = [s.name for s in self._contract.state]
-        ends = np.cumsum([s.size for s in self._contract.state])[:-1]
+        names = [spec.name for spec in self._contract.state]
+        split_points = np.cumsum([spec.size for spec in self._contract.state])[:-1]
         for row in self.listing:
             table = self._table(row)
             count = len(table["index"])
             state = np.array(table["observation.state"].to_pylist(), np.float32).reshape(count, -1)
             actions = np.array(table["action"].to_pylist(), np.float32).reshape(count, -1)
-            states = [dict(zip(names, np.split(values, ends), strict=True)) for values in state]
+            states = [dict(zip(names, np.split(values, split_points), strict=True)) for values in state]
             yield table, states, actions, self._images(row, table, count, videos)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         contract = self._contract
-        where = str(self._folder)
+        location = str(self._folder)
         for key, names, code in (
-            ("action", [d.name for d in contract.action.dims], "actions"),
+            ("action", [dim.name for dim in contract.action.dims], "actions"),
             ("observation.state", state_names(contract), "state"),
         ):
-            theirs = self._features.get(key)
-            if theirs is None:
-                raise _other(code, f"no {key!r}", where, list(self._features))
-            given = theirs.get("names")
-            given = next(iter(given.values())) if isinstance(given, dict) else given
-            fits = theirs["shape"] == [len(names)] and (given == names or self._mapping.same_order)
-            if not fits:
-                raise _other(code, f"{key} is {given} of shape {theirs['shape']}, the contract has {names}", where, [])
+            feature = self._features.get(key)
+            if feature is None:
+                raise _other(code, f"no {key!r}", location, list(self._features))
+            feature_names = feature.get("names")
+            feature_names = next(iter(feature_names.values())) if isinstance(feature_names, dict) else feature_names
+            matches = feature["shape"] == [len(names)] and (feature_names == names or self._mapping.same_order)
+            if not matches:
+                raise _other(
+                    code,
+                    f"{key} is {feature_names} of shape {feature['shape']}, the contract has {names}",
+                    location,
+                    [],
+                )
         if abs(self._info["fps"] - self._rate) > 1e-6:
-            raise _other("rate", f"{self._info['fps']} fps, the contract runs at {self._rate:g} Hz", where, [])
+            raise _other("rate", f"{self._info['fps']} fps, the contract runs at {self._rate:g} Hz", location, [])
         for camera in contract.cameras:
             key = self._key(camera)
             if self._features.get(key, {}).get("dtype") not in ("video", "image"):
-                have = [k for k, f in self._features.items() if f["dtype"] in ("video", "image")]
-                raise _other("camera", f"no frames {key!r}", where, have)
+                image_keys = [
+                    image_key
+                    for image_key, image_feature in self._features.items()
+                    if image_feature["dtype"] in ("video", "image")
+                ]
+                raise _other("camera", f"no frames {key!r}", location, image_keys)
 
     def _key(self, camera: CameraSpec) -> str:
         name = self._mapping.cameras.get(camera.name, camera.name)
@@ -294,13 +311,13 @@ class LeRobotSet:
     def _list(self) -> list[dict[str, Any]]:
         meta = self._folder / "meta"
         if self._version == "v3.0":
-            found: list[dict[str, Any]] = []
+            listing: list[dict[str, Any]] = []
             for path in sorted((meta / "episodes").glob("*/*.parquet")):
-                wanted = [c for c in pq.read_schema(path).names if not c.startswith("stats/")]
-                found += pq.read_table(path, columns=wanted).to_pylist()
+                columns = [c for c in pq.read_schema(path).names if not c.startswith("stats/")]
+                listing += pq.read_table(path, columns=columns).to_pylist()
         else:
-            found = [json.loads(line) for line in (meta / "episodes.jsonl").read_text().splitlines() if line.strip()]
-        return sorted(found, key=lambda row: int(row["episode_index"]))
+            listing = [json.loads(line) for line in (meta / "episodes.jsonl").read_text().splitlines() if line.strip()]
+        return sorted(listing, key=lambda row: int(row["episode_index"]))
 
     def _path(self, template: str, row: dict[str, Any], prefix: str, key: str = "") -> Path:
         number = row["episode_index"]
@@ -329,8 +346,8 @@ class LeRobotSet:
 
     def _from_table(self, key: str, row: Any, table: Any, count: int, videos: Any) -> Iterator[UInt8]:
         for cell in table[key].to_pylist():
-            raw = np.frombuffer(cell["bytes"], np.uint8)
-            yield np.asarray(cv2.cvtColor(cv2.imdecode(raw, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
+            encoded = np.frombuffer(cell["bytes"], np.uint8)
+            yield np.asarray(cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
 
     def _from_video(
         self, key: str, row: Any, table: Any, count: int, videos: dict[Path, Iterator[UInt8]]
@@ -346,12 +363,12 @@ class LeRobotSet:
             yield image
 
 
-def _check_size(image: UInt8, camera: CameraSpec, where: str) -> None:
+def _check_size(image: UInt8, camera: CameraSpec, location: str) -> None:
     if image.shape != (camera.height, camera.width, 3):
-        text = f"{camera.name!r} has frames of shape {image.shape}, the contract says {camera.width}x{camera.height}"
-        raise _other("size", text, where, [])
+        problem = f"{camera.name!r} has frames of shape {image.shape}, the contract says {camera.width}x{camera.height}"
+        raise _other("size", problem, location, [])
 
 
-def _other(what: str, text: str, where: str, have: list[str]) -> RatchetError:
-    fix = f"it has {', '.join(have)}" if have else "give a mapping, or a contract that fits"
-    return RatchetError(f"import.other_{what}", text, where=where, fix=fix)
+def _other(aspect: str, problem: str, location: str, available: list[str]) -> RatchetError:
+    fix = f"it has {', '.join(available)}" if available else "give a mapping, or a contract that fits"
+    return RatchetError(f"import.other_{aspect}", problem, where=location, fix=fix)

@@ -29,7 +29,7 @@ def compare(
     written: Sequence[dict[str, Any]],
     rate: Rate,
     tolerance: float,
-    tell: Progress,
+    report_progress: Progress,
 ) -> dict[str, Any]:
     """Read everything back, against the recordings: numbers must be equal, frames near.
 
@@ -41,10 +41,10 @@ def compare(
     """
     videos: dict[Path, Any] = {}
     errors: list[float] = []
-    values = 0
-    for i, ((card, status), row) in enumerate(zip(chosen, written, strict=True)):
+    values_checked = 0
+    for position, ((card, status), row) in enumerate(zip(chosen, written, strict=True)):
         path = folder / lerobot.DATA_PATH.format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-        table = pq.read_table(path, filters=[("episode_index", "=", i)])
+        table = pq.read_table(path, filters=[("episode_index", "=", position)])
         states = np.array(table[lerobot.STATE].to_pylist(), np.float32)
         actions = np.array(table[lerobot.ACTION].to_pylist(), np.float32).reshape(len(states), -1)
         count = 0
@@ -52,10 +52,10 @@ def compare(
         reader = annotations.store.open(card.id)
         contract = reader.info.robot()
         for recorded in rows(reader, rate, success):
-            same = np.array_equal(states[count].ravel(), state_vector(recorded.state, contract))
-            if not same or not np.array_equal(actions[count], recorded.action):
+            state_equal = np.array_equal(states[count].ravel(), state_vector(recorded.state, contract))
+            if not state_equal or not np.array_equal(actions[count], recorded.action):
                 raise _differs(card, f"state or action of row {count}")
-            values += states[count].size + actions[count].size
+            values_checked += states[count].size + actions[count].size
             for name, image in recorded.images.items():
                 key = f"videos/{lerobot.IMAGES}{name}"
                 file = folder / lerobot.VIDEO_PATH.format(
@@ -65,27 +65,27 @@ def compare(
                 )
                 if file not in videos:
                     videos[file] = read_video(file)
-                got = next(videos[file], None)
-                if got is None or got.shape != image.shape:
+                decoded = next(videos[file], None)
+                if decoded is None or decoded.shape != image.shape:
                     raise _differs(card, f"frame {count} of {name} is missing")
-                error = float(np.abs(got.astype(np.int16) - image).mean())
+                error = float(np.abs(decoded.astype(np.int16) - image).mean())
                 errors.append(error)
                 if error > tolerance:
                     raise _differs(card, f"frame {count} of {name} is {error:.1f} of 255 off, {tolerance} allowed")
             count += 1
         if count != len(states):
             raise _differs(card, f"{len(states)} rows instead of {count}")
-        tell("compared", i + 1, len(chosen))
+        report_progress("compared", position + 1, len(chosen))
     if any(next(video, None) is not None for video in videos.values()):
         raise _differs(chosen[-1][0], "the videos hold more frames than were recorded")
     return {
         "mean_error": float(np.mean(errors)) if errors else 0.0,
         "worst_error": max(errors, default=0.0),
-        "values_checked": values,
+        "values_checked": values_checked,
     }
 
 
-def _differs(card: Card, what: str) -> RatchetError:
+def _differs(card: Card, problem: str) -> RatchetError:
     return RatchetError(
-        "export.differs", f"read back: {what}", where=card.id[:12], fix="lower crf, or choose another codec"
+        "export.differs", f"read back: {problem}", where=card.id[:12], fix="lower crf, or choose another codec"
     )

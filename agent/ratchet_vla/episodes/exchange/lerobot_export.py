@@ -32,7 +32,7 @@ from ratchet_vla.storage.growing import disk_refusals
 
 __all__ = ["ExportOptions", "ExportReport", "export_lerobot"]
 
-OURS = "meta/ratchet.json"  # what LeRobot has no place for, and what brings the set back
+OWN_FILE = "meta/ratchet.json"  # what LeRobot has no place for, and what brings the set back
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def choose(annotations: Annotations, references: Sequence[str], unverified: bool
         RatchetError: export.not_verified for a named one; export.nothing; export.mixed_contracts.
     """
     store = annotations.store
-    wanted = [store.resolve(r) for r in references] or list(store.cards())
+    episode_ids = [store.resolve(r) for r in references] or list(store.cards())
     chosen = []
-    for episode in wanted:
+    for episode in episode_ids:
         status = annotations.status(episode)
         if status.state == "verified" or (unverified and status.state != "discarded"):
             chosen.append((store.cards()[episode], status))
@@ -118,37 +118,39 @@ def export_lerobot(
             `choose` and the format raise; nothing is left behind then.
     """
     options = options or ExportOptions()
-    tell = progress or (lambda what, done, of: None)
+    report_progress = progress or (lambda stage, done_count, total: None)
     chosen = choose(annotations, references, options.unverified)
     if target.exists():
         raise RatchetError("export.exists", "there is something already", where=str(target), fix="name a new folder")
-    began = time.monotonic()
+    began_s = time.monotonic()
     scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
     with disk_refusals(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir()
         try:
             writer = _Writer(annotations, scratch, chosen, options)
-            for i, (card, status) in enumerate(chosen):
+            for position, (card, status) in enumerate(chosen):
                 writer.episode(card, status)
-                tell("written", i + 1, len(chosen))
+                report_progress("written", position + 1, len(chosen))
             writer.finish()
-            compared = compare(annotations, scratch, chosen, writer.rows, writer.rate, options.tolerance, tell)
+            compared = compare(
+                annotations, scratch, chosen, writer.rows, writer.rate, options.tolerance, report_progress
+            )
             _sync_tree(scratch)
             scratch.rename(target)
             sync_folder(target.parent)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-    size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+    size_bytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportReport(
         target=str(target),
         episodes=len(chosen),
         frames=writer.frames,
         rate=writer.rate,
         fps=writer.fps,
-        bytes=size,
-        seconds=time.monotonic() - began,
+        bytes=size_bytes,
+        seconds=time.monotonic() - began_s,
         **compared,
     )
 
@@ -175,15 +177,15 @@ class _Writer:
         )
         self._schema = lerobot.data_schema(self.columns)
         self._data: Any = None
-        self._data_at = (0, 0)
+        self._data_location = (0, 0)
         self._data_bytes = 0
         self._videos: dict[str, VideoFile] = {}
-        self._video_at: dict[str, tuple[int, int]] = {c.name: (0, 0) for c in self.contract.cameras}
+        self._video_locations: dict[str, tuple[int, int]] = {c.name: (0, 0) for c in self.contract.cameras}
         self._tasks: list[str] = []
         self.frames = 0
         self.rows: list[dict[str, Any]] = []
         self._stats: list[dict[str, dict[str, statistics.Array]]] = []
-        self._ours: list[dict[str, Any]] = []
+        self._own_details: list[dict[str, Any]] = []
 
     def episode(self, card: Card, status: LabelStatus) -> None:
         reader = self._annotations.store.open(card.id)
@@ -191,24 +193,24 @@ class _Writer:
         if card.instruction not in self._tasks:
             self._tasks.append(card.instruction)
         self._rotate()
-        coming = card.steps * self._length if self.rate == "spread" else card.ticks or card.steps
-        colours = {c.name: statistics.Colours(coming) for c in self.contract.cameras}
+        expected_frames = card.steps * self._length if self.rate == "spread" else card.ticks or card.steps
+        colours = {c.name: statistics.Colours(expected_frames) for c in self.contract.cameras}
         starts = {name: video.frames for name, video in self._videos.items()}
-        kept: list[Row] = []
+        episode_rows: list[Row] = []
         for row in rows(reader, self.rate, success):
             for name, image in row.images.items():
                 self._videos[name].add(image)
                 colours[name].add(image)
-            kept.append(Row(**{**row.__dict__, "images": {}}))
-        if not kept:
+            episode_rows.append(Row(**{**row.__dict__, "images": {}}))
+        if not episode_rows:
             raise empty_episode(card, self.rate)
-        table = self._table(kept, success, self._tasks.index(card.instruction))
+        table = self._table(episode_rows, success, self._tasks.index(card.instruction))
         written = lerobot.data_table(table, self._schema)
         self._data.write_table(written)
         self._data_bytes += written.nbytes
         self._describe(card, table, colours, starts)
-        self._ours.append(facts_of(card, status, reader))
-        self.frames += len(kept)
+        self._own_details.append(facts_of(card, status, reader))
+        self.frames += len(episode_rows)
 
     def finish(self) -> None:
         self._data.close()
@@ -217,13 +219,17 @@ class _Writer:
         episodes = self._folder / lerobot.EPISODES_PATH.format(chunk_index=0, file_index=0)
         lerobot.write_episodes(episodes, self.rows)
         lerobot.write_tasks(self._folder / "meta/tasks.parquet", self._tasks)
-        whole = {name: statistics.together([s[name] for s in self._stats]) for name in self._stats[0]}
-        plain = {name: {k: v.tolist() for k, v in stats.items()} for name, stats in whole.items()}
+        overall = {
+            name: statistics.together([episode_stats[name] for episode_stats in self._stats]) for name in self._stats[0]
+        }
+        plain = {
+            name: {statistic: values.tolist() for statistic, values in stats.items()} for name, stats in overall.items()
+        }
         _json(self._folder / "meta/stats.json", plain)
-        facts = lerobot.info(self.columns, self.fps, self.contract.name, len(self.rows), self.frames, len(self._tasks))
-        _json(self._folder / "meta/info.json", facts)
-        ours = {"format": FORMAT, "rate": self.rate, "fps": self.fps, "contract": self.contract.to_dict()}
-        _json(self._folder / OURS, {**ours, "episodes": self._ours})
+        info = lerobot.info(self.columns, self.fps, self.contract.name, len(self.rows), self.frames, len(self._tasks))
+        _json(self._folder / "meta/info.json", info)
+        own_data = {"format": FORMAT, "rate": self.rate, "fps": self.fps, "contract": self.contract.to_dict()}
+        _json(self._folder / OWN_FILE, {**own_data, "episodes": self._own_details})
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -247,9 +253,11 @@ class _Writer:
         if self._data is None or self._data_bytes > lerobot.DATA_MB << 20:
             if self._data is not None:
                 self._data.close()
-                self._data_at = lerobot.next_file(*self._data_at)
+                self._data_location = lerobot.next_file(*self._data_location)
                 self._data_bytes = 0
-            path = self._folder / lerobot.DATA_PATH.format(chunk_index=self._data_at[0], file_index=self._data_at[1])
+            path = self._folder / lerobot.DATA_PATH.format(
+                chunk_index=self._data_location[0], file_index=self._data_location[1]
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data = pq.ParquetWriter(path, self._schema, compression="snappy")
         for camera in self.contract.cameras:
@@ -259,39 +267,39 @@ class _Writer:
                 if size < lerobot.VIDEO_MB << 20:
                     continue
                 video.close()
-                self._video_at[camera.name] = lerobot.next_file(*self._video_at[camera.name])
-            chunk, file = self._video_at[camera.name]
+                self._video_locations[camera.name] = lerobot.next_file(*self._video_locations[camera.name])
+            chunk, file = self._video_locations[camera.name]
             key = lerobot.IMAGES + camera.name
             path = self._folder / lerobot.VIDEO_PATH.format(video_key=key, chunk_index=chunk, file_index=file)
             self._videos[camera.name] = VideoFile(
                 path, camera.height, camera.width, self.fps, self._options.codec, self._options.crf
             )
 
-    def _table(self, kept: list[Row], success: bool | None, task: int) -> dict[str, Any]:
-        count = len(kept)
+    def _table(self, episode_rows: list[Row], success: bool | None, task_index: int) -> dict[str, Any]:
+        count = len(episode_rows)
         index = np.arange(count)
         table: dict[str, Any] = {
-            lerobot.STATE: np.stack([state_vector(r.state, self.contract) for r in kept]),
-            lerobot.ACTION: np.stack([r.action for r in kept]),
-            "next.reward": np.array([r.reward for r in kept], np.float32),
-            "next.done": np.array([r.done for r in kept]),
-            "next.success": np.array([bool(success) and r.done for r in kept]),
-            "is_intervention": np.array([r.human for r in kept]),
-            "executed": np.array([r.executed for r in kept]),
-            "marks": np.array([r.marks for r in kept]),
-            "stamp": np.array([r.stamp for r in kept]),
+            lerobot.STATE: np.stack([state_vector(row.state, self.contract) for row in episode_rows]),
+            lerobot.ACTION: np.stack([row.action for row in episode_rows]),
+            "next.reward": np.array([row.reward for row in episode_rows], np.float32),
+            "next.done": np.array([row.done for row in episode_rows]),
+            "next.success": np.array([bool(success) and row.done for row in episode_rows]),
+            "is_intervention": np.array([row.human for row in episode_rows]),
+            "executed": np.array([row.executed for row in episode_rows]),
+            "marks": np.array([row.marks for row in episode_rows]),
+            "stamp": np.array([row.stamp for row in episode_rows]),
             "timestamp": (index / self.fps).astype(np.float32),
             "frame_index": index,
             "episode_index": np.full(count, len(self.rows)),
             "index": self.frames + index,
-            "task_index": np.full(count, task),
+            "task_index": np.full(count, task_index),
         }
         if self._length:
-            table[lerobot.CHUNK] = np.stack([r.chunk.ravel() for r in kept if r.chunk is not None])
-            table[lerobot.CHUNK_EXECUTED] = np.stack([r.flags for r in kept if r.flags is not None])
-            table[lerobot.CHUNK_RAN] = np.array([r.ran for r in kept])
+            table[lerobot.CHUNK] = np.stack([row.chunk.ravel() for row in episode_rows if row.chunk is not None])
+            table[lerobot.CHUNK_EXECUTED] = np.stack([row.flags for row in episode_rows if row.flags is not None])
+            table[lerobot.CHUNK_RAN] = np.array([row.ran for row in episode_rows])
         if self.rate == "spread":
-            table[lerobot.FRESH] = np.array([r.fresh for r in kept])
+            table[lerobot.IS_DECISION] = np.array([row.fresh for row in episode_rows])
         return table
 
     def _describe(
@@ -306,20 +314,24 @@ class _Writer:
             "episode_index": len(self.rows),
             "tasks": [card.instruction],
             "length": count,
-            "data/chunk_index": self._data_at[0],
-            "data/file_index": self._data_at[1],
+            "data/chunk_index": self._data_location[0],
+            "data/file_index": self._data_location[1],
             "dataset_from_index": self.frames,
             "dataset_to_index": self.frames + count,
         }
         for camera in self.contract.cameras:
             key = f"videos/{lerobot.IMAGES}{camera.name}"
             start = starts[camera.name]
-            row[f"{key}/chunk_index"], row[f"{key}/file_index"] = self._video_at[camera.name]
+            row[f"{key}/chunk_index"], row[f"{key}/file_index"] = self._video_locations[camera.name]
             row[f"{key}/from_timestamp"] = start / self.fps
             row[f"{key}/to_timestamp"] = (start + count) / self.fps
         stats = {lerobot.IMAGES + name: colour.result() for name, colour in colours.items()}
         stats |= {name: statistics.of_values(values) for name, values in table.items()}
-        row |= {f"stats/{name}/{k}": v for name, values in stats.items() for k, v in values.items()}
+        row |= {
+            f"stats/{name}/{statistic}": stat_values
+            for name, values in stats.items()
+            for statistic, stat_values in values.items()
+        }
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
         self.rows.append(row)
         self._stats.append(stats)

@@ -31,7 +31,7 @@ ACTION = "action"
 CHUNK = "action.chunk"
 CHUNK_EXECUTED = "action.chunk.executed"
 CHUNK_RAN = "action.chunk.steps_run"
-FRESH = "is_decision"  # of rows at control rate: frames and state are of this moment, not repeated
+IS_DECISION = "is_decision"  # of rows at control rate: frames and state are of this moment, not repeated
 DEFAULTS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 _ARROW = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_()}
 
@@ -40,10 +40,10 @@ def features(
     contract: RobotContract, fps: int, codec: str, crf: int, chunk: int = 0, *, spread: bool = False
 ) -> dict[str, dict[str, Any]]:
     """The data set's columns. chunk: K of decisions, 0 at control rate. spread: as in `rows.Rate`."""
-    dims = [d.name for d in contract.action.dims]
-    found: dict[str, dict[str, Any]] = {}
+    dims = [dim.name for dim in contract.action.dims]
+    columns: dict[str, dict[str, Any]] = {}
     for camera in contract.cameras:
-        found[IMAGES + camera.name] = {
+        columns[IMAGES + camera.name] = {
             "dtype": "video",
             "shape": [camera.height, camera.width, 3],
             "names": ["height", "width", "channels"],
@@ -60,15 +60,15 @@ def features(
                 "is_depth_map": False,
             },
         }
-    found[STATE] = {"dtype": "float32", "shape": [len(state_names(contract))], "names": state_names(contract)}
-    found[ACTION] = {"dtype": "float32", "shape": [len(dims)], "names": dims}
+    columns[STATE] = {"dtype": "float32", "shape": [len(state_names(contract))], "names": state_names(contract)}
+    columns[ACTION] = {"dtype": "float32", "shape": [len(dims)], "names": dims}
     if chunk:
-        names = [f"{d}.{k}" for k in range(chunk) for d in dims]
-        found[CHUNK] = {"dtype": "float32", "shape": [len(names)], "names": names}
-        found[CHUNK_EXECUTED] = {"dtype": "bool", "shape": [chunk], "names": [str(k) for k in range(chunk)]}
-        found[CHUNK_RAN] = {"dtype": "int64", "shape": [1], "names": None}
+        names = [f"{dim}.{offset}" for offset in range(chunk) for dim in dims]
+        columns[CHUNK] = {"dtype": "float32", "shape": [len(names)], "names": names}
+        columns[CHUNK_EXECUTED] = {"dtype": "bool", "shape": [chunk], "names": [str(offset) for offset in range(chunk)]}
+        columns[CHUNK_RAN] = {"dtype": "int64", "shape": [1], "names": None}
     if spread:
-        found[FRESH] = {"dtype": "bool", "shape": [1], "names": None}
+        columns[IS_DECISION] = {"dtype": "bool", "shape": [1], "names": None}
     for name, dtype in (
         ("next.reward", "float32"),
         ("next.done", "bool"),
@@ -78,10 +78,10 @@ def features(
         ("marks", "int64"),
         ("stamp", "float64"),
     ):
-        found[name] = {"dtype": dtype, "shape": [1], "names": None}
+        columns[name] = {"dtype": dtype, "shape": [1], "names": None}
     for name in DEFAULTS:
-        found[name] = {"dtype": "float32" if name == "timestamp" else "int64", "shape": [1], "names": None}
-    return found
+        columns[name] = {"dtype": "float32" if name == "timestamp" else "int64", "shape": [1], "names": None}
+    return columns
 
 
 def data_schema(columns: dict[str, dict[str, Any]]) -> pa.Schema:
@@ -91,11 +91,11 @@ def data_schema(columns: dict[str, dict[str, Any]]) -> pa.Schema:
     for name, column in columns.items():
         if column["dtype"] == "video":
             continue
-        value = {"dtype": column["dtype"], "_type": "Value"}
+        feature = {"dtype": column["dtype"], "_type": "Value"}
         size = column["shape"][0]
-        plain = _ARROW[column["dtype"]]
-        fields.append(pa.field(name, plain if size == 1 else pa.list_(pa.field("element", plain), size)))
-        described[name] = value if size == 1 else {"feature": value, "length": size, "_type": "List"}
+        arrow_type = _ARROW[column["dtype"]]
+        fields.append(pa.field(name, arrow_type if size == 1 else pa.list_(pa.field("element", arrow_type), size)))
+        described[name] = feature if size == 1 else {"feature": feature, "length": size, "_type": "List"}
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
 
 
@@ -144,8 +144,11 @@ def write_tasks(path: Path, tasks: list[str]) -> None:
 def write_episodes(path: Path, episodes: list[dict[str, Any]]) -> None:
     """One row per episode: where its data and frames are, and its statistics."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in e.items()} for e in episodes]
-    pq.write_table(pa.Table.from_pylist(plain), path)
+    plain_rows = [
+        {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in episode.items()}
+        for episode in episodes
+    ]
+    pq.write_table(pa.Table.from_pylist(plain_rows), path)
 
 
 def info(

@@ -18,7 +18,7 @@ from ratchet_vla.episodes.exchange import lerobot_layout as lerobot
 from ratchet_vla.episodes.exchange.exported import FORMAT, contract_of, episode_of
 from ratchet_vla.episodes.exchange.imports import LeRobotSet, NameMapping, take_in
 from ratchet_vla.episodes.exchange.lerobot_check import Progress
-from ratchet_vla.episodes.exchange.lerobot_export import OURS
+from ratchet_vla.episodes.exchange.lerobot_export import OWN_FILE
 from ratchet_vla.episodes.exchange.rows import Rate, Row
 from ratchet_vla.episodes.file.format import Codec
 from ratchet_vla.episodes.library.store import Card, EpisodeStore
@@ -57,37 +57,42 @@ def import_own(
         data = file["data"]
         robot = contract_of(data.attrs["contract"], str(source), contract)
         names = [f"demo_{i}" for i in range(len(data))]
-        found = (_hdf5_episode(data[name], data.attrs["rate"], robot, source) for name in names)
-        return take_in(found, len(names), store, robot, frames, progress)
+        episodes = (_hdf5_episode(data[name], data.attrs["rate"], robot, source) for name in names)
+        return take_in(episodes, len(names), store, robot, frames, progress)
 
 
 # -- HDF5 --------------------------------------------------------------------------------------------------------
 
 
 def _hdf5_episode(demo: Any, rate: Rate, contract: RobotContract, source: Path) -> tuple[Episode, dict[str, Any]]:
-    facts = json.loads(demo.attrs["facts"])
-    return episode_of(facts, rate, _hdf5_rows(demo, contract), source.name), facts
+    details = json.loads(demo.attrs["facts"])
+    return episode_of(details, rate, _hdf5_rows(demo, contract), source.name), details
 
 
 def _hdf5_rows(demo: Any, contract: RobotContract) -> Iterator[Row]:
     chunks = np.asarray(demo["action_chunks"], np.float32) if "action_chunks" in demo else None
     lengths = np.asarray(demo["chunk_lengths"]) if chunks is not None else None
-    ran = np.asarray(demo["chunk_steps_run"]) if "chunk_steps_run" in demo else lengths  # not in the first exports
-    for i in range(len(demo["actions"])):
-        length = 0 if lengths is None else int(lengths[i])
+    steps_run = lengths
+    if "chunk_steps_run" in demo:  # not in the first exports
+        steps_run = np.asarray(demo["chunk_steps_run"])
+    for position in range(len(demo["actions"])):
+        length = 0 if lengths is None else int(lengths[position])
         yield Row(
-            stamp=float(demo["stamps"][i]),
-            images={c.name: np.asarray(demo[f"obs/{c.name}_image"][i], np.uint8) for c in contract.cameras},
-            state={s.name: np.asarray(demo[f"obs/{s.name}"][i], np.float32) for s in contract.state},
-            action=np.asarray(demo["actions"][i], np.float32),
-            chunk=None if chunks is None else chunks[i, :length],
-            executed=bool(demo["executed"][i]),
-            human=bool(demo["is_intervention"][i]),
-            reward=float(demo["rewards"][i]),
-            done=bool(demo["dones"][i]),
-            marks=int(demo["marks"][i]),
-            flags=None if chunks is None else np.asarray(demo["chunk_executed"][i, :length], np.bool_),
-            ran=1 if ran is None else int(ran[i]),
+            stamp=float(demo["stamps"][position]),
+            images={
+                camera.name: np.asarray(demo[f"obs/{camera.name}_image"][position], np.uint8)
+                for camera in contract.cameras
+            },
+            state={state.name: np.asarray(demo[f"obs/{state.name}"][position], np.float32) for state in contract.state},
+            action=np.asarray(demo["actions"][position], np.float32),
+            chunk=None if chunks is None else chunks[position, :length],
+            executed=bool(demo["executed"][position]),
+            human=bool(demo["is_intervention"][position]),
+            reward=float(demo["rewards"][position]),
+            done=bool(demo["dones"][position]),
+            marks=int(demo["marks"][position]),
+            flags=None if chunks is None else np.asarray(demo["chunk_executed"][position, :length], np.bool_),
+            ran=1 if steps_run is None else int(steps_run[position]),
         )
 
 
@@ -96,36 +101,39 @@ def _hdf5_rows(demo: Any, contract: RobotContract) -> Iterator[Row]:
 
 def _lerobot_facts(folder: Path) -> dict[str, Any] | None:
     try:
-        raw = json.loads((folder / OURS).read_text())
+        own_data = json.loads((folder / OWN_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return raw if isinstance(raw, dict) and raw.get("format") == FORMAT else None
+    return own_data if isinstance(own_data, dict) and own_data.get("format") == FORMAT else None
 
 
 def _import_lerobot(
     folder: Path, store: EpisodeStore, contract: RobotContract | None, frames: Codec, progress: Progress | None
 ) -> list[Card]:
-    ours = _lerobot_facts(folder)
-    assert ours is not None
-    robot = contract_of(ours["contract"], str(folder / OURS), contract)
-    source = LeRobotSet(folder, robot, NameMapping(), rate=float(ours["fps"]))
-    if len(source.listing) != len(ours["episodes"]):
+    own_data = _lerobot_facts(folder)
+    assert own_data is not None
+    robot = contract_of(own_data["contract"], str(folder / OWN_FILE), contract)
+    source = LeRobotSet(folder, robot, NameMapping(), rate=float(own_data["fps"]))
+    if len(source.listing) != len(own_data["episodes"]):
         raise RatchetError(
             "import.changed_export",
-            f"the set has {len(source.listing)} episodes, and {len(ours['episodes'])} were exported",
+            f"the set has {len(source.listing)} episodes, and {len(own_data['episodes'])} were exported",
             where=str(folder),
-            fix=f"another tool has changed it: remove {OURS} to import it as a set of others, with --contract",
+            fix=f"another tool has changed it: remove {OWN_FILE} to import it as a set of others, with --contract",
         )
-    found = _lerobot_episodes(source, ours, robot, folder.name)
-    return take_in(found, len(source.listing), store, robot, frames, progress)
+    episodes = _lerobot_episodes(source, own_data, robot, folder.name)
+    return take_in(episodes, len(source.listing), store, robot, frames, progress)
 
 
 def _lerobot_episodes(
-    source: LeRobotSet, ours: dict[str, Any], contract: RobotContract, name: str
+    source: LeRobotSet, own_data: dict[str, Any], contract: RobotContract, name: str
 ) -> Iterator[tuple[Episode, dict[str, Any]]]:
-    for facts, read in zip(ours["episodes"], source.read(), strict=True):
-        table, states, actions, images = read
-        yield episode_of(facts, ours["rate"], _lerobot_rows(table, states, actions, images, contract), name), facts
+    for details, dataset_episode in zip(own_data["episodes"], source.read(), strict=True):
+        table, states, actions, images = dataset_episode
+        yield (
+            episode_of(details, own_data["rate"], _lerobot_rows(table, states, actions, images, contract), name),
+            details,
+        )
 
 
 def _lerobot_rows(
@@ -135,31 +143,31 @@ def _lerobot_rows(
     images: list[dict[str, Any]],
     contract: RobotContract,
 ) -> Iterator[Row]:
-    columns = {n: table[n].to_pylist() for n in ("stamp", "executed", "is_intervention", "marks")}
-    columns |= {n: table[f"next.{n}"].to_pylist() for n in ("reward", "done")}
+    columns = {name: table[name].to_pylist() for name in ("stamp", "executed", "is_intervention", "marks")}
+    columns |= {name: table[f"next.{name}"].to_pylist() for name in ("reward", "done")}
     chunks = flags = None
     if lerobot.CHUNK in table.column_names:
         flat = np.array(table[lerobot.CHUNK].to_pylist(), np.float32)
         chunks = flat.reshape(len(flat), -1, contract.action.size)
         flags = np.array(table[lerobot.CHUNK_EXECUTED].to_pylist(), np.bool_).reshape(len(flat), -1)
-    ran = [1] * len(actions) if chunks is None else [chunks.shape[1]] * len(actions)
+    steps_run = [1] * len(actions) if chunks is None else [chunks.shape[1]] * len(actions)
     if lerobot.CHUNK_RAN in table.column_names:  # not in the first exports
-        ran = table[lerobot.CHUNK_RAN].to_pylist()
+        steps_run = table[lerobot.CHUNK_RAN].to_pylist()
     starts = np.arange(len(actions))
-    if lerobot.FRESH in table.column_names:
-        starts = np.flatnonzero(table[lerobot.FRESH].to_pylist())
-    for i, end in zip(starts, [*starts[1:], len(actions)], strict=True):
+    if lerobot.IS_DECISION in table.column_names:
+        starts = np.flatnonzero(table[lerobot.IS_DECISION].to_pylist())
+    for start, end in zip(starts, [*starts[1:], len(actions)], strict=True):
         yield Row(
-            stamp=columns["stamp"][i],
-            images=images[i],
-            state=states[i],
-            action=actions[i],
-            chunk=None if chunks is None else chunks[i],
-            executed=columns["executed"][i],
-            human=columns["is_intervention"][i],
-            reward=sum(columns["reward"][i:end]),
-            done=any(columns["done"][i:end]),
-            marks=columns["marks"][i],
-            flags=None if flags is None else flags[i],
-            ran=ran[i],
+            stamp=columns["stamp"][start],
+            images=images[start],
+            state=states[start],
+            action=actions[start],
+            chunk=None if chunks is None else chunks[start],
+            executed=columns["executed"][start],
+            human=columns["is_intervention"][start],
+            reward=sum(columns["reward"][start:end]),
+            done=any(columns["done"][start:end]),
+            marks=columns["marks"][start],
+            flags=None if flags is None else flags[start],
+            ran=steps_run[start],
         )

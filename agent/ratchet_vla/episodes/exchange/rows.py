@@ -24,7 +24,7 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Bool, Float32, Mark, UInt8
 
 Rate = Literal["control", "decisions", "spread"]
-FRAME_AGE = 1.6  # control periods that a frame may be older than the step it is shown at
+MAX_FRAME_AGE_PERIODS = 1.6  # control periods that a frame may be older than the step it is shown at
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Row:
 
 def best_rate(reader: EpisodeReader) -> Rate:
     """Say "control" where there are ticks and frames keep up with them, else "decisions"."""
-    ages = list(_ages(reader))
-    period = 1.0 / reader.info.robot().control_hz
-    return "control" if ages and max(ages) <= FRAME_AGE * period else "decisions"
+    ages_s = list(_ages(reader))
+    period_s = 1.0 / reader.info.robot().control_hz
+    return "control" if ages_s and max(ages_s) <= MAX_FRAME_AGE_PERIODS * period_s else "decisions"
 
 
 def rows(reader: EpisodeReader, rate: Rate, success: bool | None = None) -> Iterator[Row]:
@@ -68,20 +68,20 @@ def rows(reader: EpisodeReader, rate: Rate, success: bool | None = None) -> Iter
     Raises:
         RatchetError: episode.no_frames where a step at control rate has no frame that is new enough.
     """
-    found = _control_rows(reader) if rate == "control" else _decision_rows(reader, spread=rate == "spread")
-    before: Row | None = None
-    for row in found:
-        if before is not None:
-            yield before
-        before = row
-    if before is not None:
-        reward = before.reward or (1.0 if success else 0.0)
-        yield Row(**{**before.__dict__, "reward": reward, "done": True})
+    steps = _control_rows(reader) if rate == "control" else _decision_rows(reader, spread=rate == "spread")
+    previous: Row | None = None
+    for row in steps:
+        if previous is not None:
+            yield previous
+        previous = row
+    if previous is not None:
+        reward = previous.reward or (1.0 if success else 0.0)
+        yield Row(**{**previous.__dict__, "reward": reward, "done": True})
 
 
 def _control_rows(reader: EpisodeReader) -> Iterator[Row]:
     contract = reader.info.robot()
-    limit = FRAME_AGE / contract.control_hz
+    max_age_s = MAX_FRAME_AGE_PERIODS / contract.control_hz
     newest: dict[str, tuple[float, str, Any]] = {}
     cameras, decoders, codecs = _camera_topics(reader)
     shown: dict[str, tuple[Any, UInt8]] = {}  # camera -> message and its decoded image
@@ -97,7 +97,7 @@ def _control_rows(reader: EpisodeReader) -> Iterator[Row]:
             continue
         images = {}
         for camera in contract.cameras:
-            if camera.name not in newest or tick.stamp - newest[camera.name][0] > limit:
+            if camera.name not in newest or tick.stamp - newest[camera.name][0] > max_age_s:
                 raise RatchetError(
                     "episode.no_frames",
                     f"no frame of {camera.name!r} at tick {tick.index} that is new enough",
@@ -126,26 +126,26 @@ def _control_rows(reader: EpisodeReader) -> Iterator[Row]:
 
 def _decision_rows(reader: EpisodeReader, *, spread: bool) -> Iterator[Row]:
     """spread: as many rows of each decision as it had control steps; its reward comes with the last of them."""
-    period = 1.0 / reader.info.robot().control_hz
+    period_s = 1.0 / reader.info.robot().control_hz
     for step in reader.episode().steps:
-        seen = step.observation
+        observation = step.observation
         actions = step.chunk.actions
         human = not step.chunk.adapter_id and not step.executed.any()
         count = max(step.steps_run, 1) if spread else 1
-        for k in range(count):
-            last = k == count - 1
+        for offset in range(count):
+            is_last = offset == count - 1
             yield Row(
-                seen.stamp + k * period,
-                seen.images,
-                seen.state,
-                actions[k],
+                observation.stamp + offset * period_s,
+                observation.images,
+                observation.state,
+                actions[offset],
                 actions,
-                bool(step.executed[k]),
+                bool(step.executed[offset]),
                 human,
-                step.reward if last else 0.0,
-                step.done and last,
+                step.reward if is_last else 0.0,
+                step.done and is_last,
                 flags=step.executed,
-                fresh=k == 0,
+                fresh=offset == 0,
                 ran=step.steps_run,
             )
 
@@ -165,18 +165,22 @@ def _camera_topics(reader: EpisodeReader) -> tuple[dict[str, str], dict[str, Dec
     """Topic -> camera, decoder and codec, of both groups: a decision's frame is a frame like another."""
     cameras: dict[str, str] = {}
     codecs: dict[str, Codec] = {}
-    for group, named in reader.info.topics.items():
-        for camera, topic in named.items():
+    for group, topic_by_camera in reader.info.topics.items():
+        for camera, topic in topic_by_camera.items():
             cameras[topic] = camera
             codecs[topic] = reader.codec(group)
-    return cameras, {t: Decoder(c, str(reader.path)) for t, c in codecs.items()}, codecs
+    return cameras, {image_topic: Decoder(codec, str(reader.path)) for image_topic, codec in codecs.items()}, codecs
 
 
 def state_vector(state: dict[str, Float32], contract: RobotContract) -> Float32:
     """(S,) float32: all state fields one after the other, in the contract's order."""
-    return np.concatenate([state[s.name] for s in contract.state] + [np.zeros(0, np.float32)])
+    return np.concatenate([state[spec.name] for spec in contract.state] + [np.zeros(0, np.float32)])
 
 
 def state_names(contract: RobotContract) -> list[str]:
     """A name per value of `state_vector`."""
-    return [f"{s.name}.{i}" if s.size > 1 else s.name for s in contract.state for i in range(s.size)]
+    return [
+        f"{spec.name}.{position}" if spec.size > 1 else spec.name
+        for spec in contract.state
+        for position in range(spec.size)
+    ]

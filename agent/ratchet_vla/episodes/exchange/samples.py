@@ -54,8 +54,8 @@ def human_samples(
         RatchetError: warmstart.nothing where no segment is long enough; episode.not_verified for a named episode.
     """
     store = annotations.store
-    wanted = [store.resolve(r) for r in references]
-    for episode in wanted:
+    episode_ids = [store.resolve(reference) for reference in references]
+    for episode in episode_ids:
         if annotations.status(episode).state != "verified":
             raise RatchetError(
                 "episode.not_verified", "nobody has verified it", where=episode[:12], fix="label it first"
@@ -67,18 +67,20 @@ def human_samples(
     start = []
     tasks: dict[str, str] = {}
     for number, (card, status) in enumerate(annotations.verified()):
-        if not status.success or (wanted and card.id not in wanted):
+        if not status.success or (episode_ids and card.id not in episode_ids):
             continue
         reader = store.open(card.id)
         if not card.human_share or best_rate(reader) != "control":
             continue
         tasks.setdefault(card.task, card.instruction)
         for segment in _segments(list(rows(reader, "control")), 1.0 / reader.info.robot().control_hz):
-            for i in range(0, len(segment) - chunk + 1, stride):
-                row = segment[i]
-                images.append(np.stack([row.images[c] for c in cameras]))
-                states.append(np.concatenate([row.state[s] for s in state] + [np.zeros(0, np.float32)]))
-                actions.append(np.stack([r.action for r in segment[i : i + chunk]]))
+            for start_index in range(0, len(segment) - chunk + 1, stride):
+                row = segment[start_index]
+                images.append(np.stack([row.images[camera] for camera in cameras]))
+                states.append(
+                    np.concatenate([row.state[field_name] for field_name in state] + [np.zeros(0, np.float32)])
+                )
+                actions.append(np.stack([step.action for step in segment[start_index : start_index + chunk]]))
                 task.append(list(tasks).index(card.task))
                 start.append(number)
     if not images:
@@ -99,15 +101,15 @@ def human_samples(
     )
 
 
-def _segments(found: list[Row], period: float) -> list[list[Row]]:
+def _segments(rows: list[Row], period_s: float) -> list[list[Row]]:
     """Runs of human steps without a gap in time."""
     segments: list[list[Row]] = []
-    before: Row | None = None
-    for row in found:
+    previous: Row | None = None
+    for row in rows:
         if row.human:
-            fresh = before is None or not before.human or row.stamp - before.stamp > 1.5 * period
-            if fresh:
+            begins = previous is None or not previous.human or row.stamp - previous.stamp > 1.5 * period_s
+            if begins:
                 segments.append([])
             segments[-1].append(row)
-        before = row
+        previous = row
     return segments

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-IMAGES = 32  # frames of an episode that colour statistics are taken from
-PIXELS = 64  # at most so many rows and columns of each
+MAX_IMAGES = 32  # frames of an episode that colour statistics are taken from
+MAX_PIXELS = 64  # at most so many rows and columns of each
 
 
 def of_values(values: npt.NDArray[Any]) -> dict[str, Array]:
@@ -26,7 +26,7 @@ def of_values(values: npt.NDArray[Any]) -> dict[str, Array]:
         "std": table.std(0),
         "count": np.array([len(table)]),
     }
-    return stats | {name: np.quantile(table, q, axis=0) for name, q in QUANTILES.items()}
+    return stats | {name: np.quantile(table, quantile, axis=0) for name, quantile in QUANTILES.items()}
 
 
 class Colours:
@@ -34,37 +34,37 @@ class Colours:
 
     def __init__(self, frames: int) -> None:
         """frames: how many will come."""
-        self._every = max(frames // IMAGES, 1)
-        self._seen = 0
-        self._kept: list[npt.NDArray[np.uint8]] = []
+        self._every = max(frames // MAX_IMAGES, 1)
+        self._frames_seen = 0
+        self._pixels: list[npt.NDArray[np.uint8]] = []
 
     def add(self, image: npt.NDArray[np.uint8]) -> None:
         """image: (H, W, 3) uint8."""
-        if self._seen % self._every == 0:
-            step = max(1, -(-max(image.shape[:2]) // PIXELS))
-            self._kept.append(image[::step, ::step].reshape(-1, 3).copy())
-        self._seen += 1
+        if self._frames_seen % self._every == 0:
+            pixel_stride = max(1, -(-max(image.shape[:2]) // MAX_PIXELS))
+            self._pixels.append(image[::pixel_stride, ::pixel_stride].reshape(-1, 3).copy())
+        self._frames_seen += 1
 
     def result(self) -> dict[str, Array]:
-        stats = of_values(np.concatenate(self._kept) / 255.0)
+        stats = of_values(np.concatenate(self._pixels) / 255.0)
         shaped = {name: values.reshape(3, 1, 1) for name, values in stats.items() if name != "count"}
-        return {**shaped, "count": np.array([len(self._kept)])}
+        return {**shaped, "count": np.array([len(self._pixels)])}
 
 
-def together(parts: list[dict[str, Array]]) -> dict[str, Array]:
+def together(episode_stats: list[dict[str, Array]]) -> dict[str, Array]:
     """Of several episodes: exact for extremes, mean and deviation; quantiles are means of theirs, by weight."""
-    counts = np.array([float(p["count"][0]) for p in parts])
+    counts = np.array([float(stats["count"][0]) for stats in episode_stats])
     weights = counts / counts.sum()
 
     def mean(name: str) -> Array:
-        out: Array = np.tensordot(weights, np.stack([p[name] for p in parts]), 1)
-        return out
+        weighted: Array = np.tensordot(weights, np.stack([stats[name] for stats in episode_stats]), 1)
+        return weighted
 
     centre = mean("mean")
-    spread = np.stack([p["std"] ** 2 + (p["mean"] - centre) ** 2 for p in parts])
+    spread = np.stack([stats["std"] ** 2 + (stats["mean"] - centre) ** 2 for stats in episode_stats])
     return {
-        "min": np.min([p["min"] for p in parts], axis=0),
-        "max": np.max([p["max"] for p in parts], axis=0),
+        "min": np.min([stats["min"] for stats in episode_stats], axis=0),
+        "max": np.max([stats["max"] for stats in episode_stats], axis=0),
         "mean": centre,
         "std": np.sqrt(np.tensordot(weights, spread, 1)),
         "count": np.array([int(counts.sum())]),

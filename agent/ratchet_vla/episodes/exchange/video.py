@@ -18,7 +18,7 @@ from ratchet_vla.records import UInt8
 VideoCodec = Literal["av1", "h264"]
 _ENCODERS = {"av1": "libsvtav1", "h264": "libx264"}
 _OPTIONS = {"av1": {"preset": "12", "svtav1-params": "lp=1"}, "h264": {"preset": "veryfast"}}
-KEYFRAMES = 2  # frames between key frames: a trainer reads single frames at random
+KEYFRAME_INTERVAL = 2  # frames between key frames: a trainer reads single frames at random
 
 
 class VideoFile:
@@ -46,7 +46,7 @@ class VideoFile:
         stream.width = width
         stream.height = height
         stream.pix_fmt = "yuv420p"
-        stream.options = {"g": str(KEYFRAMES), "crf": str(crf), **_OPTIONS[codec]}
+        stream.options = {"g": str(KEYFRAME_INTERVAL), "crf": str(crf), **_OPTIONS[codec]}
         if codec == "h264":
             stream.codec_context.thread_count = 1
         self._stream = stream

@@ -51,8 +51,8 @@ class Annotations:
         self._labels: dict[str, list[Label]] = {}
         self._proposals: dict[str, Proposal] = {}
         self._second_reader = 0.0
-        self._taken = 0
-        self._guard = threading.Lock()
+        self._entries_read = 0
+        self._lock = threading.Lock()
 
     # -- annotating -------------------------------------------------------------------------------------------------
 
@@ -97,12 +97,12 @@ class Annotations:
 
     def labels(self, episode: str) -> list[Label]:
         """All labels on an episode, oldest first, those taken back by later ones included."""
-        self._take()
+        self._read_index()
         return list(self._labels.get(episode, ()))
 
     def proposal(self, card: Card) -> Proposal | None:
         """What to show a reader first: a detector's newest opinion, else the simulator's, or an import's claim."""
-        self._take()
+        self._read_index()
         if card.id in self._proposals:
             return self._proposals[card.id]
         is_proposal = card.success is not None and not card.source.startswith(HUMAN)  # a person's word is a label
@@ -110,7 +110,7 @@ class Annotations:
 
     @property
     def second_reader(self) -> float:
-        self._take()
+        self._read_index()
         return self._second_reader
 
     def readers_needed(self, episode: str) -> int:
@@ -147,10 +147,10 @@ class Annotations:
     def statuses(self) -> dict[str, LabelStatus]:
         return {episode: self.status(episode) for episode in self.store.cards()}
 
-    def verified(self, **where: str) -> Iterator[tuple[Card, LabelStatus]]:
-        """What may reach the learner, oldest first. where: fields of `Card` that must match, such as task."""
+    def verified(self, **field_values: str) -> Iterator[tuple[Card, LabelStatus]]:
+        """What may reach the learner, oldest first. field_values: fields of `Card` that must match, such as task."""
         for card in self.store.cards().values():
-            if all(getattr(card, name) == value for name, value in where.items()):
+            if all(getattr(card, name) == value for name, value in field_values.items()):
                 status = self.status(card.id)
                 if status.state == "verified":
                     yield card, status
@@ -170,40 +170,40 @@ class Annotations:
                 where=episode[:12],
                 fix="label it with `ratchet review`",
             )
-        read = self.store.read(episode, images=images)
-        read.success = status.success
-        read.success_source = status.source
-        return read
+        episode_read = self.store.read(episode, images=images)
+        episode_read.success = status.success
+        episode_read.success_source = status.source
+        return episode_read
 
     def disagreements(self) -> list[tuple[Card, dict[str, LabelValue]]]:
         """Episodes on which readers (the simulator among them) differ or differed before a settlement."""
-        found = []
+        disagreements = []
         for card in self.store.cards().values():
             opinions = {name: label.value for name, label in latest_of(self.labels(card.id)).items()}
             if card.source == SIMULATOR and card.success is not None and opinions:
                 opinions[SIMULATOR] = "success" if card.success else "failure"
             if len(set(opinions.values())) > 1:
-                found.append((card, opinions))
-        return found
+                disagreements.append((card, opinions))
+        return disagreements
 
     def agreement(self) -> tuple[int, int]:
         """(pairs of readers who agree, pairs of readers on the same episode), the simulator among them."""
-        same = pairs = 0
+        agreeing = pairs = 0
         for card in self.store.cards().values():
             opinions = [label.value for label in latest_of(self.labels(card.id)).values()]
             if card.source == SIMULATOR and card.success is not None and opinions:
                 opinions.append("success" if card.success else "failure")
-            for i, one in enumerate(opinions):
-                for other in opinions[i + 1 :]:
+            for position, opinion in enumerate(opinions):
+                for other_opinion in opinions[position + 1 :]:
                     pairs += 1
-                    same += one == other
-        return same, pairs
+                    agreeing += opinion == other_opinion
+        return agreeing, pairs
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _take(self) -> None:
-        with self._guard:
-            entries = self.store.index.entries(self._taken)
+    def _read_index(self) -> None:
+        with self._lock:
+            entries = self.store.index.entries(self._entries_read)
             for entry in entries:
                 if entry.kind == "label":
                     label = Label.of(entry.number, entry.time, entry.body)
@@ -212,7 +212,7 @@ class Annotations:
                     self._proposals[entry.body["episode"]] = Proposal(**entry.body)
                 elif entry.kind == "rule":
                     self._second_reader = float(entry.body["second_reader"])
-            self._taken += len(entries)
+            self._entries_read += len(entries)
 
 
 def latest_of(labels: list[Label]) -> dict[str, Label]:

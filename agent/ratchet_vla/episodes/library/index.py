@@ -20,7 +20,7 @@ from ratchet_vla.storage.disk import locked
 from ratchet_vla.storage.documents import sync_folder
 from ratchet_vla.storage.growing import disk_refusals
 
-FIRST = "0" * 64  # what the first entry names as the one before
+NO_PREVIOUS_HASH = "0" * 64  # what the first entry names as the one before
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Index:
         self.path = path
         self._first = first
         self._lock_path = path.with_name(f".{path.name}.lock")
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
         self._entries: list[Entry] = []
-        self._size = 0  # bytes of the file that `_entries` holds
+        self._read_bytes = 0  # bytes of the file that `_entries` holds
         self._identity = (0, 0)
 
     def entries(self, since: int = 0) -> list[Entry]:
@@ -56,7 +56,7 @@ class Index:
         Raises:
             RatchetError: episode.index_changed where a line is not what its successor says, or is unreadable.
         """
-        with self._guard:
+        with self._lock:
             self._read()
             return self._entries[since:]
 
@@ -67,106 +67,106 @@ class Index:
             RatchetError: episode.index_changed, episode.disk_full, episode.io.
         """
         with disk_refusals(self.path):
-            new = not self.path.exists()
+            is_new = not self.path.exists()
             descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
             try:
-                with self._guard, locked(self._lock_path):
-                    made = self._append(descriptor, entries)
+                with self._lock, locked(self._lock_path):
+                    appended = self._append(descriptor, entries)
                 # Waiting for the disk needs no lock: whoever appends after this waits for these entries' bytes, too.
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            if new:
+            if is_new:
                 sync_folder(self.path.parent)
-        return made
+        return appended
 
     def _append(self, descriptor: int, entries: Iterable[tuple[str, dict[str, Any]]]) -> list[Entry]:
         """With both locks held."""
         self._read()
         self._cut_torn_end()
-        made: list[Entry] = []
+        appended: list[Entry] = []
         lines = b""
-        begins = [self._first] if self._first is not None and not self._entries else []
-        for kind, body in [*begins, *entries]:
-            last = made[-1] if made else self._entries[-1] if self._entries else None
+        opening = [self._first] if self._first is not None and not self._entries else []
+        for kind, body in [*opening, *entries]:
+            last = appended[-1] if appended else self._entries[-1] if self._entries else None
             number = last.number + 1 if last else 0
-            entry, line = _make(number, kind, body, last.hash if last else FIRST)
-            made.append(entry)
+            entry, line = _make(number, kind, body, last.hash if last else NO_PREVIOUS_HASH)
+            appended.append(entry)
             lines += line
-        view = memoryview(lines)
-        while view:
-            view = view[os.write(descriptor, view) :]
+        unwritten = memoryview(lines)
+        while unwritten:
+            unwritten = unwritten[os.write(descriptor, unwritten) :]
         self._read()
-        return made[len(begins) :]
+        return appended[len(opening) :]
 
     @property
     def head(self) -> str:
         """Hash of the newest entry: whoever knows it knows that nothing before it was changed."""
         entries = self.entries()
-        return entries[-1].hash if entries else FIRST
+        return entries[-1].hash if entries else NO_PREVIOUS_HASH
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         """Take in what was appended since the last look; from the start where the file is another one."""
         try:
-            facts = self.path.stat()
+            file_status = self.path.stat()
         except FileNotFoundError:
             self._entries = []
-            self._size = 0
+            self._read_bytes = 0
             self._identity = (0, 0)
             return
-        identity = (facts.st_dev, facts.st_ino)
-        if identity != self._identity or facts.st_size < self._size:
+        identity = (file_status.st_dev, file_status.st_ino)
+        if identity != self._identity or file_status.st_size < self._read_bytes:
             self._entries = []
-            self._size = 0
+            self._read_bytes = 0
             self._identity = identity
-        if facts.st_size == self._size:
+        if file_status.st_size == self._read_bytes:
             return
         with self.path.open("rb") as file:
-            file.seek(self._size)
+            file.seek(self._read_bytes)
             data = file.read()
         for line in data.splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 return  # torn, or being written by another process
             self._entries.append(self._parse(line))
-            self._size += len(line)
+            self._read_bytes += len(line)
 
     def _parse(self, line: bytes) -> Entry:
         last = self._entries[-1] if self._entries else None
         try:
-            raw = json.loads(line)
+            fields = json.loads(line)
             entry = Entry(
-                number=raw["n"],
-                time=raw["time"],
-                kind=raw["kind"],
-                body=raw["body"],
-                previous=raw["previous"],
+                number=fields["n"],
+                time=fields["time"],
+                kind=fields["kind"],
+                body=fields["body"],
+                previous=fields["previous"],
                 hash=hashlib.sha256(line).hexdigest(),
             )
         except (ValueError, KeyError, TypeError):
             raise self._changed(len(self._entries), "is unreadable") from None
-        expected = (last.number + 1, last.hash) if last else (0, FIRST)
+        expected = (last.number + 1, last.hash) if last else (0, NO_PREVIOUS_HASH)
         if (entry.number, entry.previous) != expected:
             raise self._changed(len(self._entries), "does not follow from the one before")
         return entry
 
     def _cut_torn_end(self) -> None:
         """A line without its end was never acknowledged: its writer died."""
-        if self.path.exists() and self.path.stat().st_size > self._size:
-            os.truncate(self.path, self._size)
+        if self.path.exists() and self.path.stat().st_size > self._read_bytes:
+            os.truncate(self.path, self._read_bytes)
 
-    def _changed(self, number: int, what: str) -> RatchetError:
+    def _changed(self, number: int, problem: str) -> RatchetError:
         return RatchetError(
             "episode.index_changed",
-            f"entry {number} {what}: the log was changed by hand or damaged",
+            f"entry {number} {problem}: the log was changed by hand or damaged",
             where=str(self.path),
             fix="restore the file from a backup; episode files themselves are not affected",
         )
 
 
 def _make(number: int, kind: str, body: dict[str, Any], previous: str) -> tuple[Entry, bytes]:
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    raw = {"n": number, "time": time, "kind": kind, "body": body, "previous": previous}
-    line = json.dumps(raw, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-    return Entry(number, time, kind, body, previous, hashlib.sha256(line).hexdigest()), line
+    time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
+    fields = {"n": number, "time": time_utc, "kind": kind, "body": body, "previous": previous}
+    line = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    return Entry(number, time_utc, kind, body, previous, hashlib.sha256(line).hexdigest()), line

@@ -105,14 +105,14 @@ def body_of(
 
 def annotator_name(typed: str) -> str:
     """An annotator's name as it is stored. Raises RatchetError episode.no_annotator."""
-    name = " ".join(typed.split())
-    if not name or ":" in name or len(name) > LONGEST_NAME:
+    clean_name = " ".join(typed.split())
+    if not clean_name or ":" in clean_name or len(clean_name) > LONGEST_NAME:
         raise RatchetError(
             "episode.no_annotator",
             "a label needs its annotator's name",
             fix=f"give a name without ':', up to {LONGEST_NAME} letters",
         )
-    return name
+    return clean_name
 
 
 def recorded(episode: str, ending: EpisodeEnding) -> list[tuple[str, dict[str, Any]]]:

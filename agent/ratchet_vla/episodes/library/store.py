@@ -65,7 +65,7 @@ class Card:
     meta: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, digest: str, file: str, size: int, info: EpisodeInfo, ending: EpisodeEnding) -> Card:
+    def of(cls, digest: str, file: str, size_bytes: int, info: EpisodeInfo, ending: EpisodeEnding) -> Card:
         return cls(
             id=digest,
             file=file,
@@ -81,7 +81,7 @@ class Card:
             steps=ending.steps,
             ticks=ending.ticks,
             human_share=ending.human_ticks / ending.ticks if ending.ticks else 0.0,
-            bytes=size,
+            bytes=size_bytes,
             cameras=tuple(info.topics.get("stream", {})),
             success=ending.success,
             source=ending.success_source,
@@ -129,8 +129,8 @@ class EpisodeStore:
         self.index = Index(self.root / INDEX, ("store", {"format": fmt.FORMAT}))
         self._cards: dict[str, Card] = {}
         self._names: dict[str, str] = {}  # name -> id
-        self._seen = 0
-        self._guard = threading.Lock()  # the review page asks from several threads
+        self._entries_read = 0
+        self._lock = threading.Lock()  # the review page asks from several threads
 
     # -- what is there ------------------------------------------------------------------------------------------
 
@@ -144,9 +144,9 @@ class EpisodeStore:
         """
         if self.cards():
             return
-        found = [f for f in look(self.root, self._removed()) if not (waits and f.passes)]
-        if found:
-            raise nothing_here("episode.nothing_here", "no episode is kept here", self.root, found)
+        contents = [item for item in look(self.root, self._removed()) if not (waits and item.passes)]
+        if contents:
+            raise nothing_here("episode.nothing_here", "no episode is kept here", self.root, contents)
 
     def _removed(self) -> set[str]:
         """Files of episodes that `remove` took; a crash may have left one."""
@@ -154,24 +154,24 @@ class EpisodeStore:
 
     def cards(self) -> dict[str, Card]:
         """Id -> card, oldest first."""
-        self._take()
-        with self._guard:
+        self._read_index()
+        with self._lock:
             return dict(self._cards)
 
-    def _take(self) -> None:
+    def _read_index(self) -> None:
         """Take in what the index has got since the last look."""
-        with self._guard:
-            entries = self.index.entries(self._seen)
+        with self._lock:
+            entries = self.index.entries(self._entries_read)
             for entry in entries:
                 if entry.kind == "episode":
-                    raw = {**entry.body, "cameras": tuple(entry.body["cameras"])}
-                    card = self._cards[raw["id"]] = Card(**raw)
+                    fields = {**entry.body, "cameras": tuple(entry.body["cameras"])}
+                    card = self._cards[fields["id"]] = Card(**fields)
                     self._names |= {card.name: card.id} if card.name else {}
                 elif entry.kind == "removed":
-                    gone = self._cards.pop(entry.body["id"], None)
-                    if gone is not None and self._names.get(gone.name) == gone.id:
-                        del self._names[gone.name]
-            self._seen += len(entries)
+                    removed_card = self._cards.pop(entry.body["id"], None)
+                    if removed_card is not None and self._names.get(removed_card.name) == removed_card.id:
+                        del self._names[removed_card.name]
+            self._entries_read += len(entries)
 
     def resolve(self, reference: str) -> str:
         """The full id for an id, a unique beginning of one, or the name that an episode was recorded under.
@@ -179,39 +179,44 @@ class EpisodeStore:
         Raises:
             RatchetError: episode.unknown, episode.ambiguous.
         """
-        self._take()
-        with self._guard:
+        self._read_index()
+        with self._lock:
             if reference in self._cards:
                 return reference
             if reference in self._names:
                 return self._names[reference]
             cards = list(self._cards)
-        found = [i for i in cards if i.startswith(reference)] if re.fullmatch(r"[0-9a-f]{4,64}", reference) else []
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise RatchetError("episode.ambiguous", f"{len(found)} episodes begin like that", where=reference)
+        matches: list[str] = []
+        if re.fullmatch(r"[0-9a-f]{4,64}", reference):
+            matches = [episode_id for episode_id in cards if episode_id.startswith(reference)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise RatchetError("episode.ambiguous", f"{len(matches)} episodes begin like that", where=reference)
         raise RatchetError(
             "episode.unknown", "no such episode", where=reference, fix="see `ratchet episodes list`; 4 digits or more"
         )
 
     def named(self, name: str) -> Card | None:
         """The episode that was recorded under this name, None where there is none."""
-        self._take()
-        with self._guard:
+        self._read_index()
+        with self._lock:
             return self._cards.get(self._names.get(name, ""))
 
     def card(self, reference: str) -> Card:
+        """What the index says of an episode. Raises as `resolve` does."""
         return self._cards[self.resolve(reference)]
 
     def path(self, reference: str) -> Path:
+        """Where the episode's file lies. Raises as `resolve` does."""
         return self.root / self.card(reference).file
 
     def open(self, reference: str) -> EpisodeReader:
+        """A reader of the episode's file. Raises as `resolve` and `EpisodeReader` do."""
         return EpisodeReader(self.path(reference))
 
     def read(self, reference: str, *, images: bool = True) -> Episode:
-        """The episode as recorded; for one with its verified label, see `verification.Annotations.read`."""
+        """The episode as recorded; for one with its verified label, see `annotations.Annotations.read`."""
         return self.open(reference).episode(images)
 
     # -- what comes in ------------------------------------------------------------------------------------------
@@ -225,9 +230,9 @@ class EpisodeStore:
         return folder
 
     def add(self, path: Path, digest: str | None = None, ending: EpisodeEnding | None = None) -> Card:
-        """Enter a finished file that lies inside the store. digest, ending: its id and last record, if known; looked up
-        in the file otherwise.
+        """Enter a finished file that lies inside the store.
 
+        digest, ending: its id and last record, if known; looked up in the file otherwise.
         What a person said while it was recorded is entered with it, as their label. Entering it again changes nothing.
 
         Raises:
@@ -243,9 +248,9 @@ class EpisodeStore:
         ending = ending or reader.ending()
         assert ending is not None  # a reader that accepts no cut-off file has refused it before
         digest = digest or reader.id
-        known = self.cards()
-        if digest in known:
-            return known[digest]
+        cards = self.cards()
+        if digest in cards:
+            return cards[digest]
         card = Card.of(digest, file, path.stat().st_size, reader.info, ending)
         self.index.append([("episode", dataclasses.asdict(card)), *labels.recorded(digest, ending)])
         return card
@@ -333,44 +338,44 @@ class EpisodeStore:
         for path in mcap_files(self.root):
             if path.suffix != fmt.SUFFIX or str(path.relative_to(self.root)) in entered:
                 continue
-            code, what = self._not_entered(path)
-            yield Damage(code, str(path), what, fatal=False)
+            code, problem = self._not_entered(path)
+            yield Damage(code, str(path), problem, fatal=False)
 
     def _not_entered(self, path: Path) -> tuple[str, str]:
         """Code and words for a file that the index does not name."""
         kind = kind_of(path)[0]
         if kind == "episode":
-            known = self.cards().get(hash_file(path))
-            if known is not None:
-                return "episode.twice", f"a second file of {known.id[:12]}, which is in {known.file}; it may go"
+            same_card = self.cards().get(hash_file(path))
+            if same_card is not None:
+                return "episode.twice", f"a second file of {same_card.id[:12]}, which is in {same_card.file}; it may go"
             return "episode.not_entered", "finished, but not in the index; --recover enters it"
         if kind == "nodes":
             return "episode.not_an_episode", "of the nodes' former recorder; `ratchet episodes import` makes one of it"
-        what = "can't be read as an MCAP" if kind == "broken" else "an MCAP of another recorder"
-        return "episode.not_an_episode", what
+        problem = "can't be read as an MCAP" if kind == "broken" else "an MCAP of another recorder"
+        return "episode.not_an_episode", problem
 
     def remove(self, ids: Iterable[str], reason: str) -> int:
         """Delete episodes; the index keeps that they were there and why they went. Returns the bytes that were freed.
 
         The entry is written first: after a crash in between, the file is left over, never a wish unknown.
         """
-        freed = 0
+        freed_bytes = 0
         for reference in ids:
             card = self.card(reference)
             self.index.append([("removed", {"id": card.id, "file": card.file, "reason": reason})])
             with disk_refusals(self.root):
                 (self.root / card.file).unlink(missing_ok=True)
-            freed += card.bytes
-        return freed
+            freed_bytes += card.bytes
+        return freed_bytes
 
     def leftovers(self, older_than: float = 3600.0) -> list[Path]:
         """Files that a crash in the middle of copying, recovering or removing left behind; seconds since written."""
-        limit = time.time() - older_than
-        gone = {self.root / file for file in self._removed()}
-        known = {self.root / c.file for c in self.cards().values()}
-        names = [p for ext in ("copying", "recovering") for p in self.root.glob(f"*/.*.{ext}")]
-        names += [p for p in gone - known if p.exists()]
-        return sorted(p for p in names if p.stat().st_mtime < limit)
+        written_before_s = time.time() - older_than
+        removed_files = {self.root / file for file in self._removed()}
+        entered_files = {self.root / card.file for card in self.cards().values()}
+        leftovers = [path for suffix in ("copying", "recovering") for path in self.root.glob(f"*/.*.{suffix}")]
+        leftovers += [path for path in removed_files - entered_files if path.exists()]
+        return sorted(path for path in leftovers if path.stat().st_mtime < written_before_s)
 
 
 def _duplicate(source: Path, target: Path, link: bool) -> None:

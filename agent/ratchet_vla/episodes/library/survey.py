@@ -24,8 +24,9 @@ from ratchet_vla.storage.growing import in_use
 
 Kind = Literal["episode", "unfinished", "recording", "nodes", "foreign", "broken"]
 INDEX = "index.jsonl"
-NODES = {"episode", "contract"}  # what the ROS nodes' former recorder said about a file before its first message
-MOST = 20_000  # files to look at; a folder of more is told of as far as that
+# Metadata that the ROS nodes' former recorder wrote before a file's first message.
+FORMER_METADATA = {"episode", "contract"}
+MAX_FILES = 20_000  # files to look at; a folder of more is told of as far as that
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,19 @@ def kind_of(path: Path) -> tuple[Kind, str]:
     """
     if path.name.endswith(fmt.OPEN_SUFFIX):
         return ("recording" if in_use(path) else "unfinished"), ""
-    names: set[str] = set()
+    metadata_names: set[str] = set()
     try:
         with path.open("rb") as file:
             for record in StreamReader(file, emit_chunks=True, record_size_limit=RECORD_LIMIT).records:
                 if isinstance(record, Metadata):
-                    names.add(record.name)
+                    metadata_names.add(record.name)
                     if record.name == fmt.BEGIN_RECORD:
                         return "episode", _robot(record, str(path))
                 elif isinstance(record, Chunk | Message):
                     break
     except (OSError, *TORN_ERRORS):
         return "broken", ""
-    return ("nodes" if names >= NODES else "foreign"), ""
+    return ("nodes" if metadata_names >= FORMER_METADATA else "foreign"), ""
 
 
 def mcap_files(root: Path) -> Iterator[Path]:
@@ -70,43 +71,51 @@ def mcap_files(root: Path) -> Iterator[Path]:
     return (path for path in _visible(root) if path.name.endswith((fmt.SUFFIX, fmt.OPEN_SUFFIX, ".mcap.part")))
 
 
-def look(root: Path, known: Iterable[str] = ()) -> list[Found]:
+def look(root: Path, entered_files: Iterable[str] = ()) -> list[Found]:
     """What is below `root` and not among the `known` files (relative to it), kind by kind; empty for nothing."""
     if root.is_file():
         return [_one_file(root)]
-    around = store_around(root)
-    if around is not None:
-        return [Found(f"this is inside the store of episodes {around}", f"name that one: {around}", fills=True)]
+    surrounding_store = store_around(root)
+    if surrounding_store is not None:
+        return [
+            Found(
+                f"this is inside the store of episodes {surrounding_store}",
+                f"name that one: {surrounding_store}",
+                fills=True,
+            )
+        ]
     if not root.exists():
         return []
-    entered = set(known)
+    entered_set = set(entered_files)
     kinds: Counter[Kind] = Counter()
     robots: Counter[str] = Counter()
     for path in mcap_files(root):
-        if str(path.relative_to(root)) not in entered:
+        if str(path.relative_to(root)) not in entered_set:
             kind, robot = kind_of(path)
             kinds[kind] += 1
             robots.update([robot] if robot else [])
-    found = [words(kinds[kind], root, robots) for kind, words in _WORDS.items() if kinds[kind]]
-    found += _others(root)
-    if not found and not entered:
-        rest = [p for p in _visible(root) if p.name != INDEX]
-        if rest:
-            names = ", ".join(p.name for p in rest[:3]) + (" …" if len(rest) > 3 else "")
-            found.append(Found(f"{_count(len(rest), 'other file')} ({names})", "name the folder of a store"))
-    return found
+    findings = [describe(kinds[kind], root, robots) for kind, describe in _DESCRIBERS.items() if kinds[kind]]
+    findings += _others(root)
+    if not findings and not entered_set:
+        other_files = [other_path for other_path in _visible(root) if other_path.name != INDEX]
+        if other_files:
+            names = ", ".join(other_path.name for other_path in other_files[:3]) + (
+                " …" if len(other_files) > 3 else ""
+            )
+            findings.append(Found(f"{_count(len(other_files), 'other file')} ({names})", "name the folder of a store"))
+    return findings
 
 
-def nothing_here(code: str, what: str, root: Path, found: list[Found]) -> RatchetError:
+def nothing_here(code: str, problem: str, root: Path, findings: list[Found]) -> RatchetError:
     """The refusal of a verb that found no episode."""
     fix = "name the folder that the recorder writes to"
-    near = _stores_below(root.parent) if root.parent.is_dir() else []
-    if near:
-        fix += f", such as {near[0]}"
-    if found:
-        what = f"{what}, but {'; '.join(f.what for f in found)}"
-        fix = "; ".join(dict.fromkeys(f.fix for f in found))
-    return RatchetError(code, what, where=str(root), fix=fix)
+    nearby_stores = _stores_below(root.parent) if root.parent.is_dir() else []
+    if nearby_stores:
+        fix += f", such as {nearby_stores[0]}"
+    if findings:
+        problem = f"{problem}, but {'; '.join(finding.what for finding in findings)}"
+        fix = "; ".join(dict.fromkeys(finding.fix for finding in findings))
+    return RatchetError(code, problem, where=str(root), fix=fix)
 
 
 def store_around(root: Path) -> Path | None:
@@ -125,48 +134,55 @@ def require_room(root: Path) -> None:
     """
     if (root / INDEX).exists():
         return
-    found = [f for f in look(root) if f.fills]
-    if found:
-        what = f"episodes can't be recorded here: {'; '.join(f.what for f in found)}"
-        mends = "; ".join(dict.fromkeys(f.fix for f in found))
+    findings = [finding for finding in look(root) if finding.fills]
+    if findings:
+        problem = f"episodes can't be recorded here: {'; '.join(finding.what for finding in findings)}"
+        fixes = "; ".join(dict.fromkeys(finding.fix for finding in findings))
         raise RatchetError(
-            "episode.other_folder", what, where=str(root), fix=f"record into a new folder; for what lies here, {mends}"
+            "episode.other_folder",
+            problem,
+            where=str(root),
+            fix=f"record into a new folder; for what lies here, {fixes}",
         )
 
 
 def _stores_below(root: Path) -> list[Path]:
     """Stores of episodes one and two levels down."""
-    found = [*root.glob(f"*/{INDEX}"), *root.glob(f"*/*/{INDEX}")]
-    return sorted(p.parent for p in found if _is_store(p.parent))
+    indexes = [*root.glob(f"*/{INDEX}"), *root.glob(f"*/*/{INDEX}")]
+    return sorted(index.parent for index in indexes if _is_store(index.parent))
 
 
 def _is_store(folder: Path) -> bool:
     """Whether its index is one of episodes: others call their files so, too."""
     try:
         with (folder / INDEX).open("rb") as file:
-            first = json.loads(file.readline(1 << 16))
+            first_entry = json.loads(file.readline(1 << 16))
     except (OSError, ValueError):
         return False
-    return isinstance(first, dict) and first.get("kind") == "store"
+    return isinstance(first_entry, dict) and first_entry.get("kind") == "store"
 
 
 def _visible(root: Path) -> list[Path]:
     """Files below a folder in order, hidden ones and those in hidden folders left out."""
-    found = sorted(itertools.islice(root.rglob("*"), MOST))
-    return [p for p in found if not any(n.startswith(".") for n in p.relative_to(root).parts) and p.is_file()]
+    paths = sorted(itertools.islice(root.rglob("*"), MAX_FILES))
+    return [
+        path
+        for path in paths
+        if not any(part.startswith(".") for part in path.relative_to(root).parts) and path.is_file()
+    ]
 
 
 # -- words -------------------------------------------------------------------------------------------------------
 
 
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def _count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
 
 
 def _episodes(number: int, root: Path, robots: Counter[str]) -> Found:
-    whose = ", ".join(f"{n} of robot '{robot}'" for robot, n in sorted(robots.items()))
-    text = _count(number, "finished episode") + f" that no index names ({whose})"
-    return Found(text, f"`ratchet episodes verify --recover --store {root}` enters them")
+    owners = ", ".join(f"{robot_count} of robot '{robot}'" for robot, robot_count in sorted(robots.items()))
+    description = _count(number, "finished episode") + f" that no index names ({owners})"
+    return Found(description, f"`ratchet episodes verify --recover --store {root}` enters them")
 
 
 def _unfinished(number: int, root: Path, robots: Counter[str]) -> Found:
@@ -201,7 +217,7 @@ def _broken(number: int, root: Path, robots: Counter[str]) -> Found:
     return Found(_count(number, "file") + " named .mcap that can't be read as one", "move them away or copy them again")
 
 
-_WORDS: dict[Kind, Callable[[int, Path, Counter[str]], Found]] = {
+_DESCRIBERS: dict[Kind, Callable[[int, Path, Counter[str]], Found]] = {
     "episode": _episodes,
     "unfinished": _unfinished,
     "recording": _recording,
@@ -213,18 +229,20 @@ _WORDS: dict[Kind, Callable[[int, Path, Counter[str]], Found]] = {
 
 def _others(root: Path) -> list[Found]:
     """Data sets and stores, in the folder itself and one level down."""
-    found = [Found(f"a store of episodes in {s}", f"name that one: {s}", fills=True) for s in _stores_below(root)]
-    for place in (root, *sorted(p for p in itertools.islice(root.iterdir(), MOST) if p.is_dir())):
-        if (place / "meta/info.json").is_file():
-            mend = f"`ratchet episodes import {place}`"
-            found.append(Found(f"a LeRobot data set in {place}", mend, fills=place == root))
-        if (place / "objects").is_dir() and (place / "tags").is_dir():
-            mend = f"`ratchet adapters list --store {place}`"
-            found.append(Found(f"a store of adapters in {place}", mend, fills=place == root))
-    files = [p for ext in ("hdf5", "h5") for p in sorted(root.glob(f"*.{ext}"))]
+    findings = [
+        Found(f"a store of episodes in {store}", f"name that one: {store}", fills=True) for store in _stores_below(root)
+    ]
+    for candidate in (root, *sorted(path for path in itertools.islice(root.iterdir(), MAX_FILES) if path.is_dir())):
+        if (candidate / "meta/info.json").is_file():
+            command = f"`ratchet episodes import {candidate}`"
+            findings.append(Found(f"a LeRobot data set in {candidate}", command, fills=candidate == root))
+        if (candidate / "objects").is_dir() and (candidate / "tags").is_dir():
+            command = f"`ratchet adapters list --store {candidate}`"
+            findings.append(Found(f"a store of adapters in {candidate}", command, fills=candidate == root))
+    files = [path for suffix in ("hdf5", "h5") for path in sorted(root.glob(f"*.{suffix}"))]
     if files:
-        found.append(Found(_count(len(files), "HDF5 file"), f"`ratchet episodes import {files[0]}`"))
-    return found
+        findings.append(Found(_count(len(files), "HDF5 file"), f"`ratchet episodes import {files[0]}`"))
+    return findings
 
 
 def _one_file(path: Path) -> Found:
@@ -233,8 +251,8 @@ def _one_file(path: Path) -> Found:
     return Found("it is a file", "name the folder of a store", fills=True)
 
 
-def _robot(record: Metadata, where: str) -> str:
+def _robot(record: Metadata, location: str) -> str:
     try:
-        return str(fmt.EpisodeInfo.from_record(record.metadata, where).contract.get("name", "")) or "unnamed"
+        return str(fmt.EpisodeInfo.from_record(record.metadata, location).contract.get("name", "")) or "unnamed"
     except RatchetError:
         return "of another version"

@@ -20,7 +20,7 @@ from ratchet_vla.episodes.library.store import Card, EpisodeStore
 from ratchet_vla.records import Mark
 
 CACHE_BYTES = 256 << 20
-POINTS = 600  # of a plot
+MAX_PLOT_POINTS = 600  # of a plot
 QUALITY = 80
 
 
@@ -31,21 +31,21 @@ class PreviewCache:
         self._limit = limit
         self._packs: OrderedDict[tuple[str, str, float], bytes] = OrderedDict()
         self._size = 0
-        self._facts: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._previews: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def facts(self, store: EpisodeStore, card: Card) -> dict[str, Any]:
         """Plots and marks: `times` (s from the start), `series` (name -> values), `spans` (mark -> [from, to]),
         `events`, `length` in seconds, and `frames` per camera."""
         with self._lock:
-            if card.id in self._facts:
-                return self._facts[card.id]
-        made = _facts(store.open(card.id), card)
+            if card.id in self._previews:
+                return self._previews[card.id]
+        preview = _facts(store.open(card.id), card)
         with self._lock:
-            self._facts[card.id] = made
-            while len(self._facts) > 200:
-                self._facts.popitem(last=False)
-        return made
+            self._previews[card.id] = preview
+            while len(self._previews) > 200:
+                self._previews.popitem(last=False)
+        return preview
 
     def pack(self, store: EpisodeStore, card: Card, camera: str, fps: float) -> bytes:
         """Frames of one camera, at most `fps` per second: for each, float64 seconds from the start, uint32 length and
@@ -59,14 +59,14 @@ class PreviewCache:
             if key in self._packs:
                 self._packs.move_to_end(key)
                 return self._packs[key]
-        data = _pack(store.open(card.id), camera, fps)
+        packed = _pack(store.open(card.id), camera, fps)
         with self._lock:
             if key not in self._packs:
-                self._packs[key] = data
-                self._size += len(data)
+                self._packs[key] = packed
+                self._size += len(packed)
             while self._size > self._limit and len(self._packs) > 1:
                 self._size -= len(self._packs.popitem(last=False)[1])
-        return data
+        return packed
 
 
 def group_of(reader: EpisodeReader, card_frames: dict[str, int], camera: str) -> str:
@@ -85,70 +85,72 @@ def start_of(reader: EpisodeReader) -> float:
 def _pack(reader: EpisodeReader, camera: str, fps: float) -> bytes:
     ending = reader.ending()
     group = group_of(reader, ending.frames if ending else {}, camera)
-    start = start_of(reader)
-    apart = 1.0 / fps
-    last = -1e9
+    start_s = start_of(reader)
+    period_s = 1.0 / fps
+    last_s = -1e9
     encoder = Encoder("jpeg", QUALITY)
-    parts = []
+    packets = []
     encoded = reader.codec(group) == "jpeg"
     source: Any = reader.encoded_frames(camera, group) if encoded else reader.frames(camera, group)
     for stamp, frame in source:
-        if stamp - last < apart * 0.9:
+        if stamp - last_s < period_s * 0.9:
             continue
-        last = stamp
-        data = frame if encoded else encoder.encode(frame)
-        parts.append(struct.pack("<dI", stamp - start, len(data)) + data)
-    return b"".join(parts)
+        last_s = stamp
+        jpeg = frame if encoded else encoder.encode(frame)
+        packets.append(struct.pack("<dI", stamp - start_s, len(jpeg)) + jpeg)
+    return b"".join(packets)
 
 
 def _facts(reader: EpisodeReader, card: Card) -> dict[str, Any]:
-    start = start_of(reader)
-    times: list[float] = []
+    start_s = start_of(reader)
+    times_s: list[float] = []
     values: dict[str, list[float]] = {}
     marks: list[int] = []
     events = []
-    dims = [d["name"] for d in reader.info.contract["action"]["dims"]]
+    dim_names = [d["name"] for d in reader.info.contract["action"]["dims"]]
     for item in reader.items([fmt.TICK, fmt.EVENT, *([] if card.ticks else [fmt.OBSERVATION])]):
         if item.topic == fmt.EVENT:
-            events.append({"time": item.body.stamp - start, "code": item.body.code, "text": item.body.message})
+            events.append({"time": item.body.stamp - start_s, "code": item.body.code, "text": item.body.message})
             continue
-        times.append(item.body.stamp - start)
-        flat = iter(item.body.state)
+        times_s.append(item.body.stamp - start_s)
+        flat_state = iter(item.body.state)
         for name, size in zip(item.body.state_names, item.body.state_sizes, strict=True):
-            for i in range(size):
-                values.setdefault(f"{name}.{i}" if size > 1 else name, []).append(next(flat))
+            for position in range(size):
+                values.setdefault(f"{name}.{position}" if size > 1 else name, []).append(next(flat_state))
         if item.topic == fmt.TICK:
             tick = tick_of(item.body)
             marks.append(int(tick.fate))
-            command = [float("nan")] * len(dims) if tick.reached is None else tick.reached.tolist()
-            for name, value in zip(dims, command, strict=True):
+            command = [float("nan")] * len(dim_names) if tick.reached is None else tick.reached.tolist()
+            for name, value in zip(dim_names, command, strict=True):
                 values.setdefault(f"command {name}", []).append(value)
-    keep: list[int] = np.unique(np.linspace(0, len(times) - 1, min(POINTS, len(times))).round()).astype(int).tolist()
+    kept_indices: list[int] = (
+        np.unique(np.linspace(0, len(times_s) - 1, min(MAX_PLOT_POINTS, len(times_s))).round()).astype(int).tolist()
+    )
     series = {
-        name: [None if np.isnan(v[i]) else round(v[i], 6) for i in keep]
-        for name, v in values.items()
-        if len(v) == len(times)
+        name: [None if np.isnan(samples[position]) else round(samples[position], 6) for position in kept_indices]
+        for name, samples in values.items()
+        if len(samples) == len(times_s)
     }
     return {
-        "times": [round(times[i], 4) for i in keep],
+        "times": [round(times_s[position], 4) for position in kept_indices],
         "series": series,
-        "spans": {mark.name: _spans(times, marks, mark) for mark in Mark if mark.name and mark},
+        "spans": {mark.name: _spans(times_s, marks, mark) for mark in Mark if mark.name and mark},
         "events": events[:200],
-        "length": max(card.seconds, times[-1] if times else 0.0),
-        "dims": dims,
+        "length": max(card.seconds, times_s[-1] if times_s else 0.0),
+        "dims": dim_names,
     }
 
 
-def _spans(times: list[float], marks: list[int], mark: Mark) -> list[tuple[float, float]]:
+def _spans(times_s: list[float], marks: list[int], mark: Mark) -> list[tuple[float, float]]:
     """From when to when ticks carried a mark."""
-    found: list[tuple[float, float]] = []
-    begin: float | None = None
-    for time, given in zip(times, marks, strict=False):
-        if given & mark and begin is None:
-            begin = time
-        elif not given & mark and begin is not None:
-            found.append((round(begin, 3), round(time, 3)))
-            begin = None
-    if begin is not None:
-        found.append((round(begin, 3), round(times[-1], 3)))
-    return found
+    spans: list[tuple[float, float]] = []
+    begin_s: float | None = None
+    for time_s, tick_marks in zip(times_s, marks, strict=False):
+        if tick_marks & mark and begin_s is None:
+            begin_s = time_s
+        elif not tick_marks & mark and begin_s is not None:
+            spans.append((round(begin_s, 3), round(time_s, 3)))
+            begin_s = None
+    if begin_s is not None:
+        spans.append((round(begin_s, 3), round(times_s[-1], 3)))
+    return spans

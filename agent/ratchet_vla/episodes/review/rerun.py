@@ -53,22 +53,22 @@ def export_rrd(store: EpisodeStore, card: Card, target: Path) -> int:
 
 def _log(rerun: Any, recording: Any, store: EpisodeStore, card: Card) -> None:
     reader = store.open(card.id)
-    start = start_of(reader)
+    start_s = start_of(reader)
     ending = reader.ending()
-    text = f"{card.instruction}\n\ntask {card.task}, adapter {card.adapter_id[:12]}, ended: {card.reason or '?'}"
-    recording.log("episode", rerun.TextDocument(text), static=True)
+    summary = f"{card.instruction}\n\ntask {card.task}, adapter {card.adapter_id[:12]}, ended: {card.reason or '?'}"
+    recording.log("episode", rerun.TextDocument(summary), static=True)
     encoder = Encoder("jpeg", 90)
     for camera in card.cameras:
         group = group_of(reader, ending.frames if ending else {}, camera)
         encoded = reader.codec(group) == "jpeg"
         source: Any = reader.encoded_frames(camera, group) if encoded else reader.frames(camera, group)
         for stamp, frame in source:
-            recording.set_time("robot", duration=stamp - start)
-            data = frame if encoded else encoder.encode(frame)
-            recording.log(f"camera/{camera}", rerun.EncodedImage(contents=data, media_type="image/jpeg"))
-    dims = [d["name"] for d in reader.info.contract["action"]["dims"]]
+            recording.set_time("robot", duration=stamp - start_s)
+            jpeg = frame if encoded else encoder.encode(frame)
+            recording.log(f"camera/{camera}", rerun.EncodedImage(contents=jpeg, media_type="image/jpeg"))
+    dim_names = [d["name"] for d in reader.info.contract["action"]["dims"]]
     for item in reader.items([fmt.TICK, fmt.EVENT]):
-        recording.set_time("robot", duration=item.body.stamp - start)
+        recording.set_time("robot", duration=item.body.stamp - start_s)
         if item.topic == fmt.EVENT:
             recording.log("safety", rerun.TextLog(f"{item.body.code}: {item.body.message}", level="WARN"))
             continue
@@ -76,6 +76,6 @@ def _log(rerun: Any, recording: Any, store: EpisodeStore, card: Card) -> None:
         for name, values in tick.state.items():
             recording.log(f"state/{name}", rerun.Scalars(values.astype(np.float64)))
         if tick.reached is not None:
-            for name, value in zip(dims, tick.reached.tolist(), strict=True):
+            for name, value in zip(dim_names, tick.reached.tolist(), strict=True):
                 recording.log(f"command/{name}", rerun.Scalars([value]))
         recording.log("human", rerun.Scalars([float(bool(tick.marks & Mark.HUMAN))]))

@@ -26,13 +26,13 @@ from ratchet_vla.errors import RatchetError
 PAGE = Path(__file__).parent / "page"
 COOKIE = "ratchet_token"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-LEASE = 120.0  # s for which an episode that somebody watches is not offered to somebody else
-HEADERS = {
+LEASE_S = 120.0  # s for which an episode that somebody watches is not offered to somebody else
+SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-OPEN = ("unjudged", "second_reader", "disputed")
+OPEN_STATES = ("unjudged", "second_reader", "disputed")
 
 
 class GivenLabel(BaseModel):
@@ -58,9 +58,9 @@ class Filters(BaseModel):
     state: str = "open"
 
     def pass_(self, card: Card, status: LabelStatus) -> bool:
-        wanted = status.state in OPEN if self.state == "open" else self.state in ("", status.state)
+        state_matches = status.state in OPEN_STATES if self.state == "open" else self.state in ("", status.state)
         return (
-            wanted
+            state_matches
             and self.task in ("", card.task)
             and (not self.adapter or card.adapter_id.startswith(self.adapter))
             and self.session in ("", card.session)
@@ -74,25 +74,29 @@ class ReviewQueue:
         self._leases: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
-    def next(self, waiting: list[str], annotator: str, skip: frozenset[str]) -> str | None:
+    def next(self, waiting: list[str], annotator: str, skipped: frozenset[str]) -> str | None:
         """The oldest of these episodes; one that nobody else watches, if there is any."""
-        now = time.monotonic()
+        now_s = time.monotonic()
         with self._lock:
-            watched = {e for e, (who, until) in self._leases.items() if who != annotator and until > now}
-            wanted = [e for e in waiting if e not in skip]
-            free = next((e for e in wanted if e not in watched), None)
-            if free is not None:
-                self._leases[free] = (annotator, now + LEASE)
-            return free if free is not None else next(iter(wanted), None)
+            watched_by_others = {
+                episode
+                for episode, (watcher, until_s) in self._leases.items()
+                if watcher != annotator and until_s > now_s
+            }
+            candidates = [episode for episode in waiting if episode not in skipped]
+            unwatched = next((episode for episode in candidates if episode not in watched_by_others), None)
+            if unwatched is not None:
+                self._leases[unwatched] = (annotator, now_s + LEASE_S)
+            return unwatched if unwatched is not None else next(iter(candidates), None)
 
 
 def waiting_for(annotations: Annotations, annotator: str, filters: Filters) -> list[str]:
     """Episodes that this annotator has not labelled and the filters let pass, oldest first."""
-    found = []
+    waiting = []
     for card in annotations.store.cards().values():
         if annotator not in latest_of(annotations.labels(card.id)) and filters.pass_(card, annotations.status(card.id)):
-            found.append(card.id)
-    return found
+            waiting.append(card.id)
+    return waiting
 
 
 def check_address(host: str, token: str) -> None:
@@ -110,22 +114,22 @@ def make_app(annotations: Annotations, token: str, hosts: tuple[str, ...] = LOOP
     previews = PreviewCache()
 
     @app.middleware("http")
-    async def guard(request: Request, follow: Any) -> Response:
-        name = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]")
-        if "*" not in hosts and name not in hosts:
-            return JSONResponse({"error": {"code": "review.other_host", "what": name}}, 421)
-        asked = request.query_params.get("token", "")
-        if token and request.url.path == "/" and same(asked, token):
-            answer: Response = RedirectResponse("/", 303)  # the token leaves the address bar and the history
-            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=30 * 86400)
-            return answer
-        given = request.cookies.get(COOKIE) or request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token and not same(given, token):
-            what = "open the address that `ratchet review` printed"
-            return JSONResponse({"error": {"code": "review.no_access", "what": what}}, 401)
-        answer = await follow(request)
-        answer.headers.update(HEADERS)
-        return answer
+    async def guard(request: Request, call_next: Any) -> Response:
+        host_name = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]")
+        if "*" not in hosts and host_name not in hosts:
+            return JSONResponse({"error": {"code": "review.other_host", "what": host_name}}, 421)
+        query_token = request.query_params.get("token", "")
+        if token and request.url.path == "/" and same(query_token, token):
+            response: Response = RedirectResponse("/", 303)  # the token leaves the address bar and the history
+            response.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=30 * 86400)
+            return response
+        sent_token = request.cookies.get(COOKIE) or request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token and not same(sent_token, token):
+            problem = "open the address that `ratchet review` printed"
+            return JSONResponse({"error": {"code": "review.no_access", "what": problem}}, 401)
+        response = await call_next(request)
+        response.headers.update(SECURITY_HEADERS)
+        return response
 
     @app.exception_handler(RatchetError)
     async def refused(request: Request, error: RatchetError) -> JSONResponse:
@@ -148,13 +152,13 @@ def make_app(annotations: Annotations, token: str, hosts: tuple[str, ...] = LOOP
         states: dict[str, int] = {}
         for status in statuses.values():
             states[status.state] = states.get(status.state, 0) + 1
-        same, pairs = annotations.agreement()
+        agreeing, pairs = annotations.agreement()
         return {
             "states": states,
-            "tasks": sorted({c.task for c in cards.values()}),
-            "adapters": sorted({c.adapter_id[:12] for c in cards.values() if c.adapter_id}),
-            "sessions": sorted({c.session for c in cards.values() if c.session}),
-            "agreement": {"same": same, "pairs": pairs},
+            "tasks": sorted({card.task for card in cards.values()}),
+            "adapters": sorted({card.adapter_id[:12] for card in cards.values() if card.adapter_id}),
+            "sessions": sorted({card.session for card in cards.values() if card.session}),
+            "agreement": {"same": agreeing, "pairs": pairs},
         }
 
     @app.get("/api/next")
@@ -178,7 +182,7 @@ def make_app(annotations: Annotations, token: str, hosts: tuple[str, ...] = LOOP
             "standing": dataclasses.asdict(status),
             "proposal": dataclasses.asdict(proposal) if proposal else None,
             # A second reader must not know the first one's opinion; once opinions differ, or one is given, all may.
-            "labels": [x.as_dict() for x in labels] if has_labelled or status.state == "disputed" else [],
+            "labels": [label.as_dict() for label in labels] if has_labelled or status.state == "disputed" else [],
             "readers": status.readers,
             **previews.facts(annotations.store, card),
         }
@@ -186,18 +190,22 @@ def make_app(annotations: Annotations, token: str, hosts: tuple[str, ...] = LOOP
     @app.get("/api/episodes/{reference}/frames/{camera}")
     def frames(reference: str, camera: str, fps: float = 30.0) -> Response:
         card = annotations.store.card(reference)
-        data = previews.pack(annotations.store, card, camera, min(max(fps, 1.0), 120.0))
-        return Response(data, media_type="application/octet-stream", headers={"Cache-Control": "max-age=3600"})
+        packed = previews.pack(annotations.store, card, camera, min(max(fps, 1.0), 120.0))
+        return Response(packed, media_type="application/octet-stream", headers={"Cache-Control": "max-age=3600"})
 
     @app.post("/api/episodes/{reference}/label")
-    def label(reference: str, given: GivenLabel, filters: Annotated[Filters, Depends()]) -> dict[str, Any]:
+    def label(reference: str, body: GivenLabel, filters: Annotated[Filters, Depends()]) -> dict[str, Any]:
         card = annotations.store.card(reference)
-        viewed = Viewed(given.share, given.seconds, card.cameras, "page")
-        stored = annotations.annotate(
-            card.id, given.value, given.annotator, note=given.note, viewed=viewed, settles=given.settles
+        viewed = Viewed(body.share, body.seconds, card.cameras, "page")
+        stored_label = annotations.annotate(
+            card.id, body.value, body.annotator, note=body.note, viewed=viewed, settles=body.settles
         )
-        left = len(waiting_for(annotations, stored.annotator, filters))
-        return {"label": stored.as_dict(), "standing": dataclasses.asdict(annotations.status(card.id)), "left": left}
+        waiting_count = len(waiting_for(annotations, stored_label.annotator, filters))
+        return {
+            "label": stored_label.as_dict(),
+            "standing": dataclasses.asdict(annotations.status(card.id)),
+            "left": waiting_count,
+        }
 
     @app.get("/api/disagreements")
     def disagreements() -> list[dict[str, Any]]:
@@ -209,9 +217,9 @@ def make_app(annotations: Annotations, token: str, hosts: tuple[str, ...] = LOOP
     return app
 
 
-def same(given: str, wanted: str) -> bool:
+def same(sent_token: str, expected_token: str) -> bool:
     """Compared in a time that does not tell how much is right."""
-    return hmac.compare_digest(given.encode(), wanted.encode())
+    return hmac.compare_digest(sent_token.encode(), expected_token.encode())
 
 
 def new_token() -> str:

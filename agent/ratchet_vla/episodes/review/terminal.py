@@ -19,11 +19,12 @@ def as_text(image: UInt8, columns: int) -> str:
     """An image as lines of half blocks, two rows of pixels per line, with 24-bit colours. image: (H, W, 3) RGB."""
     height, width = image.shape[:2]
     rows = max(2, round(columns * height / width / 2) * 2)
-    small = np.asarray(cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA))
+    resized = np.asarray(cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA))
     lines = []
-    for upper, lower in zip(small[::2], small[1::2], strict=True):
+    for upper, lower in zip(resized[::2], resized[1::2], strict=True):
         cells = [
-            f"\x1b[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m▀" for a, b in zip(upper, lower, strict=True)
+            f"\x1b[38;2;{upper_rgb[0]};{upper_rgb[1]};{upper_rgb[2]};48;2;{lower_rgb[0]};{lower_rgb[1]};{lower_rgb[2]}m▀"
+            for upper_rgb, lower_rgb in zip(upper, lower, strict=True)
         ]
         lines.append("".join(cells) + "\x1b[0m")
     return "\n".join(lines)
@@ -31,12 +32,12 @@ def as_text(image: UInt8, columns: int) -> str:
 
 def side_by_side(images: list[UInt8], columns: int) -> str:
     """Several images of one moment in one row, `columns` wide together."""
-    each = max(8, (columns - 2 * (len(images) - 1)) // max(len(images), 1))
-    blocks = [as_text(image, each).split("\n") for image in images]
-    tallest = max((len(b) for b in blocks), default=0)
-    blank = " " * each
-    padded = [b + [blank] * (tallest - len(b)) for b in blocks]
-    return "\n".join("  ".join(parts) for parts in zip(*padded, strict=True))
+    image_columns = max(8, (columns - 2 * (len(images) - 1)) // max(len(images), 1))
+    blocks = [as_text(image, image_columns).split("\n") for image in images]
+    tallest = max((len(block) for block in blocks), default=0)
+    blank = " " * image_columns
+    padded = [block + [blank] * (tallest - len(block)) for block in blocks]
+    return "\n".join("  ".join(row_parts) for row_parts in zip(*padded, strict=True))
 
 
 def moments(store: EpisodeStore, card: Card, fps: float) -> Iterator[tuple[float, list[UInt8]]]:
@@ -44,18 +45,18 @@ def moments(store: EpisodeStore, card: Card, fps: float) -> Iterator[tuple[float
     reader = store.open(card.id)
     ending = reader.ending()
     counts = ending.frames if ending else {}
-    tracks = {c: list(reader.frames(c, group_of(reader, counts, c))) for c in card.cameras}
-    stamps = sorted({stamp for track in tracks.values() for stamp, _ in track})
-    last = -np.inf
-    at = dict.fromkeys(tracks, 0)
-    for stamp in stamps:
-        if stamp - last < 0.9 / fps:
+    tracks = {camera: list(reader.frames(camera, group_of(reader, counts, camera))) for camera in card.cameras}
+    stamps_s = sorted({stamp for track in tracks.values() for stamp, _ in track})
+    last_s = -np.inf
+    positions = dict.fromkeys(tracks, 0)
+    for stamp in stamps_s:
+        if stamp - last_s < 0.9 / fps:
             continue
-        last = stamp
+        last_s = stamp
         images = []
         for camera, track in tracks.items():
-            while at[camera] + 1 < len(track) and track[at[camera] + 1][0] <= stamp:
-                at[camera] += 1
+            while positions[camera] + 1 < len(track) and track[positions[camera] + 1][0] <= stamp:
+                positions[camera] += 1
             if track:
-                images.append(track[at[camera]][1])
-        yield stamp - stamps[0], images
+                images.append(track[positions[camera]][1])
+        yield stamp - stamps_s[0], images

@@ -18,7 +18,7 @@ from ratchet_vla.episodes.file.reader import EpisodeReader, read_episode
 from ratchet_vla.episodes.file.recording import EpisodeWriter, make_info
 from ratchet_vla.episodes.file.recovery import recover
 from ratchet_vla.episodes.file.writer import write_episode
-from ratchet_vla.episodes.library.index import FIRST, Index
+from ratchet_vla.episodes.library.index import NO_PREVIOUS_HASH, Index
 from ratchet_vla.episodes.library.store import Card, Damage, EpisodeStore, Stock
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import Mark
@@ -46,7 +46,7 @@ def test_entries_are_chained_and_seen_by_others(tmp_path: Path) -> None:
     theirs.append([("c", {})])
     entries = mine.entries()
     assert [e.kind for e in entries] == ["a", "b", "c"]
-    assert [e.previous for e in entries] == [FIRST, *(e.hash for e in entries[:-1])]
+    assert [e.previous for e in entries] == [NO_PREVIOUS_HASH, *(e.hash for e in entries[:-1])]
     assert mine.head == theirs.head == entries[-1].hash
 
 
