@@ -42,7 +42,8 @@ from ratchet_vla.policy.discrete.action_tokens import Statistics
 from ratchet_vla.policy.discrete.policy import PrismaticPolicy
 from ratchet_vla.policy.discrete.text import train_tokenizer
 from ratchet_vla.policy.fixed_shapes import StaticPredictor
-from ratchet_vla.policy.flow.policy import FlowPolicy, FlowStatistics
+from ratchet_vla.policy.flow.policy import FlowPolicy
+from ratchet_vla.policy.flow.statistics import FlowStatistics
 from ratchet_vla.policy.presets import openvla_oft_7b, pi0_base, small_flow, smolvla_base, spec_for
 from ratchet_vla.policy.protocol import PolicyInput
 

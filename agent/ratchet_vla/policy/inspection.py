@@ -30,7 +30,7 @@ from ratchet_vla.policy.discrete.action_tokens import Statistics
 from ratchet_vla.policy.discrete.network import PrismaticConfig, PrismaticNetwork
 from ratchet_vla.policy.discrete.text import load_tokenizer
 from ratchet_vla.policy.flow.network import FlowConfig, FlowNetwork
-from ratchet_vla.policy.flow.policy import FlowStatistics
+from ratchet_vla.policy.flow.statistics import FlowStatistics
 from ratchet_vla.policy.layers.vision import FusedDinoSiglip
 
 __all__ = ["Finding", "Report", "inspect"]

@@ -12,7 +12,8 @@ from ratchet_vla.contract import PolicySpec, RobotContract
 from ratchet_vla.policy.discrete.action_tokens import Statistics
 from ratchet_vla.policy.discrete.policy import PrismaticConfig, PrismaticPolicy
 from ratchet_vla.policy.discrete.text import train_tokenizer
-from ratchet_vla.policy.flow.policy import FlowPolicy, FlowStatistics
+from ratchet_vla.policy.flow.policy import FlowPolicy
+from ratchet_vla.policy.flow.statistics import FlowStatistics
 from ratchet_vla.policy.presets import small, small_flow, spec_for
 from ratchet_vla.policy.protocol import Policy, PolicyInput
 

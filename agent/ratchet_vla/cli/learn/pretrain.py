@@ -27,7 +27,8 @@ from ratchet_vla.policy.checkpoints import own as checkpoint
 from ratchet_vla.policy.discrete.action_tokens import Statistics
 from ratchet_vla.policy.discrete.policy import PrismaticPolicy
 from ratchet_vla.policy.discrete.text import train_tokenizer
-from ratchet_vla.policy.flow.policy import FlowPolicy, small_statistics
+from ratchet_vla.policy.flow.policy import FlowPolicy
+from ratchet_vla.policy.flow.statistics import small_statistics
 
 ACTION_BINS = 256  # ids at the end of the vocabulary that stand for actions, as in OpenVLA
 

@@ -22,6 +22,7 @@ from ratchet_vla.policy.checkpoints import own as checkpoint
 from ratchet_vla.policy.checkpoints.hub import locate
 from ratchet_vla.policy.checkpoints.own import AnyPolicy
 from ratchet_vla.policy.checkpoints.weights import files_of
+from ratchet_vla.policy.configuration import tuples_for_lists
 from ratchet_vla.policy.discrete.network import PrismaticConfig
 from ratchet_vla.policy.flow.network import FlowConfig
 from ratchet_vla.policy.images import OPENVLA, Preparation
@@ -130,7 +131,7 @@ def read_record(folder: Path) -> Record:
         if raw["format"] != FORMAT or raw["kind"] not in ("openvla", "lerobot"):
             raise ValueError(f"format {raw['format']} of kind '{raw['kind']}' is not known")
         said = raw["stated"]
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+        given: dict[str, Any] = tuples_for_lists(said)
         given["images"] = Preparation.of(said["images"])
         stated = Stated(**given)
         weights = {str(name): int(size) for name, size in raw["weights"].items()}

@@ -23,7 +23,8 @@ from ratchet_vla.policy.checkpoints.hub import locate
 from ratchet_vla.policy.checkpoints.weights import Header, read_headers, read_tensors, read_weights
 from ratchet_vla.policy.discrete.text import load_tokenizer
 from ratchet_vla.policy.flow.network import FlowConfig
-from ratchet_vla.policy.flow.policy import FlowPolicy, FlowStatistics
+from ratchet_vla.policy.flow.policy import FlowPolicy
+from ratchet_vla.policy.flow.statistics import FlowStatistics
 from ratchet_vla.policy.presets import spec_for
 
 KINDS = ("smolvla", "pi0", "pi05")

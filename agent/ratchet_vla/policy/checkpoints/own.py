@@ -20,11 +20,13 @@ from ratchet_vla.contract import PolicySpec
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.policy.checkpoints.flow_weights import fill
 from ratchet_vla.policy.checkpoints.weights import is_adapter, read_tensors, wrong_dtype
+from ratchet_vla.policy.configuration import tuples_for_lists
 from ratchet_vla.policy.discrete.action_tokens import Statistics
 from ratchet_vla.policy.discrete.policy import PrismaticConfig, PrismaticPolicy
 from ratchet_vla.policy.discrete.text import load_tokenizer
 from ratchet_vla.policy.flow.network import FlowConfig
-from ratchet_vla.policy.flow.policy import FlowPolicy, FlowStatistics
+from ratchet_vla.policy.flow.policy import FlowPolicy
+from ratchet_vla.policy.flow.statistics import FlowStatistics
 from ratchet_vla.policy.flow.trunk import Sizes
 from ratchet_vla.policy.layers.vision import FusedDinoSiglip
 
@@ -86,7 +88,7 @@ def read(
                 where=str(path),
                 fix="update ratchet",
             )
-        demands: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["policy"].items()}
+        demands: dict[str, Any] = tuples_for_lists(raw["policy"])
         spec = PolicySpec(**demands)
         model = dict(raw["model"])
         kind = raw.get("kind", "tokens")
@@ -144,7 +146,7 @@ def load_discrete(folder: str | Path, device: str | torch.device = "cpu") -> Pri
 
 def _flow_statistics(data: Mapping[str, Any] | None, where: str) -> FlowStatistics:
     try:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (data or {}).items()}
+        fields: dict[str, Any] = tuples_for_lists(data or {})
         return FlowStatistics(**fields)
     except TypeError as error:
         raise RatchetError("policy.missing_statistics", f"statistics are malformed: {error}", where=where) from None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy.configuration import tuples_for_lists
 
 BINS = 256
 # numpy's edges, as published: torch.linspace rounds some of them differently.
@@ -82,7 +83,7 @@ class Statistics:
                 fix="add the statistics that the checkpoint was trained with; never compute new ones",
             )
         try:
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            fields: dict[str, Any] = tuples_for_lists(data)
             return cls(**fields)
         except (TypeError, AttributeError) as error:
             raise RatchetError("policy.missing_statistics", f"statistics are malformed: {error}", where=where) from None

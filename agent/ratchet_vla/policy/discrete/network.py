@@ -1,28 +1,33 @@
 """The network of the discrete VLA, from 7 billion parameters down to 3 million: configuration and forward pass.
 
 Knows modules and the order of the sequence: first prompt token, image patches, rest of the prompt, [state,] K x D
-placeholders. (The published code appends a stop token that nothing attends to; it is left out.) Knows no file, no words
-and no sampling.
+placeholders. Knows no file, no words and no sampling.
 Sources: OpenVLA-OFT (arXiv 2502.19645), discrete variant of arXiv 2603.11653; OpenVLA (arXiv 2406.09246), which gives
 one token after another.
+Departures from the published code, none of which changes what is read beyond rounding:
+- it appends a stop token that nothing attends to; here there is none;
+- it computes every position's logits over all words; here those of the action positions and action tokens alone;
+- it runs the trunk's last layer at every position; here at those that are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy.configuration import impossible, require_choices, require_counts
 from ratchet_vla.policy.discrete.action_tokens import BINS
 from ratchet_vla.policy.images import Preparation
 from ratchet_vla.policy.layers.linear import linear
 from ratchet_vla.policy.layers.trunk import KeyValue, Llama, RopeMask
 from ratchet_vla.policy.layers.vision import make_tower
+
+_LATER_OPTIONS = ("decoding", "head", "state_style", "images")
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,7 @@ class PrismaticConfig:
     prompt, bos, pad, end_token, prompt_length: see text.py.
     compute_dtype: "float32", or "bfloat16" for autocast of everything but norms, residuals and the log-softmax.
     decoding: "parallel" reads all tokens from placeholders at once; "autoregressive" gives each token after those
-    before
-        it (OpenVLA), which needs causal attention.
+        before it (OpenVLA), which needs causal attention.
     head: "tokens", or "l1": OpenVLA-OFT's regression head, which gives actions but no probabilities.
     state_style: how the state enters: "own", one linear layer, behind the prompt; "oft", two layers, behind the images,
         values clipped to [-1, 1].
@@ -76,28 +80,21 @@ class PrismaticConfig:
     images: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        def refuse(name: str, fix: str) -> RatchetError:
-            value = getattr(self, name)
-            return RatchetError("policy.bad_config", f"{name} = {value!r} is not possible", where="model", fix=fix)
-
-        hints = get_type_hints(type(self))
-        for name in ("attention", "placeholders", "projector", "compute_dtype", "decoding", "head", "state_style"):
-            if getattr(self, name) not in get_args(hints[name]):
-                raise refuse(name, f"one of {', '.join(get_args(hints[name]))}")
-        for name in ("hidden", "layers", "heads", "intermediate", "vocabulary", "padded_vocabulary"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise refuse(name, "give a whole number above 0")
+        require_choices(
+            self, ("attention", "placeholders", "projector", "compute_dtype", "decoding", "head", "state_style")
+        )
+        require_counts(self, ("hidden", "layers", "heads", "intermediate", "vocabulary", "padded_vocabulary"))
         if self.hidden % (2 * self.heads):
-            raise refuse("heads", f"hidden = {self.hidden} must divide into heads of an even width")
+            raise impossible(self, "heads", f"hidden = {self.hidden} must divide into heads of an even width")
         if not BINS <= self.vocabulary <= self.padded_vocabulary:
-            raise refuse("vocabulary", f"at least {BINS}, and no more than padded_vocabulary")
+            raise impossible(self, "vocabulary", f"at least {BINS}, and no more than padded_vocabulary")
         for name in ("bos", "pad"):
             if not 0 <= getattr(self, name) < self.padded_vocabulary:
-                raise refuse(name, "give an id of the vocabulary")
+                raise impossible(self, name, "give an id of the vocabulary")
         if "{instruction}" not in self.prompt:
-            raise refuse("prompt", "it must contain {instruction}")
+            raise impossible(self, "prompt", "it must contain {instruction}")
         if self.decoding == "autoregressive" and (self.attention != "causal" or self.head != "tokens"):
-            raise refuse("decoding", "one token after another needs causal attention and a head of tokens")
+            raise impossible(self, "decoding", "one token after another needs causal attention and a head of tokens")
         self.preparation()
 
     def preparation(self) -> Preparation:
@@ -105,16 +102,18 @@ class PrismaticConfig:
         return Preparation.of(self.images)
 
     def facts(self) -> dict[str, Any]:
-        """What goes into the base's hash. Options at their default are left out, so that a new option leaves the ids of
-        all earlier bases as they are."""
-        out = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            late = f.name in ("decoding", "head", "state_style", "images")
-            default = f.default if f.default is not MISSING else {}
-            if not (late and value == default):
-                out[f.name] = dict(value) if isinstance(value, Mapping) else value
-        return out
+        """What goes into the base's hash.
+
+        Options that came later are left out at their default, so that the ids of all earlier bases stay as they are.
+        """
+        hashed: dict[str, Any] = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            default = option.default if option.default is not MISSING else {}
+            if option.name in _LATER_OPTIONS and value == default:
+                continue
+            hashed[option.name] = dict(value) if isinstance(value, Mapping) else value
+        return hashed
 
     @property
     def action_rows(self) -> slice:
@@ -156,8 +155,8 @@ class _Residual(nn.Module):
         super().__init__()
         self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.ffn(x)
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = hidden + self.ffn(hidden)
         return out
 
 
@@ -207,7 +206,8 @@ class PrismaticNetwork(nn.Module):
 
     def __init__(self, config: PrismaticConfig, actions: int, state: int, dims: int) -> None:
         super().__init__()
-        self.config, self.actions = config, actions
+        self.config = config
+        self.actions = actions
         self.vision_backbone = make_tower(config.vision, config.vision_options)
         self.projector = Projector(self.vision_backbone.features, config.hidden, config.projector)
         self.language_model = LanguageModel(config)
@@ -234,23 +234,24 @@ class PrismaticNetwork(nn.Module):
         state: (B, S) normalised; None where none is taken. dtype: of matrix products.
         given: (B, K*D) bins that stand in the slots, for autoregressive decoding; the last is not read.
         """
-        prefix, seen = self.prefix(pixels, ids, mask, state, dtype)
-        slots = self.slots(prefix, given)
-        rope = self.rope_mask(seen, dtype)
+        prefix, present = self.prefix(pixels, ids, mask, state, dtype)  # (B, P, hidden), (B, P)
+        slots = self.slots(prefix, given)  # (B, K*D, hidden)
+        rope = self.rope_mask(present, dtype)
         # The token of a position is read one position earlier, as in any language model.
         length = prefix.shape[1] + self.actions
         query_slice = slice(length - self.actions - 1, length - 1)
-        out: Tensor = self.language_model.model(torch.cat([prefix, slots], 1), rope, query_slice, dtype)
-        return out
+        hidden: Tensor = self.language_model.model(torch.cat([prefix, slots], 1), rope, query_slice, dtype)
+        return hidden
 
     def see(self, pixels: Tensor, ids: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, patches, hidden): the images as the trunk takes them."""
-        embedded = self.language_model.model.embed_tokens(ids)
-        said = mask[..., None].to(embedded.dtype)
-        said[:, 0] = 0  # the first token says nothing about the task
-        text = (embedded * said).sum(1) / said.sum(1).clamp(min=1)
-        out: Tensor = self.projector(self.vision_backbone(pixels, text).to(dtype)).to(embedded.dtype)
-        return out
+        embedded = self.language_model.model.embed_tokens(ids)  # (B, L, hidden)
+        weight = mask[..., None].to(embedded.dtype)  # (B, L, 1)
+        weight[:, 0] = 0  # the first token says nothing about the task
+        text = (embedded * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B, hidden)
+        features = self.vision_backbone(pixels, text).to(dtype)  # (B, V * patches, features)
+        patches: Tensor = self.projector(features).to(embedded.dtype)
+        return patches
 
     def prefix(
         self,
@@ -265,17 +266,18 @@ class PrismaticNetwork(nn.Module):
 
         patches: what `see` gave for these images, where they were seen before.
         """
-        embedded = self.language_model.model.embed_tokens(ids)
+        embedded = self.language_model.model.embed_tokens(ids)  # (B, L, hidden)
         if patches is None:
             patches = self.see(pixels, ids, mask, dtype)
-        seen = [mask[:, :1], mask.new_ones(patches.shape[:2]), mask[:, 1:]]
-        parts = [embedded[:, :1], patches, embedded[:, 1:]]
+        sections = [embedded[:, :1], patches, embedded[:, 1:]]
+        present = [mask[:, :1], mask.new_ones(patches.shape[:2]), mask[:, 1:]]
         if state is not None:
-            token = linear(self.state_projector, state.to(dtype))[:, None].to(embedded.dtype)
-            at = 3 if self.config.state_style == "own" else 2
-            parts.insert(at, token)
-            seen.insert(at, mask.new_ones(len(mask), 1))
-        return torch.cat(parts, 1), torch.cat(seen, 1)
+            token = linear(self.state_projector, state.to(dtype))[:, None].to(embedded.dtype)  # (B, 1, hidden)
+            # OpenVLA-OFT has the state behind the images, the built-in VLA behind the prompt.
+            place = 3 if self.config.state_style == "own" else 2
+            sections.insert(place, token)
+            present.insert(place, mask.new_ones(len(mask), 1))
+        return torch.cat(sections, 1), torch.cat(present, 1)
 
     def slots(self, prefix: Tensor, given: Tensor | None) -> Tensor:
         """(B, K*D, hidden): what stands where the actions are read."""
@@ -286,10 +288,10 @@ class PrismaticNetwork(nn.Module):
             return self.placeholders.expand(len(prefix), -1, -1)
         return prefix.new_zeros(len(prefix), self.actions, self.config.hidden)
 
-    def rope_mask(self, seen: Tensor, dtype: torch.dtype) -> RopeMask:
-        """Of the whole sequence: the prefix, of which `seen` (B, P) is not padding, and the slots."""
-        seen = functional.pad(seen, (0, self.actions), value=True)
-        return self.language_model.model.rope_mask(seen, self.config.attention, dtype)
+    def rope_mask(self, present: Tensor, dtype: torch.dtype) -> RopeMask:
+        """Of the whole sequence: the prefix, of which `present` (B, P) is not padding, and the slots."""
+        present = functional.pad(present, (0, self.actions), value=True)  # (B, P + K*D)
+        return self.language_model.model.rope_mask(present, self.config.attention, dtype)
 
     @torch.no_grad()
     def one_by_one(
@@ -307,17 +309,20 @@ class PrismaticNetwork(nn.Module):
         are kept, so that each token after the first costs one position.
         """
         trunk = self.language_model.model
-        x, seen = self.prefix(pixels, ids, mask, state, dtype)
-        rope = self.rope_mask(seen, dtype)
+        inputs, present = self.prefix(pixels, ids, mask, state, dtype)
+        rope = self.rope_mask(present, dtype)
         kv_cache = [KeyValue() for _ in trunk.layers]
-        begin, tokens, states = 0, [], []
+        begin = 0
+        tokens: list[Tensor] = []  # each (B,)
+        states: list[Tensor] = []  # each (B, 1, hidden)
         for index in range(self.actions):
-            end = begin + x.shape[1]
-            last = slice(x.shape[1] - 1, x.shape[1])
-            hidden = trunk(x, rope.part(begin, end), last, dtype, kv_cache)
+            length = inputs.shape[1]
+            end = begin + length
+            hidden = trunk(inputs, rope.part(begin, end), slice(length - 1, length), dtype, kv_cache)
             states.append(hidden)
             tokens.append(choose(self.action_logits(hidden[:, 0]), index))
-            x, begin = trunk.embed_tokens(tokens[-1][:, None] + self.config.action_rows.start), end
+            inputs = trunk.embed_tokens(tokens[-1][:, None] + self.config.action_rows.start)  # (B, 1, hidden)
+            begin = end
         return torch.stack(tokens, 1), torch.cat(states, 1)
 
     def set_checkpointing(self, on: bool) -> None:

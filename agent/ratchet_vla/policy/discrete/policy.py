@@ -1,38 +1,32 @@
-"""The discrete VLA: OpenVLA's and OpenVLA-OFT's architecture, from 7 billion parameters down to 3 million, as one
-class.
+"""The discrete VLA: OpenVLA's and OpenVLA-OFT's architecture, from 7 billion parameters down to 3 million.
 
 Knows prompts, statistics, sampling and log-probabilities around the network (network.py). Knows no file
 (checkpoints/), no adapter and no robot. A chunk of K actions of D dimensions is decoded in ONE forward: K x D
 placeholder positions, each with one distribution over 256 action tokens. Logits are computed at these positions and for
-these tokens alone.
+these tokens alone; the published code computes all positions and all words, with equal numbers.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
 from collections.abc import Callable
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ratchet_vla.contract import PolicySpec
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.policy.computing import Computing
 from ratchet_vla.policy.discrete.action_tokens import BINS, Statistics, decode, encode, normalise, unnormalise
 from ratchet_vla.policy.discrete.network import PrismaticConfig, PrismaticNetwork
 from ratchet_vla.policy.discrete.text import Prompt
 from ratchet_vla.policy.images import prepare
+from ratchet_vla.policy.network_policy import NetworkPolicy, require_temperature
 from ratchet_vla.policy.protocol import Chunks, PolicyInput
 
 __all__ = ["PrismaticConfig", "PrismaticNetwork", "PrismaticPolicy"]
 
 
-class PrismaticPolicy(Computing):
+class PrismaticPolicy(NetworkPolicy):
     """A discrete VLA that implements the Policy protocol.
 
     Construct with `checkpoint.load(folder)`, or from parts: `PrismaticPolicy(config, spec, statistics, tokenizer)`,
@@ -44,44 +38,25 @@ class PrismaticPolicy(Computing):
     """
 
     config: PrismaticConfig
+    statistics: Statistics
+    network: PrismaticNetwork
 
     def __init__(self, config: PrismaticConfig, spec: PolicySpec, statistics: Statistics, tokenizer: Tokenizer) -> None:
-        bins = BINS if config.head == "tokens" else 0
-        if spec.bins != bins:
-            raise RatchetError(
-                "policy.no_probabilities",
-                f"the head has {spec.bins} bins per action, a head of {config.head} has {bins}",
-                fix="a regression (L1) head gives no probabilities; use the discrete checkpoint",
-            )
-        if spec.state and len(statistics.state_mean) != spec.state_size:
-            raise RatchetError(
-                "policy.missing_statistics",
-                f"the policy takes {spec.state_size} state values, statistics have {len(statistics.state_mean)}",
-                where=statistics.key,
-                fix="add state_mean and state_std of the training data",
-            )
-        for name, theirs, mine in (
-            ("key", statistics.key, spec.statistics_key),
-            ("units", statistics.units, spec.action_units),
-        ):
-            if theirs != mine:
-                raise RatchetError(
-                    "policy.wrong_statistics",
-                    f"the statistics' {name} is {theirs!r}, the policy's actions have {mine!r}",
-                    where=statistics.key,
-                    fix="take the statistics that the checkpoint was trained with",
-                )
+        _require_head(config, spec)
+        _require_statistics(spec, statistics)
         if tokenizer.get_vocab_size() > config.padded_vocabulary:
             raise RatchetError(
                 "policy.bad_config",
                 f"the tokenizer has {tokenizer.get_vocab_size()} ids, the model {config.padded_vocabulary}",
                 fix="use the tokenizer that the checkpoint came with",
             )
-        self.config, self.statistics, self.tokenizer = config, statistics, tokenizer
-        self._spec = spec
-        self.actions = spec.chunk * len(spec.action_names)
-        state = spec.state_size if spec.state else 0
-        self.network = PrismaticNetwork(config, self.actions, state, len(spec.action_names)).eval()
+        super().__init__(spec, tokenizer, config.preparation())
+        self.config = config
+        self.statistics = statistics
+        dims = len(spec.action_names)
+        state_size = spec.state_size if spec.state else 0
+        self.actions = spec.chunk * dims
+        self.network = PrismaticNetwork(config, self.actions, state_size, dims).eval()
         self.prompt = Prompt(
             tokenizer,
             config.prompt,
@@ -90,21 +65,6 @@ class PrismaticPolicy(Computing):
             end_token=config.end_token,
             length=config.prompt_length,
         )
-        self._preparation = config.preparation()
-        self._base_hash = ""
-
-    @property
-    def spec(self) -> PolicySpec:
-        return self._spec
-
-    @property
-    def takes_any_size(self) -> bool:
-        """Whether images of any size go in, to be resized as in training."""
-        return self._preparation.any_size()
-
-    @property
-    def module(self) -> nn.Module:
-        return self.network
 
     @property
     def sampled_shape(self) -> tuple[int, int]:
@@ -116,63 +76,14 @@ class PrismaticPolicy(Computing):
         """Whether samples can be learned from; False for a regression head."""
         return self.config.head == "tokens"
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    @property
-    def base_hash(self) -> str:
-        """SHA-256 over configuration, statistics, tokenizer and base tensors; adapters attached later do not count.
-
-        Computed once: whoever changes the base's tensors afterwards calls `base_changed`.
-        """
-        if not self._base_hash:
-            digest = hashlib.sha256()
-            facts = {
-                "config": self.config.facts(),
-                "spec": dataclasses.asdict(self._spec),
-                "statistics": self.statistics.as_dict(),
-                "tokenizer": json.loads(self.tokenizer.to_str()),
-            }
-            digest.update(json.dumps(facts, sort_keys=True).encode())
-            for name, tensor in sorted(self.base_tensors().items()):
-                raw = self.as_stored(name, tensor.detach()).cpu().contiguous()
-                digest.update(f"{name}:{raw.dtype}:{tuple(raw.shape)}".encode())
-                digest.update(
-                    raw.view(torch.uint8).numpy().data if raw.ndim else raw.reshape(1).view(torch.uint8).numpy().data
-                )
-            self._base_hash = digest.hexdigest()
-        return self._base_hash
-
-    def base_tensors(self) -> dict[str, Tensor]:
-        """The base's own tensors by their published names, with or without adapters attached.
-
-        Raises:
-            RatchetError: policy.merged while an adapter is merged into them.
-        """
-        merged = [n for n, m in self.network.named_modules() if isinstance(m, LoraLayer) and m.merged]
-        if merged:
-            raise RatchetError(
-                "policy.merged", "an adapter is merged into the base's tensors", where=merged[0], fix="unmerge it first"
-            )
-        return {
-            name.replace(".base_layer.", "."): tensor
-            for name, tensor in self.network.state_dict().items()
-            if ".lora_" not in name
-        }
-
-    def base_changed(self) -> None:
-        """Tell that the base's tensors were written: its hash is computed anew."""
-        self._base_hash = ""
-
     # What the Policy protocol asks for.
 
     @torch.no_grad()
     def predict(self, batch: PolicyInput) -> Chunks:
         if self.config.head == "l1":
-            hidden = self._hidden(batch)
+            hidden = self._hidden(batch)  # (B, K*D, hidden)
             with self.autocast():
-                values = self.network.action_head(hidden.to(self.compute_dtype)).float()
+                values = self.network.action_head(hidden.to(self.compute_dtype)).float()  # (B, K, D) normalised
             return Chunks(unnormalise(values, self.statistics).float(), None, None, hidden.float().mean(1))
         if self.config.decoding == "autoregressive":
             tokens, hidden = self._one_by_one(batch, lambda logits, _: logits.argmax(-1))
@@ -185,19 +96,19 @@ class PrismaticPolicy(Computing):
     @torch.no_grad()
     def sample(self, batch: PolicyInput, temperature: float, noise: Tensor) -> Chunks:
         self._require_probabilities()
-        self._require_temperature(temperature)
-        self._require_shape("noise", noise, len(batch))
+        require_temperature(temperature)
+        self._require_chunk_shape("noise", noise, len(batch))
         if self.config.decoding == "autoregressive":
-            flat = noise.flatten(1)
-            kept: list[Tensor] = []
+            flat_noise = noise.flatten(1)  # (B, K*D)
+            log_probs: list[Tensor] = []
 
             def choose(logits: Tensor, index: int) -> Tensor:
-                chosen, log_prob = _draw(logits, temperature, flat[:, index])
-                kept.append(log_prob)
+                chosen, token_log_prob = _draw(logits, temperature, flat_noise[:, index])
+                log_probs.append(token_log_prob)
                 return chosen
 
             tokens, hidden = self._one_by_one(batch, choose)
-            log_prob = torch.stack(kept, 1).view(tokens.shape)
+            log_prob = torch.stack(log_probs, 1).view(tokens.shape)
         else:
             hidden = self._hidden(batch)
             tokens, log_prob = _draw(self._logits(hidden), temperature, noise)
@@ -205,13 +116,13 @@ class PrismaticPolicy(Computing):
 
     def log_prob(self, batch: PolicyInput, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         self._require_probabilities()
-        self._require_temperature(temperature)
-        self._require_shape("tokens", tokens, len(batch))
+        require_temperature(temperature)
+        self._require_chunk_shape("tokens", tokens, len(batch))
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < BINS:
             raise RatchetError("policy.bad_input", f"tokens are not all in [0, {BINS})", fix="give bins, not token ids")
-        log_prob = (self.logits(batch, tokens) / temperature).log_softmax(-1)
-        entropy = -(log_prob.exp() * log_prob).sum(-1)
-        return log_prob.gather(-1, tokens.to(log_prob.device)[..., None])[..., 0], entropy
+        log_probs = (self.logits(batch, tokens) / temperature).log_softmax(-1)  # (B, K, D, 256)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)  # (B, K, D)
+        return log_probs.gather(-1, tokens.to(log_probs.device)[..., None])[..., 0], entropy
 
     # What training and checks use.
 
@@ -243,8 +154,8 @@ class PrismaticPolicy(Computing):
         pixels: as the tower's `prepare` gives them. ids, mask: (B, L) prompt ids and True where not padding.
         state: (B, S) normalised; None where the policy takes none. given: (B, K*D) bins before the one that is read.
         """
-        out: Tensor = self.network(pixels, ids, mask, state, self.compute_dtype, given)
-        return out
+        hidden: Tensor = self.network(pixels, ids, mask, state, self.compute_dtype, given)
+        return hidden
 
     def action_logits(self, hidden: Tensor) -> Tensor:
         """(…, hidden) -> (…, 256) float32: the head's action rows alone, also under an adapter."""
@@ -252,9 +163,12 @@ class PrismaticPolicy(Computing):
 
     def normalised_state(self, state: Tensor) -> Tensor:
         """(B, S) physical -> (B, S) in standard deviations of the training data."""
-        mean = torch.tensor(self.statistics.state_mean, device=state.device)
-        out = (state - mean) / torch.tensor(self.statistics.state_std, device=state.device)
-        return out if self.config.state_style == "own" else out.clamp(-1, 1)
+        mean = torch.tensor(self.statistics.state_mean, device=state.device)  # (S,)
+        deviation = torch.tensor(self.statistics.state_std, device=state.device)  # (S,)
+        normalised = (state - mean) / deviation
+        if self.config.state_style == "own":
+            return normalised
+        return normalised.clamp(-1, 1)
 
     def _hidden(self, batch: PolicyInput, given: Tensor | None = None) -> Tensor:
         pixels, ids, mask, state = self.inputs(batch)
@@ -269,57 +183,26 @@ class PrismaticPolicy(Computing):
 
     def inputs(self, batch: PolicyInput) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Pixels, prompt ids and mask, normalised state: what the network takes, on its device."""
-        images, state = self._check(batch)
+        images, state = self._checked(batch)
         ids, mask = self.prompt(batch.instructions)
         if self.device.type == "cpu":
             # Padding that all rows share changes nothing but the time; a GPU prefers one shape for all batches.
-            shared = mask.any(0)
-            ids, mask = ids[:, shared], mask[:, shared]
-        ids, mask = ids.to(self.device), mask.to(self.device)
+            used = mask.any(0)  # (L,)
+            ids = ids[:, used]
+            mask = mask[:, used]
         if self._preparation.any_size():
             # A float copy of whole grey levels: the towers take bytes.
-            prepared = prepare(images, self._spec.image_size, self._preparation)
+            prepared = prepare(images, self._spec.image_size, self._preparation)  # (B, V, 3, size, size)
             images = (prepared * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
         pixels = self.network.vision_backbone.prepare(images)
-        return pixels, ids, mask, None if state is None else self.normalised_state(state)
+        if state is not None:
+            state = self.normalised_state(state)
+        return pixels, ids.to(self.device), mask.to(self.device), state
 
     def _logits(self, hidden: Tensor) -> Tensor:
         with self.autocast():
             logits = self.action_logits(hidden)
         return logits.reshape(len(logits), self._spec.chunk, len(self._spec.action_names), BINS)
-
-    def _check(self, batch: PolicyInput) -> tuple[Tensor, Tensor | None]:
-        images = torch.as_tensor(batch.images)
-        size, views = self._spec.image_size, len(self._spec.cameras)
-        expected: tuple[int, ...] = (len(batch), views, size, size, 3)
-        if self._preparation.any_size() and images.ndim == 5 and min(images.shape) > 0:
-            expected = (len(batch), views, *images.shape[2:4], 3)
-        if tuple(images.shape) != expected or images.dtype != torch.uint8:
-            raise RatchetError(
-                "policy.bad_input",
-                f"images are {tuple(images.shape)} {images.dtype}, expected {expected} uint8",
-                where=f"cameras {', '.join(self._spec.cameras)}",
-                fix="give every camera in the policy's order, at its image size",
-            )
-        if not len(batch):
-            raise RatchetError("policy.bad_input", "the batch is empty", fix="give at least one observation")
-        if not self._spec.state:
-            return images.to(self.device), None
-        if batch.state is None or tuple(batch.state.shape) != (len(batch), self._spec.state_size):
-            got = None if batch.state is None else tuple(batch.state.shape)
-            raise RatchetError(
-                "policy.bad_input",
-                f"state is {got}, expected {(len(batch), self._spec.state_size)}",
-                where=f"state {', '.join(self._spec.state)}",
-            )
-        if not bool(torch.isfinite(batch.state).all()):
-            raise RatchetError("policy.bad_input", "the state is not finite", where=", ".join(self._spec.state))
-        return images.to(self.device), batch.state.to(self.device, torch.float32)
-
-    def _require_shape(self, name: str, tensor: Tensor, rows: int) -> None:
-        expected = (rows, self._spec.chunk, len(self._spec.action_names))
-        if tuple(tensor.shape) != expected:
-            raise RatchetError("policy.bad_input", f"{name} is {tuple(tensor.shape)}, expected {expected}", where=name)
 
     def _require_probabilities(self) -> None:
         if not self.gives_probabilities:
@@ -331,17 +214,43 @@ class PrismaticPolicy(Computing):
                 fix="use it for prediction only; learn with a discrete checkpoint",
             )
 
-    @staticmethod
-    def _require_temperature(temperature: float) -> None:
-        if not 0 < temperature < math.inf:
-            raise RatchetError("policy.bad_temperature", f"temperature {temperature} is not above 0", fix="use predict")
+
+def _require_head(config: PrismaticConfig, spec: PolicySpec) -> None:
+    bins = BINS if config.head == "tokens" else 0
+    if spec.bins != bins:
+        raise RatchetError(
+            "policy.no_probabilities",
+            f"the head has {spec.bins} bins per action, a head of {config.head} has {bins}",
+            fix="a regression (L1) head gives no probabilities; use the discrete checkpoint",
+        )
+
+
+def _require_statistics(spec: PolicySpec, statistics: Statistics) -> None:
+    if spec.state and len(statistics.state_mean) != spec.state_size:
+        raise RatchetError(
+            "policy.missing_statistics",
+            f"the policy takes {spec.state_size} state values, statistics have {len(statistics.state_mean)}",
+            where=statistics.key,
+            fix="add state_mean and state_std of the training data",
+        )
+    for name, in_statistics, in_spec in (
+        ("key", statistics.key, spec.statistics_key),
+        ("units", statistics.units, spec.action_units),
+    ):
+        if in_statistics != in_spec:
+            raise RatchetError(
+                "policy.wrong_statistics",
+                f"the statistics' {name} is {in_statistics!r}, the policy's actions have {in_spec!r}",
+                where=statistics.key,
+                fix="take the statistics that the checkpoint was trained with",
+            )
 
 
 def _draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Bins (…) by the inverse distribution function at `noise` (…), and their log-probabilities."""
-    log_prob = (logits / temperature).log_softmax(-1)
+    log_prob = (logits / temperature).log_softmax(-1)  # (…, 256)
     # In float64: rounding must never select a bin of probability zero beyond the last one.
-    cumulative = log_prob.exp().double().cumsum(-1)
+    cumulative = log_prob.exp().double().cumsum(-1)  # (…, 256)
     threshold = noise.to(cumulative)[..., None] * cumulative[..., -1:]
     tokens = (cumulative <= threshold).sum(-1).clamp(max=BINS - 1)
     return tokens, log_prob.gather(-1, tokens[..., None])[..., 0]

@@ -4,6 +4,8 @@ Knows modules and the order of the two sequences. Prefix, run once per observati
 words[, state]. Suffix, run once per step of the flow by the action expert: [state,] H noisy actions. Knows no file, no
 words and no sampling. Vision towers are transformers' own; parameter names below them are LeRobot's.
 Sources: pi0 (arXiv 2410.24164), pi0.5 (arXiv 2504.16054), SmolVLA (arXiv 2506.01844).
+Departures from the published code: the language model's last layer computes keys and values only, because nothing else
+of it is read; the padded sequence has no fixed length; and a summary of the prefix is kept for a value head.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy.configuration import impossible, require_choices, require_counts
 from ratchet_vla.policy.flow.trunk import LayerKeyValue, Sizes, Stack, additive
 from ratchet_vla.policy.flow.vision import make_vision
 from ratchet_vla.policy.images import Preparation
@@ -72,28 +74,21 @@ class FlowConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        def refuse(name: str, fix: str) -> RatchetError:
-            value = getattr(self, name)
-            return RatchetError("policy.bad_config", f"{name} = {value!r} is not possible", where="model", fix=fix)
-
-        hints = get_type_hints(type(self))
-        for name in ("word_scale", "image_scale", "order", "state", "time", "start", "compute_dtype"):
-            if getattr(self, name) not in get_args(hints[name]):
-                raise refuse(name, f"one of {', '.join(get_args(hints[name]))}")
-        for name in ("vocabulary", "horizon", "action_width", "prompt_length", "steps", "sample_steps"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise refuse(name, "give a whole number above 0")
+        require_choices(self, ("word_scale", "image_scale", "order", "state", "time", "start", "compute_dtype"))
+        require_counts(self, ("vocabulary", "horizon", "action_width", "prompt_length", "steps", "sample_steps"))
         if not self.noise_level > 0:
-            raise refuse("noise_level", "give a number above 0; without noise no sample has a probability")
+            raise impossible(self, "noise_level", "give a number above 0; without noise no sample has a probability")
         if not 0 <= self.shock_correlation < 1:
-            raise refuse("shock_correlation", "give a number from 0 to below 1")
-        same = all(getattr(self.language, n) == getattr(self.expert, n) for n in ("layers", "heads", "groups", "head"))
-        if not same:
-            raise refuse("expert", "the two stacks share layers, heads and the width of a head")
+            raise impossible(self, "shock_correlation", "give a number from 0 to below 1")
+        shared_sizes = ("layers", "heads", "groups", "head")
+        if any(getattr(self.language, name) != getattr(self.expert, name) for name in shared_sizes):
+            raise impossible(self, "expert", "the two stacks share layers, heads and the width of a head")
         if self.expert.adaptive != (self.time == "adaptive"):
-            raise refuse("time", "an adaptive expert takes the time through its norms, and no other does")
+            raise impossible(self, "time", "an adaptive expert takes the time through its norms, and no other does")
         if "{instruction}" not in self.prompt or ("{state}" in self.prompt) != (self.state == "words"):
-            raise refuse("prompt", "it must contain {instruction}, and {state} where the state is said in words")
+            raise impossible(
+                self, "prompt", "it must contain {instruction}, and {state} where the state is said in words"
+            )
         self.preparation()
 
     def preparation(self) -> Preparation:
@@ -102,13 +97,13 @@ class FlowConfig:
 
     def facts(self) -> dict[str, Any]:
         """What goes into the base's hash, as JSON data."""
-        out: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
+        hashed: dict[str, Any] = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
             if isinstance(value, Sizes):
-                value = {g.name: getattr(value, g.name) for g in fields(value)}
-            out[f.name] = dict(value) if isinstance(value, Mapping) else value
-        return out
+                value = {size.name: getattr(value, size.name) for size in fields(value)}
+            hashed[option.name] = dict(value) if isinstance(value, Mapping) else value
+        return hashed
 
 
 @dataclass
@@ -131,20 +126,24 @@ class FlowNetwork(nn.Module):
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
-        self.config, self.checkpointing = config, False
-        width, inner = config.language.width, config.expert.width
+        self.config = config
+        self.checkpointing = False  # True recomputes each step of the flow in the backward pass
+        width = config.language.width
+        inner = config.expert.width
         self.vision = make_vision(config.vision, config.vision_options, width)
         self.embed_tokens = nn.Embedding(config.vocabulary, width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.language = Stack(config.language, prefill_only=True)
-        crossed = frozenset(
-            i for i in range(config.expert.layers) if config.crossed and i % config.crossed
-        )  # every `crossed`-th layer attends beside the language model
+        # Every `crossed`-th layer attends beside the language model, the others across to it.
+        crossed: frozenset[int] = frozenset()
+        if config.crossed:
+            crossed = frozenset(index for index in range(config.expert.layers) if index % config.crossed)
         self.expert = Stack(config.expert, crossed, config.language.groups * config.language.head)
         self.action_in_proj = nn.Linear(config.action_width, inner)
         self.action_out_proj = nn.Linear(inner, config.action_width)
         if config.state in ("prefix", "suffix"):
-            self.state_proj = nn.Linear(config.state_width, width if config.state == "prefix" else inner)
+            state_width = width if config.state == "prefix" else inner
+            self.state_proj = nn.Linear(config.state_width, state_width)
         if config.time == "concat":
             self.action_time_mlp_in = nn.Linear(2 * inner, inner)
             self.action_time_mlp_out = nn.Linear(inner, inner)
@@ -158,13 +157,15 @@ class FlowNetwork(nn.Module):
 
     def see(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, patches, width): the images as the language model takes them."""
-        words = self.embed_tokens(ids)
-        said = mask[..., None].to(words.dtype)
-        text = (words * said).sum(1) / said.sum(1).clamp(min=1)
+        embedded = self.embed_tokens(ids)  # (B, L, width)
+        weight = mask[..., None].to(embedded.dtype)  # (B, L, 1)
+        text = (embedded * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B, width)
         views = pixels.shape[1]
-        patches = self.vision(pixels.flatten(0, 1), text.repeat_interleave(views, 0)).to(words.dtype)
-        out: Tensor = patches.reshape(len(ids), -1, patches.shape[-1])
-        return out
+        per_view = self.vision(pixels.flatten(0, 1), text.repeat_interleave(views, 0)).to(
+            embedded.dtype
+        )  # (B V, P, width)
+        patches: Tensor = per_view.reshape(len(ids), -1, per_view.shape[-1])
+        return patches
 
     def prefix(
         self,
@@ -182,60 +183,62 @@ class FlowNetwork(nn.Module):
         """
         config = self.config
         root = math.sqrt(config.language.width)
-        words = self.embed_tokens(ids)
+        embedded = self.embed_tokens(ids)  # (B, L, width)
         if patches is None:
             patches = self.see(pixels, ids, mask)
-        parts = [
+        sections = [
             patches * (root if config.image_scale == "root" else 1.0),
-            words * (root if config.word_scale == "root" else 1.0),
+            embedded * (root if config.word_scale == "root" else 1.0),
         ]
-        seen = [mask.new_ones(patches.shape[:2]), mask]
+        present = [mask.new_ones(patches.shape[:2]), mask]
         token = None
         if config.state in ("prefix", "suffix") and state is not None:
-            token = linear(self.state_proj, state.to(dtype))[:, None].to(words.dtype)
+            token = linear(self.state_proj, state.to(dtype))[:, None].to(embedded.dtype)  # (B, 1, width)
             if config.state == "prefix":
-                parts.append(token)
-                seen.append(mask.new_ones(len(mask), 1))
-        x, known = torch.cat(parts, 1), torch.cat(seen, 1)
-        allowed = known[:, :, None] & known[:, None, :]
+                sections.append(token)
+                present.append(mask.new_ones(len(mask), 1))
+        sequence = torch.cat(sections, 1)  # (B, P, width)
+        not_padding = torch.cat(present, 1)  # (B, P)
+        allowed = not_padding[:, :, None] & not_padding[:, None, :]  # (B, P, P)
         if config.state == "prefix":
             allowed[:, :-1, -1] = False  # images and words do not look at the state
-        kv_cache, last = self.language.prefill(x, known.long().cumsum(1) - 1, additive(allowed), dtype)
-        weight = known[..., None].to(last.dtype)
-        summary = _unit_scale((last * weight).sum(1) / weight.sum(1))
+        position = not_padding.long().cumsum(1) - 1  # (B, P): padding takes no position
+        kv_cache, last = self.language.prefill(sequence, position, additive(allowed), dtype)
+        weight = not_padding[..., None].to(last.dtype)  # (B, P, 1)
+        summary = _unit_scale((last * weight).sum(1) / weight.sum(1))  # (B, width)
         if config.state != "suffix" or token is None:
-            return Prefix(kv_cache, known, summary, None)
+            return Prefix(kv_cache, not_padding, summary, None)
         # The language model never sees a state that comes after it, and without it nobody can tell how far a task is.
-        return Prefix(kv_cache, known, torch.cat([summary, _unit_scale(token[:, 0])], 1), token)
+        return Prefix(kv_cache, not_padding, torch.cat([summary, _unit_scale(token[:, 0])], 1), token)
 
     def velocity(self, prefix: Prefix, actions: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, H, A) float32: where noisy actions (B, H, A) move at times (B,)."""
         config = self.config
-        x = linear(self.action_in_proj, actions.to(dtype))
-        clock = sinusoid(time, config.expert.width).to(dtype)
+        tokens = linear(self.action_in_proj, actions.to(dtype))  # (B, H, inner)
+        clock = sinusoid(time, config.expert.width).to(dtype)  # (B, inner)
         condition = None
         if config.time == "concat":
-            both = torch.cat([x, clock[:, None].expand_as(x)], 2)
-            x = linear(self.action_time_mlp_out, functional.silu(linear(self.action_time_mlp_in, both)))
+            timed = torch.cat([tokens, clock[:, None].expand_as(tokens)], 2)  # (B, H, 2 inner)
+            tokens = linear(self.action_time_mlp_out, functional.silu(linear(self.action_time_mlp_in, timed)))
         else:
             condition = functional.silu(linear(self.time_mlp_in, clock))
-            condition = functional.silu(linear(self.time_mlp_out, condition))
+            condition = functional.silu(linear(self.time_mlp_out, condition))  # (B, inner)
         if prefix.state is not None:
-            x = torch.cat([prefix.state.to(x.dtype), x], 1)
-        count = x.shape[1]
-        own = torch.ones(count, count, dtype=torch.bool, device=x.device)
+            tokens = torch.cat([prefix.state.to(tokens.dtype), tokens], 1)  # (B, 1 + H, inner)
+        batch, count, _ = tokens.shape
+        among_suffix = torch.ones(count, count, dtype=torch.bool, device=tokens.device)
         if config.order == "causal":
-            own = own.tril()
+            among_suffix = among_suffix.tril()
         elif prefix.state is not None:
-            own[0, 1:] = False
-        batch = len(x)
-        allowed = torch.cat([prefix.seen[:, None].expand(-1, count, -1), own.expand(batch, -1, -1)], 2)
-        position = prefix.seen.sum(1, keepdim=True) + torch.arange(count, device=x.device)
-        out = self.expert(x, prefix.kv_cache, position, additive(allowed), condition, dtype)
+            among_suffix[0, 1:] = False  # the state does not look at the noisy actions
+        to_prefix = prefix.seen[:, None].expand(-1, count, -1)  # (B, T, P)
+        allowed = torch.cat([to_prefix, among_suffix.expand(batch, -1, -1)], 2)  # (B, T, P + T)
+        position = prefix.seen.sum(1, keepdim=True) + torch.arange(count, device=tokens.device)  # (B, T)
+        hidden = self.expert(tokens, prefix.kv_cache, position, additive(allowed), condition, dtype)
         # Read in float32 as published: the integration adds many small steps.
-        with torch.autocast(x.device.type, enabled=False):
-            v: Tensor = linear(self.action_out_proj, out[:, -config.horizon :].float().contiguous())
-        return v
+        with torch.autocast(tokens.device.type, enabled=False):
+            velocity: Tensor = linear(self.action_out_proj, hidden[:, -config.horizon :].float().contiguous())
+        return velocity
 
 
 def sinusoid(time: Tensor, width: int, shortest: float = 4e-3, longest: float = 4.0) -> Tensor:
@@ -247,5 +250,5 @@ def sinusoid(time: Tensor, width: int, shortest: float = 4e-3, longest: float = 
 
 
 def _unit_scale(x: Tensor) -> Tensor:
-    found: Tensor = nn.functional.layer_norm(x.float(), x.shape[-1:])
-    return found
+    scaled: Tensor = nn.functional.layer_norm(x.float(), x.shape[-1:])
+    return scaled

@@ -16,6 +16,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy.configuration import tuples_for_lists
 from ratchet_vla.policy.layers.vision import FilmConv
 
 
@@ -82,6 +83,6 @@ def make_vision(kind: str, options: Mapping[str, Any], width: int) -> nn.Module:
             "policy.unknown_vision_tower", f"no vision tower '{kind}'", fix=f"one of {', '.join(TOWERS)}"
         )
     try:
-        return TOWERS[kind](width=width, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        return TOWERS[kind](width=width, **tuples_for_lists(options))
     except TypeError as error:
         raise RatchetError("policy.bad_config", f"vision_options: {error}", where=kind) from None

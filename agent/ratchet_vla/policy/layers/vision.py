@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ratchet_vla.errors import RatchetError
+from ratchet_vla.policy.configuration import tuples_for_lists
 
 
 class VisionTower(nn.Module):
@@ -247,6 +248,6 @@ def make_tower(kind: str, options: Mapping[str, Any]) -> VisionTower:
             "policy.unknown_vision_tower", f"no vision tower '{kind}'", fix=f"one of {', '.join(TOWERS)}"
         )
     try:
-        return TOWERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        return TOWERS[kind](**tuples_for_lists(options))
     except TypeError as error:
         raise RatchetError("policy.bad_config", f"vision_options: {error}", where=kind) from None

@@ -24,7 +24,8 @@ from ratchet_vla.learner.rollouts.samples import log_prob_gap, to_batch, to_epis
 from ratchet_vla.learner.rollouts.specs import training_specs
 from ratchet_vla.policy import presets
 from ratchet_vla.policy.discrete.policy import PrismaticPolicy
-from ratchet_vla.policy.flow.policy import FlowPolicy, FlowStatistics
+from ratchet_vla.policy.flow.policy import FlowPolicy
+from ratchet_vla.policy.flow.statistics import FlowStatistics
 from ratchet_vla.policy.noise import chunk_noise
 from ratchet_vla.records import ActionChunk, Episode, Observation, Step
 

@@ -33,7 +33,8 @@ from ratchet_vla.policy.checkpoints import own as checkpoint
 from ratchet_vla.policy.flow import rtc
 from ratchet_vla.policy.flow import sde as flow_sde
 from ratchet_vla.policy.flow import trunk as flow_trunk
-from ratchet_vla.policy.flow.policy import FlowPolicy, small_statistics
+from ratchet_vla.policy.flow.policy import FlowPolicy
+from ratchet_vla.policy.flow.statistics import small_statistics
 from ratchet_vla.policy.protocol import Policy, PolicyInput
 from ratchet_vla.runtime.inference.server import PolicyServer
 from ratchet_vla.runtime.inference.source import Ahead
