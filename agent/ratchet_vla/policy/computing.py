@@ -159,7 +159,10 @@ def speed(device: torch.device, dtype: torch.dtype, seconds: float = MEASURED_FO
     def random(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator).to(device)
 
-    rows, width, channels, side = 1024, 256, 32, 32
+    rows = 1024
+    width = 256
+    channels = 32
+    side = 32
     x = random(rows, width).requires_grad_()
     weight = random(4 * width, width)
     image = random(8, channels, side, side).requires_grad_()
@@ -174,7 +177,8 @@ def speed(device: torch.device, dtype: torch.dtype, seconds: float = MEASURED_FO
             torch.cuda.synchronize(device)
 
     once()
-    fastest, end = float("inf"), time.perf_counter() + seconds
+    fastest = float("inf")
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.perf_counter()
         once()

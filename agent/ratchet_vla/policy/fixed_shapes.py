@@ -28,7 +28,8 @@ class Stage:
     """A function over fixed tensors; on a GPU captured into a graph at its first run, replayed after."""
 
     def __init__(self, function: Callable[[], Tensor], capture: bool) -> None:
-        self._function, self._capture = function, capture
+        self._function = function
+        self._capture = capture
         self._graph: torch.cuda.CUDAGraph | None = None
         self.out: Tensor | None = None
 
@@ -106,7 +107,8 @@ class StaticPredictor:
                 if name != "pixels" or not same_images:
                     self._fixed[name].copy_(tensor)
             same_images = same_images and words == self._words
-        self._words, self._images = words, images
+        self._words = words
+        self._images = images
         assert self._see is not None
         assert self._act is not None
         if not same_images:
@@ -119,7 +121,8 @@ class StaticPredictor:
         return self.chunks(batch, guide).actions
 
     def _build(self) -> None:
-        policy, f = self.policy, self._fixed
+        policy = self.policy
+        f = self._fixed
         state = f.get("state")
         dtype = policy.compute_dtype
         if isinstance(policy, FlowPolicy):
@@ -168,7 +171,8 @@ class StaticPredictor:
         self._act = Stage(act, self._capture)
 
     def _chunks(self, out: Tensor) -> Chunks:
-        policy, tokens = self.policy, None
+        policy = self.policy
+        tokens = None
         if isinstance(policy, FlowPolicy):
             actions = policy.actions_of(out)
         elif policy.config.head == "l1":

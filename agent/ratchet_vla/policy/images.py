@@ -137,7 +137,8 @@ def _padded(x: Tensor, size: int, centre: bool) -> Tensor:
     ratio = max(width / size, height / size)
     inner = (int(height / ratio), int(width / ratio))
     x = functional.interpolate(x, inner, mode="bilinear", align_corners=False)
-    rest_h, rest_w = size - inner[0], size - inner[1]
+    rest_h = size - inner[0]
+    rest_w = size - inner[1]
     top, left = (rest_h // 2, rest_w // 2) if centre else (rest_h, rest_w)
     return functional.pad(x, (left, rest_w - left, top, rest_h - top))
 

@@ -90,11 +90,14 @@ def inspect(reference: str | Path, contract: RobotContract, stated: Stated | Non
         RatchetError: policy.no_checkpoint, policy.not_downloaded, policy.bad_checkpoint for a malformed record of
         adoption. Everything else becomes a finding.
     """
-    stated, trained_on = stated or Stated(), contract
+    stated = stated or Stated()
+    trained_on = contract
     folder = locate(reference)
     if (folder / RECORD).is_file():  # what was stated then counts, and the robot of its data is another matter
         record = read_record(folder)
-        stated, trained_on, folder = record.stated, record.contract, locate(record.checkpoint)
+        stated = record.stated
+        trained_on = record.contract
+        folder = locate(record.checkpoint)
     kind = kind_of(folder)
     report = Report(kind, str(folder), contract.name)
     _contract(report, contract)
@@ -197,7 +200,8 @@ def _unstated_cameras(report: Report, stated: Stated, images: str) -> None:
 
 
 def _contract(report: Report, contract: RobotContract) -> None:
-    gripper, action = contract.action.gripper, contract.action
+    gripper = contract.action.gripper
+    action = contract.action
     report.gives = {
         "cameras": ", ".join(f"{c.name} {c.width}x{c.height} turned {c.rotate}°" for c in contract.cameras),
         "orientation": "upright, RGB: the contract's rotation and mirror are applied before the policy sees an image",
@@ -209,7 +213,8 @@ def _contract(report: Report, contract: RobotContract) -> None:
 
 
 def _describe(report: Report, found: _Read) -> None:
-    spec, config = found.spec, found.config
+    spec = found.spec
+    config = found.config
     how = config.preparation()
     steps = [how.resize, *(["JPEG first"] if how.jpeg else []), *([f"crop {how.crop:g}"] if how.crop < 1 else [])]
     ranges = zip(spec.action_names, spec.action_units, *_range(found.statistics, spec), strict=True)
@@ -251,7 +256,8 @@ def _range(statistics: Statistics | FlowStatistics, spec: PolicySpec) -> tuple[l
 
 def _tensors(report: Report, found: _Read) -> None:
     """Names and shapes of the files' tensors against those of a network that has no memory."""
-    config, spec = found.config, found.spec
+    config = found.config
+    spec = found.spec
     given = found.headers
     with torch.device("meta"):
         if isinstance(config, FlowConfig):

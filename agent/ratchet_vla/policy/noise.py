@@ -31,7 +31,8 @@ def chunk_noise(generator: np.random.Generator, shape: tuple[int, int], correlat
     """
     if correlation == 0.0:
         return generator.random(shape, np.float32)
-    shared, own = generator.standard_normal((1, shape[1])), generator.standard_normal(shape)
+    shared = generator.standard_normal((1, shape[1]))
+    own = generator.standard_normal(shape)
     mixed = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
     uniform: Float32 = ndtr(mixed).astype(np.float32).clip(0.0, np.float32(1 - 2**-24))
     return uniform

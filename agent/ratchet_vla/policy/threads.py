@@ -24,7 +24,8 @@ def use(count: int) -> str:
     torch.set_num_threads(count)
     if count == 1:
         return ""
-    many, one = products_per_second(count), products_per_second(1)
+    many = products_per_second(count)
+    one = products_per_second(1)
     torch.set_num_threads(count)
     if many >= one:
         return ""
@@ -37,9 +38,11 @@ def use(count: int) -> str:
 def products_per_second(count: int) -> float:
     """Matrix products of a small policy's size a second, with so many threads; leaves torch set to them."""
     torch.set_num_threads(count)
-    x, weight = torch.full((256, 256), 0.5), torch.full((256, 1024), 0.5)
+    x = torch.full((256, 256), 0.5)
+    weight = torch.full((256, 1024), 0.5)
     x @ weight  # threads are started
-    done, began = 0, time.perf_counter()
+    done = 0
+    began = time.perf_counter()
     while time.perf_counter() - began < MEASURED_FOR:
         x @ weight
         done += 1

@@ -51,7 +51,8 @@ class FakeArm:
         keep: bool = True,
     ) -> None:
         """start: (3,) m or (J,) where it stands at first; the middle of its box if absent. keep: record commands."""
-        self._contract, self._instruction = contract, instruction
+        self._contract = contract
+        self._instruction = instruction
         self._own = ManualClock() if clock is None else None
         self.clock: Clock = self._own if self._own is not None else clock if clock is not None else ManualClock()
         self.faults = Faults()

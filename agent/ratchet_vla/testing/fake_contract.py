@@ -33,11 +33,14 @@ def arm(
     unit = "m" if cartesian else "rad"
     speed, acceleration, harsh = (0.4, 2.0, 40.0) if cartesian else (1.5, 8.0, 160.0)
     if mode.endswith("delta"):
-        low, high = -speed * period, speed * period
+        low = -speed * period
+        high = speed * period
     elif mode.endswith("absolute"):
-        low, high = -0.9, 0.9
+        low = -0.9
+        high = 0.9
     else:
-        low, high = -speed, speed
+        low = -speed
+        high = speed
     names = ["x", "y", "z"] if cartesian else ["j0", "j1", "j2"]
     action_unit = f"{unit}/s" if mode == "joint_velocity" else unit
     dims: list[dict[str, Any]] = [{"name": n, "unit": action_unit, "low": low, "high": high} for n in names]

@@ -29,7 +29,8 @@ from ratchet_vla.runtime.inference.worker import serve
 
 def spec_for(contract: RobotContract, chunk: int, image_size: int) -> PolicySpec:
     """The demands of a policy that fits the contract in everything."""
-    action, gripper = contract.action, contract.action.gripper
+    action = contract.action
+    gripper = contract.action.gripper
     return PolicySpec(
         cameras=tuple(c.name for c in contract.cameras),
         image_size=image_size,
@@ -54,7 +55,8 @@ class FakePolicy:
     """Answers with a sine in the first dimension, continued from chunk to chunk through the measured state."""
 
     def __init__(self, options: dict[str, Any], contract: RobotContract) -> None:
-        self.options, self.contract = options, contract
+        self.options = options
+        self.contract = contract
         self.spec = spec_for(contract, int(options.get("chunk", 8)), int(options.get("image_size", 96)))
         self.base_hash = hashlib.sha256(b"fake policy").hexdigest()
         self.warnings: list[str] = []
@@ -79,7 +81,8 @@ class FakePolicy:
     ) -> Inferred:
         with self._lock:
             adapter = self._adapter
-        number, self._asked = self._asked, self._asked + 1
+        number = self._asked
+        self._asked = self._asked + 1
         fault = self.options.get("fault", "") if number == int(self.options.get("fault_at", 0)) else ""
         seconds = float(self.options.get("seconds", 0.0))
         if fault:
@@ -99,7 +102,8 @@ class FakePolicy:
         if new not in known.values():
             raise RatchetError("adapter.unknown", f"no adapter {reference!r}", fix="0, 1 or base")
         with self._lock:
-            old, self._adapter = self._adapter, new
+            old = self._adapter
+            self._adapter = new
         return {"old_id": old, "new_id": new, "ready": 0.0, "waited": 0.0, "unavailable": 0.0, "warnings": []}
 
     def adapters(self) -> list[dict[str, Any]]:
@@ -109,7 +113,8 @@ class FakePolicy:
         ]
 
     def _actions(self, state: Float32) -> Float32:
-        action, chunk = self.contract.action, self.spec.chunk
+        action = self.contract.action
+        chunk = self.spec.chunk
         out = np.zeros((chunk, action.size), np.float32)
         dim = action.dims[0]
         span = float(self.options.get("amplitude", 0.2)) * min(abs(dim.low), abs(dim.high))

@@ -183,7 +183,8 @@ def read(folder: str | Path) -> tuple[PrismaticConfig | FlowConfig, PolicySpec]:
         config, spec, _ = checkpoint.read(folder)
         return config, spec
     record = read_record(folder)
-    stated, place = record.stated, locate(record.checkpoint)
+    stated = record.stated
+    place = locate(record.checkpoint)
     if record.kind == "lerobot":
         flow = lerobot.read(place, contract=record.contract, **_lerobot_options(stated))
         return flow.config, flow.spec

@@ -114,9 +114,11 @@ def smolvla(raw: Mapping[str, Any], headers: Mapping[str, Header], vlm: str | Pa
     head, heads, epsilon = 64, 12, 1e-5  # SmolVLM2-500M's
     if vlm:
         parts = json.loads((locate(vlm) / "config.json").read_text())
-        text, head_count = parts["text_config"], parts["vision_config"]["num_attention_heads"]
+        text = parts["text_config"]
+        head_count = parts["vision_config"]["num_attention_heads"]
         head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        heads, epsilon = head_count, text["rms_norm_eps"]
+        heads = head_count
+        epsilon = text["rms_norm_eps"]
     every = raw["self_attn_every_n_layers"] if "cross" in raw["attention_mode"] else 0
     if every < 0 or raw.get("num_expert_layers", -1) > 0 or raw.get("prefix_length", -1) > 0:
         raise RatchetError("policy.unsupported", "an expert of fewer layers, or a padded prefix", where="config.json")

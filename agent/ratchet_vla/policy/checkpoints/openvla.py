@@ -258,7 +258,9 @@ def _vision(raw: Mapping[str, Any]) -> dict[str, int]:
     if "vision" in raw:
         sizes = raw["vision"]
         shared = {"width": sizes["embed_dim"], "depth": sizes["depth"], "heads": sizes["num_heads"]}
-        dino, siglip, image_size = shared, shared, sizes["image_size"]
+        dino = shared
+        siglip = shared
+        image_size = sizes["image_size"]
     else:
         dino, siglip = (_TIMM[name] for name in raw["timm_model_ids"])
         image_size = raw["image_sizes"][0]
@@ -286,7 +288,8 @@ def _statistics(
             where=where,
             fix=f"statistics there: {', '.join(sorted(known)) or 'none'}",
         )
-    action, dims = known[key]["action"], contract.action.dims
+    action = known[key]["action"]
+    dims = contract.action.dims
     mask = action.get("mask", [True] * (len(action["q01"]) - 1) + [False])  # as the published code where none is given
     sizes = {len(action["q01"]), len(action["q99"]), len(mask)}
     if sizes != {len(dims)}:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ratchet_vla.errors import RatchetError
 
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

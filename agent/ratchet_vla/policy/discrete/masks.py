@@ -57,7 +57,8 @@ def check(policy: PrismaticPolicy, batch: PolicyInput) -> MaskReport:
         raise RatchetError(
             "policy.no_probabilities", "a regression head gives nothing to compare", fix="skip the check"
         )
-    network, config = policy.network, policy.network.config
+    network = policy.network
+    config = policy.network.config
     other = "causal" if config.attention == "bidirectional" else "bidirectional"
     if config.decoding == "autoregressive":
         return MaskReport(config.attention, 0.0, -float("inf"))  # only one mask is possible

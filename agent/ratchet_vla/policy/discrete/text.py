@@ -28,8 +28,12 @@ class Prompt:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, *, bos: int, pad: int, end_token: int, length: int) -> None:
-        self.tokenizer, self.template = tokenizer, template
-        self.bos, self.pad, self.end_token, self.length = bos, pad, end_token, length
+        self.tokenizer = tokenizer
+        self.template = template
+        self.bos = bos
+        self.pad = pad
+        self.end_token = end_token
+        self.length = length
         self._ids = lru_cache(maxsize=4096)(self._encode)
 
     def __call__(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -40,7 +44,8 @@ class Prompt:
         mask = torch.zeros((len(rows), length), dtype=torch.bool)
         for i, row in enumerate(rows):
             rest = len(row) - 1
-            ids[i, 0], mask[i, 0] = row[0], True
+            ids[i, 0] = row[0]
+            mask[i, 0] = True
             ids[i, length - rest :] = torch.tensor(row[1:])
             mask[i, length - rest :] = True
         return ids, mask

@@ -67,7 +67,8 @@ def fields(guide: Guide, like: Tensor) -> tuple[Tensor, Tensor]:
     """The old chunk in the flow's shape, (B, H, A), and how much each of its actions counts, (1, H, 1)."""
     total = like.shape[1]
     previous = torch.zeros_like(like)
-    length, width = min(guide.previous.shape[1], total), min(guide.previous.shape[2], like.shape[2])
+    length = min(guide.previous.shape[1], total)
+    width = min(guide.previous.shape[2], like.shape[2])
     previous[:, :length, :width] = guide.previous[:, :length, :width].to(like)
     horizon = min(guide.horizon, guide.previous.shape[1])
     return previous, weights(guide.delay, horizon, total, guide.schedule).to(like.device)[None, :, None]

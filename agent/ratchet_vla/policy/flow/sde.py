@@ -41,7 +41,8 @@ def sigma(t: float, steps: int, level: float) -> float:
 
 def mean_of(x: Tensor, v: Tensor, t: float, steps: int, level: float) -> tuple[Tensor, float]:
     """Mean (B, H, A) and standard deviation of the next point."""
-    h, rate = 1.0 / steps, sigma(t, steps, level)
+    h = 1.0 / steps
+    rate = sigma(t, steps, level)
     drift = v + rate * rate / (2 * t) * (x + (1 - t) * v)
     return x - h * drift, rate * math.sqrt(h)
 
@@ -58,7 +59,8 @@ def sample(velocity: Velocity, noise: Tensor, shocks: Tensor, level: float, mix:
     """A chain (B, N + 1, H, A) from its first point (B, H, A) and standard normal shocks (B, N, H, A), and the
     log-density (B, H, A) of its transitions, which `log_density` finds again. mix: (H, H), of `mixing`."""
     steps = shocks.shape[1]
-    chain, total = [noise], torch.zeros_like(noise)
+    chain = [noise]
+    total = torch.zeros_like(noise)
     for i, t in enumerate(times(steps)):
         mean, deviation = mean_of(chain[-1], velocity(chain[-1], _at(t, noise)), t, steps, level)
         chain.append(mean + deviation * (mix @ shocks[:, i]))

@@ -25,7 +25,9 @@ class FlowPrompt:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, length: int) -> None:
-        self.tokenizer, self.template, self.length = tokenizer, template, length
+        self.tokenizer = tokenizer
+        self.template = template
+        self.length = length
         self._ids = lru_cache(maxsize=4096)(self._encode)
 
     def __call__(

@@ -43,7 +43,8 @@ class Norm(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.epsilon, self.shift = sizes.epsilon, 1.0 if sizes.form == "gemma" else 0.0
+        self.epsilon = sizes.epsilon
+        self.shift = 1.0 if sizes.form == "gemma" else 0.0
         self.dense = nn.Linear(sizes.width, 3 * sizes.width) if sizes.adaptive else None
         if not sizes.adaptive:
             self.weight = nn.Parameter(torch.full((sizes.width,), 1.0 - self.shift))
@@ -113,7 +114,8 @@ class Stack(nn.Module):
         self, sizes: Sizes, crossed: frozenset[int] = frozenset(), source: int = 0, prefill_only: bool = False
     ) -> None:
         super().__init__()
-        self.sizes, self.crossed = sizes, crossed
+        self.sizes = sizes
+        self.crossed = crossed
         self.checkpointing = False  # True recomputes each prefilled layer in the backward pass
         self.layers = nn.ModuleList(Layer(sizes, source if i in crossed else sizes.width) for i in range(sizes.layers))
         if prefill_only:  # the last layer leaves keys and values; nothing else of it is ever read
@@ -203,11 +205,13 @@ LayerKeyValue = tuple[Tensor, Tensor]
 def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
     """(B, T, heads, d), (B, P, groups, d) twice, additive (B, 1, T, P) -> (B, T, heads * d)."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    heads, groups = query.shape[1], key.shape[1]
+    heads = query.shape[1]
+    groups = key.shape[1]
     on_cpu = query.device.type == "cpu"
     if groups != heads and not on_cpu:
         # A GPU's fused kernel with a mask takes equal heads only; the other one would be several times slower.
-        key, value = repeated(key, heads), repeated(value, heads)
+        key = repeated(key, heads)
+        value = repeated(value, heads)
     mask = hidden.to(query.dtype)
     out = functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=on_cpu and groups != heads)
     return out.transpose(1, 2).flatten(2)
@@ -225,7 +229,8 @@ def rotary(position: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Te
     """Rotary factors (B, T, 1, width) for `trunk.rotate`, base 10000, computed in float32."""
     frequency = 10000.0 ** (-torch.arange(0, width, 2, device=position.device).float() / width)
     angle = position[..., None].float() * frequency
-    cosine, sine = angle.cos(), angle.sin()
+    cosine = angle.cos()
+    sine = angle.sin()
     factors = torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
     return factors[0][:, :, None].to(dtype), factors[1][:, :, None].to(dtype)
 

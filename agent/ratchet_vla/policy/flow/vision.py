@@ -51,7 +51,8 @@ class SmolVlm(nn.Module):
         """(N, 3, size, size) in [0, 1] -> (N, patches / shuffle^2, width)."""
         x: Tensor = self.tower(pixel_values=pixels * 2 - 1).last_hidden_state
         count, patches, inner = x.shape
-        side, s = round(patches**0.5), self.shuffle
+        side = round(patches**0.5)
+        s = self.shuffle
         x = x.reshape(count, side // s, s, side // s, s * inner).transpose(2, 3)
         out: Tensor = self.proj(x.reshape(count, patches // s**2, s * s * inner))
         return out

@@ -36,7 +36,8 @@ def linear(layer: nn.Module, x: Tensor, rows: slice = ALL) -> Tensor:
     weight: Tensor = base.weight
     bias: Tensor | None = base.bias
     if rows != ALL:
-        weight, bias = weight[rows], None if bias is None else bias[rows]
+        weight = weight[rows]
+        bias = None if bias is None else bias[rows]
     out = functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if not down:
         return out

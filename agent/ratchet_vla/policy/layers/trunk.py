@@ -53,8 +53,10 @@ class KeyValue:
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append those of new positions; returns all."""
         if self.key is not None and self.value is not None:
-            key, value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
-        self.key, self.value = key, value
+            key = torch.cat([self.key, key], 2)
+            value = torch.cat([self.value, value], 2)
+        self.key = key
+        self.value = value
         return key, value
 
 
@@ -72,9 +74,12 @@ def rope_mask(
     step = torch.arange(length, device=seen.device)
     frequency = theta ** (-torch.arange(0, width, 2, device=seen.device).float() / width)
     angle = step[:, None].float() * frequency
-    cosine, sine = angle.cos(), angle.sin()
-    cosine, sine = torch.cat([cosine, cosine], 1), torch.cat([-sine, sine], 1)
-    cosine, sine = cosine.to(dtype), sine.to(dtype)
+    cosine = angle.cos()
+    sine = angle.sin()
+    cosine = torch.cat([cosine, cosine], 1)
+    sine = torch.cat([-sine, sine], 1)
+    cosine = cosine.to(dtype)
+    sine = sine.to(dtype)
     position = seen.long().cumsum(1) - 1 if padded else step[None]
     mask: Tensor | None = None
     if attention == "causal":
@@ -118,7 +123,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, rate = ctx.saved_tensors
-        wide, gradient = x.float(), gradients[0].float()
+        wide = x.float()
+        gradient = gradients[0].float()
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (gradient * wide * rate).flatten(0, -2).sum(0).to(weight.dtype)
@@ -170,7 +176,8 @@ class Attention(nn.Module):
         else:
             key, value = fused_linear([self.k_proj, self.v_proj], x)
             query = linear(self.q_proj, x[:, query_slice])
-        cosine, sine = rope.cosine, rope.sine
+        cosine = rope.cosine
+        sine = rope.sine
         query = rotate(query.view(shape), cosine[:, query_slice], sine[:, query_slice]).transpose(1, 2)
         key = rotate(key.view(shape), cosine, sine).transpose(1, 2)
         value = value.view(shape).transpose(1, 2)
@@ -226,7 +233,9 @@ class Llama(nn.Module):
         self, *, rows: int, width: int, layers: int, heads: int, hidden: int, epsilon: float, theta: float
     ) -> None:
         super().__init__()
-        self.width, self.heads, self.theta = width, heads, theta
+        self.width = width
+        self.heads = heads
+        self.theta = theta
         self.checkpointing = False  # True recomputes each layer in the backward pass instead of keeping what it made
         self.embed_tokens = nn.Embedding(rows, width)
         self.layers = nn.ModuleList(Layer(width, heads, hidden, epsilon) for _ in range(layers))

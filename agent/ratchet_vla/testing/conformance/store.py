@@ -88,7 +88,8 @@ class StoreSuite:
         assert "drawer" in refused("adapter.unknown", store.card, "entirely else").fix
 
     def test_tags_move_and_remember(self, store: AdapterStore) -> None:
-        one, two = store.put(made(1)).id, store.put(made(2)).id
+        one = store.put(made(1)).id
+        two = store.put(made(2)).id
         store.tag("candidate", one, "first")
         move = store.tag("candidate", two, "better")
         assert (move.old, move.new, move.reason) == (one, two, "better")
@@ -136,7 +137,8 @@ class StoreSuite:
         assert store.rollback().new == BASE
 
     def test_tags_set_by_hand_have_a_previous(self, store: AdapterStore) -> None:
-        one, two = store.put(made(1)).id, store.put(made(2)).id
+        one = store.put(made(1)).id
+        two = store.put(made(2)).id
         store.tag("active", one)
         assert store.resolve("previous") == BASE
         store.tag("active", two)
@@ -151,7 +153,8 @@ class StoreSuite:
         assert [(p.code, p.fatal) for p in problems] == [("adapter.missing_parent", False)]
 
     def test_removal_spares_what_is_tagged(self, store: AdapterStore) -> None:
-        one, two = store.put(made(1)).id, store.put(made(2)).id
+        one = store.put(made(1)).id
+        two = store.put(made(2)).id
         store.tag("active", one)
         assert "active" in refused("adapter.in_use", store.remove, one).what
         store.remove(two)
