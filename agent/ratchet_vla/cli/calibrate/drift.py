@@ -139,13 +139,13 @@ def _as_dict(comparison: drift.Drift) -> dict[str, Any]:
     }
 
 
-def words(moved: drift.Drift) -> str:
+def words(comparison: drift.Drift) -> str:
     """Say how far the camera is from where it was."""
-    if moved.way == "board":
-        return (
-            f"the board: {1e3 * moved.position:.1f} mm and {np.degrees(moved.rotation):.2f} degrees from where it was"
-        )
-    return f"{moved.stayed:.0%} of the scene is where it was, the median moved by {moved.pixels:.1f} px"
+    if comparison.way == "board":
+        millimetres = 1e3 * comparison.position
+        degrees = np.degrees(comparison.rotation)
+        return f"the board: {millimetres:.1f} mm and {degrees:.2f} degrees from where it was"
+    return f"{comparison.stayed:.0%} of the scene is where it was, the median moved by {comparison.pixels:.1f} px"
 
 
 def read(path: Path) -> NDArray[np.uint8]:

@@ -14,10 +14,9 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from ratchet_sim import registry
-from ratchet_vla.cli import common
+from ratchet_vla.cli import common, display
 from ratchet_vla.cli.computing import ComputingOptions
 from ratchet_vla.cli.learn.progress import progress_bars
 from ratchet_vla.episodes.library.store import EpisodeStore
@@ -39,7 +38,7 @@ class Record(ComputingOptions):
     """
 
     suite: str = "metaworld"
-    """Suite whose tasks the base is rolled out on."""
+    """Simulation suite whose tasks the base is rolled out on."""
     tasks: tuple[str, ...] = ()
     """Task names; all tasks of the suite if absent."""
     leave_out: tuple[str, ...] = ()
@@ -54,9 +53,9 @@ class Record(ComputingOptions):
     workers: int = 2
     """Simulator processes."""
     slots: int = 12
-    """Episodes at once per simulator process."""
+    """Episodes at once in each simulator process."""
     threads: int = 1
-    """Threads for the policy."""
+    """CPU threads for the policy."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -103,9 +102,9 @@ class Record(ComputingOptions):
             env.close()
 
     def _names(self) -> Sequence[str]:
-        known = [info.name for info in registry.tasks(self.suite)]
+        names_of_suite = [info.name for info in registry.tasks(self.suite)]
         common.find_tasks(self.suite, [*self.tasks, *self.leave_out])
-        names = [name for name in self.tasks or known if name not in self.leave_out]
+        names = [name for name in self.tasks or names_of_suite if name not in self.leave_out]
         if not names:
             raise RatchetError("reference.empty", "no task is left to record", fix="name more with --tasks")
         return names
@@ -154,7 +153,7 @@ class Reference:
 
 def _show(reference: ReferenceSet, path: Path, console: Console, as_json: bool) -> None:
     counts = recording.decisions_by_task(reference.decisions)
-    facts: dict[str, Any] = {
+    document: dict[str, Any] = {
         "file": str(path),
         "id": reference.id,
         "bytes": path.stat().st_size,
@@ -163,15 +162,15 @@ def _show(reference: ReferenceSet, path: Path, console: Console, as_json: bool) 
         "origin": dataclasses.asdict(reference.origin),
     }
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps(document))
         return
     origin = reference.origin
     title = (
-        f"{len(reference.decisions)} decisions on {len(counts)} tasks, {facts['bytes'] / 1e6:.1f} MB, "
+        f"{len(reference.decisions)} decisions on {len(counts)} tasks, {document['bytes'] / 1e6:.1f} MB, "
         f"id {reference.id[:12]}\nbase {origin.base_hash[:12]}, {origin.episodes} episodes of {origin.source}, "
         f"{origin.success:.0%} succeeded"
     )
-    table = Table("task", "decisions", title=title, box=None)
+    table = display.make_table(("task", "decisions"), title=title, framed=False)
     for task, count in sorted(counts.items()):
         table.add_row(task, str(count))
     console.print(table)

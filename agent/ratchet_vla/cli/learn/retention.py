@@ -37,12 +37,12 @@ class Choice:
         """
         if self.reference == NONE:
             return None
-        found = self._load(policy_folder)
-        if found is None:
+        reference_set = self._load(policy_folder)
+        if reference_set is None:
             return None
-        found.require_base(policy.base_hash, self.reference)
-        decisions = reference_for(found.decisions, learned, held_out)
-        return Retention(decisions, self.config, micro_size=micro_size, identity=found.id)
+        reference_set.require_base(policy.base_hash, self.reference)
+        decisions = reference_for(reference_set.decisions, learned, held_out)
+        return Retention(decisions, self.config, micro_size=micro_size, identity=reference_set.id)
 
     def _load(self, policy_folder: Path) -> ReferenceSet | None:
         if self.reference == BESIDE_THE_BASE:

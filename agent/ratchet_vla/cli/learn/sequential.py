@@ -155,9 +155,9 @@ def run(plan: RunPlan, console: Console) -> Result:
     opened = _open(plan)
     common.print_contract(console, opened.contract)
     tell(console, opened.retention, plan.retention)
-    facts = _facts(plan, opened)
+    description = _facts(plan, opened)
     if plan.writes:
-        common.write_json(plan.folder / "run.json", facts)
+        common.write_json(plan.folder / "run.json", description)
         _videos(plan, opened, opened.first, "before", console)
     sequence, forwards = _learn(plan, opened, console)
     if not plan.writes:
@@ -173,13 +173,13 @@ def run(plan: RunPlan, console: Console) -> Result:
     common.write_json(plan.folder / "adapters.json", rows)
     swaps = swap_rows(opened.running)
     seconds = time.perf_counter() - started
-    facts |= {
+    description |= {
         "finished": common.now(),
         "seconds": round(seconds, 1),
         "hot swaps": "; ".join(map(swap_line, swaps)),
         "forwards of the running policy meanwhile": forwards,
     }
-    common.write_json(plan.folder / "run.json", facts)
+    common.write_json(plan.folder / "run.json", description)
     report = write_report(plan.folder)
     if sequence.matrix.cells:
         print_matrix(sequence.matrix, console)

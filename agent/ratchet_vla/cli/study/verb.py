@@ -124,10 +124,10 @@ class Run(ComputingOptions):
         known = KnownEvaluations(self.out / "evaluations")
         elsewhere = 0
         for seed, variant, config, lora in plans:
-            place = self.out / variant.label / f"seed{seed}"
-            with claim(place) as claimed:
+            trial_folder = self.out / variant.label / f"seed{seed}"
+            with claim(trial_folder) as claimed:
                 elsewhere += 0 if claimed else 1
-                if not claimed or load_trial(variant.label, seed, place) is not None:
+                if not claimed or load_trial(variant.label, seed, trial_folder) is not None:
                     continue
                 console.rule(f"{variant.label}, seed {seed}")
                 sequential.run(
@@ -137,7 +137,7 @@ class Run(ComputingOptions):
                         policy_folder=folder,
                         config=config,
                         lora=lora,
-                        folder=place,
+                        folder=trial_folder,
                         workers=self.workers,
                         slots=self.slots,
                         videos=False,
