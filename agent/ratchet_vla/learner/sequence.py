@@ -201,41 +201,41 @@ class SequentialRun:
             self._evaluate_stage()
         return self.matrix
 
-    def _learn(self, name: str) -> None:
+    def _learn(self, task_name: str) -> None:
         if self.updater is None:
             self.method.begin_task(self.stage, derive_seed(self.config.seed, "lora", self.stage))
             if self.retention is not None:
                 self.retention.begin_task()
             self.updater = self._new_updater()
         while self.update < self.config.updates and not self.solved:
-            started = time.perf_counter()
+            started_s = time.perf_counter()
             self.method.begin_update()
             if self.method.needs_rollouts:
-                batch, facts = self._rollout(name)
+                batch, figures = self._rollout(task_name)
             else:
                 batch = None
-                facts = self._facts(name)
+                figures = self._facts(task_name)
             try:
-                facts |= self.updater.update(batch)
+                figures |= self.updater.update(batch)
                 self.moved = True
             except RatchetError as error:
                 if error.code != "learner.no_samples":
                     raise
                 # Every group was unanimous: nothing to learn, nothing changed, and the update counts as made.
-                facts |= {"skipped": error.what}
+                figures |= {"skipped": error.what}
                 self.skipped = error.what
             if self.retention is not None:
-                self.retention.after_update(batch, name)
+                self.retention.after_update(batch, task_name)
             self.update += 1
-            self.solved = 0 < self.config.until <= facts["successes"] / max(facts["episodes"], 1)
-            facts["seconds"] = time.perf_counter() - started
-            self._log(facts)
+            self.solved = 0 < self.config.until <= figures["successes"] / max(figures["episodes"], 1)
+            figures["seconds"] = time.perf_counter() - started_s
+            self._log(figures)
             self._save()
-            self.on_event("update", facts)
+            self.on_event("update", figures)
 
-    def _facts(self, name: str) -> dict[str, Any]:
+    def _facts(self, task_name: str) -> dict[str, Any]:
         return {
-            "task": name,
+            "task": task_name,
             "stage": self.stage + 1,
             "update": self.update + 1,
             "episodes": 0,
@@ -245,8 +245,8 @@ class SequentialRun:
             "decisions": 0,
         }
 
-    def _rollout(self, name: str) -> tuple[RolloutBatch, dict[str, Any]]:
-        facts = self._facts(name)
+    def _rollout(self, task_name: str) -> tuple[RolloutBatch, dict[str, Any]]:
+        figures = self._facts(task_name)
         specs = self._training_specs()
         outcomes, batch = share_episodes(
             self.ranks,
@@ -255,19 +255,19 @@ class SequentialRun:
             specs,
             temperature=self.config.temperature,
             noise_correlation=self.config.noise_correlation,
-            adapter_id=facts["adapter_id"],
-            progress=self._watch(f"{name} episodes", len(specs)),
+            adapter_id=figures["adapter_id"],
+            progress=self._watch(f"{task_name} episodes", len(specs)),
         )
         assert batch is not None
         if batch.adapter_id != self.method.identity():
             raise RatchetError("learn.off_policy", "episodes of another adapter", where=batch.adapter_id)
-        facts |= {
+        figures |= {
             "episodes": len(specs),
             "successes": int(outcomes.success.sum()),
             "seconds_rollout": outcomes.seconds,
             "decisions": len(batch.tokens),
         }
-        return batch, facts
+        return batch, figures
 
     def _finish_stage(self) -> None:
         task = self.config.tasks[self.stage]
@@ -298,24 +298,24 @@ class SequentialRun:
         self.skipped = ""
         self.updater = None
         self._save()
-        facts = {"task": task, "stage": self.stage, "adapter_id": adapter_id, "effect": effect, "learned": learned}
+        summary = {"task": task, "stage": self.stage, "adapter_id": adapter_id, "effect": effect, "learned": learned}
         if not learned:
-            facts["why"] = self.unlearned[task]
-        self.on_event("stage", facts)
+            summary["why"] = self.unlearned[task]
+        self.on_event("stage", summary)
 
     def _evaluate_stage(self) -> None:
         if not self.config.evaluation_episodes:
             return
         if not self.method.sequential and 0 < self.stage < len(self.config.tasks):
             return  # stages mean nothing to it
-        for name in (*self.config.tasks, *self.config.held_out):
-            if self.matrix.get(self.stage, name) is not None:
+        for task_name in (*self.config.tasks, *self.config.held_out):
+            if self.matrix.get(self.stage, task_name) is not None:
                 continue
             specs = evaluation_specs(
-                self.tasks[name], self.config.evaluation_episodes, self.config.seed, self.config.horizon
+                self.tasks[task_name], self.config.evaluation_episodes, self.config.seed, self.config.horizon
             )
-            cell, seconds = self._evaluate(name, specs)
-            self.matrix.record(self.stage, name, cell)
+            cell, seconds = self._evaluate(task_name, specs)
+            self.matrix.record(self.stage, task_name, cell)
             if self._writes:
                 self.matrix.save(self.folder / "matrix.json")
             self._save()
@@ -323,33 +323,33 @@ class SequentialRun:
                 "evaluated",
                 {
                     "stage": self.stage,
-                    "task": name,
+                    "task": task_name,
                     "successes": cell.successes,
                     "trials": cell.trials,
                     "seconds": seconds,
                 },
             )
 
-    def _evaluate(self, name: str, specs: Sequence[EpisodeSpec]) -> tuple[Cell, float]:
+    def _evaluate(self, task_name: str, specs: Sequence[EpisodeSpec]) -> tuple[Cell, float]:
         """Outcomes and the seconds that they took, 0 where they were known."""
         temperature = self.config.evaluation_temperature
-        acting = self.method.acting(self.adapter_ids, self.stage, name)
-        key = key_of(self._base_hash, acting, self.env.contract.id, specs, temperature)
-        cell = self.known.get(key) if self.known is not None else None
+        acting = self.method.acting(self.adapter_ids, self.stage, task_name)
+        evaluation_key = key_of(self._base_hash, acting, self.env.contract.id, specs, temperature)
+        cell = self.known.get(evaluation_key) if self.known is not None else None
         if cell is not None:
             return cell, 0.0
         outcomes, _ = share_episodes(
             self.ranks,
-            self.method.serve(self.serve, self.adapter_ids, self.stage, name),
+            self.method.serve(self.serve, self.adapter_ids, self.stage, task_name),
             self.env,
             specs,
             temperature=temperature,
             keep=False,
-            progress=self._watch(f"evaluating {name}", len(specs)),
+            progress=self._watch(f"evaluating {task_name}", len(specs)),
         )
         cell = evaluated(specs, outcomes.success)
         if self.known is not None:
-            self.known.put(key, cell)
+            self.known.put(evaluation_key, cell)
         return cell, outcomes.seconds
 
     def _watch(self, activity: str, total: int) -> Callable[[int, bool], None]:
@@ -364,43 +364,44 @@ class SequentialRun:
         """The update's episodes, spread evenly over the stage's tasks."""
         config = self.config
         specs = []
-        names = self.method.tasks_of(self.stage)
-        for index, name in enumerate(names):
-            part = training_specs(
-                self.tasks[name],
-                seed=config.seed if len(names) == 1 else derive_seed(config.seed, name),
+        task_names = self.method.tasks_of(self.stage)
+        for task_index, task_name in enumerate(task_names):
+            task_specs = training_specs(
+                self.tasks[task_name],
+                seed=config.seed if len(task_names) == 1 else derive_seed(config.seed, task_name),
                 stage=self.stage,
                 update=self.update,
-                groups=len(range(index, config.groups, len(names))),
+                groups=len(range(task_index, config.groups, len(task_names))),
                 group_size=config.group_size,
                 horizon=config.horizon,
                 pool=config.train_pool,
             )
-            specs += [dataclasses.replace(s, group=s.group * len(names) + index) for s in part]
+            # Group numbers interleave the tasks, so that no two of them share a comparison group.
+            specs += [dataclasses.replace(spec, group=spec.group * len(task_names) + task_index) for spec in task_specs]
         return specs
 
     def _new_updater(self) -> TaskUpdater:
         seed = derive_seed(self.config.seed, "shuffle", self.stage)
         return self.method.make_updater(self.config.update, torch.Generator().manual_seed(seed), self.ranks)
 
-    def _log(self, facts: Mapping[str, Any]) -> None:
+    def _log(self, figures: Mapping[str, Any]) -> None:
         if not self._writes:
             return
-        append_line(self.folder / "updates.jsonl", json.dumps(facts))
+        append_line(self.folder / "updates.jsonl", json.dumps(figures))
 
     def _fingerprint(self) -> str:
         """What must not change between the start of a run and its resumption."""
         config = dataclasses.asdict(self.config)
         if not self.config.until:
             del config["until"]  # so that runs from before there was such a setting go on
-        facts = {"config": config, "base": self._base_hash, "method": self.method.name}
+        identity = {"config": config, "base": self._base_hash, "method": self.method.name}
         if self.method.settings:
-            facts["settings"] = self.method.settings
+            identity["settings"] = self.method.settings
         if self.start:
-            facts["start"] = self.start
+            identity["start"] = self.start
         if self.retention is not None:
-            facts["retention"] = self.retention.settings
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            identity["retention"] = self.retention.settings
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def _save(self) -> None:
         if not self._writes:
@@ -455,13 +456,15 @@ class SequentialRun:
         path = self.folder / "updates.jsonl"
         if not path.exists():
             return
-        done = (self.stage + (self.updater is not None), self.update)
-        kept = []
+        # Lines count stages from 1: the stage under way is logged as one more than those that are finished.
+        last_stage = self.stage if self.updater is None else self.stage + 1
+        last_kept = (last_stage, self.update)
+        kept_lines = []
         for line in path.read_text().splitlines():
             try:
-                facts = json.loads(line)
+                figures = json.loads(line)
             except json.JSONDecodeError:
                 continue  # torn by the kill
-            if facts["stage"] <= self.stage or (facts["stage"], facts["update"]) <= done:
-                kept.append(line)
-        write_text(path, "".join(line + "\n" for line in kept))
+            if figures["stage"] <= self.stage or (figures["stage"], figures["update"]) <= last_kept:
+                kept_lines.append(line)
+        write_text(path, "".join(line + "\n" for line in kept_lines))
