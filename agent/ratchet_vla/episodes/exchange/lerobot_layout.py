@@ -154,6 +154,7 @@ def write_episodes(path: Path, episodes: list[dict[str, Any]]) -> None:
 def info(
     columns: dict[str, dict[str, Any]], fps: int, robot: str, episodes: int, frames: int, tasks: int
 ) -> dict[str, Any]:
+    """The data set's `meta/info.json`. robot: the name of its contract."""
     return {
         "codebase_version": VERSION,
         "fps": fps,

@@ -18,7 +18,9 @@ from ratchet_vla.records import Float32, Int64, UInt8
 
 @dataclass
 class HumanSamples:
-    """M samples. images (M, V, H, W, 3) uint8; state (M, S) float32; actions (M, K, D) float32, physical units;
+    """M samples.
+
+    images (M, V, H, W, 3) uint8; state (M, S) float32; actions (M, K, D) float32, physical units;
     task (M,) int64 index into `tasks` and `instructions`; start (M,) int64, which episode it is from.
 
     Has what `ratchet_vla.learner.supervised.training.Samples` asks for.

@@ -46,6 +46,7 @@ class Colours:
         self._frames_seen += 1
 
     def result(self) -> dict[str, Array]:
+        """The statistics of the frames so far, as `of_values` names them."""
         stats = of_values(np.concatenate(self._pixels) / 255.0)
         shaped = {name: values.reshape(3, 1, 1) for name, values in stats.items() if name != "count"}
         return {**shaped, "count": np.array([len(self._pixels)])}

@@ -62,6 +62,7 @@ class VideoFile:
         self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
+        """Write what the encoder still holds, and end the file."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
 

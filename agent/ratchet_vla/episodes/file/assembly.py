@@ -188,10 +188,12 @@ class Assembly:
 
 
 def decode_frame(decoder: Decoder, body: Any) -> UInt8:
+    """(H, W, 3) uint8 RGB of an image message."""
     return decoder.decode(bytes(body.data), getattr(body, "height", 0), getattr(body, "width", 0))
 
 
 def tick_of(body: Any) -> ControlTick:
+    """The control period that a tick message holds."""
     applied_marks = getattr(body, "applied_marks", -1)  # files from before a command filter was recorded lack it
     return ControlTick(
         stamp=body.stamp,
@@ -210,6 +212,7 @@ def tick_of(body: Any) -> ControlTick:
 
 
 def split_state(body: Any) -> dict[str, Float32]:
+    """State field -> its values, (size,) float32, from a message that holds them one after the other."""
     values = np.array(body.state, np.float32)
     end_offsets = np.cumsum(body.state_sizes, dtype=int)
     return {

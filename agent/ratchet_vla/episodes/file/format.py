@@ -152,6 +152,7 @@ class EpisodeInfo:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def to_record(self) -> dict[str, str]:
+        """As the metadata record of the file."""
         return {"format": str(FORMAT), "info": json.dumps(dataclasses.asdict(self), sort_keys=True)}
 
     @classmethod
@@ -205,6 +206,7 @@ class EpisodeEnding:
     lost_bytes: int = 0
 
     def to_record(self) -> dict[str, str]:
+        """As the metadata record of the file."""
         return {"end": json.dumps(dataclasses.asdict(self), sort_keys=True)}
 
     @classmethod

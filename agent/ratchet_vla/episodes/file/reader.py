@@ -97,6 +97,7 @@ class EpisodeReader:
             yield self.stamp(item), bytes(item.body.data)
 
     def codec(self, group: str = "stream") -> Codec:
+        """How the frames of a group are kept. group: "stream" or "decisions"."""
         return cast(Codec, self.info.stream if group == "stream" else self.info.decisions)
 
     def topic(self, camera: str, group: str = "stream") -> str:
@@ -192,15 +193,14 @@ class EpisodeReader:
             scan.ending = EpisodeEnding.from_record(record.metadata, str(self.path))
 
     def _damaged(self, problem: str) -> RatchetError:
-        unfinished = self.path.name.endswith(fmt.OPEN_SUFFIX)
-        recover_fix = "finish it with `ratchet episodes verify --recover`"
+        fix = "restore the file from a copy; where there is none, `ratchet episodes judge discard ID` leaves it out"
+        if self.path.name.endswith(fmt.OPEN_SUFFIX):
+            fix = "finish it with `ratchet episodes verify --recover`"
         return RatchetError(
             "episode.damaged",
             problem,
             where=str(self.path),
-            fix=recover_fix
-            if unfinished
-            else "restore the file from a copy; where there is none, `ratchet episodes judge discard ID` leaves it out",
+            fix=fix,
         )
 
 

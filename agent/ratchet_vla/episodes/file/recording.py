@@ -263,6 +263,7 @@ class EpisodeWriter:
             self._mcap.write_raw(topic, channel, data, received)
 
     def event(self, event: SafetyEvent) -> None:
+        """What the safety filter did."""
         body = {**dataclasses.asdict(event), "header": self._header(event.stamp)}
         self._put(fmt.EVENT, fmt.TYPES[fmt.EVENT], event.stamp, body)
 
@@ -282,6 +283,7 @@ class EpisodeWriter:
 
     @property
     def path(self) -> Path:
+        """Where the finished file will lie."""
         return self._file.final
 
     def flush(self) -> None:

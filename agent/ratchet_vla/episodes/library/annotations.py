@@ -110,10 +110,12 @@ class Annotations:
 
     @property
     def second_reader(self) -> float:
+        """Share of the episodes that need two annotators who agree, in [0, 1]."""
         self._read_index()
         return self._second_reader
 
     def readers_needed(self, episode: str) -> int:
+        """How many annotators the episode needs; its id decides, so that every process says the same."""
         return 2 if int(episode[:8], 16) / 2**32 < self.second_reader else 1
 
     def status(self, episode: str) -> LabelStatus:
@@ -145,6 +147,7 @@ class Annotations:
         return _final(value, "human:" + "+".join(latest), len(latest))
 
     def statuses(self) -> dict[str, LabelStatus]:
+        """Episode id -> its status, oldest first."""
         return {episode: self.status(episode) for episode in self.store.cards()}
 
     def verified(self, **field_values: str) -> Iterator[tuple[Card, LabelStatus]]:

@@ -66,6 +66,7 @@ class Card:
 
     @classmethod
     def of(cls, digest: str, file: str, size_bytes: int, info: EpisodeInfo, ending: EpisodeEnding) -> Card:
+        """The card of a finished file. file: relative to the store."""
         return cls(
             id=digest,
             file=file,

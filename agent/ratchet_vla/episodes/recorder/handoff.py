@@ -61,6 +61,7 @@ class Layout:
 
     @property
     def size(self) -> int:
+        """Bytes of the whole shared memory."""
         return self.answers + _up(ANSWERS_BYTES + self.free, 64)
 
 

@@ -35,8 +35,11 @@ class PreviewCache:
         self._lock = threading.Lock()
 
     def facts(self, store: EpisodeStore, card: Card) -> dict[str, Any]:
-        """Plots and marks: `times` (s from the start), `series` (name -> values), `spans` (mark -> [from, to]),
-        `events`, `length` in seconds, and `frames` per camera."""
+        """Plots and marks of an episode.
+
+        `times` (s from the start), `series` (name -> values), `spans` (mark -> [from, to]), `events`, `length` in
+        seconds, and `dims`, the names of the action's values.
+        """
         with self._lock:
             if card.id in self._previews:
                 return self._previews[card.id]
@@ -48,8 +51,9 @@ class PreviewCache:
         return preview
 
     def pack(self, store: EpisodeStore, card: Card, camera: str, fps: float) -> bytes:
-        """Frames of one camera, at most `fps` per second: for each, float64 seconds from the start, uint32 length and
-        the JPEG, little-endian.
+        """Frames of one camera, at most `fps` per second.
+
+        For each, float64 seconds from the start, uint32 length and the JPEG, little-endian.
 
         Raises:
             RatchetError: episode.no_camera.

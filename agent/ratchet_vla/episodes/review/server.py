@@ -58,6 +58,7 @@ class Filters(BaseModel):
     state: str = "open"
 
     def pass_(self, card: Card, status: LabelStatus) -> bool:
+        """Whether an episode passes every filter."""
         state_matches = status.state in OPEN_STATES if self.state == "open" else self.state in ("", status.state)
         return (
             state_matches
@@ -223,4 +224,5 @@ def same(sent_token: str, expected_token: str) -> bool:
 
 
 def new_token() -> str:
+    """A fresh token for one run of the page."""
     return secrets.token_urlsafe(24)
