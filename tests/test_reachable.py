@@ -51,8 +51,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def named_in(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules that a module imports, at any depth, or names in a string such as
-    "ratchet_vla.runtime.inference.worker"."""
+    """Modules that a module imports, at any depth, or names in a string ("ratchet_vla.runtime.inference.worker")."""
     reached: set[str] = set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(parsed(path)):

@@ -1,5 +1,8 @@
-"""Tests of the ROS nodes. They run in the ROS environment's Python (`make test` does that); the main environment has no
-rclpy and collects nothing here. Every test process has a ROS domain of its own, on loopback only."""
+"""Tests of the ROS nodes, in the ROS environment's Python (`make test` does that).
+
+The main environment has no rclpy and collects nothing here. Every test process has a ROS domain of its own, on loopback
+only.
+"""
 
 from __future__ import annotations
 

@@ -312,8 +312,10 @@ def learned(batch: RolloutBatch) -> dict[str, torch.Tensor]:
 
 
 def test_what_is_learned_from_the_nodes_is_what_is_learned_from_the_process(running: Running) -> None:
-    """Sampled decisions of the same task, states and seeds: equal in both stores, and so is what an update makes of
-    them. A temperature that float32 does not hold."""
+    """Sampled decisions of the same task, states and seeds are equal in both stores, and so is an update from them.
+
+    The temperature is one that float32 does not hold.
+    """
     kept, hot = running.folder / "in_process", 1.6
     running.swap("base")
     asked = ["run", "--task", TASK, "--episodes", "2", "--horizon", "26", "--temperature", str(hot), "--seed", "3"]

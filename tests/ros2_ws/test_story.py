@@ -42,8 +42,10 @@ class Told(Week):
         assert "result" in told, told
 
     def try_once(self) -> None:
-        """The scene is put back, the policy tries, the recorder keeps it: by the printed commands once, then by their
-        requests from a process that is there already."""
+        """Put the scene back, let the policy try, have it recorded.
+
+        By the printed commands once, then by their requests from a process that is there already.
+        """
         if not self.named:
             assert self.say("ratchet ctl reset")[0] == 0
             code, out = self.say("ratchet ctl run", "--json")

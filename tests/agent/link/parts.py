@@ -1,5 +1,7 @@
-"""What the link's tests are put together from: keys, a learner's end and a robot's end in one folder; nothing is fake
-but the network faults."""
+"""What the link's tests are put together from: keys, a learner's end and a robot's end in one folder.
+
+Nothing is fake but the network faults.
+"""
 
 from __future__ import annotations
 

@@ -162,11 +162,11 @@ def test_a_missing_file_and_a_second_process_are_named(tmp_path: Path) -> None:
         Outbox(tmp_path, reserve=0)
 
 
-@pytest.mark.parametrize(("type", "key", "meta"), [("../x", "k", {}), ("e", "", {}), ("e", "k", {"x": b"bytes"})])
-def test_what_could_never_be_sent_is_not_accepted(tmp_path: Path, type: str, key: str, meta: dict[str, object]) -> None:
+@pytest.mark.parametrize(("kind", "key", "meta"), [("../x", "k", {}), ("e", "", {}), ("e", "k", {"x": b"bytes"})])
+def test_what_could_never_be_sent_is_not_accepted(tmp_path: Path, kind: str, key: str, meta: dict[str, object]) -> None:
     box = Outbox(tmp_path, reserve=0)
     with pytest.raises(RatchetError, match=r"link\.bad_item"):
-        box.put(CONTENT, type, key, meta)
+        box.put(CONTENT, kind, key, meta)
     assert not len(box)
     box.close()
 

@@ -1,5 +1,8 @@
-"""Where a policy runs. It matters because a GPU that is silently not used costs hours, and one that is not there must
-be named before a run begins. Pinned: auto, the variable, explicit names, refusals. CUDA is a stand-in here."""
+"""Where a policy runs.
+
+It matters because a GPU that is silently not used costs hours, and one that is not there must be named before a run
+begins. Pinned: auto, the variable, explicit names, refusals. CUDA is a stand-in here.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The compatibility report: what a checkpoint expects, what a robot gives, and a code for each misfit, before any
-motion.
+"""The compatibility report: what a checkpoint expects, what a robot gives, a code for each misfit, before any motion.
 
 The path matters because it is the last look before an arm moves. Pinned: that fitting pairs fit in every form that is
 read, that each kind of misfit and each broken folder has its own code and a fix, that no weights are read, and the

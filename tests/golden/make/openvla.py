@@ -56,10 +56,10 @@ def main() -> None:
     first = config["text"]["vocab_size"] - 64 - 256
     tokens, logits = [], []
     for ids, mask, pixels in zip(given["input_ids"], given["attention_mask"], given["pixel_values"], strict=True):
-        ids = ids[mask.bool()][None]
+        present_ids = ids[mask.bool()][None]
         parts = pixels.reshape(1, 6, *pixels.shape[-2:]).split(3, dim=1)
         features = [t.get_intermediate_layers(x, n={len(t.blocks) - 2})[0] for t, x in zip(towers, parts, strict=True)]
-        text = language.get_input_embeddings()(ids)
+        text = language.get_input_embeddings()(present_ids)
         patches = projector(torch.cat(features, 2))
         out = language(inputs_embeds=torch.cat([text[:, :1], patches, text[:, 1:]], 1), use_cache=True)
         row = []

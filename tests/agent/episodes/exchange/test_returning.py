@@ -42,9 +42,12 @@ def contract_of(path: Path) -> RobotContract:
 def recorded(
     contract: RobotContract, seed: int, *, ticks: bool, lengths: tuple[int, ...] = (5, 5, 5), last_ran: int = 0
 ) -> Episode:
-    """An episode as the runtime records it: chunks of several actions, and a frame and a tick per control step, or
-    decisions alone. Some steps are clipped, some a person's, some held. last_ran: control steps of the last decision;
-    all of its chunk's, if 0."""
+    """Make an episode as the runtime records it: some steps clipped, some a person's, some held.
+
+    Args:
+        ticks: chunks of several actions, with a frame and a tick per control step; else decisions alone.
+        last_ran: control steps of the last decision; all of its chunk's, if 0.
+    """
     rng = np.random.default_rng(seed)
     marks = [Mark.NONE, Mark.CLIPPED | Mark.RAMPED, Mark.HUMAN, Mark.HELD, Mark.NONE]
     steps: list[Step] = []

@@ -139,7 +139,7 @@ def test_ewc_penalty_by_hand() -> None:
     moved = 0.01
     with torch.no_grad():
         for p in method.parameters():
-            p += moved
+            p.add_(moved)
     count = sum(p.numel() for p in method.parameters())
     tensors = len(method.parameters())
     expected = 10.0 / 2 * moved**2 * (fisher_rest * (count - tensors) + fisher_first * tensors)
@@ -204,7 +204,7 @@ def test_replay_terms_by_hand(demonstrations: Demonstrations) -> None:
     assert float(expert.extra_loss(torch.Generator().manual_seed(0)).detach()) == pytest.approx(expected, rel=1e-5)
     with torch.no_grad():
         for p in dark.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     assert float(dark.extra_loss(torch.Generator().manual_seed(0)).detach()) > 0
 
 

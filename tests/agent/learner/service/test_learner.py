@@ -1,5 +1,7 @@
-"""The learner service decides alone, overnight: the same journal always gives the same state, and the same episodes the
-same adapters as a local run, with or without people, labels and damage in between.
+"""The learner service decides alone, overnight, and must decide the same every time.
+
+The same journal gives the same state, and the same episodes the same adapters as a local run, with or without people,
+labels and damage in between.
 
 Pinned: equality with `SequentialRun` bit for bit, robot mode with sessions, labels and a person's decision, rejected
 and held candidates, a wrong policy on the robot, a damaged checkpoint, alerts and metrics. Deterministic: seeded small
@@ -88,12 +90,12 @@ class Bench:
             pass
         return self.service.state
 
-    def put(self, content: bytes, type: str, key: str) -> str:
+    def put(self, content: bytes, kind: str, key: str) -> str:
         import hashlib
 
         self.sequence += 1
         sha = hashlib.sha256(content).hexdigest()
-        start = self.inbox.offer(OfferedFile("robot-1", sha, len(content), type, key, self.sequence))
+        start = self.inbox.offer(OfferedFile("robot-1", sha, len(content), kind, key, self.sequence))
         if start is not None:
             self.inbox.write(sha, start, memoryview(content)[start:])
             self.inbox.finish(sha)

@@ -1,5 +1,4 @@
-"""Supervised training forgets; the replay that prevents it must really be in the batches, and only the adapter may
-change.
+"""Supervised training forgets: the replay that prevents it must really be there, and only the adapter may change.
 
 Pinned: the mixture's shares, the refusals where demonstrations are missing, the new task learned and the base
 untouched, a killed training resumes to the same adapter. Determinism: made-up samples, order of samples from (seed,

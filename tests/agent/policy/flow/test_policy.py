@@ -1,5 +1,4 @@
-"""Flow policies: likelihoods that are true, chunks that go on from others, adapters that are swapped, learning that
-works.
+"""Flow policies: true likelihoods, chunks that go on from others, adapters that are swapped, learning that works.
 
 The path matters because a ratio of flow-matching losses is no likelihood ratio, and a learner cannot tell. Pinned: the
 policy and swap suites; densities against closed forms and counts; that the stochastic flow has the ordinary one's
@@ -112,8 +111,7 @@ class TestSmallBfloat16(TestSmall):
 
 
 class TestPaddedAndAdaptive(TestSmall):
-    """Wider and longer than the robot's actions, the state in words, the time through the norms: pi0.5's
-    conventions."""
+    """pi0.5's conventions: wider and longer than the robot's actions, state in words, time through the norms."""
 
     visible = 0.05
 
@@ -134,8 +132,7 @@ class TestPaddedAndAdaptive(TestSmall):
 
 
 class TestAcross(TestSmall):
-    """Every other layer reads across, actions see those before them, the state ends the prefix: SmolVLA's
-    conventions."""
+    """SmolVLA's conventions: every other layer reads across, actions are causal, the state ends the prefix."""
 
     @pytest.fixture
     def policy(self) -> FlowPolicy:

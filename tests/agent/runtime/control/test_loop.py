@@ -341,8 +341,7 @@ def test_an_error_in_mid_motion_leaves_the_arm_held() -> None:
 
 @pytest.mark.parametrize("may_pause", [False, True])
 def test_a_told_clock_that_stops_holds_the_arm(may_pause: bool) -> None:
-    """A fault, unless it is that of a simulation, in which nothing moves where time stands: then the task goes on with
-    it by itself."""
+    """A fault, unless it is a simulation's, in which nothing moves where time stands: then the task goes on with it."""
     clock = ExternalClock(stall_timeout=0.01)
     clock.update(100.0)
     robot = FakeArm(CONTRACT, clock)

@@ -1,5 +1,6 @@
-"""What an observation is made of, and for how long it may be trusted: an image from one moment and joints from another
-teach a policy a lie, and a frozen camera drives blind.
+"""What an observation is made of, and for how long it may be trusted.
+
+An image from one moment and joints from another teach a policy a lie, and a frozen camera drives blind.
 
 Pinned: alignment to the newest moment that all cameras saw, stated skew and its refusal, the watchdog's times, the
 three clocks. Stamps are arguments; threads meet on conditions.

@@ -1,5 +1,4 @@
-"""The same episode in process and through the runtime must be the same episode, or a policy that passed the gate is not
-the one that drives the arm.
+"""An episode is the same in process and through the runtime, or the gate passes another policy than drives the arm.
 
 Pinned: Meta-World with the built-in VLA, greedy and sampled: identical actions, tokens and log-probabilities, bit by
 bit, and identical success, in process and through policy process, executor, safety filter and loop in lock-step;

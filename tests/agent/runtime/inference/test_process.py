@@ -1,5 +1,4 @@
-"""The policy's process may crash, hang, run out of memory or be refused; the process that holds the arm must only ever
-see a late chunk and a coded reason.
+"""The policy's process may crash, hang or be refused; whoever holds the arm sees a late chunk and a coded reason only.
 
 Pinned: handshake and its refusals, frames through shared memory, swaps beside inference, crash (SIGKILL), hang
 (SIGSTOP), out-of-memory, malformed messages, restart under the same base and adapter, also of one that dies while it

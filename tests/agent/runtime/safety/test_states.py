@@ -1,5 +1,6 @@
-"""Who may move an arm when: faults stop it, stops are controlled and short, and nothing starts again by itself that
-must not. A state machine that forgets one transition moves an arm somebody has just reached into.
+"""Who may move an arm when: faults stop it, stops are controlled and short, nothing starts again that must not.
+
+A state machine that forgets one transition moves an arm somebody has just reached into.
 
 Pinned: every transition of docs/safety.md, and over random sequences of everything that can happen (hypothesis drives
 the machine): no command outside the moving and stopping states, standstill within the contract's stop time, latched
