@@ -83,8 +83,8 @@ def main() -> int:
                     wanted = names[number % 2]
                     began = time.perf_counter()
                     tag_watcher.on_state({"tags": {"active": wanted}})
-                    with client._arrived:
-                        assert client._arrived.wait_for(lambda w=wanted: client.adapter_id == w, 30.0)  # type: ignore[misc]
+                    with client._changed:
+                        assert client._changed.wait_for(lambda w=wanted: client.adapter_id == w, 30.0)  # type: ignore[misc]
                     if number >= 2:
                         seconds.append(time.perf_counter() - began)
             finally:

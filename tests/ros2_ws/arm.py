@@ -20,6 +20,7 @@ from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
 from ratchet_ros.messages import qos
+from ratchet_ros.messages.intake import Intake
 from ratchet_ros.messages.times import to_time
 from ratchet_ros.safety.node import SafetyNode
 from ratchet_vla.contract import RobotContract
@@ -138,10 +139,15 @@ class Rig:
             thread.start()
             self._executors.append((executor, thread))
         self.safety.trigger_configure()
-        self.watcher.until(lambda: not self.safety.intake.missing(), "all states")
+        self.watcher.until(lambda: not self.intake().missing(), "all states")
         self.safety.trigger_activate()
         assert self.safety.refused is None
         self.watcher.until(lambda: self.command.get_subscription_count() == 1, "the safety node's ear")
+
+    def intake(self) -> Intake:
+        """The safety node's, which it has once it is configured."""
+        assert self.safety.intake is not None
+        return self.safety.intake
 
     def send(self, kind: int, action: np.ndarray | None = None) -> Any:
         """One command and what became of it."""

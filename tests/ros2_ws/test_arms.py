@@ -40,7 +40,7 @@ def rig(ros: None, request: pytest.FixtureRequest) -> Iterator[Rig]:
 @pytest.mark.parametrize("rig", ARMS, indirect=True)
 def test_a_controller_gets_the_commanded_motion_in_its_own_terms(rig: Rig) -> None:
     contract, arm = rig.contract, rig.arm
-    state, _ = rig.safety.intake.aligner.newest_state()
+    state, _ = rig.intake().aligner.newest_state()
     for name, values in arm.values.items():
         np.testing.assert_allclose(state[name], values, atol=1e-6)
     action = small_action(contract, arm)

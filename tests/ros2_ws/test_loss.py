@@ -77,7 +77,7 @@ def test_a_state_that_stops_arriving_holds_the_arm(make: Callable[..., Rig]) -> 
     while "safety.observation_age" not in codes(rig):
         move(rig)
     rig.arm.broken = ""
-    rig.watcher.until(lambda: rig.safety.clock.now() - rig.safety.intake.aligner.state_stamp() < 0.05, "new states")
+    rig.watcher.until(lambda: rig.safety.clock.now() - rig.intake().aligner.state_stamp() < 0.05, "new states")
     while not move(rig).sent:
         pass
 
