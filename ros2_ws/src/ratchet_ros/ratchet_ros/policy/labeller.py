@@ -27,7 +27,10 @@ class RosLabeller:
     """
 
     def __init__(self, kind: str, period: float, wait: float) -> None:
-        self.kind, self._period, self._wait = kind, period, wait
+        self.kind = kind
+        self._period = period
+        self._wait = wait
+        # Protects the scene's status: the executor thread sets it, the control loop's thread waits for it.
         self._changed = threading.Condition()
         self._scene: msg.SceneStatus | None = None
         self._begin = 0.0
@@ -45,7 +48,8 @@ class RosLabeller:
     def operator(self, message: msg.OperatorInput) -> None:
         """A button that ends the attempt; the first one counts."""
         if self.kind == "operator" and message.judge in BUTTONS and self._pressed is None:
-            self._pressed, self._annotator = BUTTONS[message.judge], message.person
+            self._pressed = BUTTONS[message.judge]
+            self._annotator = message.person
 
     def ticked(self, tick: ControlTick) -> None:
         self._tick = tick
@@ -84,7 +88,10 @@ class RosLabeller:
     def begin(self, now: float) -> None:
         """An attempt starts. now: seconds, the robot's clock."""
         with self._changed:
-            self._begin, self._tick, self._pressed, self._annotator = now, None, None, ""
+            self._begin = now
+            self._tick = None
+            self._pressed = None
+            self._annotator = ""
 
     # -- what the loop asks ------------------------------------------------------------------------------------------
 
@@ -111,9 +118,9 @@ class RosLabeller:
         after = tick.deadline + 0.75 * self._period
         with self._changed:
             if self._wait > 0.0 and tick.command is not None:  # a hold need not make the simulation go on
-                self._changed.wait_for(lambda: self._told_at() >= after, self._wait)
-            return self._told_at() > self._begin and self._scene is not None and self._scene.success
+                self._changed.wait_for(lambda: self._scene_stamp() >= after, self._wait)
+            return self._scene_stamp() > self._begin and self._scene is not None and self._scene.success
 
-    def _told_at(self) -> float:
+    def _scene_stamp(self) -> float:
         """Simulated seconds of the newest word of the scene."""
         return -1.0 if self._scene is None else seconds(self._scene.header.stamp)

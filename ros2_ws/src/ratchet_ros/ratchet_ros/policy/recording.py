@@ -23,8 +23,8 @@ from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, Applied, ControlTick, Mark, Observation, SafetyEvent, UInt8
 from ratchet_vla.runtime.control.sink import ChunkOutcome
 
-TELL = 0.5  # s that the command filter has to tell what became of the last command
-FINISH = 20.0  # s until an episode's file must be whole on the disk
+LAST_APPLIED_LIMIT_S = 0.5  # that the command filter has to tell what became of the last command
+FILE_LIMIT_S = 20.0  # until an episode's file must be whole on the disk
 
 
 class EpisodeRecording:
@@ -49,26 +49,33 @@ class EpisodeRecording:
         self.recorder = Recorder(
             folder, contract, config, calibrations=dict(calibrations), wire=wire, command_filter=True
         )
-        self._clock, self._robot = clock, robot
-        self._heard = threading.Condition()
-        self._sent = self._told = 0  # numbers of the newest command sent, and of the newest that was told of
-        self._wanted = self._name = self._trouble = ""
+        self._clock = clock
+        self._robot = robot
+        self._applied_changed = threading.Condition()  # protects `_applied_number`: executor thread sets, loop's waits
+        self._applied_number = 0  # of the newest command that the command filter has reported on
+        self._sent_number = 0  # of the newest command sent; the control loop's thread
+        self._prepared_name = ""
+        self._name = ""  # of the episode that is being recorded
+        self._begin_error = ""
         self.last = ""  # name of the episode that was finished last
         self._ended: tuple[str, bool | None, str] | None = None
 
     # -- an episode ------------------------------------------------------------------------------------------------
 
-    def prepare(self, name: str, **facts: Any) -> None:
-        """Before an episode that must be recorded. name: unique; facts: as in `Recorder.describe`.
+    def prepare(self, name: str, **description: Any) -> None:
+        """Before an episode that must be recorded. name: unique; description: as in `Recorder.describe`.
 
         Raises:
             RatchetError: recorder.disk_low, recorder.failed, recorder.dead.
         """
         self.recorder.revive()
         self.recorder.require_ready()
-        self.recorder.describe(name=name, **facts)
-        self._wanted, self._name, self._ended, self._trouble = name, "", None, ""
-        self._sent = self._robot.number
+        self.recorder.describe(name=name, **description)
+        self._prepared_name = name
+        self._name = ""
+        self._ended = None
+        self._begin_error = ""
+        self._sent_number = self._robot.number
 
     def finish(self) -> str:
         """After an episode, once nothing more is sent: the name it is recorded under; empty where it never began.
@@ -76,16 +83,19 @@ class EpisodeRecording:
         Raises:
             RatchetError: recorder.lost.
         """
-        name, self._name = self._name, ""
-        if self._trouble:
-            raise RatchetError("recorder.lost", f"the recording did not begin: {self._trouble}", where=str(self.folder))
+        name = self._name
+        self._name = ""
+        if self._begin_error:
+            raise RatchetError(
+                "recorder.lost", f"the recording did not begin: {self._begin_error}", where=str(self.folder)
+            )
         if not name:
             return ""
-        with self._heard:
-            self._heard.wait_for(lambda: self._told >= self._sent, TELL)
+        with self._applied_changed:
+            self._applied_changed.wait_for(lambda: self._applied_number >= self._sent_number, LAST_APPLIED_LIMIT_S)
         reason, success, source = self._ended or ("cut off", None, "")
         self.recorder.end(reason, success, source, self._clock.now())
-        self.recorder.wait_ended(FINISH)
+        self.recorder.wait_ended(FILE_LIMIT_S)
         self.last = name
         return name
 
@@ -95,9 +105,9 @@ class EpisodeRecording:
         try:
             self.recorder.begin(task, instruction, now)
         except Exception as error:
-            self._trouble = str(error)
+            self._begin_error = str(error)
             raise
-        self._name = self._wanted
+        self._name = self._prepared_name
 
     def observation(self, observation: Observation) -> None:
         self.recorder.observation(observation)
@@ -107,8 +117,8 @@ class EpisodeRecording:
 
     def tick(self, tick: ControlTick) -> None:
         number = self._robot.number
-        self.recorder.tick(tick, number if number != self._sent else -1)
-        self._sent = number
+        self.recorder.tick(tick, number if number != self._sent_number else -1)
+        self._sent_number = number
 
     def event(self, event: SafetyEvent) -> None:
         self.recorder.event(event)
@@ -129,22 +139,27 @@ class EpisodeRecording:
             return  # another sender's, or what the filter did by itself: that is an event
         action = np.array(message.action, np.float32) if len(message.action) else None
         self.recorder.applied(Applied(int(message.number), action, Mark(message.marks)))
-        with self._heard:
-            self._told = max(self._told, int(message.number))
-            self._heard.notify_all()
+        with self._applied_changed:
+            self._applied_number = max(self._applied_number, int(message.number))
+            self._applied_changed.notify_all()
 
     def on_event(self, message: msg.SafetyEvent) -> None:
         """Of the command filter; the loop's own come as a sink's."""
         fields = ("code", "message", "dim", "value", "limit", "latched")
-        said = {name: getattr(message, name) for name in fields}
-        self.recorder.event(SafetyEvent(stamp=self._clock.from_ros(message.stamp), **said))
+        values = {name: getattr(message, name) for name in fields}
+        self.recorder.event(SafetyEvent(stamp=self._clock.from_ros(message.stamp), **values))
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def diagnose(self) -> Line:
         status = self.recorder.status()
         lost = sum(status.dropped.values())
-        level = ERROR if status.state in ("failed", "dead", "disk_low") else WARN if lost else OK
+        if status.state in ("failed", "dead", "disk_low"):
+            level = ERROR
+        elif lost:
+            level = WARN
+        else:
+            level = OK
         values = {
             "dropped": lost,
             "memory_used": f"{status.waiting:.2f}",

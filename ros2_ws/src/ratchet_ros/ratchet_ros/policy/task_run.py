@@ -68,7 +68,8 @@ class NodeSink:
         self.on_chunk(chunk)
 
     def tick(self, tick: ControlTick) -> None:
-        self.progress.tick, self.progress.ticks = tick, tick.index + 1
+        self.progress.tick = tick
+        self.progress.ticks = tick.index + 1
         self.progress.adapter_id = tick.adapter_id or self.progress.adapter_id
 
     def event(self, event: SafetyEvent) -> None:
@@ -126,14 +127,17 @@ OUTCOMES = {
 
 def finished(end: EpisodeEnd, loop: ControlLoop) -> RunTask.Result:
     result = RunTask.Result()
-    result.outcome, result.outcome_source = OUTCOMES[end.success], end.source
+    result.outcome = OUTCOMES[end.success]
+    result.outcome_source = end.source
     result.termination = end.termination.value
     if end.termination in (Termination.FAULT, Termination.HOLD_TIMEOUT):
         result.code = end.reason
     result.message = f"{result.termination} after {end.ticks} ticks"
     if end.termination in (Termination.SUCCESS, Termination.FAILURE) and end.success is None:
         result.message += ", labelled by nobody: no decision of the policy, an intervention, or no person's name"
-    result.ticks, result.seconds, result.events = end.ticks, float(end.seconds), end.events
+    result.ticks = end.ticks
+    result.seconds = float(end.seconds)
+    result.events = end.events
     result.missed = loop.timing.missed
     return result
 
@@ -141,5 +145,7 @@ def finished(end: EpisodeEnd, loop: ControlLoop) -> RunTask.Result:
 def refusal(error: RatchetError) -> RunTask.Result:
     """Nothing moved, and why."""
     result: Any = RunTask.Result()
-    result.termination, result.code, result.message = RunTask.Result.END_REFUSED, error.code, str(error)
+    result.termination = RunTask.Result.END_REFUSED
+    result.code = error.code
+    result.message = str(error)
     return result

@@ -38,47 +38,47 @@ def sources(node: Node, contract: RobotContract, what: str, lock_step: bool) -> 
     if what == "none":
         return []
     topic_mapping = require_topic_mapping(contract)
-    found: dict[str, tuple[type[Any], Any]] = {}
+    by_topic: dict[str, tuple[type[Any], Any]] = {}
     if what == "all":
         for camera in contract.cameras:
-            found[camera.topic] = (decode.image_type(camera), qos.LOCK_STEP if lock_step else qos.IMAGES)
+            by_topic[camera.topic] = (decode.image_type(camera), qos.LOCK_STEP if lock_step else qos.IMAGES)
     for source in topic_mapping.state:
         reader = decode.StateReader(contract, source)
-        found[reader.field.topic] = (reader.kind, qos.LOCK_STEP if lock_step else qos.STATES)
+        by_topic[reader.field.topic] = (reader.kind, qos.LOCK_STEP if lock_step else qos.STATES)
     for sink in topic_mapping.commands:
         if sink.kind in encode.COMMAND_TYPES:
-            found[sink.topic] = (encode.COMMAND_TYPES[sink.kind], qos.COMMANDS)
+            by_topic[sink.topic] = (encode.COMMAND_TYPES[sink.kind], qos.COMMANDS)
     for topic, kind in (
         ("command", msg.Command),
         ("applied", msg.Applied),
         ("chunks", msg.ActionChunk),
         ("safety_events", msg.SafetyEvent),
     ):
-        found[topic] = (kind, qos.EVENTS)
-    resolved = [Source(node.resolve_topic_name(topic), kind, profile) for topic, (kind, profile) in found.items()]
-    taken = [s.topic for s in resolved if s.topic.startswith(OURS)]
-    if taken:
+        by_topic[topic] = (kind, qos.EVENTS)
+    resolved = [Source(node.resolve_topic_name(topic), kind, profile) for topic, (kind, profile) in by_topic.items()]
+    clashes = [source.topic for source in resolved if source.topic.startswith(OURS)]
+    if clashes:
         raise RatchetError(
             "ros.bad_parameter",
-            f"{taken[0]} would stand among the records' own topics",
+            f"{clashes[0]} would stand among the records' own topics",
             where="record_wire",
             fix=f"use another namespace than {OURS.rstrip('/')}, or record_wire: none",
         )
     return resolved
 
 
-def channels(found: list[Source]) -> dict[str, tuple[str, str]]:
+def channels(wire_sources: list[Source]) -> dict[str, tuple[str, str]]:
     """Topic -> name and definition of its type, as `Recorder` takes them."""
-    names = {source.topic: interfaces.type_name(source.kind) for source in found}
+    names = {source.topic: interfaces.type_name(source.kind) for source in wire_sources}
     return {topic: (name, interfaces.definition(name)) for topic, name in names.items()}
 
 
 class WireTap:
     """Subscriptions that hand over bytes. give: topic, data, ns UTC of arrival."""
 
-    def __init__(self, node: Node, found: list[Source], give: Callable[[str, bytes, int], None]) -> None:
+    def __init__(self, node: Node, wire_sources: list[Source], give: Callable[[str, bytes, int], None]) -> None:
         self._node = node
-        self._subscriptions = [self._subscribe(source, give) for source in found]
+        self._subscriptions = [self._subscribe(source, give) for source in wire_sources]
 
     def destroy(self) -> None:
         for subscription in self._subscriptions:
