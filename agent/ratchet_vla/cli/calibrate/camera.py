@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -33,10 +33,9 @@ from ratchet_vla.cli.calibrate.lens import Origin, measure_lens, read_board
 from ratchet_vla.cli.calibrate.store import CALIBRATIONS
 from ratchet_vla.contract import CameraSpec, RobotContract
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.runtime.cameras.devices import open_device
+from ratchet_vla.runtime.cameras.devices import DeviceKind, open_device
 from ratchet_vla.runtime.cameras.newest import NewestFrame
 
-Kind = Literal["uvc", "realsense", "recorded"]
 SHADES = " ░▒▓█"  # by how many views cover a cell
 # A view closer to a kept one than all of these shows nothing new.
 SAME_CELLS = 0.6  # share of the image's cells that both cover
@@ -55,7 +54,7 @@ class Capture:
     """Folder that the images are written into."""
     source: str = "0"
     """Camera: serial number, /dev/videoN or N; with --device recorded a video file or folder."""
-    device: Kind = "uvc"
+    device: DeviceKind = "uvc"
     """Kind of camera: uvc (USB), realsense, or recorded (files)."""
     board: Path = Path("board.json")
     """Description of the board (JSON), as `calibrate board` wrote it."""
@@ -151,7 +150,7 @@ class Cameras:
 
     contract: Path
     """Robot contract (YAML)."""
-    device: Kind = "uvc"
+    device: DeviceKind = "uvc"
     """Kind of the cameras: uvc (USB), realsense, or recorded (files)."""
     fps: float = 30.0
     """Frames per second."""

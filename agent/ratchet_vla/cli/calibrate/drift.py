@@ -22,11 +22,10 @@ from ratchet_calibration.store.folder import CalibrationStore
 from ratchet_calibration.store.last_check import Check
 from ratchet_calibration.store.record import Calibration
 from ratchet_vla.cli import common
-from ratchet_vla.cli.calibrate.camera import Kind
 from ratchet_vla.cli.calibrate.store import CALIBRATIONS
 from ratchet_vla.contract import CameraSpec
 from ratchet_vla.errors import RatchetError
-from ratchet_vla.runtime.cameras.devices import open_device
+from ratchet_vla.runtime.cameras.devices import DeviceKind, open_device
 from ratchet_vla.runtime.cameras.newest import NewestFrame
 
 REFERENCE = "reference.png"
@@ -48,7 +47,7 @@ class Drift:
     """Folder of the calibration store."""
     image: Path | None = None
     """File with the camera's present view; taken from the camera if absent."""
-    device: Kind = "uvc"
+    device: DeviceKind = "uvc"
     """Kind of camera: uvc (USB), realsense, or recorded (files)."""
     source: str = ""
     """Camera: serial number, /dev/videoN or N; the serial number in the calibration if absent."""

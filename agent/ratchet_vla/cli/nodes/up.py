@@ -19,6 +19,7 @@ from ratchet_vla.cli.remote import options as remote
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.paths import ROBOTS
+from ratchet_vla.runtime.cameras.devices import DEVICE_KINDS
 from ratchet_vla.runtime.session.manifest import utc
 
 
@@ -260,8 +261,10 @@ class Real(_Shared):
 def _camera(contract: RobotContract, path: str, line: str) -> NodeSpec:
     name, equals, rest = line.partition("=")
     kind, colon, source = rest.partition(":")
-    if not equals or kind not in ("realsense", "uvc", "recorded"):
-        raise RatchetError("up.bad_camera", f"{line!r} is not name=kind:source", fix="kinds: realsense, uvc, recorded")
+    if not equals or kind not in DEVICE_KINDS:
+        raise RatchetError(
+            "up.bad_camera", f"{line!r} is not name=kind:source", fix=f"kinds: {', '.join(DEVICE_KINDS)}"
+        )
     contract.camera(name)
     values = {"contract": path, "camera": name, "device": kind, "source": source if colon else ""}
     return NodeSpec("camera_node", f"camera_{name}", values)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -15,7 +15,12 @@ from ratchet_vla.contract import CameraSpec
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import UInt8
 
-__all__ = ["Device", "RealSense", "Recorded", "Uvc", "open_device"]
+__all__ = ["DEVICE_KINDS", "Device", "DeviceKind", "RealSense", "Recorded", "Uvc", "open_device"]
+
+DeviceKind = Literal["uvc", "realsense", "recorded"]
+"""The words for a kind of camera, wherever one is named: options of the command, parameters of a node."""
+DEVICE_KINDS: tuple[str, ...] = get_args(DeviceKind)
+"""The same words, for whoever lists or checks them."""
 
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -36,11 +41,17 @@ def open_device(kind: str, source: str, camera: CameraSpec, fps: float) -> Devic
     file or folder of images, repeated for ever).
 
     Raises:
-        RatchetError: camera.no_driver, camera.not_found, camera.bad_size.
+        RatchetError: camera.unknown_kind, camera.no_driver, camera.not_found, camera.bad_size.
     """
     if kind == "realsense":
         return RealSense(source, camera, fps)
-    return Recorded(source, camera, fps) if kind == "recorded" else Uvc(source, camera, fps)
+    if kind == "recorded":
+        return Recorded(source, camera, fps)
+    if kind == "uvc":
+        return Uvc(source, camera, fps)
+    raise RatchetError(
+        "camera.unknown_kind", f"no kind of camera '{kind}'", where=camera.name, fix=f"kinds: {', '.join(DEVICE_KINDS)}"
+    )
 
 
 def raw_size(camera: CameraSpec) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What every camera driver must do. Inherit `CameraConformance` and give it an `opened` fixture.
+"""What every camera driver must do. Inherit `CameraConformance` and give its fixtures.
 
 Pinned: frames have the contract's raw size and type, belong to the caller, and carry stamps of the monotonic clock that
 grow and are never of the future; drained in its own thread, the newest frame is at most one period old however long

@@ -157,6 +157,11 @@ def test_without_its_package_a_realsense_is_refused(monkeypatch: pytest.MonkeyPa
         open_device("realsense", "123", SPEC, FPS)
 
 
+def test_a_kind_that_nobody_knows_is_refused_and_opens_no_webcam() -> None:
+    with pytest.raises(RatchetError, match=r"camera\.unknown_kind.*uvc, realsense, recorded"):
+        open_device("webcam", "0", SPEC, FPS)
+
+
 class Fed:
     """A device that gives what the test feeds it: frames, None for silence, exceptions."""
 

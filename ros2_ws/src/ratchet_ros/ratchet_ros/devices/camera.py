@@ -23,14 +23,14 @@ from ratchet_ros.nodes.params import parameter
 from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import UInt8
-from ratchet_vla.runtime.cameras.devices import Device, open_device
+from ratchet_vla.runtime.cameras.devices import DEVICE_KINDS, Device, open_device
 
 
 @dataclass(frozen=True)
 class Parameters:
     contract: str = parameter("", "Path of the robot contract (YAML).")
     camera: str = parameter("", "Name of the camera in the contract.")
-    device: str = parameter("uvc", "Kind of device.", one_of=("realsense", "uvc", "recorded"))
+    device: str = parameter("uvc", "Kind of device.", one_of=DEVICE_KINDS)
     source: str = parameter("", "Serial, /dev/videoN, video file or folder of images; empty: the contract's source.")
     fps: float = parameter(30.0, "Frames per second.", low=0.5, high=240.0)
     calibrations: str = parameter("", "Folder of calibrations, for CameraInfo of the contract's; empty: none.")
