@@ -21,7 +21,7 @@ from ratchet_vla.runtime.control.chunks import ChunkExecutor
 from ratchet_vla.runtime.control.episode import until_end
 from ratchet_vla.runtime.control.labelling import Attempt, Labeller, SuccessLabel
 from ratchet_vla.runtime.control.outcome import EpisodeEnd, FrameStamped, Termination, Timing
-from ratchet_vla.runtime.control.priority import undisturbed
+from ratchet_vla.runtime.control.priority import offer_interpreter, undisturbed
 from ratchet_vla.runtime.control.sink import GuardedSink, NoSink, TickSink
 from ratchet_vla.runtime.control.watchdog import Watchdog
 from ratchet_vla.runtime.inference.source import ChunkSource, PolicyFault
@@ -215,6 +215,7 @@ class ControlLoop:
         result = self.safety.step(proposal, observation.state, observation.stamp, now, expected=self.executor.expecting)
         sent = self._send(result)
         after = self.clock.now()
+        offer_interpreter()  # nothing waits for what follows; whoever is let in here does not break in there
         tick = self._account(proposal, result, sent, observation, after, deadline)
         if not self._lock_step and time_goes_on:
             self._ask(deadline, now)

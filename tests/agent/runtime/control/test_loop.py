@@ -18,6 +18,7 @@ from ratchet_vla.contract import RobotContract
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ControlTick, Mark, Observation
 from ratchet_vla.runtime.clock import ExternalClock, ManualClock
+from ratchet_vla.runtime.control import loop
 from ratchet_vla.runtime.control.chunks import ChunkExecutor, CollectExecutor, DeployExecutor
 from ratchet_vla.runtime.control.labelling import SceneLabeller
 from ratchet_vla.runtime.control.loop import ControlLoop, Termination
@@ -210,6 +211,17 @@ def test_a_fault_of_the_policy_drops_the_plan_and_holds() -> None:
     assert rig.codes == ["policy.crashed"]
     assert rig.robot.commands[-1][1] is None
     assert rig.sink.outcomes[-1].marks[-1] == Mark.SKIPPED
+
+
+def test_other_threads_are_let_in_between_the_command_and_what_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere Python would take the interpreter away in the middle of a tick, its command perhaps not out yet."""
+    rig = Rig(CollectExecutor(CONTRACT))
+    happened: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        loop, "offer_interpreter", lambda: happened.append((len(rig.robot.commands), len(rig.sink.ticks)))
+    )
+    rig.run(3)
+    assert happened == [(1, 0), (2, 1), (3, 2)]
 
 
 def test_what_failed_while_the_arm_was_at_rest_and_is_mended_is_no_fault_of_the_next_episode() -> None:

@@ -151,12 +151,12 @@ class SimRobotNode(RatchetNode):
     def _run(self) -> None:
         self._build(self.settings.task)
         self._reset("", self._initial)
-        period, due = 1.0 / self.contract.control_hz, time.monotonic()
-        while True:
-            due = max(due + period / self.settings.speed, time.monotonic())  # late steps are not caught up with
-            if not self._wait(due):
-                break
-            self._behind = max(time.monotonic() - due, 0.0)
+        period = 1.0 / self.contract.control_hz
+        due = time.monotonic() + period / self.settings.speed
+        while self._wait(due):
+            began = time.monotonic()
+            self._behind = max(began - due, 0.0)
+            due = began + period / self.settings.speed  # a late step makes no period shorter: arms have none that are
             command = self._take()
             if command is None:
                 continue
