@@ -16,7 +16,7 @@ import numpy as np
 from ratchet_vla.episodes.success_rules import already_solved, require_goal
 from ratchet_vla.errors import RatchetError
 from ratchet_vla.records import ActionChunk, ControlTick, Float32, Mark, Observation, SafetyEvent
-from ratchet_vla.runtime.clock import Clock, MonotonicClock
+from ratchet_vla.runtime.clock import Clock, ExternalClock, MonotonicClock
 from ratchet_vla.runtime.control.chunks import ChunkExecutor
 from ratchet_vla.runtime.control.episode import until_end
 from ratchet_vla.runtime.control.labelling import Attempt, Labeller, SuccessLabel
@@ -64,6 +64,7 @@ class ControlLoop:
         self.timing = Timing()
         self._lock_step = lock_step
         self._patience_s = patience
+        self._time_in_steps = isinstance(self.clock, ExternalClock) and not lock_step
         self._frames = robot if isinstance(robot, FrameStamped) else None
         self._cancel = threading.Event()
         self._human: tuple[Float32, float] | None = None
@@ -105,7 +106,8 @@ class ControlLoop:
         self._decided.clear()
         self._moved_at = -np.inf
         self._was_moving = True
-        self._deadline = now
+        # Of a step of simulated time there may be too little left for a tick.
+        self._deadline = now + self.period if self._time_in_steps else now
         self.timing = Timing()
         self.sink.begin(task, instruction, now)
 

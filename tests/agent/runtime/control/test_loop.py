@@ -351,6 +351,21 @@ def test_an_error_in_mid_motion_leaves_the_arm_held() -> None:
     assert rig.sink.episodes[-1][:2] == ("end", "fault")
 
 
+def test_the_first_tick_on_a_told_clock_has_a_whole_period() -> None:
+    """An episode begins anywhere between two steps of a simulation; what is left of this one may be too short."""
+    clock = ExternalClock(stall_timeout=60.0)
+    clock.update(100.0)
+    robot = FakeArm(CONTRACT, clock)
+    robot.connect()
+    loop = ControlLoop(
+        robot, FakeSource(clock, numbered), SafetyFilter(CONTRACT), CollectExecutor(CONTRACT), clock=clock
+    )
+    loop.begin("task", "move")
+    clock.update(100.0 + T)
+    assert loop.tick().deadline == 100.0 + T
+    assert loop.timing.missed == 0
+
+
 @pytest.mark.parametrize("may_pause", [False, True])
 def test_a_told_clock_that_stops_holds_the_arm(may_pause: bool) -> None:
     """A fault, unless it is a simulation's, in which nothing moves where time stands: then the task goes on with it."""
@@ -363,7 +378,7 @@ def test_a_told_clock_that_stops_holds_the_arm(may_pause: bool) -> None:
         robot, FakeSource(clock, numbered), safety, CollectExecutor(CONTRACT), sink=MemorySink(), clock=clock
     )
     loop.begin("task", "move")
-    for k in range(6):
+    for k in range(1, 6):
         clock.update(100.0 + k * T)
         loop.tick()
     assert safety.state is SafetyState.RUNNING
