@@ -28,9 +28,9 @@ def probe(module: str, *arguments: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def write(path: Path, name: str, arguments: list[str], facts: dict[str, Any]) -> None:
+def write(path: Path, module: str, arguments: list[str], facts: dict[str, Any]) -> None:
     """The result with command and machine."""
-    head = {"command": ["python", "-m", f"benchmarks.runtime.{name}", *arguments], "machine": machine()}
+    head = {"command": ["python", "-m", f"benchmarks.{module}", *arguments], "machine": machine()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**head, **facts}, indent=2) + "\n")
 

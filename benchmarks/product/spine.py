@@ -118,7 +118,7 @@ class Spine(Week):
             raise RuntimeError(f"a goal was refused: {error}")
 
     def start_nodes_again(self) -> None:
-        """A policy process that died while it was started again is not tried once more: its nodes are."""
+        """A policy process that died too often in a row is not started any more: its nodes are."""
         with self.guard:
             assert self.up is not None
             self.up.end()
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
         spine.end()
         os.chdir(before)
         found["complete"] = "cost" in found and sum(spine.kills.values()) >= wanted
-        write(given.output, "spine", arguments(argv), {**found, "former_recorder": FORMER})
+        write(given.output, "product.spine", arguments(argv), {**found, "former_recorder": FORMER})
     shutil.rmtree(folder)
     return report(console, found, peace, kills, spine)
 
@@ -379,8 +379,9 @@ def report(console: Console, found: dict[str, Any], peace: Counts, kills: Counts
     paid, took = found["cost"], found["disk"]
     missed = paid["missed"]
     console.print(
-        f"recording, per tick: p99 {paid['p99_ms']:.3f} ms over {paid['ticks']} ticks, before the first at most "
-        f"{paid['begin_ms']:.2f} ms; missed {missed['with']} with it, {missed['without']} without"
+        f"recording, per tick: p99 {paid['p99_ms']:.3f} ms over {paid['ticks']} ticks, "
+        f"{paid['preempted_too']['p99_ms']:.3f} ms with the {paid['preempted_ticks']} preempted ones, before the first "
+        f"at most {paid['begin_ms']:.2f} ms; missed {missed['with']} with it, {missed['without']} without"
     )
     for name, what in (("to_command", "until the command is out"), ("whole_tick", "the whole tick")):
         told = ", ".join(f"{turn} {row['p50_ms']:.2f} and {row['p99_ms']:.2f} ms" for turn, row in paid[name].items())

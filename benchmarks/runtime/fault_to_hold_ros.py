@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     Console(width=100).print(table)
     facts = {"repeats": repeats, "contract": {"hz": told["hz"], "times": told["times"]}, "faults": told["rows"]}
-    write(given.output, "fault_to_hold_ros", arguments(argv), facts)
+    write(given.output, "runtime.fault_to_hold_ros", arguments(argv), facts)
     count = len(told["rows"])
     worst = max(max(r["seconds"]) for r in told["rows"].values())
     print(f"fault_to_hold_ros: {within} of {count} faults within the contract, worst {worst * 1e3:.0f} ms (goal all)")

@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         words = ["equal" if row[k] else "DIFFERS" for k in ("runtime_equal", "ros_equal")]
         table.add_row(row["suite"], str(row["actions"]), str(row["success"]), *words)
     Console(width=100).print(table)
-    write(given.output, "lock_step", arguments(argv), {"episodes": rows})
+    write(given.output, "runtime.lock_step", arguments(argv), {"episodes": rows})
     equal = sum(r["runtime_equal"] and r["ros_equal"] for r in rows)
     print(f"lock_step: {equal} of {len(rows)} episodes equal bit by bit in all three (goal all)")
     return 0 if equal == len(rows) else 1

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
         "peers": {"openpi": peers.OPENPI, "lerobot": "0.6.1" if given.lerobot else ""},
     }
-    write(given.output, "node_overhead", arguments(argv), facts)
+    write(given.output, "runtime.node_overhead", arguments(argv), facts)
     median = rows["640x480"]["observation to command"]["p50"]
     small = rows["224x224"]["observation to command"]["p50"]
     print(
